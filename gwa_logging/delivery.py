@@ -1,0 +1,103 @@
+"""From the journal to the backends.
+
+A backend is fed from the journal, one record after the other, from where it last stopped. So the journal is the queue:
+it cannot fill the memory, keeps the order, and a tracker that was away catches up when it is back. A record that a
+backend does not take is tried again with a growing pause; nothing raises into training and nothing waits for a tracker.
+"""
+
+from threading import Event, Thread
+from time import monotonic
+
+from gwa_logging.faults import Faults
+from gwa_logging.journal import Journal, JournalReader
+from gwa_logging.types import Backend
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds between two tries
+RECORDS_PER_NOTICE = 8  # on the training thread, so that catching up never holds a step for long
+
+
+class Delivery:
+    """Feeds one backend, from a thread of its own or on the training thread, as the backend asks.
+
+    Attributes:
+        backend: the backend.
+        delivered: records that it has taken.
+    """
+
+    def __init__(self, backend: Backend, journal: Journal, faults: Faults) -> None:
+        self.backend = backend
+        self.delivered = 0
+        self._reader = JournalReader(journal.path)
+        self._faults = faults
+        self._pause, self._not_before = FIRST_PAUSE, 0.0
+        self._news, self._closing, self._done = Event(), Event(), Event()
+        self._thread: Thread | None = None
+        if backend.threaded:
+            self._thread = Thread(target=self._work, name=f"gwa_logging {backend.name}", daemon=True)
+            self._thread.start()
+
+    def notify(self) -> None:
+        """Says that the journal has grown. Never raises; takes microseconds, plus `write` of an unthreaded backend."""
+        if self._thread:
+            self._news.set()
+        else:
+            self._drain(RECORDS_PER_NOTICE)
+
+    def wait(self, deadline: float) -> bool:
+        """Waits until the backend has everything, at most until `deadline` on the monotonic clock."""
+        while (left := deadline - monotonic()) > 0:
+            if not self._thread:
+                self._drain()
+            if not self._reader.behind():
+                return True
+            self._news.set()
+            self._closing.wait(min(left, 0.01))
+        return False
+
+    def close(self, deadline: float) -> bool:
+        """Delivers what is left and closes the backend, at most until `deadline`; whether it managed to."""
+        if self._thread:
+            self._closing.set()
+            self._news.set()
+            self._done.wait(max(0.0, deadline - monotonic()))
+            return self._done.is_set() and not self._reader.behind()
+        self._not_before = 0.0
+        self._drain()
+        self._close_backend()
+        return not self._reader.behind()
+
+    def _drain(self, limit: int | None = None) -> None:
+        """Writes what is new. Stops at the first record that is not taken."""
+        if monotonic() < self._not_before:
+            return
+        try:
+            while limit != 0 and (found := self._reader.peek()):
+                record, position = found
+                self.backend.write(record)
+                self._reader.advance(position)
+                self.delivered += 1
+                self._pause = FIRST_PAUSE
+                limit = None if limit is None else limit - 1
+        except Exception as error:  # noqa: BLE001 - whatever a tracker raises must not reach training
+            self._not_before = monotonic() + self._pause
+            self._pause = min(2 * self._pause, LONGEST_PAUSE)
+            self._faults.record(f"backend {self.backend.name}", f"{type(error).__name__}: {error}")
+
+    def _close_backend(self) -> None:
+        try:
+            self.backend.close()
+        except Exception as error:  # noqa: BLE001 - as above
+            self._faults.record(f"backend {self.backend.name}", f"{type(error).__name__}: {error}")
+
+    def _work(self) -> None:
+        while not self._closing.is_set():
+            self._news.wait(max(0.0, self._not_before - monotonic()) or None)
+            self._news.clear()
+            self._drain()
+            if self._reader.behind():  # not taken: wait for the pause to pass, or for closing
+                self._closing.wait(max(0.0, self._not_before - monotonic()))
+                self._news.set()
+        self._not_before = 0.0
+        self._drain()
+        self._close_backend()
+        self._done.set()

@@ -1,0 +1,462 @@
+"""Monitor: what `watch` returns. It counts steps and epochs, and moves summaries from the device to the journal.
+
+The training thread is never kept: a summary travels to the host while training goes on, and is picked up by a later
+step. Only `end_epoch`, `flush`, `suspects`, `state_dict` and `close` wait for the device.
+"""
+
+import logging
+import math
+from collections import deque
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from threading import RLock
+from time import monotonic
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from gwa_logging import early_stop, samples
+from gwa_logging.delivery import Delivery
+from gwa_logging.early_stop import Decision, StopState
+from gwa_logging.errors import InvalidInputError, NoObservationsError
+from gwa_logging.faults import Faults
+from gwa_logging.journal import Journal
+from gwa_logging.settings import EarlyStop, WatchSettings
+from gwa_logging.summary import AlignmentSummary
+from gwa_logging.types import (
+    Adapter,
+    AnyRecord,
+    Backend,
+    CloseRecord,
+    EpochReport,
+    IntervalRecord,
+    RunRecord,
+    Snapshot,
+    StopAlert,
+    StopReason,
+    Suspect,
+)
+
+logger = logging.getLogger("gwa_logging")
+
+CLOSE_WITHIN = 10.0
+"""Seconds that `close` gives the backends."""
+
+STATE_VERSION = 1
+
+
+class Monitor:
+    """Watches one model. Made by `gwa_logging.watch`.
+
+    Attributes:
+        journal: path of the run's journal; its folder holds the report as well.
+        history: reports of the epochs so far.
+        alert: the StopAlert, or None while there is none.
+    """
+
+    def __init__(self, settings: WatchSettings, journal: Journal, faults: Faults) -> None:
+        self.journal = journal.path
+        self.history: list[EpochReport] = []
+        self.alert: StopAlert | None = None
+        self._settings = settings
+        self._rule = settings.early_stop or EarlyStop()
+        self._journal = journal
+        self._faults = faults
+        self._lock = RLock()
+        self._deliveries: list[Delivery] = []
+        self._adapter: Adapter
+        self._pending: deque[tuple[int, int, Snapshot]] = deque()
+        self._step = 0
+        self._steps_taken = 0  # steps that are in the journal or on their way there
+        self._epoch_summary = AlignmentSummary()
+        self._stop_state = StopState()
+        self._planned: int | None = None
+        self._display_limit = 0.001
+        self._closed = False
+
+    def _start(self, adapter: Adapter, backends: list[Backend]) -> None:
+        self._adapter = adapter
+        self._journal.append(
+            RunRecord(
+                name=self._settings.name,
+                head=adapter.head,
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+                settings=self._settings.plain(),
+            )
+        )
+        self._deliveries = [Delivery(backend, self._journal, self._faults) for backend in backends]
+        self._notify()
+
+    # --- training steps -------------------------------------------------------------------------------------------
+
+    def update(self, scores: Any, sample_ids: Any = None) -> None:
+        """Takes the scores of one training step (JAX, and PyTorch loops that make their own). Does not wait for them.
+
+        Args:
+            scores: float [...] on the device, as `value_and_grad` returns them; values that are not finite are
+                samples without a score.
+            sample_ids: int [batch] into the ledger (`watch(num_samples=)`), or None.
+
+        Raises:
+            InvalidInputError: scores or ids of a wrong type, shape or dtype, or a tracer (call it outside jit).
+        """
+        if not self._closed:
+            self._adapter.observe(scores, sample_ids)
+
+    def tag(self, sample_ids: Any) -> None:
+        """Says which samples the next forward pass is about (PyTorch).
+
+        Args:
+            sample_ids: int [batch] into the ledger (`watch(num_samples=)`).
+        """
+        self._adapter.tag(sample_ids)
+
+    def value_and_grad(
+        self, fun: Any, argnums: int | tuple[int, ...] = 0, has_aux: bool = False, **options: Any
+    ) -> Any:
+        """Like `jax.value_and_grad`, but the value gains the scores: `(value, scores), grads` (JAX only).
+
+        Args:
+            fun: the loss function, untouched; it must run the watched model.
+            argnums, has_aux: as in `jax.value_and_grad`; with has_aux the first result is `((value, aux), scores)`.
+            options: further arguments of `jax.value_and_grad`.
+
+        Returns:
+            A function of the same arguments; it may be jitted. Scores are float32 [...], one for each row of the
+            head's output.
+
+        Raises:
+            HeadNotFoundError: when it is traced, if `fun` does not run the head once.
+        """
+        make = getattr(self._adapter, "value_and_grad", None)
+        if make is None:
+            raise InvalidInputError(
+                "value_and_grad is for JAX models; this one is PyTorch: call loss.backward() as ever"
+            )
+        return make(fun, argnums=argnums, has_aux=has_aux, **options)
+
+    def _on_step(self) -> None:
+        """Called by the adapter after each training step that it has seen."""
+        with self._lock:
+            if self._closed:
+                return
+            step = self._step
+            self._step += 1
+            if step % self._settings.log_every_n_steps == 0:
+                self._take()
+            if self._pending:
+                self._collect(wait=False)
+            window = self._settings.samples_per_epoch
+            if window is not None and self._epoch_summary.seen >= window:
+                self.end_epoch()
+
+    def _take(self) -> None:
+        """Starts moving to the host what the device has gathered."""
+        self._pending.append((self._step - 1, self._step - self._steps_taken, self._adapter.snapshot()))
+        self._steps_taken = self._step
+
+    def _collect(self, *, wait: bool) -> None:
+        """Writes the summaries that have arrived; all of them if it may wait."""
+        arrived = False
+        while self._pending and (wait or self._pending[0][2].ready()):
+            step, steps, snapshot = self._pending.popleft()
+            self._record_interval(step, steps, snapshot.result())
+            arrived = True
+        if arrived:
+            self._notify()
+
+    def _record_interval(self, step: int, steps: int, summary: AlignmentSummary) -> None:
+        self._epoch_summary = self._epoch_summary.merge(summary)
+        if summary.not_finite:
+            self._faults.record(
+                "samples that are not finite",
+                f"{summary.not_finite} samples had NaN or infinite logits, gradients or scores and were left out",
+                summary.not_finite,
+            )
+        histogram = summary.histogram
+        if summary.count:
+            self._display_limit = histogram.display_limit(self._display_limit)
+        self._journal.append(
+            IntervalRecord(
+                step=step,
+                epoch=len(self.history),
+                steps=steps,
+                count=summary.count,
+                excluded=summary.excluded,
+                mean=summary.mean if summary.count else math.nan,
+                minimum=summary.minimum if summary.count else math.nan,
+                maximum=summary.maximum if summary.count else math.nan,
+                histogram=histogram,
+                display_limit=self._display_limit,
+            )
+        )
+
+    # --- epochs ---------------------------------------------------------------------------------------------------
+
+    def end_epoch(self) -> EpochReport:
+        """Closes an epoch: waits for its scores, reports them, asks the stop rule, writes it all down.
+
+        Raises:
+            NoObservationsError: no training step has passed the probe since the last epoch.
+        """
+        with self._lock:
+            if self._closed:
+                raise InvalidInputError("end_epoch(): this monitor is closed; watch the model again")
+            return self._end_epoch()
+
+    def _end_epoch(self, *, partial: bool = False) -> EpochReport:
+        self._gather()
+        if not self._epoch_summary.seen:
+            raise NoObservationsError(
+                f"epoch {len(self.history)} has ended, but no training step has passed the probe. "
+                f"{self._adapter.nothing_seen()}"
+            )
+        report = self._epoch_summary.report(epoch=len(self.history), step=self._step - 1)
+        alert = None
+        if partial:
+            report = report.model_copy(update={"notes": (*report.notes, "closed before the end of the epoch")})
+        else:
+            report, alert = self._judge(report)
+        self._epoch_summary = AlignmentSummary()
+        self.history.append(report)
+        self._journal.append(report, sync=True)
+        if alert:
+            self.alert = alert
+            logger.warning("gwa_logging: %s", alert.message)
+            self._journal.append(alert, sync=True)
+            self._call_back(alert)
+        self._notify()
+        return report
+
+    def _gather(self) -> None:
+        if self._step > self._steps_taken:
+            self._take()
+        self._collect(wait=True)
+
+    def _judge(self, report: EpochReport) -> tuple[EpochReport, StopAlert | None]:
+        """Asks the stop rule about an epoch."""
+        rule, value = self._rule, self._watched_value(report)
+        self._stop_state, decision = early_stop.step(rule, self._stop_state, value, self._planned)
+        state = self._stop_state
+        report = report.model_copy(update={"is_best": decision is Decision.IMPROVED})
+        if decision is not Decision.STOP or self._settings.early_stop is None:
+            return report, None
+        return report, StopAlert(
+            epoch=report.epoch,
+            best_epoch=state.best_epoch,
+            statistic=rule.statistic,
+            value=value,
+            best_value=state.best,
+            reason=StopReason.NO_IMPROVEMENT,
+            message=(
+                f"GWA says stop: its {rule.statistic} statistic has had no new best for {state.waited} epochs. "
+                f"Best epoch: {state.best_epoch} ({state.best:.4g}); now epoch {report.epoch}: {value:.4g}."
+            ),
+            caveats=report.notes,
+        )
+
+    def _watched_value(self, report: EpochReport) -> float:
+        return {"stable": report.stable_gwa, "gwa": report.gwa, "mean": report.mean}[self._rule.statistic]
+
+    def _call_back(self, alert: StopAlert) -> None:
+        if self._settings.on_alert is None:
+            return
+        try:
+            self._settings.on_alert(alert)
+        except Exception as error:  # noqa: BLE001 - the user's channel must not end the user's training
+            self._faults.record("on_alert", f"{type(error).__name__}: {error}")
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether the stop alert has fired."""
+        return self.alert is not None
+
+    def epochs(self, n: int) -> Iterator[int]:
+        """Yields the epoch numbers from the present one up to n - 1, closing each epoch after its turn.
+
+        Shows a progress bar if tqdm is installed. Ends early after a stop alert if the rule's action is "stop". An epoch
+        that the loop's body has closed itself is not closed again.
+
+        Args:
+            n: number of epochs planned for the whole run; the stop rule's warm-up is a share of it.
+
+        Raises:
+            InvalidInputError: n is not a positive number.
+            NoObservationsError: an epoch has passed without a training step that the probe could see.
+        """
+        if n < 1:
+            raise InvalidInputError(f"epochs(n={n}): expected at least 1")
+        self._planned = n
+        return self._epochs(n)
+
+    def _epochs(self, n: int) -> Iterator[int]:
+        bar = _progress_bar(n, len(self.history))
+        try:
+            for epoch in range(len(self.history), n):
+                yield epoch
+                if len(self.history) == epoch:
+                    self.end_epoch()
+                report = self.history[-1]
+                if bar is not None:
+                    bar.set_postfix(gwa=f"{report.gwa:.3g}", stable=f"{report.stable_gwa:.3g}", refresh=False)
+                    bar.update()
+                if self.alert and self._rule.action == "stop":
+                    break
+        finally:
+            if bar is not None:
+                bar.close()
+
+    # --- results and state ----------------------------------------------------------------------------------------
+
+    def suspects(self, k: int = 100) -> list[Suspect]:
+        """The k training samples that are most probably mislabelled, most suspect first. Waits for the device.
+
+        Raises:
+            InvalidInputError: there is no ledger: `watch(..., num_samples=N)`.
+        """
+        if self._settings.num_samples is None:
+            raise InvalidInputError(
+                "suspects(): there is no ledger: watch(..., num_samples=<size of the training set>)"
+            )
+        with self._lock:
+            sums, seen = self._adapter.ledger()
+        strays = int(seen[-1])
+        if strays:
+            self._faults.record("sample ids", f"{strays} ids were not in [0, {len(seen) - 1}) and were left out")
+        return samples.suspects(sums[:-1], seen[:-1], k)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on later: plain JSON-able values and NumPy arrays. Waits for the device."""
+        with self._lock:
+            self._gather()
+            summary = self._epoch_summary
+            state: dict[str, Any] = {
+                "version": STATE_VERSION,
+                "step": self._step,
+                "display_limit": self._display_limit,
+                "stop_state": list(self._stop_state),
+                "history": [report.model_dump(mode="json") for report in self.history],
+                "alert": self.alert.model_dump(mode="json") if self.alert else None,
+                "epoch_summary": {name: getattr(summary, name) for name in AlignmentSummary.__slots__},
+            }
+            if self._settings.num_samples is not None:
+                state["ledger"] = list(self._adapter.ledger())
+            return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a `state_dict`. Nothing is changed if the state does not fit.
+
+        Raises:
+            InvalidInputError: the state is of another version, or its ledger of another size.
+        """
+        try:
+            if state["version"] != STATE_VERSION:
+                raise InvalidInputError(f"state: expected version {STATE_VERSION}, found {state['version']!r}")
+            summary = AlignmentSummary(**state["epoch_summary"])
+            history = [EpochReport.model_validate(report) for report in state["history"]]
+            alert = StopAlert.model_validate(state["alert"]) if state["alert"] else None
+            stop_state = StopState(*state["stop_state"])
+            step, limit, ledger = int(state["step"]), float(state["display_limit"]), state.get("ledger")
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, InvalidInputError):
+                raise
+            raise InvalidInputError(f"state: not a state_dict() of a monitor ({error!r})") from error
+        size = None if ledger is None else len(ledger[0]) - 1
+        if size != self._settings.num_samples:
+            raise InvalidInputError(
+                f"state: its ledger is of size {size}, watch(num_samples={self._settings.num_samples})"
+            )
+        with self._lock:
+            self._gather()
+            if ledger is not None:
+                self._adapter.load_ledger(np.asarray(ledger[0]), np.asarray(ledger[1]))
+            self._epoch_summary, self.history, self.alert = summary, history, alert
+            self._stop_state, self._display_limit = stop_state, limit
+            self._step = self._steps_taken = step
+
+    @property
+    def faults(self) -> dict[str, int]:
+        """How often each kind of fault has happened; empty if none has."""
+        return self._faults.counts
+
+    def __repr__(self) -> str:
+        last = str(self.history[-1]) if self.history else "no epoch yet"
+        return f"<Monitor of {self._adapter.head}; {last}>"
+
+    # --- the end --------------------------------------------------------------------------------------------------
+
+    def _notify(self) -> None:
+        for delivery in self._deliveries:
+            delivery.notify()
+
+    def flush(self, timeout: float = CLOSE_WITHIN) -> bool:
+        """Sends on everything seen so far. Waits for the device, and at most `timeout` seconds for the backends.
+
+        Returns:
+            Whether every backend has everything.
+        """
+        with self._lock:
+            self._gather()
+        self._notify()
+        deadline = monotonic() + timeout
+        taken = [delivery.wait(deadline) for delivery in self._deliveries]
+        return all(taken)
+
+    def close(self) -> None:
+        """Takes the probe off, reports an epoch in progress, ends the backends. Never raises; a second call does nothing.
+
+        Waits at most 10 s for the backends; what a tracker has not taken by then stays in the journal.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            try:
+                self._gather()
+                if self._epoch_summary.seen:
+                    self._end_epoch(partial=True)
+            except Exception as error:  # noqa: BLE001 - closing must go on
+                self._faults.record("close", f"{type(error).__name__}: {error}")
+            self._closed = True
+            self._adapter.close()
+        state = self._stop_state
+        self._write_last(
+            CloseRecord(
+                epochs=len(self.history),
+                steps=self._step,
+                best_epoch=state.best_epoch if state.best_epoch >= 0 else None,
+                best_value=state.best,
+                faults=self._faults.counts,
+            )
+        )
+        deadline = monotonic() + CLOSE_WITHIN
+        for delivery in self._deliveries:
+            if not delivery.close(deadline):
+                logger.warning(
+                    "gwa_logging: backend %s did not take everything in time; it is all in %s",
+                    delivery.backend.name,
+                    self.journal,
+                )
+        self._journal.close()
+
+    def _write_last(self, record: AnyRecord) -> None:
+        self._journal.append(record, sync=True)
+        self._notify()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> Literal[False]:
+        self.close()
+        return False
+
+
+def _progress_bar(total: int, done: int) -> Any:
+    """A tqdm bar, or None if tqdm is not installed: it is a comfort, not a dependency."""
+    try:
+        from tqdm.auto import tqdm
+    except ModuleNotFoundError:
+        return None
+    return tqdm(total=total, initial=done, unit="epoch", desc="GWA")

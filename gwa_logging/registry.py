@@ -1,0 +1,75 @@
+"""Looks rooms up by name, lazily: nothing of a framework or a tracker is imported before it is asked for."""
+
+import importlib
+from importlib.metadata import entry_points
+from typing import Any
+
+from gwa_logging.errors import InvalidInputError, MissingDependencyError
+from gwa_logging.types import Backend, RunContext
+
+BACKENDS = {
+    "wandb": "gwa_logging.integrations.wandb",
+    "mlflow": "gwa_logging.integrations.mlflow",
+}
+"""Name to module. "local" is not here: the journal is always written, and "local" adds nothing to it."""
+
+ENTRY_POINT_GROUP = "gwa_logging.backends"
+
+
+def open_backend(backend: Any, context: RunContext) -> Backend | None:
+    """Opens a backend by name, or passes an object on; None for "local".
+
+    Raises:
+        InvalidInputError: there is no backend of that name.
+        MissingDependencyError: its package is not installed.
+        BackendError: the tracker cannot be used.
+    """
+    if not isinstance(backend, str):
+        return backend  # type: ignore[no-any-return]  # checked by WatchSettings
+    if backend == "local":
+        return None
+    return find_backend(backend).open_backend(context)  # type: ignore[no-any-return]
+
+
+def find_backend(name: str) -> Any:
+    """The module of a backend, imported."""
+    if name in BACKENDS:
+        return import_room(BACKENDS[name], third_party=name, extra=name)
+    found = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+    if name in found:
+        return found[name].load()
+    names = ", ".join(repr(n) for n in ["local", *BACKENDS, *found])
+    raise InvalidInputError(f"backend={name!r}: there is no such backend; there are {names}")
+
+
+def import_room(module: str, third_party: str, extra: str) -> Any:
+    """Imports a module of `integrations`, whose missing third party becomes a MissingDependencyError."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != third_party:
+            raise
+        raise MissingDependencyError(third_party, extra) from error
+
+
+def find_adapter(model: Any) -> Any:
+    """The module that can watch this model: it has `attach(model, head, num_samples, on_step, faults)`.
+
+    Raises:
+        InvalidInputError: it is not a model of a framework that we know.
+    """
+    bases = {f"{base.__module__}.{base.__qualname__}" for base in type(model).__mro__}
+    if "torch.nn.modules.module.Module" in bases:
+        return import_room("gwa_logging.integrations.torch", "torch", "torch")
+    if "flax.linen.module.Module" in bases:
+        return import_room("gwa_logging.integrations.jax", "jax", "jax")
+    if (
+        callable(model)
+        and not isinstance(model, type)
+        and type(model).__module__ in ("builtins", "functools", "jaxlib._jax")
+    ):
+        return import_room("gwa_logging.integrations.jax", "jax", "jax")
+    raise InvalidInputError(
+        f"model: expected a torch.nn.Module, a flax.linen.Module or a JAX function, found {type(model).__module__}."
+        f"{type(model).__qualname__}{' (the class; pass an instance)' if isinstance(model, type) else ''}"
+    )

@@ -1,0 +1,95 @@
+"""Settings, validated once at the door: frozen, and a typo is an error that names the nearest field."""
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from gwa_logging.errors import InvalidInputError
+
+
+class Settings(BaseModel):
+    """A frozen model whose validation errors are one InvalidInputError that people can act on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise InvalidInputError(_explain(type(self), error)) from None
+
+
+class EarlyStop(Settings):
+    """When to say that training should stop.
+
+    Attributes:
+        statistic: what is watched: "stable" (mean / (excess kurtosis + 3), no pole), "gwa" (as published) or "mean".
+        regime: "scratch" looks for the maximum; "finetune" for the maximum after the first minimum.
+        warmup: epochs that are not looked at: a share (below 1) of the epochs planned by `Monitor.epochs`, or a
+            number of epochs. A share of an unknown plan counts as one epoch.
+        patience: epochs without a new best until the alert; at least 1.
+        min_delta: by how much a value must exceed the best to be a new best; dimensionless, at least 0.
+        action: "alert" tells; "stop" also ends `Monitor.epochs`.
+    """
+
+    statistic: Literal["stable", "gwa", "mean"] = "stable"
+    regime: Literal["scratch", "finetune"] = "scratch"
+    warmup: float = Field(default=0.1, ge=0, allow_inf_nan=False)
+    patience: int = Field(default=5, ge=1)
+    min_delta: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    action: Literal["alert", "stop"] = "alert"
+
+
+class WatchSettings(Settings):
+    """The keyword arguments of `gwa_logging.watch`, which describes them."""
+
+    backend: Any = "local"
+    run: Any = None
+    head: Any = None
+    early_stop: EarlyStop | None = Field(default_factory=EarlyStop)
+    on_alert: Callable[..., Any] | None = None
+    log_every_n_steps: int = Field(default=50, ge=1)
+    samples_per_epoch: int | None = Field(default=None, ge=1)
+    num_samples: int | None = Field(default=None, ge=1)
+    directory: Path = Path("gwa_runs")
+    name: str = Field(default="gwa", pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=64)
+
+    @field_validator("backend")
+    @classmethod
+    def _backends(cls, value: Any) -> tuple[Any, ...]:
+        backends = tuple(value) if isinstance(value, list | tuple) else (value,)
+        for backend in backends:
+            if not isinstance(backend, str) and not (hasattr(backend, "write") and hasattr(backend, "close")):
+                raise ValueError(
+                    "expected a name such as 'wandb' or 'mlflow', a list of them, or an object with write(record) "
+                    "and close()"
+                )
+        if not backends:
+            raise ValueError("expected at least one backend; 'local' keeps only the journal and the report")
+        return backends
+
+    def plain(self) -> dict[str, Any]:
+        """What of the settings can be written down: for the journal."""
+        return {
+            "backend": [b if isinstance(b, str) else type(b).__name__ for b in self.backend],
+            "early_stop": self.early_stop.model_dump() if self.early_stop else None,
+            "log_every_n_steps": self.log_every_n_steps,
+            "samples_per_epoch": self.samples_per_epoch,
+        }
+
+
+def _explain(model: type[BaseModel], error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        field = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            near = get_close_matches(field, model.model_fields, n=1)
+            remedy = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(model.model_fields)}"
+            lines.append(f"unknown argument {field!r}: {remedy}")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{field}={problem['input']!r}: {message[:1].lower()}{message[1:]}")
+    return "; ".join(lines)

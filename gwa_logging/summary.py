@@ -1,0 +1,212 @@
+"""AlignmentSummary: everything about a set of scores that is needed later, in 4 KB, mergeable.
+
+Centred moments rather than power sums, because of cancellation: with a mean of 0.5 and a spread of 0.005 power sums in
+float32 turn a kurtosis of 2.6 into -119. Merging is associative and order-free up to float64 rounding, so summaries may
+be merged over steps, devices, processes and resumed runs in any order.
+
+Source of the merge: P. Pebay, "Formulas for robust, one-pass parallel computation of covariances and arbitrary-order
+statistical moments", Sandia report SAND2008-6212, 2008.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from gwa_logging.alignment import (
+    DEAD,
+    GWA_BETA,
+    GWA_MIN_DENOMINATOR,
+    NOT_FINITE,
+    STABLE_BETA,
+    FloatArray,
+    as_scores,
+    gwa_from_moments,
+    is_constant,
+)
+from gwa_logging.histogram import BINS, EDGES, Histogram
+from gwa_logging.types import EpochReport, score_quantiles
+
+FEW_SAMPLES = 200
+"""Below this, the standard error of a normal sample's kurtosis, sqrt(24 / n), is above a third."""
+
+
+@dataclass(frozen=True, slots=True)
+class AlignmentSummary:
+    """Mergeable statistics of scores.
+
+    Attributes:
+        count: samples with a score.
+        mean: of the scores.
+        m2, m3, m4: sums of the second, third and fourth powers of (score - mean).
+        minimum, maximum: inf and -inf while count is 0.
+        bins: int64 [512], counts over `gwa_logging.histogram.EDGES`.
+        no_gradient, dead, not_finite: samples without a score, by reason (see `gwa_logging.alignment`).
+    """
+
+    count: int = 0
+    mean: float = 0.0
+    m2: float = 0.0
+    m3: float = 0.0
+    m4: float = 0.0
+    minimum: float = math.inf
+    maximum: float = -math.inf
+    bins: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(BINS, dtype=np.int64))
+    no_gradient: int = 0
+    dead: int = 0
+    not_finite: int = 0
+
+    @classmethod
+    def from_scores(cls, scores: npt.ArrayLike) -> Self:
+        """Summarises scores, float of any shape; values that are not scores are counted by what they mean."""
+        every = as_scores(scores)
+        s = every[np.isfinite(every)]
+        missing = cls(
+            no_gradient=int(np.isnan(every).sum()),
+            dead=int((every == DEAD).sum()),
+            not_finite=int((every == NOT_FINITE).sum()),
+        )
+        if not s.size:
+            return missing
+        mean = float(s.mean())
+        c = s - mean
+        mean += float(c.mean())  # what rounding left over; 1e-16, but the spread may be small as well
+        return replace(
+            missing,
+            count=s.size,
+            mean=mean,
+            m2=float(np.sum(c**2)),
+            m3=float(np.sum(c**3)),
+            m4=float(np.sum(c**4)),
+            minimum=float(s.min()),
+            maximum=float(s.max()),
+            bins=bin_counts(s),
+        )
+
+    @classmethod
+    def merge_all(cls, summaries: Iterable["AlignmentSummary"]) -> "AlignmentSummary":
+        """The summary of all scores together."""
+        total: AlignmentSummary = cls()
+        for summary in summaries:
+            total = total.merge(summary)
+        return total
+
+    def merge(self, other: "AlignmentSummary") -> "AlignmentSummary":
+        """The summary of both sets of scores together."""
+        a, b, n = self.count, other.count, self.count + other.count
+        moments = {"mean": self.mean, "m2": self.m2, "m3": self.m3, "m4": self.m4}
+        if b:
+            share_a, share_b = a / n, b / n
+            d = other.mean - self.mean
+            cross = d * share_a * share_b  # of which a and b each carry one factor, so nothing overflows
+            moments = {
+                "mean": self.mean * share_a + other.mean * share_b,
+                "m2": self.m2 + other.m2 + d * cross * n,
+                "m3": self.m3
+                + other.m3
+                + d * d * cross * n * (share_a - share_b)
+                + 3 * d * (share_a * other.m2 - share_b * self.m2),
+                "m4": self.m4
+                + other.m4
+                + d**3 * cross * n * (share_a**2 - share_a * share_b + share_b**2)
+                + 6 * d * d * (share_a**2 * other.m2 + share_b**2 * self.m2)
+                + 4 * d * (share_a * other.m3 - share_b * self.m3),
+            }
+        return AlignmentSummary(
+            count=n,
+            **moments,
+            minimum=min(self.minimum, other.minimum),
+            maximum=max(self.maximum, other.maximum),
+            bins=self.bins + other.bins,
+            no_gradient=self.no_gradient + other.no_gradient,
+            dead=self.dead + other.dead,
+            not_finite=self.not_finite + other.not_finite,
+        )
+
+    @property
+    def excluded(self) -> int:
+        """Samples without a score."""
+        return self.no_gradient + self.dead + self.not_finite
+
+    @property
+    def seen(self) -> int:
+        """All samples, with a score or without."""
+        return self.count + self.excluded
+
+    @property
+    def std(self) -> float:
+        """Population standard deviation of the scores; NaN if there are none."""
+        return math.sqrt(self.m2 / self.count) if self.count else math.nan
+
+    @property
+    def constant(self) -> bool:
+        """Whether the scores have no spread, so that skewness and kurtosis are undefined."""
+        largest = max(abs(self.minimum), abs(self.maximum))
+        return not self.count or is_constant(self.m2 / self.count, largest)
+
+    @property
+    def skewness(self) -> float:
+        """Biased skewness; NaN if undefined."""
+        return math.nan if self.constant else self.m3 / self.count / self.std**3
+
+    @property
+    def excess_kurtosis(self) -> float:
+        """Biased excess (Fisher) kurtosis, at least -2; NaN if undefined."""
+        return math.nan if self.constant else self.m4 / self.count / self.std**4 - 3.0
+
+    @property
+    def histogram(self) -> Histogram:
+        """The distribution of the scores."""
+        return Histogram.from_dense(self.bins)
+
+    def report(self, epoch: int = 0, step: int = -1) -> EpochReport:
+        """All statistics, with notes on what is unusual. The epoch and the step are merely passed on."""
+        kurtosis, histogram = self.excess_kurtosis, self.histogram
+        defined = math.isfinite(kurtosis) and kurtosis + GWA_BETA > GWA_MIN_DENOMINATOR
+        return EpochReport(
+            epoch=epoch,
+            step=step,
+            count=self.count,
+            excluded=self.excluded,
+            mean=self.mean if self.count else math.nan,
+            std=self.std,
+            skewness=self.skewness,
+            excess_kurtosis=kurtosis,
+            gwa=gwa_from_moments(self.mean, kurtosis, GWA_BETA),
+            stable_gwa=gwa_from_moments(self.mean, kurtosis, STABLE_BETA),
+            negative_fraction=histogram.negative_fraction,
+            quantiles=score_quantiles(histogram, self.minimum, self.maximum),
+            histogram=histogram,
+            gwa_defined=defined,
+            notes=tuple(self._notes(defined)),
+        )
+
+    def _notes(self, defined: bool) -> Iterable[str]:
+        if self.no_gradient:
+            yield f"{self.no_gradient} samples had no gradient at the head (padded, ignored or saturated)"
+        if self.dead:
+            yield f"{self.dead} samples had a zero embedding (dead features) or met a zero weight"
+        if self.not_finite:
+            yield f"{self.not_finite} samples had NaN or infinite logits, gradients or scores"
+        if not self.count:
+            yield "no sample had a score: every statistic is undefined"
+        elif self.constant:
+            yield "all scores are equal: kurtosis and GWA are undefined"
+        elif not defined:
+            yield (
+                f"two-humped scores (excess kurtosis {self.excess_kurtosis:.3g}): the published GWA is at or beyond "
+                "its pole and says nothing; look at stable GWA"
+            )
+        if 0 < self.count < FEW_SAMPLES:
+            yield f"only {self.count} samples: kurtosis and GWA are rough"
+        if not self.constant and self.excess_kurtosis > 100:
+            yield f"excess kurtosis {self.excess_kurtosis:.0f}: a few outliers dominate GWA"
+
+
+def bin_counts(scores: FloatArray) -> npt.NDArray[np.int64]:
+    """int64 [512]: how many of the finite scores fall into each bin of `gwa_logging.histogram.EDGES`."""
+    index = np.searchsorted(EDGES, scores, side="right") - 1
+    return np.bincount(np.clip(index, 0, BINS - 1), minlength=BINS).astype(np.int64)

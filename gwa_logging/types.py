@@ -1,0 +1,305 @@
+"""Records (what the journal holds and the backends receive) and protocols (what an adapter and a backend must do).
+
+The records are frozen pydantic models, one JSON line each. Numbers that JSON cannot hold (NaN, infinities) are written
+as null and read back as NaN; wherever one can occur, the record's notes or flags say why.
+"""
+
+import math
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, TypeAdapter
+
+from gwa_logging.histogram import Histogram
+
+JOURNAL_VERSION = 1
+
+QUANTILES = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95}
+
+Number = Annotated[
+    float,
+    BeforeValidator(lambda value: math.nan if value is None else value),
+    PlainSerializer(lambda value: value if math.isfinite(value) else None, when_used="json"),
+]
+"""A float that may be undefined: null in JSON, NaN in Python."""
+
+
+class Record(BaseModel):
+    """Base of everything in the journal."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunRecord(Record):
+    """The first line of a journal: what is being watched, and how."""
+
+    kind: Literal["run"] = "run"
+    version: int = JOURNAL_VERSION
+    name: str
+    head: str
+    created: str
+    settings: dict[str, Any]
+
+
+class IntervalRecord(Record):
+    """The scores of the training steps since the last interval.
+
+    Attributes:
+        step: index of the last step of the interval, from 0 over the whole run.
+        epoch: the epoch it belongs to, from 0.
+        steps: how many steps it spans.
+        count, excluded: samples with a score, and without.
+        mean: mean score, dimensionless, in [-1, 1].
+        minimum, maximum: smallest and largest score.
+        histogram: distribution of the scores.
+        display_limit: half-width of the range to show; grows only, through a run.
+    """
+
+    kind: Literal["interval"] = "interval"
+    step: int
+    epoch: int
+    steps: int
+    count: int
+    excluded: int
+    mean: Number
+    minimum: Number
+    maximum: Number
+    histogram: Histogram
+    display_limit: float
+
+    @property
+    def negative_fraction(self) -> float:
+        """Share of scores below zero: samples whose gradient asks the head to shrink, in [0, 1]."""
+        return self.histogram.negative_fraction
+
+    @property
+    def quantiles(self) -> dict[str, float]:
+        """Scores at 5, 25, 50, 75 and 95 %, right to within a bin of the histogram."""
+        return score_quantiles(self.histogram, self.minimum, self.maximum)
+
+    def merge(self, later: "IntervalRecord") -> "IntervalRecord":
+        """This interval and a later one as one."""
+        count = self.count + later.count
+        parts = [r for r in (self, later) if r.count]
+        return later.model_copy(
+            update={
+                "steps": self.steps + later.steps,
+                "count": count,
+                "excluded": self.excluded + later.excluded,
+                "mean": sum(r.mean * r.count for r in parts) / count if count else math.nan,
+                "minimum": min((r.minimum for r in parts), default=math.nan),
+                "maximum": max((r.maximum for r in parts), default=math.nan),
+                "histogram": self.histogram.merge(later.histogram),
+                "display_limit": max(self.display_limit, later.display_limit),
+            }
+        )
+
+
+class EpochReport(Record):
+    """What the scores of one epoch say.
+
+    Attributes:
+        epoch: from 0.
+        step: index of the epoch's last step, from 0 over the whole run; -1 in a report that belongs to no run.
+        count: samples with a score.
+        excluded: samples without one: no gradient (padded, ignored, saturated), nothing in the embedding, not finite.
+        mean, std: of the scores, dimensionless; the spread is the population's (divided by count).
+        skewness, excess_kurtosis: biased, as in SciPy's default; excess kurtosis is 0 for a normal distribution.
+        gwa: mean / (excess kurtosis + 1.2), as published, even beyond its pole. NaN where the kurtosis is undefined.
+        stable_gwa: mean / (excess kurtosis + 3), which has no pole; the stop alert watches this one.
+        negative_fraction: share of scores below zero, in [0, 1].
+        quantiles: scores at q05, q25, q50, q75 and q95, right to within a bin of the histogram.
+        histogram: distribution of the scores.
+        gwa_defined: False where the denominator of `gwa` is not clearly positive; then `gwa` says nothing.
+        is_best: whether this is the best epoch so far by the statistic that the stop alert watches.
+        notes: sentences on what is unusual in this epoch.
+    """
+
+    kind: Literal["epoch"] = "epoch"
+    epoch: int
+    step: int
+    count: int
+    excluded: int
+    mean: Number
+    std: Number
+    skewness: Number
+    excess_kurtosis: Number
+    gwa: Number
+    stable_gwa: Number
+    negative_fraction: Number
+    quantiles: dict[str, Number]
+    histogram: Histogram
+    gwa_defined: bool
+    is_best: bool = False
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """One readable line."""
+        doubt = "" if self.gwa_defined else " (undefined)"
+        return (
+            f"epoch {self.epoch}: GWA {self.gwa:.4g}{doubt}, stable {self.stable_gwa:.4g}, mean {self.mean:.4g}, "
+            f"{self.negative_fraction:.1%} negative, {self.count} samples{', best so far' if self.is_best else ''}"
+        )
+
+
+class StopReason(StrEnum):
+    """Why a stop alert fired."""
+
+    NO_IMPROVEMENT = "no improvement"
+    """The statistic has not exceeded its best for `patience` epochs."""
+
+
+class StopAlert(Record):
+    """GWA says that training should stop.
+
+    Attributes:
+        epoch: when it fired, from 0.
+        best_epoch: the epoch to go back to.
+        statistic: what was watched: "stable", "gwa" or "mean".
+        value, best_value: of that statistic at `epoch` and at `best_epoch`.
+        reason: why.
+        message: the same in a sentence.
+        caveats: what speaks against it.
+    """
+
+    kind: Literal["alert"] = "alert"
+    epoch: int
+    best_epoch: int
+    statistic: str
+    value: Number
+    best_value: Number
+    reason: StopReason
+    message: str
+    caveats: tuple[str, ...] = ()
+
+
+class CloseRecord(Record):
+    """The last line of a journal that was closed: how the run went.
+
+    Attributes:
+        best_epoch, best_value: by the statistic that the stop alert watches; None and NaN if there was none.
+        faults: how often each kind of fault happened.
+    """
+
+    kind: Literal["close"] = "close"
+    epochs: int
+    steps: int
+    best_epoch: int | None
+    best_value: Number
+    faults: dict[str, int]
+
+
+AnyRecord = RunRecord | IntervalRecord | EpochReport | StopAlert | CloseRecord
+RECORDS: TypeAdapter[AnyRecord] = TypeAdapter(Annotated[AnyRecord, Field(discriminator="kind")])
+"""Reads any record from its JSON line."""
+
+
+class Suspect(Record):
+    """A training sample that is probably mislabelled.
+
+    Attributes:
+        id: the sample's id.
+        mean_score: its mean score over the run, dimensionless; the lower, the more suspect.
+        times_seen: how often it was scored.
+        label, predicted: class indices; None where unknown.
+    """
+
+    id: int
+    mean_score: float
+    times_seen: int
+    label: int | None = None
+    predicted: int | None = None
+
+
+def score_quantiles(histogram: Histogram, minimum: float, maximum: float) -> dict[str, float]:
+    """The quantiles of `QUANTILES` from a histogram, kept between the smallest and the largest score."""
+    values = histogram.quantiles(list(QUANTILES.values()))
+    return {name: float(np.clip(q, minimum, maximum)) for name, q in zip(QUANTILES, values, strict=True)}
+
+
+class Snapshot(Protocol):
+    """A summary on its way from the device."""
+
+    def ready(self) -> bool:
+        """Whether `result` would return without waiting for the device."""
+        ...
+
+    def result(self) -> Any:
+        """The `AlignmentSummary`, waiting for it if need be."""
+        ...
+
+
+class Adapter(Protocol):
+    """What a framework does for the monitor."""
+
+    head: str
+    """One line: which head was chosen, and why."""
+
+    def observe(self, scores: Any, sample_ids: Any) -> None:
+        """Takes the scores of one step, float [...] on the device, from the user's own loop."""
+        ...
+
+    def tag(self, sample_ids: Any) -> None:
+        """Notes which samples the next forward pass is about."""
+        ...
+
+    def start(self, on_step: Callable[[], None]) -> None:
+        """Begins to observe; `on_step` is called after each training step that was seen."""
+        ...
+
+    def ledger(self) -> tuple[Any, Any]:
+        """Sums float32 [num_samples + 1] and counts int32 [num_samples + 1] as NumPy; the last is for stray ids."""
+        ...
+
+    def load_ledger(self, sums: Any, seen: Any) -> None:
+        """Puts back what `ledger` gave."""
+        ...
+
+    def snapshot(self) -> Snapshot:
+        """Hands over what was accumulated on the device since the last snapshot, and starts anew."""
+        ...
+
+    def nothing_seen(self) -> str:
+        """What to check when no step has passed the probe."""
+        ...
+
+    def close(self) -> None:
+        """Takes the probe off the model."""
+        ...
+
+
+class RunContext(NamedTuple):
+    """What a backend is told when it is opened.
+
+    Attributes:
+        name: prefix of every metric key.
+        run: the user's run, or None for the active one.
+        directory: the run's own folder, with the journal in it.
+    """
+
+    name: str
+    run: Any
+    directory: Path
+
+
+class Backend(Protocol):
+    """What a tracker does: it writes records, nothing else.
+
+    A module or entry point named by `backend=` has a function `open_backend(context: RunContext) -> Backend`, which
+    raises BackendError where the tracker cannot be used.
+    """
+
+    name: str
+    threaded: bool
+    """True: written by a worker thread of its own. False: on the training thread, so `write` must take microseconds."""
+
+    def write(self, record: AnyRecord) -> None:
+        """Writes one record. Raising means that it was not written: it is counted, kept in the journal, tried again."""
+        ...
+
+    def close(self) -> None:
+        """Finishes the run if the backend started it. Called once, after the last record."""
+        ...

@@ -1,0 +1,6 @@
+"""PyTorch: `attach` puts a probe at a model's classifier head."""
+
+from gwa_logging.integrations.torch.adapter import TorchAdapter, attach
+from gwa_logging.integrations.torch.heads import Head, find_head
+
+__all__ = ["Head", "TorchAdapter", "attach", "find_head"]

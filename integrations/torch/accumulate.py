@@ -1,0 +1,265 @@
+"""Gathers scores on the device, and brings their summary to the host without waiting for it.
+
+A step only puts a few small tensors into a list. Once in a while they are folded, on the device and in float64, into
+one vector of ten numbers and a histogram, which is copied to the host in the background. Merging is done on the host, by
+`AlignmentSummary.merge`, as everywhere.
+"""
+
+from collections import defaultdict
+from threading import Lock
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gwa_logging.alignment import DEAD, NO_GRADIENT, NOT_FINITE, SCORE_TOLERANCE
+from gwa_logging.histogram import BINS, EDGES
+from gwa_logging.summary import AlignmentSummary
+
+FOLD_AT = 65_536
+"""Samples kept on the device before they are folded: 768 KB at most."""
+
+_PADDING = 4.0  # marks a row that is no sample; no score is above 1
+
+
+class Terms(NamedTuple):
+    """What a score is made of, float32 [rows] each: score = -product / (delta_norms * seen).
+
+    Attributes:
+        product: delta . (z - b), or (dL/dh) . h.
+        delta_norms: |delta|.
+        seen: |h| |W|.
+    """
+
+    product: Tensor
+    delta_norms: Tensor
+    seen: Tensor
+
+    def scores(self) -> Tensor:
+        """float32 [rows]; not finite where a sample has no score, by the marks of `gwa_logging.alignment`."""
+        scores = -self.product / self.delta_norms / self.seen
+        finite = torch.isfinite(self.product + self.delta_norms + self.seen)
+        scores = torch.where(self.seen == 0, DEAD, scores)
+        scores = torch.where(self.delta_norms == 0, NO_GRADIENT, scores)
+        return torch.where(finite, scores, NOT_FINITE)
+
+
+class _Batch(NamedTuple):
+    """One backward pass: terms (eager) or scores (compiled, or from the user), and the samples' ids if they are known."""
+
+    terms: Terms | None
+    scores: Tensor | None
+    sample_ids: Tensor | None
+
+    @property
+    def values(self) -> Tensor:
+        """One number a row, of either."""
+        return self.terms.product if self.terms is not None else self.scores  # type: ignore[return-value]
+
+
+class Accumulator:
+    """Scores since the last snapshot, and the per-sample ledger."""
+
+    def __init__(self, num_samples: int | None) -> None:
+        self._batches: list[_Batch] = []
+        self._rows = 0
+        self._arriving = TorchSnapshot()
+        self._edges: dict[torch.device, Tensor] = {}
+        self._num_samples = num_samples
+        self._ledger: tuple[Tensor, Tensor] | None = None
+        self._tag: Tensor | None = None
+        self._lock = Lock()  # DataParallel's replicas run their backward passes in threads
+
+    def tag(self, sample_ids: Tensor) -> None:
+        """Keeps the ids of the next batch."""
+        self._tag = sample_ids
+
+    def take_tag(self) -> Tensor | None:
+        """The ids of the present batch, once."""
+        sample_ids, self._tag = self._tag, None
+        return sample_ids
+
+    def add_terms(self, terms: Terms, sample_ids: Tensor | None) -> None:
+        """Adds the terms of an eager backward pass."""
+        self._add(_Batch(terms, None, sample_ids), terms.product.shape[0])
+
+    def add_scores(self, scores: Tensor, sample_ids: Tensor | None, valid: Tensor | None = None) -> None:
+        """Adds scores, float [rows]; where `valid` is 0 a row is padding."""
+        if valid is not None:
+            scores = torch.where(valid > 0, scores, _PADDING)
+        self._add(_Batch(None, scores.reshape(-1), sample_ids), scores.numel())
+
+    def _add(self, batch: _Batch, rows: int) -> None:
+        with self._lock:
+            self._batches.append(batch)
+            self._rows += rows
+            if self._rows >= FOLD_AT:
+                self._fold()
+
+    def snapshot(self) -> "TorchSnapshot":
+        """Everything since the last one, on its way to the host."""
+        with self._lock:
+            self._fold()
+            snapshot, self._arriving = self._arriving, TorchSnapshot()
+            return snapshot
+
+    def _fold(self) -> None:
+        batches, self._batches, self._rows = self._batches, [], 0
+        by_device: dict[torch.device, list[_Batch]] = defaultdict(list)
+        for batch in batches:
+            by_device[batch.values.device].append(batch)
+        for device, group in by_device.items():
+            group.sort(key=lambda batch: batch.terms is None)
+            terms = [batch.terms for batch in group if batch.terms]
+            pieces = [batch.scores for batch in group if batch.scores is not None]
+            if terms:
+                pieces.insert(0, Terms(*(torch.cat(column) for column in zip(*terms, strict=True))).scores())
+            scores = torch.cat([piece.float() for piece in pieces])
+            self._arriving.add(fold(scores, self._edges_on(device)))
+            if self._num_samples is not None:
+                sizes = [batch.values.shape[0] for batch in group]
+                for batch, piece in zip(group, torch.split(scores, sizes), strict=True):
+                    if batch.sample_ids is not None:
+                        self._enter(batch.sample_ids, piece)
+
+    def _edges_on(self, device: torch.device) -> Tensor:
+        if device not in self._edges:
+            self._edges[device] = torch.from_numpy(EDGES.copy()).to(_fold_device(device))
+        return self._edges[device]
+
+    def _enter(self, sample_ids: Tensor, scores: Tensor) -> None:
+        """Enters the scores of a batch into the ledger; ids out of range go to its last place, where they are counted."""
+        sums, seen = self._ledger_on(scores.device)
+        size = sums.shape[0] - 1
+        ids = sample_ids.to(scores.device, torch.int64, non_blocking=True)
+        scores = scores[: ids.shape[0]]
+        ids = torch.where((ids < 0) | (ids >= size), size, ids)
+        counted = torch.isfinite(scores)
+        sums.index_add_(0, ids, torch.where(counted, scores, 0.0))
+        seen.index_add_(0, ids, counted.int())
+
+    def _ledger_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self._ledger is None:
+            size = (self._num_samples or 0) + 1
+            self._ledger = (
+                torch.zeros(size, device=device),
+                torch.zeros(size, dtype=torch.int32, device=device),
+            )
+        return self._ledger
+
+    def ledger(self) -> tuple[np.ndarray, np.ndarray]:
+        """The ledger, brought to the host: waits for the device."""
+        with self._lock:
+            self._fold()
+            sums, seen = self._ledger_on(torch.device("cpu"))
+            return sums.cpu().numpy().copy(), seen.cpu().numpy().copy()
+
+    def load_ledger(self, sums: np.ndarray, seen: np.ndarray, device: torch.device) -> None:
+        """Puts back what `ledger` gave."""
+        with self._lock:
+            self._ledger = (
+                torch.from_numpy(sums.astype(np.float32)).to(device),
+                torch.from_numpy(seen.astype(np.int32)).to(device),
+            )
+
+
+def _fold_device(device: torch.device) -> torch.device:
+    """Where to fold: on the device if it has float64."""
+    return device if device.type in ("cpu", "cuda") else torch.device("cpu")
+
+
+def fold(scores: Tensor, edges: Tensor) -> Tensor:
+    """Summarises scores on their device, without waiting for it.
+
+    Args:
+        scores: float32 [rows], not finite where a sample has no score.
+        edges: float32 [513], the edges of the histogram.
+
+    Returns:
+        float64 [522]: count, mean, m2, m3, m4, minimum, maximum, no_gradient, dead, not_finite, and 512 bin counts.
+    """
+    scores = scores.to(edges.device)
+    x = scores.double()
+    valid = x.abs() <= 1 + SCORE_TOLERANCE  # False for NaN
+    count = valid.sum().double()
+    mean = torch.where(valid, x, 0.0).sum() / count.clamp(min=1)
+    c = torch.where(valid, x - mean, 0.0)
+    correction = c.sum() / count.clamp(min=1)
+    c = torch.where(valid, c - correction, 0.0)
+    square = c * c
+    padding = x == _PADDING
+    no_gradient, dead = torch.isnan(x), x == DEAD
+    numbers = torch.stack(
+        [
+            count,
+            mean + correction,
+            square.sum(),
+            (square * c).sum(),
+            (square * square).sum(),
+            torch.where(valid, x, torch.inf).min(),
+            torch.where(valid, x, -torch.inf).max(),
+            no_gradient.sum().double(),
+            dead.sum().double(),
+            (~(valid | padding | no_gradient | dead)).sum().double(),
+        ]
+    )
+    index = (torch.searchsorted(edges, scores, right=True) - 1).clamp(0, BINS - 1)
+    bins = torch.zeros(BINS + 1, dtype=torch.float64, device=edges.device)
+    bins.index_add_(0, torch.where(valid, index, BINS), torch.ones_like(x))
+    return torch.cat([numbers, bins[:BINS]])
+
+
+class TorchSnapshot:
+    """Folded vectors on their way to the host."""
+
+    def __init__(self) -> None:
+        self._vectors: list[tuple[Tensor, torch.cuda.Event | None]] = []
+        self._merged = AlignmentSummary()
+
+    def add(self, vector: Tensor) -> None:
+        """Starts copying a folded vector; merges those that have come."""
+        self._merge_arrived()
+        if vector.device.type == "cuda":
+            host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
+            host.copy_(vector, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(vector.device))
+            self._vectors.append((host, event))
+        else:
+            self._vectors.append((vector, None))
+
+    def _merge_arrived(self) -> None:
+        while self._vectors and (self._vectors[0][1] is None or self._vectors[0][1].query()):
+            self._merged = self._merged.merge(_unpack(self._vectors.pop(0)[0]))
+
+    def ready(self) -> bool:
+        """Whether everything has come."""
+        self._merge_arrived()
+        return not self._vectors
+
+    def result(self) -> AlignmentSummary:
+        """The summary; waits for what is still under way."""
+        for _, event in self._vectors:
+            if event is not None:
+                event.synchronize()
+        self._merge_arrived()
+        return self._merged
+
+
+def _unpack(vector: Tensor) -> AlignmentSummary:
+    values = vector.numpy()
+    count, mean, m2, m3, m4, minimum, maximum, no_gradient, dead, not_finite = (float(v) for v in values[:-BINS])
+    return AlignmentSummary(
+        count=int(count),
+        mean=mean,
+        m2=m2,
+        m3=m3,
+        m4=m4,
+        minimum=minimum,
+        maximum=maximum,
+        bins=values[-BINS:].astype(np.int64),
+        no_gradient=int(no_gradient),
+        dead=int(dead),
+        not_finite=int(not_finite),
+    )

@@ -1,0 +1,104 @@
+"""The PyTorch adapter: the head, its probe, and what they gather."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gwa_logging.errors import InvalidInputError
+from gwa_logging.faults import Faults
+from gwa_logging.integrations.torch.accumulate import Accumulator, TorchSnapshot
+from gwa_logging.integrations.torch.heads import FirstPass, Head, find_head, unwrapped
+from gwa_logging.integrations.torch.probe import HeadProbe
+from gwa_logging.monitor import logger
+from gwa_logging.samples import check_sample_ids
+from gwa_logging.settings import WatchSettings
+
+
+def attach(model: nn.Module, settings: WatchSettings, faults: Faults) -> "TorchAdapter":
+    """Puts a probe at the head of a model; it begins to observe on `start`.
+
+    Raises:
+        HeadNotFoundError: see `find_head`.
+    """
+    return TorchAdapter(model, find_head(model, settings.head), settings.num_samples, faults)
+
+
+class TorchAdapter:
+    """Watches one model. See `gwa_logging.types.Adapter`."""
+
+    def __init__(self, model: nn.Module, head: Head | None, num_samples: int | None, faults: Faults) -> None:
+        self.head = str(head) if head else "head: the first training pass will tell"
+        self._model = weakref.ref(unwrapped(model))
+        self._found = head
+        self._num_samples = num_samples
+        self._accumulator = Accumulator(num_samples)
+        self._faults = faults
+        self._on_step: Callable[[], None] = lambda: None
+        self._watching: HeadProbe | FirstPass | None = None
+
+    def start(self, on_step: Callable[[], None]) -> None:
+        """Begins to observe."""
+        self._on_step = on_step
+        model = self._model()
+        if self._found is not None:
+            self._probe(self._found)
+        elif model is not None:
+            self._watching = FirstPass(model, self._tell)
+
+    def _tell(self, head: Head) -> None:
+        self.head = str(head)
+        logger.info("gwa_logging: %s", self.head)
+        self._probe(head)
+
+    def _probe(self, head: Head) -> None:
+        self._watching = HeadProbe(head.module, self._accumulator, self._on_step, self._faults)
+
+    def observe(self, scores: Any, sample_ids: Any) -> None:
+        """Takes in scores of the user's own making."""
+        if not isinstance(scores, Tensor) or not scores.is_floating_point() or scores.ndim == 0:
+            found = (
+                f"{scores.dtype} of shape {tuple(scores.shape)}"
+                if isinstance(scores, Tensor)
+                else type(scores).__name__
+            )
+            raise InvalidInputError(f"scores: expected a floating-point tensor [batch], found {found}")
+        if sample_ids is not None:
+            check_sample_ids(sample_ids, scores.numel(), self._num_samples)
+        self._accumulator.add_scores(scores.detach(), sample_ids)
+        self._on_step()
+
+    def tag(self, sample_ids: Any) -> None:
+        """Notes which samples the next forward pass is about."""
+        check_sample_ids(sample_ids, None, self._num_samples)
+        self._accumulator.tag(torch.as_tensor(sample_ids))
+
+    def snapshot(self) -> TorchSnapshot:
+        """Hands over what was gathered since the last one."""
+        return self._accumulator.snapshot()
+
+    def ledger(self) -> tuple[Any, Any]:
+        """Sums and counts per sample, on the host."""
+        return self._accumulator.ledger()
+
+    def load_ledger(self, sums: Any, seen: Any) -> None:
+        """Puts back what `ledger` gave."""
+        model = self._model()
+        parameter = next(iter(model.parameters()), None) if model is not None else None
+        self._accumulator.load_ledger(sums, seen, parameter.device if parameter is not None else torch.device("cpu"))
+
+    def nothing_seen(self) -> str:
+        """What to check when no step has passed the probe."""
+        return (
+            f"Watched: {self.head}. Check that loss.backward() runs on the output of this model in training mode with "
+            "gradients enabled; that the head is called as a module (not through F.linear on its weight, nor inside of a "
+            "fused loss); and that watch() came before the first call of a compiled model."
+        )
+
+    def close(self) -> None:
+        """Takes the probe off."""
+        if self._watching is not None:
+            self._watching.close()
+            self._watching = None
