@@ -1,0 +1,134 @@
+"""Gathers scores on the device in one small jitted update per step, and brings their summary to the host.
+
+JAX computes in float32. Moments are centred on the batch, and kept relative to a pivot near the scores, so that a small
+spread around a large mean loses nothing; the host goes on in float64.
+"""
+
+from functools import partial
+from typing import NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from gwa_logging.alignment import DEAD, SCORE_TOLERANCE
+from gwa_logging.histogram import BINS, EDGES
+from gwa_logging.summary import AlignmentSummary
+
+
+class AlignmentState(NamedTuple):
+    """A summary on the device, as a pytree of two arrays.
+
+    Attributes:
+        numbers: float32 [7]: pivot, mean - pivot, m2, m3, m4, minimum, maximum.
+        counts: int32 [516]: count, no_gradient, dead, not_finite, and 512 bin counts.
+    """
+
+    numbers: Array
+    counts: Array
+
+    @classmethod
+    def empty(cls) -> Self:
+        """Of no scores."""
+        return cls(
+            jnp.array([0, 0, 0, 0, 0, jnp.inf, -jnp.inf], dtype=jnp.float32), jnp.zeros(4 + BINS, dtype=jnp.int32)
+        )
+
+    def update(self, scores: Array) -> "AlignmentState":
+        """With more scores, float [...]; a pure function, for use under jit and scan."""
+        x = scores.astype(jnp.float32).ravel()
+        valid = jnp.abs(x) <= 1 + SCORE_TOLERANCE  # False for NaN
+        number = jnp.sum(valid, dtype=jnp.int32)
+        share = 1 / jnp.maximum(number, 1).astype(jnp.float32)
+
+        def mean_of(values: Array) -> Array:
+            return jnp.sum(jnp.where(valid, values, 0)) * share
+
+        pivot = jnp.where(self.counts[0] > 0, self.numbers[0], mean_of(x))
+        x0 = x - pivot  # exact where the scores are near the pivot
+        mean = mean_of(x0)
+        c = jnp.where(valid, x0 - mean, 0)
+        mean = mean + jnp.sum(c) * share
+        c = jnp.where(valid, x0 - mean, 0)
+        batch = jnp.stack([jnp.sum(c**2), jnp.sum(c**3), jnp.sum(c**4)])
+        moments = _merge(self.counts[0], self.numbers[1], self.numbers[2:5], number, mean, batch)
+        smallest = jnp.minimum(self.numbers[5], jnp.min(jnp.where(valid, x, jnp.inf), initial=jnp.inf))
+        largest = jnp.maximum(self.numbers[6], jnp.max(jnp.where(valid, x, -jnp.inf), initial=-jnp.inf))
+        no_gradient, dead = jnp.isnan(x), x == DEAD
+        reasons = [jnp.sum(no_gradient), jnp.sum(dead), jnp.sum(~(valid | no_gradient | dead))]
+        index = jnp.clip(jnp.searchsorted(EDGES, x, side="right") - 1, 0, BINS - 1)
+        bins = jnp.zeros(BINS, jnp.int32).at[jnp.where(valid, index, BINS)].add(1, mode="drop")
+        return AlignmentState(
+            jnp.concatenate([pivot[None], moments, smallest[None], largest[None]]),
+            self.counts + jnp.concatenate([jnp.stack([number, *reasons]).astype(jnp.int32), bins]),
+        )
+
+    def summary(self) -> AlignmentSummary:
+        """On the host, in float64; waits for the device."""
+        pivot, mean, m2, m3, m4, minimum, maximum = (float(v) for v in np.asarray(self.numbers))
+        counts = np.asarray(self.counts)
+        return AlignmentSummary(
+            count=int(counts[0]),
+            mean=pivot + mean,
+            m2=m2,
+            m3=m3,
+            m4=m4,
+            minimum=minimum,
+            maximum=maximum,
+            bins=counts[4:].astype(np.int64),
+            no_gradient=int(counts[1]),
+            dead=int(counts[2]),
+            not_finite=int(counts[3]),
+        )
+
+
+def _merge(count_a: Array, mean_a: Array, a: Array, count_b: Array, mean_b: Array, b: Array) -> Array:
+    """float32 [4]: mean, m2, m3, m4 of both; a and b hold m2, m3, m4. As `AlignmentSummary.merge`."""
+    n = jnp.maximum(count_a + count_b, 1).astype(jnp.float32)
+    p, q = count_a / n, count_b / n
+    d = mean_b - mean_a
+    cross = d * p * q * n
+    m2 = a[0] + b[0] + d * cross
+    m3 = a[1] + b[1] + d * d * cross * (p - q) + 3 * d * (p * b[0] - q * a[0])
+    m4 = (
+        a[2]
+        + b[2]
+        + d**3 * cross * (p * p - p * q + q * q)
+        + 6 * d * d * (p * p * b[0] + q * q * a[0])
+        + 4 * d * (p * b[1] - q * a[1])
+    )
+    return jnp.stack([mean_a + d * q, m2, m3, m4])
+
+
+@partial(jax.jit, donate_argnums=0)
+def update(state: AlignmentState, scores: Array) -> AlignmentState:
+    """`AlignmentState.update`, jitted; the old state's memory is used for the new one."""
+    return state.update(scores)
+
+
+@partial(jax.jit, donate_argnums=(0, 1))
+def enter(sums: Array, seen: Array, sample_ids: Array, scores: Array) -> tuple[Array, Array]:
+    """Enters the scores of a batch into the ledger; ids out of range go to its last place, where they are counted."""
+    size = sums.shape[0] - 1
+    ids = jnp.where((sample_ids < 0) | (sample_ids >= size), size, sample_ids)
+    x = scores.astype(jnp.float32).ravel()
+    counted = jnp.abs(x) <= 1 + SCORE_TOLERANCE
+    return sums.at[ids].add(jnp.where(counted, x, 0)), seen.at[ids].add(counted.astype(jnp.int32))
+
+
+class JaxSnapshot:
+    """A state on its way to the host."""
+
+    def __init__(self, state: AlignmentState) -> None:
+        self._state = state
+        for array in state:
+            array.copy_to_host_async()
+
+    def ready(self) -> bool:
+        """Whether it has come."""
+        return all(array.is_ready() for array in self._state)  # type: ignore[attr-defined]  # not in the stubs
+
+    def result(self) -> AlignmentSummary:
+        """The summary; waits for it."""
+        return self._state.summary()

@@ -1,0 +1,210 @@
+"""The probe: an identity on the logits with one more input, whose cotangent is defined as the scores.
+
+    value, (scores, grads) = jax.value_and_grad(loss, argnums=(probe, params))
+
+One backward pass, no labels, no callback; the user's gradients are bit-identical, since the identity hands them on and
+adds nothing. What runs the head is told by a `Session`: it is entered while the user's loss is traced.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from gwa_logging.alignment import DEAD, NO_GRADIENT, NOT_FINITE
+from gwa_logging.errors import InvalidInputError
+
+HAND_WRITTEN = "tap"
+"""The path under which a call of `tap` is known."""
+
+
+class Session(Protocol):
+    """Who wants to know of the linear layers that run while a loss is traced."""
+
+    def linear(self, path: str, logits: Array, embeddings: Array, weight: Array, bias: Array | None) -> Array:
+        """A linear layer has run; returns the logits, tapped or not."""
+        ...
+
+
+_session: ContextVar[Session | None] = ContextVar("gwa_logging_session", default=None)
+
+
+@contextmanager
+def entered(session: Session) -> Iterator[None]:
+    """Makes a session the one that `tap` and the model's layers speak to."""
+    token = _session.set(session)
+    try:
+        yield
+    finally:
+        _session.reset(token)
+
+
+def tap(
+    logits: Array, embeddings: Array, weight: Array, bias: Array | None = None, probe: Array | None = None
+) -> Array:
+    """Marks the classifier head of a hand-written net: an identity on the logits.
+
+    Inside of a loss given to `monitor.value_and_grad` nothing else is needed, and anywhere else it does nothing. With a
+    `probe` of your own, the gradient of the probe is the scores, in plain `jax.grad`.
+
+    Args:
+        logits: float [..., C], on the device, `embeddings @ weight + bias`.
+        embeddings: float [..., D].
+        weight: float, [D, C] or [C, D]; only its norm is used.
+        bias: float [C], or None.
+        probe: float32 [...], zeros, one for each sample; or None.
+
+    Returns:
+        The logits, unchanged. Does not wait for the device.
+
+    Raises:
+        InvalidInputError: the shapes do not belong together.
+    """
+    _check(logits, embeddings, weight, bias, probe)
+    if probe is not None:
+        return _probed(logits, embeddings, weight, bias, probe)
+    session = _session.get()
+    return logits if session is None else session.linear(HAND_WRITTEN, logits, embeddings, weight, bias)
+
+
+def _check(logits: Array, embeddings: Array, weight: Array, bias: Array | None, probe: Array | None) -> None:
+    sizes = (jnp.shape(logits)[-1:], jnp.shape(embeddings)[-1:])
+    if sorted(jnp.shape(weight)) != sorted((*sizes[0], *sizes[1])):
+        raise InvalidInputError(
+            f"weight: expected {(*sizes[1], *sizes[0])} or the transpose, to go with embeddings of shape "
+            f"{jnp.shape(embeddings)} and logits of shape {jnp.shape(logits)}, found {jnp.shape(weight)}"
+        )
+    rows = jnp.shape(logits)[:-1]
+    for name, value, shape in (
+        ("embeddings", jnp.shape(embeddings)[:-1], rows),
+        ("bias", sizes[0] if bias is None else jnp.shape(bias), sizes[0]),
+        ("probe", rows if probe is None else jnp.shape(probe), rows),
+    ):
+        if value != shape:
+            raise InvalidInputError(f"{name}: expected {shape} to go with logits {jnp.shape(logits)}, found {value}")
+
+
+@jax.custom_vjp
+def _probed(logits: Array, embeddings: Array, weight: Array, bias: Array | None, probe: Array) -> Array:
+    return logits
+
+
+def _forward(
+    logits: Array, embeddings: Array, weight: Array, bias: Array | None, probe: Array
+) -> tuple[Array, tuple[Array, Array, Array, Array | None]]:
+    return logits, (logits, embeddings, weight, bias)
+
+
+def _backward(kept: tuple[Array, Array, Array, Array | None], delta: Array) -> tuple[Array, None, None, None, Array]:
+    logits, embeddings, weight, bias = kept
+    return delta, None, None, None, alignment_scores(delta, logits, embeddings, weight, bias)
+
+
+_probed.defvjp(_forward, _backward)
+
+
+def alignment_scores(delta: Array, logits: Array, embeddings: Array, weight: Array, bias: Array | None) -> Array:
+    """float32 [...]: the score of every sample; not finite where there is none, see `gwa_logging.alignment`.
+
+    Args:
+        delta, logits: float [..., C].
+        embeddings: float [..., D].
+        weight: float, [D, C] or [C, D].
+        bias: float [C], or None.
+    """
+    delta, logits, embeddings, weight = (x.astype(jnp.float32) for x in (delta, logits, embeddings, weight))
+    product = jnp.sum(delta * (logits if bias is None else logits - bias), axis=-1)
+    delta_norm = jnp.linalg.norm(delta, axis=-1)
+    seen = jnp.linalg.norm(embeddings, axis=-1) * jnp.sqrt(jnp.sum(weight * weight))
+    scores = -product / delta_norm / seen
+    scores = jnp.where(seen == 0, DEAD, scores)
+    scores = jnp.where(delta_norm == 0, NO_GRADIENT, scores)
+    return jnp.where(jnp.isfinite(product + delta_norm + seen), scores, NOT_FINITE)
+
+
+class Call(NamedTuple):
+    """A linear layer that has run: where, and the shapes of its input and output."""
+
+    path: str
+    features: int
+    logits_shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.path!r}: {self.features} -> {self.logits_shape[-1]}"
+
+
+_NAME = "gwa_logging:"
+
+
+class Discovery:
+    """A session that notes every linear layer, and marks its output so that dataflow can be followed in the jaxpr."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+
+    def linear(self, path: str, logits: Array, embeddings: Array, weight: Array, bias: Array | None) -> Array:
+        self.calls.append(Call(path, embeddings.shape[-1], logits.shape))
+        return checkpoint_name(logits, _NAME + path)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class Tapping:
+    """A session that puts the probe at one layer."""
+
+    def __init__(self, path: str, probe: Array) -> None:
+        self._path = path
+        self._probe = probe
+
+    def linear(self, path: str, logits: Array, embeddings: Array, weight: Array, bias: Array | None) -> Array:
+        return _probed(logits, embeddings, weight, bias, self._probe) if path == self._path else logits
+
+
+def makers(jaxpr: Any) -> frozenset[str]:
+    """The layers that the first output of a jaxpr comes from, without passing through another one of them."""
+    sets = _follow(jaxpr.jaxpr, [frozenset()] * len(jaxpr.jaxpr.invars))
+    return sets[0]
+
+
+def _follow(jaxpr: Any, inputs: list[frozenset[str]]) -> list[frozenset[str]]:
+    """For every output of a jaxpr, the marked layers nearest to it, given those of its inputs."""
+    known: dict[Any, frozenset[str]] = dict(zip(jaxpr.invars, inputs, strict=True))
+
+    def of(variable: Any) -> frozenset[str]:
+        return frozenset() if hasattr(variable, "val") else known.get(variable, frozenset())  # literals have a value
+
+    for eqn in jaxpr.eqns:
+        sources = [of(v) for v in eqn.invars]
+        together = frozenset().union(*sources)
+        outputs = [together] * len(eqn.outvars)
+        name = eqn.params.get("name")
+        if eqn.primitive.name == "name" and str(name).startswith(_NAME):
+            outputs = [frozenset({str(name).removeprefix(_NAME)})]
+        elif eqn.primitive.name == "stop_gradient":
+            outputs = [frozenset()] * len(eqn.outvars)
+        else:
+            inner = [_follow_inner(sub, sources, together) for sub in _jaxprs_in(eqn.params)]
+            if inner:
+                fits = all(len(sets) == len(eqn.outvars) for sets in inner)
+                columns = zip(*inner, strict=True) if fits else [[s for sets in inner for s in sets]] * len(eqn.outvars)
+                outputs = [frozenset().union(*column) for column in columns]
+        known.update(zip(eqn.outvars, outputs, strict=True))
+    return [of(v) for v in jaxpr.outvars]
+
+
+def _follow_inner(jaxpr: Any, sources: list[frozenset[str]], together: frozenset[str]) -> list[frozenset[str]]:
+    """An inner jaxpr whose inputs are not the equation's own one by one (a loop, a branch) is given them all."""
+    fits = len(jaxpr.invars) == len(sources)
+    return _follow(jaxpr, sources if fits else [together] * len(jaxpr.invars))
+
+
+def _jaxprs_in(params: dict[str, Any]) -> Iterator[Any]:
+    for value in params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if hasattr(item, "jaxpr") and hasattr(item.jaxpr, "eqns"):
+                yield item.jaxpr
+            elif hasattr(item, "eqns"):
+                yield item
