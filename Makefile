@@ -1,0 +1,33 @@
+.PHONY: setup demo test check bench clean
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $(READY)
+
+# Trains a small CNN on noisy digits, tracked in MLflow's embedded sqlite store, and writes the report.
+demo: setup
+	mkdir -p demo_output
+	cd demo_output && MLFLOW_TRACKING_URI=sqlite:///mlflow.db ../$(BIN)/python ../examples/pytorch_digits.py --backend mlflow
+	cd demo_output && ../$(BIN)/gwa-logging report gwa_runs
+	@echo
+	@echo "See the run in MLflow:  cd demo_output && ../$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db"
+
+test: check
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+bench: setup
+	$(BIN)/python benchmarks/step_overhead.py
+
+clean:
+	rm -rf .venv demo_output gwa_runs build dist *.egg-info
