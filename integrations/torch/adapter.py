@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gwa_logging.errors import InvalidInputError
 from gwa_logging.faults import Faults
 from gwa_logging.integrations.torch.accumulate import Accumulator, TorchSnapshot
-from gwa_logging.integrations.torch.heads import FirstPass, Head, find_head, unwrapped
+from gwa_logging.integrations.torch.heads import FirstPass, Head, HeadCall, find_head, unwrapped
 from gwa_logging.integrations.torch.probe import HeadProbe
 from gwa_logging.monitor import logger
 from gwa_logging.samples import check_sample_ids
@@ -44,17 +44,16 @@ class TorchAdapter:
         self._on_step = on_step
         model = self._model()
         if self._found is not None:
-            self._probe(self._found)
+            self._watching = HeadProbe(self._found.module, self._accumulator, self._on_step, self._faults)
         elif model is not None:
             self._watching = FirstPass(model, self._tell)
 
-    def _tell(self, head: Head) -> None:
+    def _tell(self, head: Head, calls: list[HeadCall]) -> None:
         self.head = str(head)
         logger.info("gwa_logging: %s", self.head)
-        self._probe(head)
-
-    def _probe(self, head: Head) -> None:
-        self._watching = HeadProbe(head.module, self._accumulator, self._on_step, self._faults)
+        self._watching = probe = HeadProbe(head.module, self._accumulator, self._on_step, self._faults)
+        for call in calls:  # of the pass that told the head
+            probe.listen(call.module, call.embeddings, call.output)
 
     def observe(self, scores: Any, sample_ids: Any) -> None:
         """Takes in scores of the user's own making."""
@@ -94,7 +93,8 @@ class TorchAdapter:
         return (
             f"Watched: {self.head}. Check that loss.backward() runs on the output of this model in training mode with "
             "gradients enabled; that the head is called as a module (not through F.linear on its weight, nor inside of a "
-            "fused loss); and that watch() came before the first call of a compiled model."
+            "fused loss); and that watch() came before the first call of a compiled model. A compiled model whose head "
+            "only a first pass can tell needs watch(model, head='dotted.path')."
         )
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from gwa_logging.errors import HeadNotFoundError, InvalidInputError
+from gwa_logging.integrations.torch.hooks import Hook
 
 Node = TypeVar("Node", bound=Hashable)
 
@@ -189,44 +190,54 @@ class _Tracer(fx.Tracer):
         return isinstance(m, nn.Linear) or not any(isinstance(child, nn.Linear) for child in m.modules())
 
 
+class HeadCall(NamedTuple):
+    """One call of a linear layer, with what went in and what came out."""
+
+    module: nn.Linear
+    embeddings: Tensor
+    output: Tensor
+
+
 class FirstPass:
     """Watches the first training pass of a model that could not be traced, and tells its head.
 
     The calls of all linear layers are noted; when the model returns, its output is walked back on the autograd graph.
     """
 
-    def __init__(self, model: nn.Module, tell: Callable[[Head], None]) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, tell: Callable[[Head, list[HeadCall]], None]) -> None:
         self._tell = tell
-        self._made: dict[Any, nn.Module] = {}
-        self._kept: list[Tensor] = []  # keeps the autograd nodes alive, and with them their identity
-        self._handles: list[Any] = [linear.register_forward_hook(self._called) for linear in _linears(model).values()]
-        self._handles.append(model.register_forward_hook(self._returned))
+        self._calls: list[HeadCall] = []  # keep the autograd nodes alive, and with them their identity
+        called, returned = Hook(self._called), Hook(self._returned)
+        self._handles: list[Any] = [linear.register_forward_hook(called) for linear in _linears(model).values()]
+        self._handles.append(model.register_forward_hook(returned))
 
-    def _called(self, linear: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.grad_fn is not None:
-            self._made[output.grad_fn] = linear
-            self._kept.append(output)
+    def _called(self, linear: nn.Linear, args: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling() and args and isinstance(output, Tensor) and output.grad_fn is not None:
+            self._calls.append(HeadCall(linear, args[0], output))
 
     def _returned(self, model: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        calls, self._calls = self._calls, []
         outputs = [t.grad_fn for t in _tensors(output) if t.grad_fn is not None]
         if not outputs:
-            self._made, self._kept = {}, []
             return
+        made: dict[Any, nn.Module] = {call.output.grad_fn: call.module for call in calls}
         makers = walk_back(
             outputs,
-            self._made.get,
+            made.get,
             lambda node: any(type(f).__name__ == "AccumulateGrad" for f, _ in node.next_functions),
             lambda node: [f for f, _ in node.next_functions if f is not None],
         )
         self.close()
-        self._tell(chosen(makers, self._model, "the output of the first pass comes from it"))
+        head = chosen(makers, model, "the output of the first pass comes from it")
+        self._tell(head, [call for call in calls if call.module is head.module])
 
     def close(self) -> None:
         """Takes the hooks off."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._made, self._kept = [], {}, []
+        self._handles = []
 
 
 def _tensors(value: Any) -> Sequence[Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from gwa_logging.faults import Faults
 from gwa_logging.integrations.torch.accumulate import Accumulator, Terms
+from gwa_logging.integrations.torch.hooks import Hook
 
 # Leaves are views of a single number: they cost no memory, whatever their length. A gradient does, so the shortest leaf
 # that fits the batch is taken; factors of four keep both the waste and the number of recompilations small.
@@ -70,7 +71,7 @@ def norm(weight: Tensor) -> Tensor:
 
 
 class HeadProbe:
-    """The hooks on one head. Copies and pickles of the model carry only an inert stand-in (see `__reduce__`)."""
+    """The hooks on one head."""
 
     def __init__(self, head: nn.Linear, accumulator: Accumulator, on_step: Callable[[], None], faults: Faults) -> None:
         self.enabled = True
@@ -85,8 +86,8 @@ class HeadProbe:
             leaf.register_post_accumulate_grad_hook(self._arrived)
             self._leaves.append(leaf)
         self._handles = [
-            head.register_forward_pre_hook(_Hook(self.before), with_kwargs=True),
-            head.register_forward_hook(_Hook(self.after), with_kwargs=True),
+            head.register_forward_pre_hook(Hook(self.before), with_kwargs=True),
+            head.register_forward_hook(Hook(self.after), with_kwargs=True),
         ]
 
     def before(self, head: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -108,7 +109,7 @@ class HeadProbe:
             return None
         if torch.compiler.is_compiling():
             return None if torch.compiler.is_exporting() else self._trace(head, _input(args, kwargs), logits)
-        self._listen(head, _input(args, kwargs), logits)
+        self.listen(head, _input(args, kwargs), logits)
         return None
 
     def _trace(self, head: nn.Linear, embeddings: Tensor, logits: Tensor) -> Tensor | None:
@@ -130,7 +131,7 @@ class HeadProbe:
         except Exception as error:  # noqa: BLE001 - nothing may reach the user's backward pass
             self._faults.record("probe", f"{type(error).__name__}: {error}")
 
-    def _listen(self, head: nn.Linear, embeddings: Tensor, logits: Tensor) -> None:
+    def listen(self, head: nn.Linear, embeddings: Tensor, logits: Tensor) -> None:
         """Hooks on to the gradients of one forward pass."""
         try:
             taken = _Pass(self, head, embeddings, logits)
@@ -192,27 +193,6 @@ class _Pass:
             self.probe.observe(terms, self.sample_ids)
         except Exception as error:  # noqa: BLE001 - as above
             self.probe._faults.record("probe", f"{type(error).__name__}: {error}")
-
-
-class _Hook:
-    """A hook that stays behind when the model is copied or pickled: what arrives there does nothing."""
-
-    def __init__(self, call: Callable[..., Any]) -> None:
-        self._call = call
-
-    def __call__(self, *args: Any) -> Any:
-        return self._call(*args)
-
-    def __reduce__(self) -> tuple[Any, ...]:  # deepcopy asks this as well
-        return (_inert, ())
-
-
-def _no_hook(*args: Any) -> None:
-    """What a copied model has in place of our hook."""
-
-
-def _inert() -> Callable[..., None]:
-    return _no_hook
 
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -1,0 +1,37 @@
+"""Fixtures for all tests: the published code's numbers, and a folder of its own for each test."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+DATA = Path(__file__).parent / "data" / "reference_alignment.npz"
+CASES = ("hard10", "smooth10", "mixup100", "hard1000", "confident")
+EPOCHS = ("unimodal", "heavy", "bimodal60_40", "uniform", "tiny")
+
+
+class Published:
+    """Inputs and outputs of the paper's published functions."""
+
+    def __init__(self) -> None:
+        with np.load(DATA) as file:
+            self._arrays = dict(file)
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        return self._arrays[key]
+
+    def logit_grads(self, case: str) -> np.ndarray:
+        """softmax - labels in float32, as the published code has it: for saturated samples the rounding matters."""
+        z = self[f"{case}/logits"]
+        p = np.exp(z - z.max(axis=-1, keepdims=True))
+        return p / p.sum(axis=-1, keepdims=True) - self[f"{case}/labels"]
+
+
+@pytest.fixture(scope="session")
+def published() -> Published:
+    return Published()
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)

@@ -1,0 +1,87 @@
+"""watch(): what it refuses, and how clearly."""
+
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+import gwa_logging
+from gwa_logging import BackendError, EarlyStop, GwaError, InvalidInputError, MissingDependencyError, registry
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return nn.Linear(4, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"backend": "nonsense"}, "there is no such backend; there are 'local', 'wandb', 'mlflow'"),
+        ({"backend": 7}, "expected a name such as 'wandb'"),
+        ({"backend": []}, "at least one backend"),
+        ({"lgo_every_n_steps": 3}, "unknown argument 'lgo_every_n_steps': did you mean 'log_every_n_steps'?"),
+        ({"zzz": 3}, "unknown argument 'zzz': there are: backend"),
+        ({"log_every_n_steps": 0}, "log_every_n_steps=0"),
+        ({"log_every_n_steps": -5}, "greater than or equal to 1"),
+        ({"samples_per_epoch": 0}, "samples_per_epoch=0"),
+        ({"num_samples": -1}, "num_samples=-1"),
+        ({"early_stop": "yes"}, "early_stop='yes'"),
+        ({"on_alert": "mail"}, "on_alert='mail'"),
+        ({"name": "../etc"}, "name='../etc'"),
+        ({"name": ""}, "name=''"),
+    ],
+)
+def test_a_wrong_argument_is_named_with_what_was_found(model, arguments, said):
+    with pytest.raises(InvalidInputError) as error:
+        gwa_logging.watch(model, **arguments)
+    assert said in str(error.value)
+    assert isinstance(error.value, ValueError | GwaError)
+    assert not Path("gwa_runs").exists() or not list(Path("gwa_runs").glob("*/journal.jsonl")) or "backend" in arguments
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        ({"patience": 0}, "patience=0"),
+        ({"warmup": -0.1}, "warmup=-0.1"),
+        ({"min_delta": -1}, "min_delta=-1"),
+        ({"statistic": "median"}, "'stable'"),
+        ({"patienc": 3}, "did you mean 'patience'?"),
+    ],
+)
+def test_a_wrong_stop_rule_is_named(rule, said):
+    with pytest.raises(InvalidInputError, match=said.replace("?", r"\?")):
+        EarlyStop(**rule)
+
+
+@pytest.mark.parametrize("thing", ["a string", 7, None, nn.Linear, object()])
+def test_something_that_is_no_model_is_refused(thing):
+    with pytest.raises(InvalidInputError, match=r"model: expected a torch\.nn\.Module"):
+        gwa_logging.watch(thing)
+
+
+def test_a_backend_that_is_not_installed_says_how_to_install_it(model, monkeypatch):
+    monkeypatch.setitem(registry.BACKENDS, "absent_tracker", "absent_tracker")
+    with pytest.raises(MissingDependencyError, match=r"pip install 'gwa-logging\[absent_tracker\]'"):
+        gwa_logging.watch(model, backend="absent_tracker")
+
+
+def test_a_failing_import_inside_of_an_installed_tracker_is_not_disguised(model, monkeypatch, tmp_path):
+    (tmp_path / "broken_tracker.py").write_text("import something_else_entirely")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(registry.BACKENDS, "broken_tracker", "broken_tracker")
+    with pytest.raises(ModuleNotFoundError, match="something_else_entirely"):
+        gwa_logging.watch(model, backend="broken_tracker")
+
+
+def test_a_directory_that_cannot_be_written_is_an_error_at_once(model, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BackendError, match="directory="):
+        gwa_logging.watch(model, directory=tmp_path / "file")
+
+
+def test_a_watch_that_fails_leaves_nothing_on_the_model(model):
+    with pytest.raises(InvalidInputError):
+        gwa_logging.watch(model, backend="nonsense")
+    assert not model._forward_hooks
