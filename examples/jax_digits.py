@@ -1,6 +1,6 @@
 """A small MLP in JAX and Flax Linen on scikit-learn's digits, with some of the training labels flipped.
 
-    python examples/jax_digits.py --backend mlflow --noise 0.3
+python examples/jax_digits.py --backend mlflow --noise 0.3
 """
 
 from typing import Any

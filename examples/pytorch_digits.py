@@ -1,6 +1,6 @@
 """A small CNN on scikit-learn's digits, with some of the training labels flipped, watched by one line.
 
-    python examples/pytorch_digits.py --backend mlflow --noise 0.3
+python examples/pytorch_digits.py --backend mlflow --noise 0.3
 """
 
 import numpy as np

@@ -43,8 +43,9 @@ def listening(model: linen.Module, session: Session) -> Iterator[None]:
 
 
 def same_model(bound: linen.Module, model: linen.Module) -> bool:
-    """Whether a bound module is the given one: of the same class and with the same settings."""
+    """Whether a bound module is the given one: of the same class, and with the same plain settings."""
     if type(bound) is not type(model):
         return False
     names = [f.name for f in dataclasses.fields(model) if f.name not in ("parent", "name")]
-    return all(getattr(bound, name, None) == getattr(model, name, None) for name in names)
+    pairs = [(getattr(bound, name, None), getattr(model, name, None)) for name in names]
+    return all(a == b for a, b in pairs if isinstance(a, bool | int | float | str) and isinstance(b, type(a)))

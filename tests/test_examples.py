@@ -1,0 +1,34 @@
+"""The examples run, and print what they promise."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gwa_logging.journal import read_journal
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.mark.parametrize("example", ["pytorch_digits.py", "jax_digits.py"])
+def test_example(example, tmp_path):
+    run = subprocess.run(
+        [sys.executable, EXAMPLES / example, "--epochs", "12", "--noise", "0.3"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "gwa=" in run.stderr, "the progress bar shows GWA"
+    for row in ("stop alert", "best epoch by GWA", "last epoch", "best epoch by test accuracy"):
+        assert re.search(rf"{row}.*\s(none|\d+ +\d+\.\d%)", run.stdout), run.stdout
+    found = re.search(r"(\d+)% do have a flipped label", run.stdout)
+    assert int(found[1]) > 85
+    records, skipped = read_journal(tmp_path / re.search(r"Journal: (\S+)", run.stdout)[1])
+    epochs = [r for r in records if r.kind == "epoch"]
+    assert len(epochs) == 12
+    assert sum(r.count + r.excluded for r in records if r.kind == "interval") == 12 * 1078
+    assert skipped == 0
