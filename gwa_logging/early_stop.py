@@ -1,4 +1,4 @@
-"""The stop rule: a pure function from (state, value) to (new state, decision). No clock, no logging, no side effect.
+"""The stop rule: `step`, a pure function from (state, value) to (new state, decision), and `StopRule`, which keeps its state.
 
 Regime "scratch": skip the warm-up, then follow the maximum of the statistic; `patience` epochs without a new best end
 it. Regime "finetune": the statistic first falls while the new head finds its place; the maximum after that first
@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from gwa_logging.settings import EarlyStop
+from gwa_logging.types import EpochReport, StopAlert, StopReason
 
 
 class Decision(StrEnum):
@@ -81,3 +82,41 @@ def step(settings: EarlyStop, state: StopState, value: float, planned: int | Non
     if state.waited < settings.patience or state.fired:
         return state, Decision.WAITING
     return state._replace(fired=True), Decision.STOP
+
+
+class StopRule:
+    """The rule with its state, asked once per epoch.
+
+    Attributes:
+        settings: the rule.
+        state: what it remembers.
+        planned: number of epochs planned, if known.
+    """
+
+    def __init__(self, settings: EarlyStop) -> None:
+        self.settings = settings
+        self.state = StopState()
+        self.planned: int | None = None
+
+    def judge(self, report: EpochReport) -> tuple[EpochReport, StopAlert | None]:
+        """Takes in the next epoch: its report, marked if it is the best so far, and an alert if it is time to stop."""
+        value = {"stable": report.stable_gwa, "gwa": report.gwa, "mean": report.mean}[self.settings.statistic]
+        self.state, decision = step(self.settings, self.state, value, self.planned)
+        report = report.model_copy(update={"is_best": decision is Decision.IMPROVED})
+        return report, self._alert(report, value) if decision is Decision.STOP else None
+
+    def _alert(self, report: EpochReport, value: float) -> StopAlert:
+        statistic, state = self.settings.statistic, self.state
+        return StopAlert(
+            epoch=report.epoch,
+            best_epoch=state.best_epoch,
+            statistic=statistic,
+            value=value,
+            best_value=state.best,
+            reason=StopReason.NO_IMPROVEMENT,
+            message=(
+                f"GWA says stop: its {statistic} statistic has had no new best for {state.waited} epochs. "
+                f"Best epoch: {state.best_epoch} ({state.best:.4g}); now epoch {report.epoch}: {value:.4g}."
+            ),
+            caveats=report.notes,
+        )

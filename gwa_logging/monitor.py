@@ -16,9 +16,9 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from gwa_logging import early_stop, samples
+from gwa_logging import samples
 from gwa_logging.delivery import Delivery
-from gwa_logging.early_stop import Decision, StopState
+from gwa_logging.early_stop import StopRule, StopState
 from gwa_logging.errors import InvalidInputError, NoObservationsError
 from gwa_logging.faults import Faults
 from gwa_logging.journal import Journal
@@ -26,7 +26,6 @@ from gwa_logging.settings import EarlyStop, WatchSettings
 from gwa_logging.summary import AlignmentSummary
 from gwa_logging.types import (
     Adapter,
-    AnyRecord,
     Backend,
     CloseRecord,
     EpochReport,
@@ -34,7 +33,6 @@ from gwa_logging.types import (
     RunRecord,
     Snapshot,
     StopAlert,
-    StopReason,
     Suspect,
 )
 
@@ -60,7 +58,7 @@ class Monitor:
         self.history: list[EpochReport] = []
         self.alert: StopAlert | None = None
         self._settings = settings
-        self._rule = settings.early_stop or EarlyStop()
+        self._rule = StopRule(settings.early_stop or EarlyStop())
         self._journal = journal
         self._faults = faults
         self._lock = RLock()
@@ -70,8 +68,6 @@ class Monitor:
         self._step = 0
         self._steps_taken = 0  # steps that are in the journal or on their way there
         self._epoch_summary = AlignmentSummary()
-        self._stop_state = StopState()
-        self._planned: int | None = None
         self._display_limit = 0.001
         self._closed = False
 
@@ -217,11 +213,11 @@ class Monitor:
         if partial:
             report = report.model_copy(update={"notes": (*report.notes, "closed before the end of the epoch")})
         else:
-            report, alert = self._judge(report)
+            report, alert = self._rule.judge(report)
         self._epoch_summary = AlignmentSummary()
         self.history.append(report)
         self._journal.append(report, sync=True)
-        if alert:
+        if alert and self._settings.early_stop:
             self.alert = alert
             logger.warning("gwa_logging: %s", alert.message)
             self._journal.append(alert, sync=True)
@@ -233,31 +229,6 @@ class Monitor:
         if self._step > self._steps_taken:
             self._take()
         self._collect(wait=True)
-
-    def _judge(self, report: EpochReport) -> tuple[EpochReport, StopAlert | None]:
-        """Asks the stop rule about an epoch."""
-        rule, value = self._rule, self._watched_value(report)
-        self._stop_state, decision = early_stop.step(rule, self._stop_state, value, self._planned)
-        state = self._stop_state
-        report = report.model_copy(update={"is_best": decision is Decision.IMPROVED})
-        if decision is not Decision.STOP or self._settings.early_stop is None:
-            return report, None
-        return report, StopAlert(
-            epoch=report.epoch,
-            best_epoch=state.best_epoch,
-            statistic=rule.statistic,
-            value=value,
-            best_value=state.best,
-            reason=StopReason.NO_IMPROVEMENT,
-            message=(
-                f"GWA says stop: its {rule.statistic} statistic has had no new best for {state.waited} epochs. "
-                f"Best epoch: {state.best_epoch} ({state.best:.4g}); now epoch {report.epoch}: {value:.4g}."
-            ),
-            caveats=report.notes,
-        )
-
-    def _watched_value(self, report: EpochReport) -> float:
-        return {"stable": report.stable_gwa, "gwa": report.gwa, "mean": report.mean}[self._rule.statistic]
 
     def _call_back(self, alert: StopAlert) -> None:
         if self._settings.on_alert is None:
@@ -287,7 +258,7 @@ class Monitor:
         """
         if n < 1:
             raise InvalidInputError(f"epochs(n={n}): expected at least 1")
-        self._planned = n
+        self._rule.planned = n
         return self._epochs(n)
 
     def _epochs(self, n: int) -> Iterator[int]:
@@ -301,7 +272,7 @@ class Monitor:
                 if bar is not None:
                     bar.set_postfix(gwa=f"{report.gwa:.3g}", stable=f"{report.stable_gwa:.3g}", refresh=False)
                     bar.update()
-                if self.alert and self._rule.action == "stop":
+                if self.alert and self._rule.settings.action == "stop":
                     break
         finally:
             if bar is not None:
@@ -335,7 +306,7 @@ class Monitor:
                 "version": STATE_VERSION,
                 "step": self._step,
                 "display_limit": self._display_limit,
-                "stop_state": list(self._stop_state),
+                "stop_state": list(self._rule.state),
                 "history": [report.model_dump(mode="json") for report in self.history],
                 "alert": self.alert.model_dump(mode="json") if self.alert else None,
                 "epoch_summary": {name: getattr(summary, name) for name in AlignmentSummary.__slots__},
@@ -372,7 +343,7 @@ class Monitor:
             if ledger is not None:
                 self._adapter.load_ledger(np.asarray(ledger[0]), np.asarray(ledger[1]))
             self._epoch_summary, self.history, self.alert = summary, history, alert
-            self._stop_state, self._display_limit = stop_state, limit
+            self._rule.state, self._display_limit = stop_state, limit
             self._step = self._steps_taken = step
 
     @property
@@ -419,16 +390,18 @@ class Monitor:
                 self._faults.record("close", f"{type(error).__name__}: {error}")
             self._closed = True
             self._adapter.close()
-        state = self._stop_state
-        self._write_last(
+        state = self._rule.state
+        self._journal.append(
             CloseRecord(
                 epochs=len(self.history),
                 steps=self._step,
                 best_epoch=state.best_epoch if state.best_epoch >= 0 else None,
                 best_value=state.best,
                 faults=self._faults.counts,
-            )
+            ),
+            sync=True,
         )
+        self._notify()
         deadline = monotonic() + CLOSE_WITHIN
         for delivery in self._deliveries:
             if not delivery.close(deadline):
@@ -438,10 +411,6 @@ class Monitor:
                     self.journal,
                 )
         self._journal.close()
-
-    def _write_last(self, record: AnyRecord) -> None:
-        self._journal.append(record, sync=True)
-        self._notify()
 
     def __enter__(self) -> Self:
         return self
