@@ -1,13 +1,20 @@
 """Fixtures for all tests: the published code's numbers, and a folder of its own for each test."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 DATA = Path(__file__).parent / "data" / "reference_alignment.npz"
 CASES = ("hard10", "smooth10", "mixup100", "hard1000", "confident")
 EPOCHS = ("unimodal", "heavy", "bimodal60_40", "uniform", "tiny")
+
+
+# No test is timed: the machine may be busy. The same examples in every CI run; new ones on a developer's machine.
+settings.register_profile("default", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("default")
 
 
 class Published:

@@ -19,7 +19,7 @@ def summary_of(pieces) -> AlignmentSummary:
 
 
 @given(scores=spread_scores(), size=st.sampled_from([16, 128]))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_scores_fed_in_float32_give_scipys_moments(scores, size):
     pieces = np.split(scores, range(size, len(scores), size))
     summary = summary_of(pieces)

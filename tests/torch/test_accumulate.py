@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gwa_logging import AlignmentSummary
@@ -12,7 +12,6 @@ from tests.heart.test_summary import assert_equals_scipy, spread_scores
 
 
 @given(scores=spread_scores(), pieces=st.integers(1, 9))
-@settings(deadline=None)
 def test_scores_fed_in_float32_give_scipys_moments(scores, pieces):
     accumulator = Accumulator(None)
     for piece in np.array_split(scores, pieces):

@@ -1,0 +1,636 @@
+"""MLflow: real runs in a real database and on a real server, read back with MLflow's own client."""
+
+import logging
+import math
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from threading import Thread
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+import matplotlib.style
+import mlflow
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from PIL import Image
+from torch import nn
+
+import gwa_logging
+from gwa_logging import BackendError, EarlyStop, InvalidInputError, Monitor
+from gwa_logging.histogram import EDGES, Histogram
+from gwa_logging.integrations.mlflow import open_backend
+from gwa_logging.integrations.picture import INTERVALS_PER_PICTURE, SIZE, PictureSeries
+from gwa_logging.journal import read_journal
+from gwa_logging.types import (
+    QUANTILES,
+    RECORDS,
+    AnyRecord,
+    CloseRecord,
+    EpochReport,
+    IntervalRecord,
+    RunContext,
+    RunRecord,
+    StopAlert,
+    StopReason,
+)
+
+EPOCHS, BATCHES, EVERY = 3, 7, 3
+INTERVAL_STEPS = [0, 3, 6, 9, 12, 13, 15, 18, 20]  # every third, and the last one of an epoch
+EPOCH_ENDS = [6, 13, 20]
+INTERVAL_KEYS = ("step_mean", "negative_fraction", *QUANTILES)
+ALERT_AT_ONCE = EarlyStop(warmup=0, patience=1, min_delta=1.0)  # no epoch is better than the first one by so much
+
+
+# --- databases, servers, trainings -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty database; making one takes seconds, so the tests copy it."""
+    path = tmp_path_factory.mktemp("mlflow") / "template.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+def point_mlflow_to(uri: str, monkeypatch: pytest.MonkeyPatch, experiment: str = "gwa") -> MlflowClient:
+    """As a user may do it: by the environment."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", experiment)
+    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
+    return MlflowClient(uri)
+
+
+def new_database(folder: Path, template: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    shutil.copy(template, folder / "mlflow.db")
+    client = point_mlflow_to(f"sqlite:///{folder / 'mlflow.db'}", monkeypatch)
+    client.create_experiment("gwa", artifact_location=(folder / "artifacts").as_uri())
+    return client
+
+
+@pytest.fixture
+def client(tmp_path: Path, template: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MlflowClient]:
+    yield new_database(tmp_path, template, monkeypatch)
+    while mlflow.active_run():
+        mlflow.end_run()
+
+
+def runs_of(client: MlflowClient) -> list[Run]:
+    return list(client.search_runs([client.get_experiment_by_name("gwa").experiment_id]))
+
+
+def new_run(client: MlflowClient) -> str:
+    return str(client.create_run(client.get_experiment_by_name("gwa").experiment_id).info.run_id)
+
+
+def watch(directory: Path, **options: Any) -> tuple[nn.Module, Monitor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    return model, gwa_logging.watch(
+        model, backend="mlflow", log_every_n_steps=EVERY, directory=directory / "gwa_runs", **options
+    )
+
+
+def train(model: nn.Module, monitor: Monitor, epochs: int = EPOCHS, each_epoch: Callable[[int], Any] = int) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(BATCHES, 16, 8)
+    labels = x[..., :4].argmax(-1)
+    for epoch in range(len(monitor.history), len(monitor.history) + epochs):
+        for i in range(BATCHES):
+            nn.functional.cross_entropy(model(x[i]), labels[i]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        monitor.end_epoch()
+        each_epoch(epoch)
+
+
+def series(client: MlflowClient, run_id: str, key: str) -> dict[int, float]:
+    """Step to value of a metric that has one value a step."""
+    history = client.get_metric_history(run_id, key)
+    values = {metric.step: metric.value for metric in history}
+    assert len(values) == len(history), f"{key} has several values in one step"
+    return values
+
+
+def picture_steps(client: MlflowClient, run_id: str, key: str = "gwa~scores") -> list[int]:
+    """The steps that the slider of a picture has, as MLflow's page reads them from the file names."""
+    names = [Path(file.path).name for file in client.list_artifacts(run_id, "images")]
+    found = [re.match(rf"{re.escape(key)}\+step\+(\d+)\+timestamp\+\d+\+[-0-9a-f]+\.png", name) for name in names]
+    return sorted(int(match[1]) for match in found if match)
+
+
+# --- one training in the user's active run -----------------------------------------------------------------------------
+
+
+class Trained(NamedTuple):
+    """What a finished training left behind."""
+
+    client: MlflowClient
+    run_id: str
+    monitor: Monitor
+    journal: list[AnyRecord]
+    active_after_close: str | None
+    status_after_close: str
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, template: Path) -> Iterator[Trained]:
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        client = new_database(folder, template, monkeypatch)
+        with mlflow.start_run(description="my own words") as run:
+            model, monitor = watch(folder, early_stop=ALERT_AT_ONCE)
+            train(model, monitor, each_epoch=lambda epoch: mlflow.log_metric("loss", 1.0 / (1 + epoch), step=epoch))
+            monitor.close()
+            assert monitor.faults == {}
+            active, status = mlflow.active_run(), client.get_run(run.info.run_id).info.status
+        journal, _ = read_journal(monitor.journal)
+        yield Trained(client, run.info.run_id, monitor, journal, active and active.info.run_id, status)
+
+
+@pytest.mark.parametrize(
+    ("key", "attribute"),
+    {"stable": "stable_gwa", **{k: k for k in ("gwa", "mean", "std", "excess_kurtosis", "excluded", "count")}}.items(),
+)
+def test_every_epoch_has_its_numbers_at_its_own_step(trained: Trained, key: str, attribute: str) -> None:
+    expected = {report.epoch: float(getattr(report, attribute)) for report in trained.monitor.history}
+    assert len(expected) == EPOCHS
+    assert series(trained.client, trained.run_id, f"gwa/{key}") == expected
+
+
+@pytest.mark.parametrize("key", INTERVAL_KEYS)
+def test_every_interval_has_its_distribution_at_its_training_step(trained: Trained, key: str) -> None:
+    intervals = [record for record in trained.journal if isinstance(record, IntervalRecord)]
+    expected = {
+        r.step: r.quantiles[key] if key in QUANTILES else r.mean if key == "step_mean" else r.negative_fraction
+        for r in intervals
+    }
+    assert list(expected) == INTERVAL_STEPS
+    assert series(trained.client, trained.run_id, f"gwa/{key}") == expected
+
+
+def test_the_pictures_start_at_step_0_and_each_epoch_adds_one(trained: Trained) -> None:
+    assert picture_steps(trained.client, trained.run_id) == [0, *EPOCH_ENDS]
+
+
+def test_a_picture_can_be_downloaded_and_shows_something(trained: Trained, tmp_path: Path) -> None:
+    paths = [f.path for f in trained.client.list_artifacts(trained.run_id, "images") if "+step+20+" in f.path]
+    (path,) = (path for path in paths if path.endswith(".png"))
+    with Image.open(trained.client.download_artifacts(trained.run_id, path, str(tmp_path))) as picture:
+        assert picture.size == SIZE
+        assert len(picture.getcolors(1 << 20) or []) > 20
+
+
+def test_the_journal_and_the_report_are_in_the_run(trained: Trained, tmp_path: Path) -> None:
+    files = {f.path: f.file_size for f in trained.client.list_artifacts(trained.run_id, "gwa")}
+    assert files["gwa/report.html"] > 10_000
+    copy = Path(trained.client.download_artifacts(trained.run_id, "gwa/journal.jsonl", str(tmp_path)))
+    assert copy.read_bytes() == trained.monitor.journal.read_bytes()
+
+
+def test_the_users_run_stays_active_and_keeps_what_is_the_users(trained: Trained) -> None:
+    run = trained.client.get_run(trained.run_id)
+    assert trained.active_after_close == trained.run_id
+    assert trained.status_after_close == "RUNNING"
+    assert run.data.tags["mlflow.note.content"] == "my own words"
+    assert series(trained.client, trained.run_id, "loss") == {0: 1.0, 1: 0.5, 2: 1 / 3}
+
+
+def test_runs_with_an_alert_can_be_searched_for(trained: Trained) -> None:
+    alert = trained.monitor.alert
+    assert alert is not None
+    experiment = trained.client.get_run(trained.run_id).info.experiment_id
+    found = trained.client.search_runs([experiment], "tags.`gwa.alert` LIKE 'stop%' AND tags.`gwa.alert.epoch` = '1'")
+    assert [run.info.run_id for run in found] == [trained.run_id]
+    tags = found[0].data.tags
+    assert tags["gwa.alert"] == f"stop: {alert.message}"
+    assert tags["gwa.alert.best_epoch"] == str(alert.best_epoch) == "0"
+
+
+def test_the_head_and_the_best_epoch_are_told(trained: Trained) -> None:
+    run = trained.client.get_run(trained.run_id)
+    assert "'2' (16 features, 4 classes)" in run.data.tags["gwa.head"]
+    assert run.data.metrics["gwa/best_epoch"] == 0
+    assert run.data.metrics["gwa/best_value"] == trained.monitor.history[0].stable_gwa
+
+
+# --- which run --------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_of_our_own_is_started_and_finished_unseen_by_the_user(client: MlflowClient, tmp_path: Path) -> None:
+    model, monitor = watch(tmp_path)
+    assert mlflow.active_run() is None
+    (own,) = runs_of(client)
+    assert own.info.status == "RUNNING"
+    with mlflow.start_run() as users:  # would raise if ours were active in this thread
+        train(model, monitor, epochs=1)
+        monitor.close()
+        assert mlflow.active_run().info.run_id == users.info.run_id
+    assert mlflow.active_run() is None
+    own = client.get_run(own.info.run_id)
+    assert (own.info.status, own.info.end_time >= own.info.start_time) == ("FINISHED", True)
+    assert "mlflow.source.name" in own.data.tags
+    assert set(own.data.metrics) >= {"gwa/gwa", "gwa/q50"}
+    assert not client.get_run(users.info.run_id).data.metrics
+
+
+def test_a_monitor_that_nobody_closes_finishes_its_run_when_the_process_ends(
+    client: MlflowClient, tmp_path: Path
+) -> None:
+    program = (
+        "import pathlib, sys, torch, gwa_logging\n"
+        "model = torch.nn.Linear(4, 3)\n"
+        "monitor = gwa_logging.watch(model, backend='mlflow', directory=sys.argv[1])\n"
+        "torch.nn.functional.cross_entropy(model(torch.randn(8, 4)), torch.arange(8) % 3).backward()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=60, check=True
+    )
+    (run,) = runs_of(client)
+    assert run.info.status == "FINISHED", done.stderr
+    assert run.data.metrics["gwa/count"] == 8
+    assert [f.path for f in client.list_artifacts(run.info.run_id, "gwa")] == ["gwa/journal.jsonl", "gwa/report.html"]
+
+
+def test_our_run_is_ended_where_it_began_though_the_user_has_moved_on(
+    client: MlflowClient, tmp_path: Path, template: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, monitor = watch(tmp_path)
+    (own,) = runs_of(client)
+    shutil.copy(template, tmp_path / "other.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
+    train(model, monitor, epochs=1)
+    monitor.close()
+    assert monitor.faults == {}
+    assert client.get_run(own.info.run_id).info.status == "FINISHED"
+    assert list(series(client, own.info.run_id, "gwa/gwa")) == [0]
+
+
+@pytest.mark.parametrize("as_id", [True, False])
+def test_a_run_can_be_named_from_a_thread_in_which_it_is_not_active(
+    client: MlflowClient, tmp_path: Path, as_id: bool
+) -> None:
+    with mlflow.start_run() as run:
+        failed: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                model, monitor = watch(tmp_path, run=run.info.run_id if as_id else run)
+                train(model, monitor, epochs=1)
+                monitor.close()
+            except BaseException as error:  # noqa: BLE001 - shown below
+                failed.append(error)
+
+        thread = Thread(target=work)
+        thread.start()
+        thread.join()
+        assert failed == []
+        assert list(series(client, run.info.run_id, "gwa/gwa")) == [0]
+        assert client.get_run(run.info.run_id).info.status == "RUNNING"
+    assert len(client.search_runs([run.info.experiment_id])) == 1
+
+
+def test_the_run_of_a_launcher_is_taken_and_left_to_the_user(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = new_run(client)
+    monkeypatch.setenv("MLFLOW_RUN_ID", run_id)
+    model, monitor = watch(tmp_path)
+    train(model, monitor, epochs=1)
+    monitor.close()
+    assert list(series(client, run_id, "gwa/gwa")) == [0]
+    with mlflow.start_run() as run:
+        assert run.info.run_id == run_id
+
+
+def test_an_unknown_run_is_named_together_with_the_server(client: MlflowClient, tmp_path: Path) -> None:
+    unknown = "0123456789abcdef0123456789abcdef"
+    with pytest.raises(BackendError, match=rf"run='{unknown}'.*{re.escape(client.tracking_uri)}"):
+        watch(tmp_path, run=unknown)
+
+
+def test_a_deleted_run_is_refused(client: MlflowClient, tmp_path: Path) -> None:
+    run_id = new_run(client)
+    client.delete_run(run_id)
+    with pytest.raises(BackendError, match="deleted"):
+        watch(tmp_path, run=run_id)
+
+
+def test_something_that_is_no_run_is_refused(client: MlflowClient, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match=r"run=17: expected an MLflow run.*found builtins\.int"):
+        watch(tmp_path, run=17)
+
+
+def test_a_server_that_is_not_there_is_an_error_within_five_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # but does not listen
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        point_mlflow_to(f"http://someone:hidden@{address}", monkeypatch)
+        started = time.monotonic()
+        with pytest.raises(BackendError, match="nothing answers") as error:
+            watch(tmp_path)
+        assert time.monotonic() - started < 5
+    assert f"http://***@{address}" in str(error.value)
+    assert "MLFLOW_TRACKING_URI" in str(error.value)
+    assert "hidden" not in str(error.value)
+
+
+# --- single records ---------------------------------------------------------------------------------------------------
+
+
+def interval(step: int, epoch: int = 0, steps: int = 1, seed: int = 0) -> IntervalRecord:
+    scores = np.random.default_rng(seed).normal(0.1, 0.1, 200).clip(-1, 1)
+    histogram = Histogram.from_dense(np.histogram(scores, EDGES)[0])
+    return IntervalRecord(
+        step=step,
+        epoch=epoch,
+        steps=steps,
+        count=200,
+        excluded=0,
+        mean=scores.mean(),
+        minimum=scores.min(),
+        maximum=scores.max(),
+        histogram=histogram,
+        display_limit=histogram.display_limit(),
+    )
+
+
+def epoch_report(epoch: int = 0, step: int = 9, gwa: float = 0.5) -> EpochReport:
+    return EpochReport(
+        epoch=epoch,
+        step=step,
+        count=200,
+        excluded=0,
+        mean=0.1,
+        std=0.1,
+        skewness=0.0,
+        excess_kurtosis=-1.2,
+        gwa=gwa,
+        stable_gwa=0.05,
+        negative_fraction=0.2,
+        quantiles={},
+        histogram=Histogram(),
+        gwa_defined=False,
+    )
+
+
+def context(client: MlflowClient, directory: Path, name: str = "gwa") -> RunContext:
+    return RunContext(name=name, run=new_run(client), directory=directory)
+
+
+@pytest.mark.parametrize("infinite", [math.inf, -math.inf, math.nan])
+def test_an_infinite_gwa_arrives_as_nan(client: MlflowClient, tmp_path: Path, infinite: float) -> None:
+    where = context(client, tmp_path)
+    open_backend(where).write(epoch_report(gwa=infinite))
+    assert math.isnan(series(client, where.run, "gwa/gwa")[0])
+    assert series(client, where.run, "gwa/mean") == {0: 0.1}
+
+
+def test_writing_a_record_again_changes_nothing(client: MlflowClient, tmp_path: Path) -> None:
+    records: list[AnyRecord] = [
+        RunRecord(name="gwa", head="the head", created="", settings={}),
+        interval(0),
+        interval(9, steps=9),
+        epoch_report(gwa=math.nan),
+        StopAlert(
+            epoch=0,
+            best_epoch=0,
+            statistic="stable",
+            value=0,
+            best_value=0,
+            reason=StopReason.NO_IMPROVEMENT,
+            message="no improvement",
+        ),
+        CloseRecord(epochs=1, steps=10, best_epoch=0, best_value=0.5, faults={}),
+    ]
+    where = context(client, tmp_path)
+    backend = open_backend(where)
+    for record in records:
+        backend.write(record)
+        time.sleep(0.002)  # MLflow tells metrics apart by the millisecond
+        backend.write(RECORDS.validate_json(record.model_dump_json()))  # read from the journal once more
+    data = client.get_run(where.run).data
+    assert len(data.metrics) == 16
+    for key in data.metrics:
+        assert list(series(client, where.run, key)) == ([0, 9] if key[4:] in INTERVAL_KEYS else [0])
+    assert {k: v for k, v in data.tags.items() if k.startswith("gwa.")} == {
+        "gwa.head": "the head",
+        "gwa.alert": "stop: no improvement",
+        "gwa.alert.epoch": "0",
+        "gwa.alert.best_epoch": "0",
+    }
+    assert picture_steps(client, where.run) == [0, 9]
+
+
+def test_an_interval_without_a_score_writes_no_metric(client: MlflowClient, tmp_path: Path) -> None:
+    where = context(client, tmp_path)
+    nothing = {"count": 0, "mean": math.nan, "minimum": math.nan, "maximum": math.nan, "histogram": Histogram()}
+    open_backend(where).write(interval(0).model_copy(update=nothing))
+    assert client.get_run(where.run).data.metrics == {}
+    assert picture_steps(client, where.run) == [0]
+
+
+def test_every_key_and_tag_has_the_name_that_the_user_gave(client: MlflowClient, tmp_path: Path) -> None:
+    where = context(client, tmp_path, name="student-1.b")
+    backend = open_backend(where)
+    backend.write(RunRecord(name="student-1.b", head="h", created="", settings={}))
+    backend.write(interval(0))
+    data = client.get_run(where.run).data
+    assert {key.partition("/")[0] for key in data.metrics} == {"student-1.b"}
+    assert data.tags["student-1.b.head"] == "h"
+    assert picture_steps(client, where.run, "student-1.b~scores") == [0]
+
+
+def test_numbers_go_on_where_no_files_can_be_stored(
+    client: MlflowClient, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a file").touch()
+    experiment = client.create_experiment("no files", artifact_location=(tmp_path / "a file" / "artifacts").as_uri())
+    run_id = client.create_run(experiment).info.run_id
+    backend = open_backend(RunContext(name="gwa", run=run_id, directory=tmp_path))
+    for epoch in range(6):
+        backend.write(interval(epoch, epoch))
+        backend.write(epoch_report(epoch, step=epoch))
+    assert list(series(client, run_id, "gwa/q50")) == list(series(client, run_id, "gwa/gwa")) == list(range(6))
+    warnings = [record.message for record in caplog.records if "picture" in record.message]
+    assert len(warnings) == 3
+    assert "NotADirectoryError" in warnings[0]
+    assert "there will be no more" in warnings[-1]
+
+
+class NoPlotly:
+    """Finds nothing of plotly, as where it is not installed."""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name.partition(".")[0] == "plotly":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def test_without_plotly_the_journal_goes_alone_and_it_is_said(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for module in [name for name in sys.modules if name.partition(".")[0] == "plotly"]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setattr(sys, "meta_path", [NoPlotly(), *sys.meta_path])
+    model, monitor = watch(tmp_path)
+    (own,) = runs_of(client)
+    train(model, monitor, epochs=1)
+    with caplog.at_level(logging.INFO, "gwa_logging"):
+        monitor.close()
+    assert monitor.faults == {}
+    assert [f.path for f in client.list_artifacts(own.info.run_id, "gwa")] == ["gwa/journal.jsonl"]
+    assert any("plotly is not installed" in record.message for record in caplog.records)
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_long_epoch_has_a_picture_at_its_first_interval_and_then_one_every_so_many() -> None:
+    pictures = PictureSeries()
+    due = []
+    for step in range(3 * INTERVALS_PER_PICTURE):
+        if pictures.add(interval(step)):
+            due.append(step)
+            pictures.draw()
+    assert due == [0, INTERVALS_PER_PICTURE, 2 * INTERVALS_PER_PICTURE]
+    assert pictures.news
+
+
+def test_a_picture_does_not_follow_the_style_of_the_users_own_figures_and_leaves_it_alone() -> None:
+    pictures = PictureSeries()
+    for step in range(5):
+        pictures.add(interval(step, epoch=step, seed=step))
+    plain = np.asarray(pictures.draw())
+    strange = {"text.usetex": True, "axes.grid": True, "lines.marker": "o", "font.family": "serif"}
+    with mpl.rc_context({**mpl.style.library["dark_background"], **strange}):
+        before = dict(mpl.rcParams)
+        assert np.array_equal(np.asarray(pictures.draw()), plain)
+        assert dict(mpl.rcParams) == before
+    assert "matplotlib.pyplot" not in vars(sys.modules["gwa_logging.integrations.picture"])
+
+
+def test_a_picture_has_white_where_there_are_no_scores_and_colour_where_there_are() -> None:
+    pictures = PictureSeries()
+    pictures.add(interval(0))  # normal(0.1, 0.1), shown from -0.5 to 0.5
+    pixels = np.asarray(pictures.draw()).astype(int)
+    column = pixels[50:405, 300]  # from the top of the axes to the bottom
+    white = (column == 255).all(axis=-1)
+    assert white[:40].all()
+    assert white[-80:].all()
+    assert not white[100:150].all()
+
+
+# --- a server ---------------------------------------------------------------------------------------------------------
+
+
+class Server:
+    """`mlflow server` on loopback; can be stopped and started again on the same data and port."""
+
+    def __init__(self, folder: Path, template: Path) -> None:
+        shutil.copy(template, folder / "server.db")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        host, port = self.address.split(":")
+        quiet = {
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "DO_NOT_TRACK": "true",
+        }
+        command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", port, "--workers", "1"]
+        command += ["--backend-store-uri", f"sqlite:///{self._folder / 'server.db'}"]
+        command += ["--artifacts-destination", str(self._folder / "artifacts")]
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")} | quiet
+        with (self._folder / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                command, env=environment, cwd=self._folder, stdout=log, stderr=log, start_new_session=True
+            )
+        deadline = time.monotonic() + 60
+        while not self._answers():
+            assert self._process.poll() is None, (self._folder / "server.log").read_text()
+            assert time.monotonic() < deadline, (self._folder / "server.log").read_text()
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://{self.address}/health", timeout=1) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            assert self._process is not None
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(0.05)
+            return False
+
+    def stop(self) -> None:
+        if self._process:
+            os.killpg(self._process.pid, 15)
+            self._process.wait(20)
+            self._process = None
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, template: Path) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"), template)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+
+
+def test_on_a_server_nan_arrives_and_the_url_leads_to_the_runs_page(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = point_mlflow_to(f"http://someone:hidden@{server.address}", monkeypatch)
+    experiment = client.create_experiment("single records")
+    where = RunContext("gwa", client.create_run(experiment).info.run_id, tmp_path)
+    backend = open_backend(where)
+    backend.write(epoch_report(gwa=-math.inf))
+    assert math.isnan(series(client, where.run, "gwa/gwa")[0])
+    assert backend.url == f"http://***@{server.address}/#/experiments/{experiment}/runs/{where.run}"
+
+
+def test_a_server_gets_everything_once_though_it_was_away_for_a_while(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # MLflow itself would keep the worker for minutes
+    client = point_mlflow_to(f"http://someone:hidden@{server.address}", monkeypatch, "outage")
+    experiment = client.create_experiment("outage")
+    model, monitor = watch(tmp_path, early_stop=ALERT_AT_ONCE)
+    (run,) = client.search_runs([experiment])
+    train(model, monitor, epochs=1)
+    assert monitor.flush(30)
+
+    server.stop()
+    train(model, monitor, epochs=1)
+    assert not monitor.flush(2)
+    server.start()
+    train(model, monitor, epochs=1)
+    assert monitor.flush(30)
+    monitor.close()
+
+    assert list(monitor.faults) == ["backend mlflow"]
+    assert "hidden" not in caplog.text
+    run_id = run.info.run_id
+    assert series(client, run_id, "gwa/gwa") == {r.epoch: r.gwa for r in monitor.history}
+    assert list(series(client, run_id, "gwa/q50")) == INTERVAL_STEPS
+    assert picture_steps(client, run_id) == [0, *EPOCH_ENDS]
+    assert [f.path for f in client.list_artifacts(run_id, "gwa")] == ["gwa/journal.jsonl", "gwa/report.html"]
+    assert client.get_run(run_id).info.status == "FINISHED"
+    assert client.get_run(run_id).data.tags["gwa.alert.epoch"] == "1"

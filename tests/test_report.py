@@ -1,0 +1,506 @@
+"""The report is read back as a browser would read it: as HTML, as plotly's JSON, and by Chromium itself."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import gwa_logging
+from gwa_logging import AlignmentSummary, EarlyStop, InvalidInputError, MissingDependencyError, Monitor
+from gwa_logging.faults import Faults
+from gwa_logging.journal import FILE_NAME, Journal
+from gwa_logging.report import write_report
+from gwa_logging.types import (
+    AnyRecord,
+    CloseRecord,
+    EpochReport,
+    IntervalRecord,
+    RunRecord,
+    StopAlert,
+    StopReason,
+)
+
+HOSTILE = """</script><script>alert(1)</script><img src=x onerror="alert(2)">' & </style> --ink"""
+
+
+class Page(HTMLParser):
+    """A page as its elements and texts."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[tuple[str, str]] = []
+        self.rows: list[list[str]] = []
+        self._in_table = False
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self._in_table = self._in_table or tag == "table"
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in_table = self._in_table and tag != "table"
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append((self.elements[-1][0] if self.elements else "", data))
+        if self._in_table and self.rows and self.rows[-1]:
+            self.rows[-1][-1] += data
+
+    @property
+    def text(self) -> str:
+        return "\n".join(text for tag, text in self.texts if tag not in ("script", "style"))
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        i = next(i for i, (_, attributes) in enumerate(self.elements) if attributes.get("id") == "figures")
+        scripts = [text for tag, text in self.texts if tag == "script"]
+        before = sum(tag == "script" for tag, _ in self.elements[:i])
+        found: dict[str, Any] = json.loads(scripts[before])
+        return found
+
+
+def train(directory: Path, epochs: int = 4, **options: Any) -> Monitor:
+    torch.manual_seed(0)
+    x, y = torch.randn(96, 8), torch.randint(0, 3, (96,))
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rule = EarlyStop(patience=1, warmup=0, min_delta=1.0)  # nothing exceeds the first epoch by so much
+    monitor = gwa_logging.watch(model, directory=directory, log_every_n_steps=2, early_stop=rule, **options)
+    for _ in monitor.epochs(epochs):
+        for rows in torch.arange(96).split(16):
+            nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    monitor.close()
+    return monitor
+
+
+RUN = RunRecord(name="gwa", head="head 'fc'", created="2026-01-31T12:00:00+00:00", settings={"early_stop": None})
+
+
+def scores_of(seed: int, n: int = 200) -> Any:
+    return np.random.default_rng(seed).normal(0.1, 0.05, n)
+
+
+def interval(step: int, steps: int = 1, scores: Any = None) -> IntervalRecord:
+    summary = AlignmentSummary.from_scores(scores_of(step) if scores is None else scores)
+    return IntervalRecord(
+        step=step,
+        epoch=0,
+        steps=steps,
+        count=summary.count,
+        excluded=summary.excluded,
+        mean=summary.mean,
+        minimum=summary.minimum,
+        maximum=summary.maximum,
+        histogram=summary.histogram,
+        display_limit=0.5,
+    )
+
+
+def epoch(number: int, scores: Any = None, **more: Any) -> EpochReport:
+    report = AlignmentSummary.from_scores(scores_of(number) if scores is None else scores)
+    return report.report(epoch=number, step=10 * number + 9).model_copy(update=more)
+
+
+def closed(**faults: int) -> CloseRecord:
+    return CloseRecord(epochs=0, steps=0, best_epoch=None, best_value=math.nan, faults=faults)
+
+
+def journal_of(directory: Path, *records: AnyRecord) -> Path:
+    journal = Journal(directory / FILE_NAME, Faults())
+    for record in records:
+        journal.append(record)
+    journal.close()
+    return directory
+
+
+def page_of(directory: Path, *records: AnyRecord) -> Page:
+    return Page(write_report(journal_of(directory, *records)))
+
+
+def number(cell: str) -> float:
+    return math.nan if cell == "\N{EN DASH}" else float(cell.strip("()").replace("\N{MINUS SIGN}", "-"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Monitor, Page, Path]:
+    monitor = train(tmp_path_factory.mktemp("runs"))
+    path = write_report(monitor.journal.parent)
+    return monitor, Page(path), path
+
+
+# --- what the page says ------------------------------------------------------------------------------------------------
+
+
+def test_table_holds_the_numbers_of_the_history(run):
+    monitor, page, _ = run
+    rows = page.rows[1:]
+    assert len(rows) == len(monitor.history) == 4
+    for row, report in zip(rows, monitor.history, strict=True):
+        shown = [number(cell) for cell in row[1:6]]
+        wanted = [report.gwa, report.stable_gwa, report.mean, report.std, report.excess_kurtosis]
+        assert shown == pytest.approx(wanted, rel=2e-2, abs=1e-3)
+        assert row[0] == str(report.epoch)
+        assert float(row[6].removesuffix(" %")) == pytest.approx(100 * report.negative_fraction, abs=0.051)
+        assert row[7:9] == [f"{report.count:,}", f"{report.excluded:,}"]
+        assert row[9].endswith("; ".join(report.notes))
+
+
+def test_table_columns_stand_under_their_names(run):
+    names = ["epoch", "GWA", "stable GWA", "mean", "std", "excess kurtosis", "negative", "samples", "excluded", "notes"]
+    assert run[1].rows[0] == names
+
+
+def test_alert_is_named_in_headline_table_and_figures(run):
+    monitor, page, _ = run
+    alert = monitor.alert
+    assert alert is not None
+    assert f"Stop alert in epoch {alert.epoch}; best epoch {alert.best_epoch}" in page.text
+    assert alert.message in page.text
+    assert page.rows[1 + alert.epoch][9].startswith("alert")
+    assert page.rows[1 + alert.best_epoch][9].startswith("best")
+    for figure in page.figures.values():
+        labels = [label["text"] for label in figure["layout"]["annotations"]]
+        assert labels[-2:] == [f"alert: epoch {alert.epoch}", f"best: epoch {alert.best_epoch}"]
+
+
+def test_header_says_run_head_time_and_length(run):
+    _, page, path = run
+    for said in ("gwa", "24 steps", "4 epochs", "UTC", path.parent.name, "16 features, 3 classes"):
+        assert said in page.text
+    assert "None." in page.text  # no faults
+    assert "not closed" not in page.text
+
+
+def test_heatmap_covers_every_step_and_its_columns_add_up_to_one(run):
+    heatmap = run[1].figures["scores"]["data"][0]
+    shares = np.array(heatmap["z"], dtype=float)
+    assert heatmap["x"][0] == 0
+    assert heatmap["x"][-1] == 24
+    assert shares.shape == (len(heatmap["y"]) - 1, len(heatmap["x"]) - 1)
+    assert np.nansum(shares, axis=0) == pytest.approx(1, abs=0.01)
+    assert not (shares == 0).any()  # empty is blank, not the colour of zero
+    assert [len(labels) for labels in heatmap["meta"]] == [shares.shape[1], shares.shape[0]]
+
+
+def test_second_figure_holds_the_history(run):
+    monitor, page, _ = run
+    by_axis = {trace["yaxis"]: trace["y"] for trace in page.figures["epochs"]["data"] if "yaxis" in trace}
+    assert by_axis["y2"] == pytest.approx([r.stable_gwa for r in monitor.history], rel=1e-5)
+    assert by_axis["y3"] == pytest.approx([r.mean for r in monitor.history], rel=1e-5)
+    assert by_axis["y4"] == pytest.approx([r.negative_fraction for r in monitor.history], rel=1e-5)
+
+
+def test_undefined_gwa_is_hollow_bracketed_and_explained(tmp_path):
+    two_humps = np.repeat([-0.1, 0.2], [295, 705]) + np.random.default_rng(0).normal(0, 1e-3, 1000)
+    page = page_of(tmp_path, RUN, epoch(0), epoch(1, two_humps), epoch(2), closed())
+    line, hollow, *_ = page.figures["epochs"]["data"]
+    assert [y is None for y in line["y"]] == [False, True, False]
+    assert hollow["x"] == [1]
+    low, high = page.figures["epochs"]["layout"]["yaxis1"]["range"]
+    assert low < hollow["y"][0] < high
+    assert page.rows[2][1].startswith("(")
+    assert "GWA is undefined here: 1 of 3 epochs" in page.text
+    assert "undefined here" not in page_of(tmp_path / "defined", RUN, epoch(0), closed()).text
+
+
+def test_last_few_samples_of_an_epoch_get_no_column_of_their_own(tmp_path):
+    few = [interval(10, scores=scores_of(0, 5)), interval(11, scores=scores_of(0, 5))]
+    page = page_of(tmp_path, RUN, *(interval(i) for i in range(10)), few[0], interval(12), closed())
+    assert page.figures["scores"]["data"][0]["x"] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 13]
+    lasting = page_of(tmp_path / "lasting", RUN, *(interval(i) for i in range(10)), *few, closed())
+    assert lasting.figures["scores"]["data"][0]["x"][-2:] == [11, 12]
+
+
+def test_faults_settings_and_caveats_are_told(tmp_path):
+    alert = StopAlert(
+        epoch=1,
+        best_epoch=0,
+        statistic="stable",
+        value=0.1,
+        best_value=0.2,
+        reason=StopReason.NO_IMPROVEMENT,
+        message="stop now",
+        caveats=("few samples",),
+    )
+    rule = RUN.model_copy(update={"settings": {"early_stop": {"patience": 7}, "samples_per_epoch": None}})
+    text = page_of(tmp_path, rule, epoch(0), epoch(1), alert, closed(journal=3)).text
+    for said in ("stop now", "Caveat: few samples.", "early_stop.patience\n7", "samples_per_epoch\nnone", "journal\n3"):
+        assert said in text
+
+
+def test_epoch_better_than_the_alerts_best_is_told(tmp_path):
+    alert = {"statistic": "stable", "value": 0, "best_value": 0, "reason": "no improvement", "message": ""}
+    records = [epoch(0, is_best=True), epoch(1), StopAlert(epoch=1, best_epoch=0, **alert), epoch(2, is_best=True)]
+    page = page_of(tmp_path, RUN, *records, closed())
+    assert "Stop alert in epoch 1; best epoch 0; epoch 2 was better since" in page.text
+    assert page.rows[3][9].startswith("better since")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [({"early_stop": {"patience": 5}}, "No alert; best epoch 1"), ({"early_stop": None}, "no stop rule was set")],
+)
+def test_run_without_alert_says_so(tmp_path, settings, said):
+    run = RUN.model_copy(update={"settings": settings})
+    assert said in page_of(tmp_path, run, epoch(0, is_best=True), epoch(1, is_best=True), epoch(2), closed()).text
+
+
+# --- journals as they really are ---------------------------------------------------------------------------------------
+
+
+def test_torn_and_foreign_lines_are_skipped_and_said(tmp_path):
+    path = journal_of(tmp_path, RUN, interval(0), epoch(0)) / FILE_NAME
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"kind":"epoch","epo\n\xff\xfe\n{"kind":"other"}\n' + whole.splitlines()[1][:40])
+    page = Page(write_report(tmp_path))
+    assert "torn or foreign and have been skipped: 3." in page.text
+    assert "last line of the journal is unfinished" in page.text
+    assert len(page.rows) == 2
+    assert "not closed" in page.text
+
+
+def test_run_that_has_only_begun_has_a_page(tmp_path):
+    page = page_of(tmp_path, RUN)
+    assert "No epoch has been completed yet" in page.text
+    assert page.figures == {}
+
+
+def test_intervals_without_epochs_and_epochs_without_intervals_have_a_page(tmp_path):
+    assert list(page_of(tmp_path / "a", RUN, interval(0)).figures) == ["scores"]
+    assert list(page_of(tmp_path / "b", RUN, epoch(0)).figures) == ["epochs"]
+
+
+def test_epochs_in_which_nothing_is_defined_have_a_page(tmp_path):
+    nothing = [epoch(0, [math.nan] * 5), epoch(1, [0.25] * 300), epoch(2, [])]
+    page = page_of(tmp_path, RUN, interval(0, scores=[math.nan] * 5).model_copy(update={"mean": math.nan}), *nothing)
+    assert [row[1] for row in page.rows[1:]] == ["(\N{EN DASH})"] * 3
+    assert "all scores are equal" in page.text
+
+
+def test_journal_without_its_first_line_has_a_page(tmp_path):
+    assert tmp_path.name in page_of(tmp_path, interval(0), epoch(0)).text
+
+
+def test_resumed_run_says_where_the_rest_is(tmp_path):
+    assert "what came before epoch 5 is in an earlier journal" in page_of(tmp_path, RUN, epoch(5), epoch(6)).text
+
+
+def test_run_that_went_back_counts_as_seen_last(tmp_path):
+    records = [
+        interval(0),
+        interval(1),
+        interval(2),
+        epoch(0),
+        epoch(1),
+        interval(1),
+        epoch(1, [0.3]),
+    ]
+    page = page_of(tmp_path, RUN, *records)
+    assert [row[0] for row in page.rows[1:]] == ["0", "1"]
+    assert page.rows[2][7] == "1"
+    assert page.figures["scores"]["data"][0]["x"] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not json\n", b'{"kind":"run"'])
+def test_missing_and_empty_journals_name_the_directory_and_the_remedy(tmp_path, content):
+    if content is not None:
+        (tmp_path / FILE_NAME).write_bytes(content)
+    with pytest.raises(
+        InvalidInputError, match=r"directory='.*(give the folder that watch|a run that has begun)"
+    ) as error:
+        write_report(tmp_path)
+    assert str(tmp_path) in str(error.value)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_page_that_cannot_be_written_is_an_error_and_leaves_nothing_behind(tmp_path):
+    journal_of(tmp_path, RUN, epoch(0))
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(InvalidInputError, match="cannot be written"):
+        write_report(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [FILE_NAME, "report.html"]
+
+
+def test_older_page_is_replaced(tmp_path):
+    (tmp_path / "report.html").write_text("old")
+    assert write_report(journal_of(tmp_path, RUN, epoch(0))).read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [FILE_NAME, "report.html"]
+
+
+def test_ten_thousand_intervals_make_a_bounded_page_in_reasonable_time(tmp_path):
+    made = [interval(i) for i in range(20)]
+    intervals = (made[i % 20].model_copy(update={"step": i}) for i in range(10_000))
+    journal_of(tmp_path, RUN, *intervals, *(epoch(i) for i in range(100)), closed())
+    begun = time.perf_counter()
+    path = write_report(tmp_path)
+    assert time.perf_counter() - begun < 30
+    assert path.stat().st_size < 7e6
+    assert len(Page(path).figures["scores"]["data"][0]["x"]) <= 401
+
+
+# --- safety and looks --------------------------------------------------------------------------------------------------
+
+
+def test_page_loads_nothing_from_anywhere(run):
+    _, page, path = run
+    for tag, attributes in page.elements:
+        assert tag not in ("link", "img", "iframe", "object", "embed", "base", "form")
+        assert not {"src", "href", "srcset", "action"} & set(attributes)
+    policies = [a["content"] for t, a in page.elements if t == "meta" and "http-equiv" in a]
+    assert len(policies) == 1
+    assert policies[0].startswith("default-src 'none';")
+    assert "http" not in policies[0]
+    styles = [text for tag, text in page.texts if tag == "style"]
+    assert not any("url(" in style or "@import" in style for style in styles)
+    assert path.read_text(encoding="utf-8").count("plotly.js v") == 1
+
+
+def test_nothing_can_be_sent_to_a_cloud_from_the_page(run):
+    own_script = next(text for tag, text in reversed(run[1].texts) if "Plotly.react" in text and tag == "script")
+    assert "showSendToCloud: false" in own_script
+    assert "modeBarButtons: [[" in own_script
+
+
+def test_hostile_names_are_shown_as_text(tmp_path):
+    run = RunRecord(name=HOSTILE, head=HOSTILE, created=HOSTILE, settings={HOSTILE: HOSTILE, "list": [HOSTILE]})
+    alert = StopAlert(
+        epoch=0,
+        best_epoch=0,
+        statistic=HOSTILE,
+        value=0,
+        best_value=0,
+        reason=StopReason.NO_IMPROVEMENT,
+        message=HOSTILE,
+        caveats=(HOSTILE,),
+    )
+    folder = tmp_path / HOSTILE.replace("/", "")
+    records = [interval(0), epoch(0, notes=(HOSTILE,)), alert, closed(**{HOSTILE: 1})]
+    hostile = page_of(folder, run, *records)
+    harmless = page_of(
+        tmp_path / "harmless",
+        RUN.model_copy(update={"settings": {"a": "b", "list": []}}),
+        *records[:2],
+        alert,
+        closed(a=1),
+    )
+    assert hostile.text.count(HOSTILE) >= 9
+    assert folder.name in hostile.text
+    assert [tag for tag, _ in hostile.elements] == [tag for tag, _ in harmless.elements]
+    assert not any(name.startswith("on") for _, attributes in hostile.elements for name in attributes)
+    assert list(hostile.figures) == ["scores", "epochs"]
+
+
+def test_figures_are_what_plotly_knows(run):
+    go = pytest.importorskip("plotly.graph_objects")
+    for figure in run[1].figures.values():
+        dressed = json.loads(re.sub(r'"--[a-z0-9-]+"', '"#123456"', json.dumps(figure)))
+        go.Figure(dressed)
+
+
+def test_every_colour_of_the_figures_is_defined_for_light_and_dark(run):
+    _, page, path = run
+    light, dark = re.findall(r":root[^{]*\{([^}]*--page[^}]*)\}", path.read_text(encoding="utf-8"))
+    names = set(re.findall(r'"(--[a-z0-9-]+)"', json.dumps(page.figures)))
+    assert len(names) > 10
+    for palette in (light, dark):
+        assert names <= set(re.findall(r"(--[a-z0-9-]+):", palette))
+
+
+def test_plotly_is_loaded_by_the_report_alone(tmp_path):
+    journal_of(tmp_path, RUN, epoch(0))
+    code = (
+        "import sys, pathlib, gwa_logging, gwa_logging.cli, gwa_logging.report as r\n"
+        "assert 'plotly' not in sys.modules\n"
+        f"r.write_report(pathlib.Path({str(tmp_path)!r}))\n"
+        "assert 'plotly' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class WithoutPlotly:
+    """A finder of modules that finds everything but plotly."""
+
+    def __init__(self, finder: Any) -> None:
+        self.finder = finder
+
+    def find_spec(self, name: str, *rest: Any) -> Any:
+        return None if name.partition(".")[0] == "plotly" else self.finder.find_spec(name, *rest)
+
+
+def test_missing_plotly_is_named_with_the_pip_line(tmp_path, monkeypatch):
+    journal_of(tmp_path, RUN, epoch(0))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "plotly"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [WithoutPlotly(finder) for finder in sys.meta_path])
+    with pytest.raises(MissingDependencyError, match=r"pip install 'gwa-logging\[report\]'"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+needs_chromium = pytest.mark.skipif(
+    shutil.which("chromium") is None, reason="chromium is not on PATH: nothing here can open the page"
+)
+
+
+def opened(page: Path, tmp_path: Path, scheme: str = "light") -> tuple[str, list[str], bool]:
+    """What Chromium makes of a page: its elements once drawn, its console, and whether it has asked the network."""
+    quiet = "--no-first-run --disable-background-networking --disable-component-update --disable-sync --disable-gpu"
+    command = [
+        "chromium",
+        "--headless",
+        "--no-sandbox",
+        *quiet.split(),
+        f"--blink-settings=preferredColorScheme={['dark', 'light'].index(scheme)}",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--log-net-log={tmp_path / 'net.json'}",
+        "--enable-logging=stderr",
+        "--virtual-time-budget=10000",
+        "--dump-dom",
+        page.as_uri(),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    # Chromium's own requests have "not an origin" here; those of a page from a file have the origin "null".
+    asked = '"initiator":"null"' in (tmp_path / "net.json").read_text(encoding="utf-8")
+    return done.stdout, console, asked
+
+
+@needs_chromium
+@pytest.mark.parametrize("scheme", ["dark", "light"])
+def test_chromium_draws_both_figures_without_an_error_or_a_request(run, tmp_path, scheme):
+    dom, console, asked = opened(run[2], tmp_path, scheme)
+    drawn = dom.partition('<script type="application/json"')[0]
+    assert console == []
+    assert not asked
+    assert drawn.count('class="main-svg"') >= 2
+    assert re.search(r'<image[^>]*xlink:href="data:image/png', drawn)  # the heatmap's cells
+    assert drawn.count('class="js-line"') == 5  # the median and four panels
+    best = {"dark": "rgb(99, 207, 130)", "light": "rgb(30, 125, 60)"}  # --best of each palette
+    assert [colour in drawn for colour in best.values()] == [scheme == name for name in best]
+
+
+@needs_chromium
+def test_chromium_would_tell_of_an_error_and_of_a_request(tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text('<!doctype html><img src="http://127.0.0.1:9/x.png"><script>nonsense()</script>')
+    _, console, asked = opened(page, tmp_path)
+    assert "nonsense" in console[0]
+    assert asked

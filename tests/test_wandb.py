@@ -1,0 +1,550 @@
+"""W&B: real offline runs, read back from disk with `wandb leet inspect`."""
+
+import json
+import logging
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import wandb
+from torch import nn
+
+import gwa_logging
+from gwa_logging import BackendError, EarlyStop, InvalidInputError, Monitor
+from gwa_logging.errors import GwaError
+from gwa_logging.integrations.wandb import WandbBackend, open_backend
+from gwa_logging.journal import read_journal
+from gwa_logging.types import EpochReport, IntervalRecord, RunContext, StopAlert
+
+EPOCHS, BATCHES, BATCH = 6, 7, 8
+SAMPLES = EPOCHS * BATCHES * BATCH
+
+
+# --- a training, a user, and what is on disk afterwards ---------------------------------------------------------------
+
+
+class Pattern(NamedTuple):
+    """How a user logs to the run that we are a guest in."""
+
+    name: str
+    moment: str  # "step", "before end_epoch", "after end_epoch" or "never"
+    explicit: bool = False  # passes step=
+    every: int = 1
+
+
+PATTERNS = [
+    Pattern("explicit step=epoch before end_epoch", "before end_epoch", explicit=True),
+    Pattern("explicit step=epoch after end_epoch", "after end_epoch", explicit=True),
+    Pattern("implicit step per training step", "step"),
+    Pattern("explicit step per training step", "step", explicit=True),
+    Pattern("never", "never"),
+    Pattern("explicit step=epoch every second epoch", "before end_epoch", explicit=True, every=2),
+]
+
+
+class User:
+    """Logs by a pattern, and knows which rows must come of it and where W&B's step would be without us."""
+
+    def __init__(self, run: wandb.Run, pattern: Pattern) -> None:
+        self.run, self.pattern = run, pattern
+        self.rows: dict[int, float] = {}
+        self.steps_without_us, self.steps = [0], [run.step]
+
+    def at(self, moment: str, index: int) -> None:
+        if moment == self.pattern.moment and index % self.pattern.every == 0:
+            value, step = 0.5 + index, self.steps_without_us[-1]
+            if self.pattern.explicit:
+                self.run.log({"user/loss": value}, step=index)
+                self.rows[index] = value
+                self.steps_without_us.append(index)
+            else:
+                self.run.log({"user/loss": value})
+                self.rows[step] = value
+                self.steps_without_us.append(step + 1)
+        else:
+            self.steps_without_us.append(self.steps_without_us[-1])
+        self.steps.append(self.run.step)
+
+
+class Training:
+    """A classifier of random samples, always the same ones in the same order."""
+
+    def __init__(self, lr: float = 0.1) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+        self.batches = [(torch.randn(BATCH, 5), torch.randint(0, 3, (BATCH,))) for _ in range(BATCHES)]
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=lr)
+
+    def watch(self, directory: Path, **options: Any) -> Monitor:
+        options = {"backend": "wandb", "log_every_n_steps": 3, "early_stop": None} | options
+        return gwa_logging.watch(self.model, directory=directory / "gwa", **options)
+
+    def step(self, index: int) -> None:
+        x, y = self.batches[index % BATCHES]
+        self.optimizer.zero_grad()
+        nn.functional.cross_entropy(self.model(x), y).backward()
+        self.optimizer.step()
+
+    def epoch(self, monitor: Monitor) -> EpochReport:
+        for index in range(BATCHES):
+            self.step(index)
+        return monitor.end_epoch()
+
+
+def start_run(directory: Path, **options: Any) -> wandb.Run:
+    """An offline run that is not the active one, so that tests cannot get at each other's."""
+    settings = wandb.Settings(silent=True, console="off", x_disable_stats=True)
+    return wandb.init(**{"mode": "offline", "dir": directory, "settings": settings, "reinit": "create_new"} | options)
+
+
+class OnDisk(NamedTuple):
+    """An offline run, read back."""
+
+    history: list[dict[str, Any]]
+    alerts: list[dict[str, Any]]
+    metrics: dict[str, dict[str, Any]]
+    summary: dict[str, Any]
+    config: dict[str, Any]
+
+    def column(self, *keys: str) -> list[Any]:
+        """The values of these keys in the rows that have the first, in order; tuples if there are several."""
+        rows = [tuple(row[key] for key in keys) for row in self.history if keys[0] in row]
+        return rows if len(keys) > 1 else [row[0] for row in rows]
+
+
+def read_back(folder: str) -> OnDisk:
+    """Reads the folder of an offline run, after everything has been written to it."""
+    wandb.teardown()  # finish() alone can come back before the last rows are on disk
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", folder]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    records = [json.loads(line) for line in lines]
+    of = {kind: [r[kind] for r in records if r["type"] == kind] for kind in {r["type"] for r in records}}
+    summary: dict[str, Any] = {}
+    config: dict[str, Any] = {}
+    for record in of.get("summary", []):
+        summary |= record["update"]
+    for record in of.get("config", []):
+        config |= record["update"]
+    return OnDisk(
+        history=[record["item"] for record in of.get("history", [])],
+        alerts=of.get("alert", []),
+        metrics={record.get("name", record.get("glob_name")): record for record in of.get("metric", [])},
+        summary=summary,
+        config=config,
+    )
+
+
+def folder_of(run: wandb.Run) -> str:
+    return str(run.settings.sync_dir)
+
+
+def samples_in(history: list[dict[str, Any]], prefix: str = "gwa") -> int:
+    return sum(sum(row.get(f"{prefix}/scores.values", [])) for row in history)
+
+
+@pytest.fixture(autouse=True)
+def _quiet_and_clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_CONSOLE", "off")
+    yield
+    if wandb.run is not None:
+        wandb.run.finish()
+    wandb.teardown()
+
+
+# --- a guest in the user's run ----------------------------------------------------------------------------------------
+
+
+class Visit(NamedTuple):
+    """One training during which a user logged by a pattern."""
+
+    user: User
+    reports: list[EpochReport]
+    faults: dict[str, int]
+    disk: OnDisk
+
+
+@pytest.fixture(scope="module")
+def visits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Visit]:
+    """All patterns, trained one after the other and read back once."""
+    done: list[tuple[User, Monitor]] = []
+    for pattern in PATTERNS:
+        directory = tmp_path_factory.mktemp("visit")
+        run = start_run(directory)
+        user, training = User(run, pattern), Training()
+        monitor = training.watch(directory, run=run)
+        for epoch in range(EPOCHS):
+            for batch in range(BATCHES):
+                training.step(batch)
+                user.at("step", epoch * BATCHES + batch)
+            user.at("before end_epoch", epoch)
+            monitor.end_epoch()
+            user.at("after end_epoch", epoch)
+        monitor.close()
+        run.finish()
+        done.append((user, monitor))
+    return {u.pattern.name: Visit(u, m.history, m.faults, read_back(folder_of(u.run))) for u, m in done}
+
+
+@pytest.fixture(params=[pattern.name for pattern in PATTERNS])
+def visit(request: pytest.FixtureRequest, visits: dict[str, Visit]) -> Visit:
+    return visits[request.param]
+
+
+def test_every_row_of_the_user_is_there_with_its_own_step_and_value(visit: Visit) -> None:
+    assert visit.disk.column("user/loss", "_step") == [(value, step) for step, value in visit.user.rows.items()]
+
+
+def test_no_sample_is_missing_from_the_histograms_and_none_is_counted_twice(visit: Visit) -> None:
+    assert samples_in(visit.disk.history) == SAMPLES
+
+
+def test_every_epoch_is_there_once_and_in_order(visit: Visit) -> None:
+    expected = [(r.epoch, r.gwa, r.stable_gwa, r.mean, r.count) for r in visit.reports]
+    keys = ("gwa/epoch", "gwa/gwa", "gwa/stable", "gwa/mean", "gwa/count")
+    assert len(expected) == EPOCHS
+    assert visit.disk.column(*keys) == expected
+
+
+def test_the_step_of_the_run_is_where_it_would_be_without_us(visit: Visit) -> None:
+    assert visit.user.steps == visit.user.steps_without_us
+
+
+def test_the_steps_of_the_histograms_ascend_up_to_the_last_training_step(visit: Visit) -> None:
+    steps = visit.disk.column("gwa/step")
+    assert steps == sorted(set(steps))
+    assert steps[-1] == EPOCHS * BATCHES - 1
+
+
+def test_a_guest_causes_no_fault_and_leaves_the_config_alone(visit: Visit) -> None:
+    assert visit.faults == {}
+    assert "gwa" not in visit.disk.config
+
+
+def test_a_user_who_logs_per_step_gets_a_histogram_per_interval(visits: dict[str, Visit]) -> None:
+    per_step = visits["implicit step per training step"].disk
+    never = visits["never"].disk
+    assert len(per_step.column("gwa/scores.values")) > EPOCHS * (BATCHES // 3)
+    assert len(never.column("gwa/scores.values")) == 1  # everything met in one row, and was added up
+
+
+def test_closing_commits_nothing_when_nothing_of_ours_is_open(tmp_path: Path) -> None:
+    run, training = start_run(tmp_path), Training()
+    monitor = training.watch(tmp_path, run=run)
+    training.epoch(monitor)
+    run.log({"user/loss": 1.0})
+    monitor.close()
+    assert run.step == 1
+    run.finish()
+
+
+@pytest.mark.parametrize("owned", [False, True])
+def test_an_interval_without_a_score_leaves_no_row(tmp_path: Path, owned: bool) -> None:
+    run = start_run(tmp_path)
+    backend = WandbBackend(run, "gwa", owned=owned)
+    scored = gwa_logging.AlignmentSummary.from_scores([0.1, -0.2])
+    nothing = gwa_logging.AlignmentSummary.from_scores([float("nan")])
+    for step, summary in enumerate((nothing, scored, nothing)):
+        backend.write(interval_of(summary, step))
+    backend.close()
+    run.finish()
+    disk = read_back(folder_of(run))
+    assert [row["gwa/step"] for row in disk.history] == [1]
+    assert samples_in(disk.history) == 2
+
+
+def interval_of(summary: gwa_logging.AlignmentSummary, step: int) -> IntervalRecord:
+    return IntervalRecord(
+        step=step,
+        epoch=0,
+        steps=1,
+        count=summary.count,
+        excluded=summary.excluded,
+        mean=summary.mean,
+        minimum=summary.minimum,
+        maximum=summary.maximum,
+        histogram=summary.histogram,
+        display_limit=0.5,
+    )
+
+
+def test_a_write_that_failed_can_be_repeated_without_counting_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start_run(tmp_path)
+    backend = open_backend(RunContext(name="gwa", run=run, directory=tmp_path))
+    first, second = (
+        interval_of(gwa_logging.AlignmentSummary.from_scores([0.1] * n), step) for step, n in enumerate((3, 4))
+    )
+    backend.write(first)
+    with monkeypatch.context() as patch:
+        patch.setattr(wandb.Run, "log", _refuse)
+        with pytest.raises(ConnectionResetError):
+            backend.write(second)
+    backend.write(second)
+    backend.close()
+    run.finish()
+    assert samples_in(read_back(folder_of(run)).history) == 7
+
+
+def _refuse(*args: Any, **kwargs: Any) -> None:
+    raise ConnectionResetError
+
+
+# --- a run of our own -------------------------------------------------------------------------------------------------
+
+
+def test_a_run_of_our_own_gets_a_row_per_record_and_is_finished_on_close(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    bystander = start_run(tmp_path)  # not the active one, so not ours to take, nor to finish
+    training = Training()
+    monitor = training.watch(tmp_path)
+    for _ in range(2):
+        training.epoch(monitor)
+    monitor.close()
+    with pytest.raises(BackendError, match="finished"):  # asked now, because reading back ends every run
+        monitor._deliveries[0].backend.write(monitor.history[0])
+    bystander.log({"still": "open"})
+    bystander.finish()
+    records, _ = read_journal(monitor.journal)
+    (ours,) = {str(folder) for folder in tmp_path.glob("wandb/offline-run-*")} - {folder_of(bystander)}
+    disk = read_back(ours)
+    kinds = Counter(type(record) for record in records)
+    assert len(disk.column("gwa/scores.values")) == kinds[IntervalRecord] > 2
+    assert disk.column("gwa/epoch") == [0, 1]
+    assert len(disk.history) == kinds[IntervalRecord] + kinds[EpochReport]
+    assert samples_in(disk.history) == 2 * BATCHES * BATCH
+    assert disk.config["gwa"]["log_every_n_steps"] == 3
+    assert monitor.faults == {}
+
+
+def test_the_active_run_is_taken_and_left_running(tmp_path: Path) -> None:
+    run = start_run(tmp_path, reinit="default")
+    assert wandb.run is run
+    backend = open_backend(RunContext(name="gwa", run=None, directory=tmp_path))
+    backend.close()
+    assert backend.url == folder_of(run)
+    run.log({"still": "open"})
+    run.finish()
+    assert read_back(folder_of(run)).column("still") == ["open"]
+
+
+def test_no_way_to_start_a_run_is_an_error_that_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_API_KEY", "not a key")
+    with pytest.raises(BackendError, match=r"(?s)wandb login.*WANDB_MODE=offline.*run=wandb\.init"):
+        Training().watch(tmp_path)
+
+
+# --- alerts and summary -----------------------------------------------------------------------------------------------
+
+
+def test_one_alert_says_when_to_stop_and_the_summary_keeps_the_best_epoch(tmp_path: Path) -> None:
+    run, training = start_run(tmp_path), Training(lr=0.0)
+    monitor = training.watch(tmp_path, run=run, early_stop=EarlyStop(patience=1, warmup=0))
+    for _ in range(5):
+        training.epoch(monitor)
+    monitor.close()
+    run.finish()
+    disk = read_back(folder_of(run))
+    alert = monitor.alert
+    assert isinstance(alert, StopAlert)
+    assert [(a["title"], a["level"]) for a in disk.alerts] == [("GWA: stop", "WARN")]
+    (text,) = (a["text"] for a in disk.alerts)
+    for part in ("Best epoch: 0", f"{alert.value:.4g}", "no improvement", *alert.caveats):
+        assert part in text
+    assert alert.caveats  # so few samples are always worth one
+    summary = {key: disk.summary[f"gwa/{key}"] for key in ("best_epoch", "best_value", "stop_epoch")}
+    assert summary == {"best_epoch": 0, "best_value": alert.best_value, "stop_epoch": 1}
+
+
+def test_a_run_without_an_alert_keeps_its_best_epoch_too(tmp_path: Path) -> None:
+    run, training = start_run(tmp_path), Training()
+    monitor = training.watch(tmp_path, run=run, early_stop=EarlyStop(patience=99, warmup=0))
+    for _ in range(3):
+        training.epoch(monitor)
+    monitor.close()
+    run.finish()
+    disk = read_back(folder_of(run))
+    best = max(monitor.history, key=lambda report: report.stable_gwa)
+    assert (disk.summary["gwa/best_epoch"], disk.summary["gwa/best_value"]) == (best.epoch, best.stable_gwa)
+    assert "gwa/stop_epoch" not in disk.summary
+    assert disk.alerts == []
+
+
+# --- what users get wrong ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["run.finish()", "wandb.teardown()"])
+def test_a_run_that_ends_before_close_costs_neither_time_nor_training(
+    tmp_path: Path, ending: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, training = start_run(tmp_path), Training()
+    monitor = training.watch(tmp_path, run=run)
+    training.epoch(monitor)
+    run.finish() if ending == "run.finish()" else wandb.teardown()
+    begin = time.monotonic()
+    with caplog.at_level(logging.WARNING, "gwa_logging"):
+        report = training.epoch(monitor)
+        monitor.close()
+    assert time.monotonic() - begin < 5.0
+    assert report.count == BATCHES * BATCH
+    assert monitor.faults["backend wandb"] >= 1
+    if ending == "run.finish()":
+        assert "finished before monitor.close()" in caplog.text
+
+
+@pytest.mark.parametrize("wrong", ["a run id", 7, object(), wandb.Run])
+def test_a_run_of_a_wrong_type_is_named(tmp_path: Path, wrong: Any) -> None:
+    with pytest.raises(InvalidInputError, match=r"run=.*expected a wandb\.Run"):
+        Training().watch(tmp_path, run=wrong)
+
+
+def test_a_finished_run_is_refused_at_once(tmp_path: Path) -> None:
+    run = start_run(tmp_path)
+    run.finish()
+    with pytest.raises(InvalidInputError, match=r"run=.*finished"):
+        Training().watch(tmp_path, run=run)
+
+
+def test_a_dead_active_run_is_an_error_at_the_start(tmp_path: Path) -> None:
+    run = start_run(tmp_path)
+    wandb.teardown()
+    with pytest.raises(GwaError, match="there is no run to log to"):
+        Training().watch(tmp_path, run=run)
+
+
+def test_a_disabled_run_swallows_everything(tmp_path: Path) -> None:
+    run, training = start_run(tmp_path, mode="disabled"), Training(lr=0.0)
+    monitor = training.watch(tmp_path, run=run, early_stop=EarlyStop(patience=1, warmup=0))
+    for _ in range(3):
+        training.epoch(monitor)
+    monitor.close()
+    assert monitor.alert is not None
+    assert monitor.faults == {}
+    assert open_backend(RunContext(name="gwa", run=run, directory=tmp_path)).url is None
+
+
+# --- shared mode, which needs a server --------------------------------------------------------------------------------
+
+
+PROJECT = {"id": "p", "name": "project", "entity": {"id": "e", "name": "entity"}}
+BUCKET = {"id": "b", "name": "run", "displayName": "run", "config": "{}", "historyLineCount": 0, "project": PROJECT}
+ANSWER = {
+    "viewer": {"id": "v", "entity": "entity", "username": "user", "flags": "{}", "teams": {"edges": []}},
+    "upsertBucket": {"bucket": BUCKET, "inserted": True},
+    "createRunFiles": {"runID": "b", "uploadHeaders": [], "files": []},
+}
+
+
+class Server(BaseHTTPRequestHandler):
+    """As much of a W&B server as it takes to start a run: one answer to every question."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        body = json.dumps({"data": ANSWER}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: Any) -> None:
+        """Keeps quiet."""
+
+
+@contextmanager
+def serving() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def test_in_shared_mode_every_record_is_a_row_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving() as address:
+        monkeypatch.setenv("WANDB_BASE_URL", address)
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        run, training = start_run(tmp_path, mode="shared", id=BUCKET["name"]), Training()
+        with pytest.raises(Exception, match="shared mode"):
+            _ = run.step  # what makes this mode another one for us
+        monitor = training.watch(tmp_path, run=run)
+        for _ in range(2):
+            training.epoch(monitor)
+        monitor.close()
+        run.log({"still": "open"})
+        run.finish()
+        disk = read_back(folder_of(run))
+    records, _ = read_journal(monitor.journal)
+    rows = [record for record in records if isinstance(record, IntervalRecord | EpochReport)]
+    assert len(disk.history) == len(rows) + 1
+    assert samples_in(disk.history) == 2 * BATCHES * BATCH
+    assert disk.column("gwa/epoch") == [0, 1]
+    assert disk.column("still") == ["open"]
+    assert monitor.faults == {}
+
+
+# --- names and axes ---------------------------------------------------------------------------------------------------
+
+HISTOGRAM = ("scores", "scores._type", "scores.bins", "scores.values")
+AXES = {
+    "step": (*HISTOGRAM, "step_mean", "negative_fraction", "q05", "q25", "q50", "q75", "q95"),
+    "epoch": ("gwa", "stable", "mean", "std", "excess_kurtosis", "excluded", "count"),
+}
+
+
+@pytest.mark.parametrize("prefix", ["other", "run.2"])
+def test_another_name_is_the_prefix_of_every_key_and_axis(tmp_path: Path, prefix: str) -> None:
+    run, training = start_run(tmp_path), Training()
+    monitor = training.watch(tmp_path, run=run, name=prefix)
+    training.epoch(monitor)
+    monitor.close()
+    run.finish()
+    disk = read_back(folder_of(run))
+    assert all(key.startswith((f"{prefix}/", "_")) for row in disk.history for key in row)
+    assert samples_in(disk.history, prefix) == BATCHES * BATCH
+    axis_of = {f"{prefix}/{key}": f"{prefix}/{axis}" for axis, keys in AXES.items() for key in keys}
+    assert {name: m["step_metric"] for name, m in disk.metrics.items() if "step_metric" in m} == axis_of
+    assert set(disk.metrics) == {*axis_of, f"{prefix}/step", f"{prefix}/epoch"}
+    assert {key for row in disk.history for key in row if not key.startswith("_")} == set(disk.metrics) - {
+        f"{prefix}/scores"
+    }
+
+
+@pytest.mark.parametrize("moment", ["before watch()", "after watch()"])
+def test_a_pattern_that_the_user_defined_does_not_take_our_axes(tmp_path: Path, moment: str) -> None:
+    run, training = start_run(tmp_path), Training()
+    if moment == "before watch()":
+        run.define_metric("*", step_metric="user/axis")
+    monitor = training.watch(tmp_path, run=run)
+    if moment == "after watch()":
+        run.define_metric("*", step_metric="user/axis")
+    run.log({"user/axis": 41.0})
+    training.epoch(monitor)
+    run.log({}, commit=True)
+    run.log({"user/loss": 0.5})
+    monitor.close()
+    run.finish()
+    disk = read_back(folder_of(run))
+    # W&B adds the axis of a key to the row that the key is in: ours got their own, and not the user's.
+    (ours,) = (row for row in disk.history if "gwa/gwa" in row)
+    assert "user/axis" not in ours
+    assert {"gwa/step", "gwa/epoch", "gwa/scores.values"} <= set(ours)
+    assert disk.column("user/loss", "user/axis") == [(0.5, 41.0)]
