@@ -105,6 +105,8 @@ def watch(
     logger.info("gwa_logging: %s; journal in %s", adapter.head, journal.path.parent)
     _watched[id(model)] = (weakref.ref(model), monitor)
     _open.add(monitor)
+    atexit.unregister(_close_all)
+    atexit.register(_close_all)  # after the trackers have registered theirs, so before they are gone at exit
     return monitor
 
 
@@ -121,7 +123,6 @@ def _new_folder(directory: Path) -> Path:
     return directory / f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
 
 
-@atexit.register
 def _close_all() -> None:
     for monitor in list(_open):
         monitor.close()

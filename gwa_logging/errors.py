@@ -42,4 +42,4 @@ class MissingDependencyError(GwaError, ImportError):
 
 
 class BackendError(GwaError):
-    """A tracking backend cannot be used. Raised while starting up only."""
+    """A tracking backend cannot be used. Raised into the user's code while starting up only."""

@@ -237,6 +237,21 @@ def test_a_user_who_logs_per_step_gets_a_histogram_per_interval(visits: dict[str
     assert len(never.column("gwa/scores.values")) == 1  # everything met in one row, and was added up
 
 
+def test_what_the_user_logs_with_a_step_after_close_lands(tmp_path: Path) -> None:
+    run, training = start_run(tmp_path), Training()
+    monitor = training.watch(tmp_path, run=run)
+    for epoch in range(3):
+        training.epoch(monitor)
+        run.log({"user/loss": 1.0}, step=epoch)
+    monitor.close()
+    run.log({"test/accuracy": 0.9}, step=2)
+    run.log({"test/accuracy": 0.8}, step=3)
+    run.finish()
+    disk = read_back(folder_of(run))
+    assert disk.column("test/accuracy", "_step") == [(0.9, 2), (0.8, 3)]
+    assert len(disk.column("gwa/gwa")) == 3
+
+
 def test_closing_commits_nothing_when_nothing_of_ours_is_open(tmp_path: Path) -> None:
     run, training = start_run(tmp_path), Training()
     monitor = training.watch(tmp_path, run=run)

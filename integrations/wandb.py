@@ -1,0 +1,241 @@
+"""Weights & Biases: writes records into a run.
+
+In W&B a row can only be added at the end: once the run's step has moved on, a row that the user logs with an earlier
+`step=` is dropped. So on a run that the user started nothing of ours may move the step. What we have is added to the
+row that is open, with `commit=False`, and the user's own next `log` commits it. Within one row the last value of a key
+wins; hence two rules that lose nothing:
+
+- intervals that meet in one row are merged, and the sum is logged again: histograms add up;
+- of the epochs that meet in one row the first goes out; the others wait, one for each later row.
+
+On a run that we started, and in W&B's shared mode, which has no such steps, every record is a row of its own.
+"""
+
+from collections import deque
+from typing import Any
+
+import wandb
+
+from gwa_logging.errors import BackendError, InvalidInputError
+from gwa_logging.histogram import DISPLAY_BINS
+from gwa_logging.types import (
+    QUANTILES,
+    AnyRecord,
+    CloseRecord,
+    EpochReport,
+    IntervalRecord,
+    RunContext,
+    RunRecord,
+    StopAlert,
+)
+
+ALERT_TITLE = "GWA: stop"
+
+STEP_KEYS = ("step_mean", "negative_fraction", *QUANTILES)
+EPOCH_KEYS = {
+    "gwa": "gwa",
+    "stable": "stable_gwa",
+    "mean": "mean",
+    "std": "std",
+    "excess_kurtosis": "excess_kurtosis",
+    "excluded": "excluded",
+    "count": "count",
+}
+"""Metric key to attribute of EpochReport."""
+
+HISTOGRAM_SUBKEYS = ("", "._type", ".bins", ".values")
+"""W&B stores a histogram under these, and looks each of them up by itself."""
+
+
+def open_backend(context: RunContext) -> "WandbBackend":
+    """Takes the user's run, or the active one; if there is neither, starts one of its own.
+
+    Raises:
+        InvalidInputError: `run=` is not a run of W&B, or one that is finished.
+        BackendError: no run can be started, or the active one does not answer.
+    """
+    run = wandb.run if context.run is None else _checked(context.run)
+    owned = run is None
+    try:
+        if run is None:
+            # Not a plain init(): that hands out any run that is active, and we would finish it.
+            run = wandb.init(reinit="create_new")
+        _define_metrics(run, context.name)
+        _warm_up()
+    except Exception as error:  # whatever wandb raises here: nothing could ever be logged
+        raise BackendError(
+            f"backend='wandb': there is no run to log to ({type(error).__name__}: {error}). Run `wandb login` or set "
+            "WANDB_API_KEY; or set WANDB_MODE=offline to keep the run on disk; or pass run=wandb.init(...)"
+        ) from error
+    return WandbBackend(run, context.name, owned=owned)
+
+
+class WandbBackend:
+    """Writes into one run. See `gwa_logging.types.Backend`."""
+
+    name = "wandb"
+    threaded = False
+    """W&B is written on the training thread: on another one the user's `log` could come between looking at the step
+    and logging, and an interval would be counted twice. A write takes about a millisecond."""
+
+    def __init__(self, run: wandb.Run, prefix: str, *, owned: bool) -> None:
+        """Writes into `run` under `prefix`; `owned` says that nobody else does, and that `close` finishes it."""
+        self._run = run
+        self._prefix = prefix
+        self._owned = owned
+        stepless = run.settings.mode == "shared" or run.disabled
+        self._guest = None if owned or stepless else _Guest(run, prefix)
+
+    @property
+    def url(self) -> str | None:
+        """Where to look at the run: its page; if it is offline, its folder; None if W&B is disabled."""
+        if self._run.disabled:
+            return None
+        return str(self._run.settings.sync_dir) if self._run.offline else self._run.url
+
+    def write(self, record: AnyRecord) -> None:
+        """Writes one record. Takes about a millisecond; does not wait for the network.
+
+        Raises:
+            BackendError: the run is finished.
+        """
+        if _finished(self._run):
+            raise BackendError("the W&B run was finished before monitor.close(): close the monitor first")
+        if isinstance(record, IntervalRecord | EpochReport):
+            self._log(record)
+        elif isinstance(record, StopAlert):
+            best = {"best_epoch": record.best_epoch, "best_value": record.best_value, "stop_epoch": record.epoch}
+            self._summarise(best)
+            # Last, because a record that fails is written again, and W&B does not drop the second of two alerts.
+            self._run.alert(title=ALERT_TITLE, text=_alert_text(record), level="WARN")
+        elif isinstance(record, CloseRecord):
+            if record.best_epoch is not None:
+                self._summarise({"best_epoch": record.best_epoch, "best_value": record.best_value})
+        elif isinstance(record, RunRecord) and self._owned:
+            config = {self._prefix: record.settings}
+            self._run.config.update(config, allow_val_change=True)  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        """Writes what is left; finishes the run if it is ours. Does nothing to a run that is finished already."""
+        if _finished(self._run):
+            return
+        if self._guest:
+            self._guest.drain()
+        if self._owned:
+            self._run.finish()
+
+    def _log(self, record: IntervalRecord | EpochReport) -> None:
+        if self._guest:
+            self._guest.log(record)
+        elif row := _row(self._prefix, record):
+            self._run.log(row, commit=True)
+
+    def _summarise(self, values: dict[str, float]) -> None:
+        self._run.summary.update({f"{self._prefix}/{key}": value for key, value in values.items()})
+
+
+class _Guest:
+    """Adds to the rows of a run whose steps are the user's. What it remembers changes only after W&B took the row."""
+
+    def __init__(self, run: wandb.Run, prefix: str) -> None:
+        self._run = run
+        self._prefix = prefix
+        self._step: int | None = None  # of the row that holds the following two; None: there is nothing of ours
+        self._interval: IntervalRecord | None = None
+        self._has_epoch = False
+        self._waiting: deque[EpochReport] = deque()
+
+    def log(self, record: IntervalRecord | EpochReport) -> None:
+        """Adds a record to the open row, commits nothing."""
+        step = self._run.step
+        interval, has_epoch = (self._interval, self._has_epoch) if step == self._step else (None, False)
+        waiting = deque(self._waiting)
+        row: dict[str, Any] = {}
+        if isinstance(record, EpochReport):
+            waiting.append(record)
+        elif record.count:
+            interval = record if interval is None else interval.merge(record)
+            row |= _row(self._prefix, interval)
+        if waiting and not has_epoch:
+            row |= _row(self._prefix, waiting.popleft())
+            has_epoch = True
+        if row:
+            self._run.log(row, commit=False)
+            self._step, self._interval, self._has_epoch = step, interval, has_epoch
+        self._waiting = waiting
+
+    def drain(self) -> None:
+        """Gives each epoch that still waits a row. The last one stays open, for what the user may log; W&B's finish takes it.
+
+        So W&B's step moves only if epochs had to wait: if the user has logged less often than once per epoch.
+        """
+        while self._waiting:
+            step = self._run.step
+            if step == self._step and self._has_epoch:
+                self._run.log({}, commit=True)
+                self._step = None
+                continue
+            self._run.log(_row(self._prefix, self._waiting[0]), commit=False)
+            self._waiting.popleft()
+            self._step, self._has_epoch = step, True
+
+
+def _row(prefix: str, record: IntervalRecord | EpochReport) -> dict[str, Any]:
+    """What a record is in W&B; empty for an interval without a score."""
+    if isinstance(record, EpochReport):
+        values = {"epoch": record.epoch} | {key: getattr(record, name) for key, name in EPOCH_KEYS.items()}
+    elif record.count:
+        histogram = record.histogram.to_display(DISPLAY_BINS, record.display_limit)
+        values = {
+            "step": record.step,
+            "scores": wandb.Histogram(np_histogram=histogram),
+            "step_mean": record.mean,
+            "negative_fraction": record.negative_fraction,
+            **record.quantiles,
+        }
+    else:
+        values = {}
+    return {f"{prefix}/{key}": value for key, value in values.items()}
+
+
+def _define_metrics(run: wandb.Run, prefix: str) -> None:
+    """Gives every key its axis, by its exact name: a pattern would lose against the user's own, at random."""
+    axes = {
+        "step": (*(f"scores{subkey}" for subkey in HISTOGRAM_SUBKEYS), *STEP_KEYS),
+        "epoch": tuple(EPOCH_KEYS),
+    }
+    for axis, keys in axes.items():
+        run.define_metric(f"{prefix}/{axis}", hidden=True)
+        for key in keys:
+            run.define_metric(f"{prefix}/{key}", step_metric=f"{prefix}/{axis}")
+
+
+def _warm_up() -> None:
+    """Has W&B import pandas now: its first look at a histogram would, half a second in the middle of a step."""
+    getattr(wandb.util, "is_pandas_data_frame", bool)(None)
+
+
+def _checked(run: Any) -> wandb.Run:
+    if not isinstance(run, wandb.Run):
+        raise InvalidInputError(
+            f"run={run!r}: expected a wandb.Run, as wandb.init() returns it (Lightning: logger.experiment), found "
+            f"{type(run).__module__}.{type(run).__qualname__}"
+        )
+    if _finished(run):
+        raise InvalidInputError(f"run={run.id!r}: this run is finished; pass one that is going on, or none")
+    return run
+
+
+def _finished(run: wandb.Run) -> bool:
+    """Without asking W&B: most of what one can ask of a finished run waits half a minute for an answer."""
+    return bool(getattr(run, "_is_finished", False))  # wandb has no public name for it
+
+
+def _alert_text(alert: StopAlert) -> str:
+    lines = [
+        alert.message,
+        f"Best epoch: {alert.best_epoch}, {alert.statistic} = {alert.best_value:.4g}; now {alert.value:.4g}.",
+        f"Reason: {alert.reason.value}.",
+        *(f"But: {caveat}." for caveat in alert.caveats),
+    ]
+    return "\n".join(lines)
