@@ -115,7 +115,7 @@ class StopRule:
             best_value=state.best,
             reason=StopReason.NO_IMPROVEMENT,
             message=(
-                f"GWA says stop: its {statistic} statistic has had no new best for {state.waited} epochs. "
+                f"GWA says stop: no new best of its {statistic} statistic for {state.waited} epoch{'s'[: state.waited - 1]}. "
                 f"Best epoch: {state.best_epoch} ({state.best:.4g}); now epoch {report.epoch}: {value:.4g}."
             ),
             caveats=report.notes,

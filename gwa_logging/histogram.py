@@ -10,7 +10,7 @@ from typing import Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gwa_logging.errors import InvalidInputError
 
@@ -46,6 +46,12 @@ class Histogram(BaseModel):
 
     first: int = Field(default=0, ge=0, le=BINS)
     counts: tuple[int, ...] = Field(default=(), max_length=BINS)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.first + len(self.counts) > BINS or min(self.counts, default=0) < 0:
+            raise ValueError(f"counts do not fit: first={self.first} and {len(self.counts)} counts, for {BINS} bins")
+        return self
 
     @classmethod
     def from_dense(cls, dense: npt.NDArray[np.int64]) -> Self:

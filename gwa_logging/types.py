@@ -68,7 +68,7 @@ class IntervalRecord(Record):
     minimum: Number
     maximum: Number
     histogram: Histogram
-    display_limit: float
+    display_limit: float = Field(gt=0)
 
     @property
     def negative_fraction(self) -> float:

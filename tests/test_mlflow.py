@@ -301,6 +301,14 @@ def test_a_run_can_be_named_from_a_thread_in_which_it_is_not_active(
     assert len(client.search_runs([run.info.experiment_id])) == 1
 
 
+def test_our_run_has_failed_where_watch_has(client: MlflowClient, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="no such backend"):
+        gwa_logging.watch(nn.Linear(4, 3), backend=["mlflow", "nonsense"], directory=tmp_path)
+    (own,) = runs_of(client)
+    assert own.info.status == "FAILED"
+    assert client.list_artifacts(own.info.run_id) == []
+
+
 def test_the_run_of_a_launcher_is_taken_and_left_to_the_user(
     client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,68 @@
+"""The command line: `gwa-logging report DIR`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from gwa_logging import __version__
+from gwa_logging.errors import GwaError, InvalidInputError
+from gwa_logging.journal import FILE_NAME
+from gwa_logging.report import REPORT_NAME, write_report
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        argv: the arguments, without the program's name; None takes those of the process.
+
+    Returns:
+        The exit code: 0, or 2 after an error, which is told on stderr in one line.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        _report(arguments.directory)
+    except (GwaError, OSError) as error:
+        print("gwa-logging:", *str(error).splitlines(), file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="gwa-logging", description="Looks at runs that gwa_logging has watched.")
+    parser.add_argument("--version", action="version", version=f"gwa-logging {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    report = commands.add_parser(
+        "report",
+        help="make an HTML page of a run",
+        description=f"Writes {REPORT_NAME}, one page that works without a network, next to a run's journal.",
+    )
+    report.add_argument(
+        "directory", type=Path, metavar="DIR", help="a run's folder; or a folder of runs, for the run written to last"
+    )
+    return parser
+
+
+def _report(directory: Path) -> None:
+    """Writes the page and prints its path, and nothing else, on stdout."""
+    print(write_report(_run_folder(directory)))
+
+
+def _run_folder(directory: Path) -> Path:
+    """The folder itself if it is a run's, otherwise the run in it whose journal was written to last."""
+    if (directory / FILE_NAME).exists():
+        return directory
+    journals = sorted(directory.glob(f"*/{FILE_NAME}"), key=lambda path: (path.stat().st_mtime_ns, path))
+    if not journals:
+        missing = "holds no run" if directory.is_dir() else "is not a folder"
+        raise InvalidInputError(
+            f"{str(directory)!r} {missing}: there is no {FILE_NAME} in it or in its folders; give the directory= of "
+            "watch(), by default gwa_runs, or the folder of one run"
+        )
+    newest = journals[-1].parent
+    print(f"newest of {len(journals)} runs: {newest.name}" if journals[1:] else f"run: {newest.name}", file=sys.stderr)
+    return newest
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
