@@ -46,8 +46,8 @@ def watch(
             `gwa_logging.integrations.jax.tap`.
         backend: where to send: "wandb", "mlflow", "local" (only the journal and the report), a list of them, the name of
             an entry point in the group `gwa_logging.backends`, or an object with `write` and `close`.
-        run: a `wandb.Run`, or an MLflow run or run id. None takes the active one; if there is none, one is started, and
-            finished on close.
+        run: a `wandb.Run`, or an MLflow run or run id; with several backends a dict of them, by backend. None takes the
+            active one; if there is none, one is started, and finished on close.
         head: the classifier head: a dotted path, or the module itself. None finds it.
         early_stop: the stop rule, or None for no alert.
         on_alert: called once with the StopAlert.
@@ -89,8 +89,8 @@ def watch(
     backends: list[Backend] = []
     try:
         journal = Journal(_new_folder(settings.directory) / FILE_NAME, faults)
-        context = RunContext(name=settings.name, run=settings.run, directory=journal.path.parent)
         for wanted in settings.backend:
+            context = RunContext(name=settings.name, run=settings.run_of(wanted), directory=journal.path.parent)
             opened = registry.open_backend(wanted, context)
             if opened is not None:
                 backends.append(opened)

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from gwa_logging.errors import InvalidInputError
 
@@ -71,6 +71,20 @@ class WatchSettings(Settings):
             raise ValueError("expected at least one backend; 'local' keeps only the journal and the report")
         return backends
 
+    @model_validator(mode="after")
+    def _runs(self) -> Self:
+        if isinstance(self.run, dict):
+            strangers = [name for name in self.run if name not in self.backend]
+            if strangers:
+                raise ValueError(f"run={{{strangers[0]!r}: ...}}: it is not among the backends")
+        elif self.run is not None and len(self.backend) > 1:
+            raise ValueError("run=: with several backends, say which one it belongs to: run={'mlflow': run}")
+        return self
+
+    def run_of(self, backend: Any) -> Any:
+        """The user's run for one of the backends; None if none is given."""
+        return self.run.get(backend) if isinstance(self.run, dict) else self.run
+
     def plain(self) -> dict[str, Any]:
         """What of the settings can be written down: for the journal."""
         return {
@@ -91,5 +105,6 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
             lines.append(f"unknown argument {field!r}: {remedy}")
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            lines.append(f"{field}={problem['input']!r}: {message[:1].lower()}{message[1:]}")
+            found = f"{field}={problem['input']!r}: " if field else ""
+            lines.append(f"{found}{message[:1].lower()}{message[1:]}")
     return "; ".join(lines)

@@ -19,6 +19,12 @@ JOURNAL_VERSION = 1
 
 QUANTILES = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95}
 
+STEP_KEYS = {"step_mean": "mean", "negative_fraction": "negative_fraction"}
+EPOCH_KEYS = {"gwa": "gwa", "stable": "stable_gwa"} | {
+    k: k for k in ("mean", "std", "excess_kurtosis", "excluded", "count")
+}
+"""What trackers receive of an IntervalRecord, besides its quantiles, and of an EpochReport: metric key to attribute."""
+
 Number = Annotated[
     float,
     BeforeValidator(lambda value: math.nan if value is None else value),
@@ -80,6 +86,11 @@ class IntervalRecord(Record):
         """Scores at 5, 25, 50, 75 and 95 %, right to within a bin of the histogram."""
         return score_quantiles(self.histogram, self.minimum, self.maximum)
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The numbers for a tracker, by metric key without the prefix."""
+        return {key: getattr(self, name) for key, name in STEP_KEYS.items()} | self.quantiles
+
     def merge(self, later: "IntervalRecord") -> "IntervalRecord":
         """This interval and a later one as one."""
         count = self.count + later.count
@@ -135,6 +146,11 @@ class EpochReport(Record):
     gwa_defined: bool
     is_best: bool = False
     notes: tuple[str, ...] = ()
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The numbers for a tracker, by metric key without the prefix."""
+        return {key: getattr(self, name) for key, name in EPOCH_KEYS.items()}
 
     def __str__(self) -> str:
         """One readable line."""

@@ -19,7 +19,9 @@ import wandb
 from gwa_logging.errors import BackendError, InvalidInputError
 from gwa_logging.histogram import DISPLAY_BINS
 from gwa_logging.types import (
+    EPOCH_KEYS,
     QUANTILES,
+    STEP_KEYS,
     AnyRecord,
     CloseRecord,
     EpochReport,
@@ -30,18 +32,6 @@ from gwa_logging.types import (
 )
 
 ALERT_TITLE = "GWA: stop"
-
-STEP_KEYS = ("step_mean", "negative_fraction", *QUANTILES)
-EPOCH_KEYS = {
-    "gwa": "gwa",
-    "stable": "stable_gwa",
-    "mean": "mean",
-    "std": "std",
-    "excess_kurtosis": "excess_kurtosis",
-    "excluded": "excluded",
-    "count": "count",
-}
-"""Metric key to attribute of EpochReport."""
 
 HISTOGRAM_SUBKEYS = ("", "._type", ".bins", ".values")
 """W&B stores a histogram under these, and looks each of them up by itself."""
@@ -183,15 +173,13 @@ class _Guest:
 def _row(prefix: str, record: IntervalRecord | EpochReport) -> dict[str, Any]:
     """What a record is in W&B; empty for an interval without a score."""
     if isinstance(record, EpochReport):
-        values = {"epoch": record.epoch} | {key: getattr(record, name) for key, name in EPOCH_KEYS.items()}
+        values: dict[str, Any] = {"epoch": record.epoch, **record.metrics}
     elif record.count:
         histogram = record.histogram.to_display(DISPLAY_BINS, record.display_limit)
         values = {
             "step": record.step,
             "scores": wandb.Histogram(np_histogram=histogram),
-            "step_mean": record.mean,
-            "negative_fraction": record.negative_fraction,
-            **record.quantiles,
+            **record.metrics,
         }
     else:
         values = {}
@@ -201,7 +189,7 @@ def _row(prefix: str, record: IntervalRecord | EpochReport) -> dict[str, Any]:
 def _define_metrics(run: wandb.Run, prefix: str) -> None:
     """Gives every key its axis, by its exact name: a pattern would lose against the user's own, at random."""
     axes = {
-        "step": (*(f"scores{subkey}" for subkey in HISTOGRAM_SUBKEYS), *STEP_KEYS),
+        "step": (*(f"scores{subkey}" for subkey in HISTOGRAM_SUBKEYS), *STEP_KEYS, *QUANTILES),
         "epoch": tuple(EPOCH_KEYS),
     }
     for axis, keys in axes.items():

@@ -30,6 +30,7 @@ from torch import nn
 import gwa_logging
 from gwa_logging import BackendError, EarlyStop, InvalidInputError, Monitor
 from gwa_logging.histogram import EDGES, Histogram
+from gwa_logging.integrations import picture
 from gwa_logging.integrations.mlflow import open_backend
 from gwa_logging.integrations.picture import INTERVALS_PER_PICTURE, SIZE, PictureSeries
 from gwa_logging.journal import read_journal
@@ -53,7 +54,15 @@ INTERVAL_KEYS = ("step_mean", "negative_fraction", *QUANTILES)
 ALERT_AT_ONCE = EarlyStop(warmup=0, patience=1, min_delta=1.0)  # no epoch is better than the first one by so much
 
 
-# --- databases, servers, trainings -------------------------------------------------------------------------------------
+# --- databases, servers, trainings ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _pictures_in_a_hurry() -> Iterator[None]:
+    """So that a run of a second has a picture for each epoch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(picture, "PAUSE", 0.0)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -130,7 +139,7 @@ def picture_steps(client: MlflowClient, run_id: str, key: str = "gwa~scores") ->
     return sorted(int(match[1]) for match in found if match)
 
 
-# --- one training in the user's active run -----------------------------------------------------------------------------
+# --- one training in the user's active run ----------------------------------------------------------------------------
 
 
 class Trained(NamedTuple):
@@ -515,6 +524,24 @@ def test_a_long_epoch_has_a_picture_at_its_first_interval_and_then_one_every_so_
             pictures.draw()
     assert due == [0, INTERVALS_PER_PICTURE, 2 * INTERVALS_PER_PICTURE]
     assert pictures.news
+
+
+def test_pictures_leave_a_pause_for_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(picture, "PAUSE", 3600.0)
+    pictures = PictureSeries()
+    assert pictures.add(interval(0))
+    pictures.draw()
+    assert not any(pictures.add(interval(step)) for step in range(1, 3 * INTERVALS_PER_PICTURE))
+    assert not pictures.rested
+
+
+def test_the_last_picture_comes_on_close_however_short_the_run(client, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(picture, "PAUSE", 3600.0)
+    model, monitor = watch(tmp_path)
+    train(model, monitor)
+    monitor.close()
+    (run,) = runs_of(client)
+    assert picture_steps(client, run.info.run_id) == [0, EPOCHS * BATCHES - 1]
 
 
 def test_a_picture_does_not_follow_the_style_of_the_users_own_figures_and_leaves_it_alone() -> None:

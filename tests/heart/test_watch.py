@@ -30,6 +30,8 @@ def model() -> nn.Module:
         ({"on_alert": "mail"}, "on_alert='mail'"),
         ({"name": "../etc"}, "name='../etc'"),
         ({"name": ""}, "name=''"),
+        ({"backend": ["wandb", "mlflow"], "run": "abc"}, "run={'mlflow': run}"),
+        ({"backend": ["wandb", "mlflow"], "run": {"mlfow": "abc"}}, "'mlfow': ...}: it is not among the backends"),
     ],
 )
 def test_a_wrong_argument_is_named_with_what_was_found(model, arguments, said):

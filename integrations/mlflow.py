@@ -1,0 +1,243 @@
+"""MLflow: writes records into a run, from a worker thread.
+
+MLflow's active run belongs to the thread that started it, and its calls wait four minutes for a server that is gone. So
+the tracking URI and the run are settled on the caller's thread, where a server that does not answer is an error; from
+then on there is only a client with that URI and that run id, on a thread that may wait as long as it likes.
+
+MLflow has no histograms: the quantiles are metrics, and the distribution over time is a picture with a step slider.
+"""
+
+import logging
+import math
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from queue import SimpleQueue
+from threading import Thread
+from time import time
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Run, RunTag
+
+from gwa_logging.errors import BackendError, InvalidInputError, MissingDependencyError
+from gwa_logging.integrations.picture import PictureSeries
+from gwa_logging.journal import FILE_NAME
+from gwa_logging.types import AnyRecord, CloseRecord, EpochReport, IntervalRecord, RunContext, RunRecord, StopAlert
+
+logger = logging.getLogger("gwa_logging")
+
+CONNECT_WITHIN = 2.0  # seconds, for each address of a server: it may have two, IPv4 and IPv6
+PICTURE_TRIES = 3  # so many pictures in a row may fail; then there are no more
+
+
+def open_backend(context: RunContext) -> "MlflowBackend":
+    """Takes the user's run, or the active one; if there is neither, starts one of its own. Waits for the server.
+
+    Raises:
+        InvalidInputError: `run=` is neither a run of MLflow nor a run id.
+        BackendError: the server does not answer, there is no such run, or no run can be started.
+    """
+    uri = mlflow.get_tracking_uri()
+    _knock(uri)
+    wanted = _wanted_run(context.run)
+    try:
+        client = MlflowClient(tracking_uri=uri)
+        own = _OwnRun() if wanted is None else None
+        run = client.get_run(own.run_id if own else wanted)
+        if run.info.lifecycle_stage != "active":
+            raise LookupError("the run is deleted")
+    except Exception as error:  # noqa: BLE001 - whatever MLflow raises here: nothing could ever be logged
+        what = "backend='mlflow'" if wanted is None else f"run={wanted!r}"
+        raise BackendError(
+            f"{what}: MLflow at {_masked(uri)} refuses: {_masked(repr(error))}. Pass a run that is there, or choose "
+            "another server with mlflow.set_tracking_uri() or MLFLOW_TRACKING_URI (mlflow-skinny needs a server)"
+        ) from None
+    if own:
+        logger.info("gwa_logging: no MLflow run is active in this thread; started one: %s", own.run_id)
+    return MlflowBackend(client, run, context, own)
+
+
+class MlflowBackend:
+    """Writes into one run. See `gwa_logging.types.Backend`."""
+
+    url: str
+    """The run's page on the server, or the tracking URI and the run's id; without passwords."""
+    name = "mlflow"
+    threaded = True
+    """A write takes 10 to 100 ms, and minutes while the server is away."""
+
+    def __init__(self, client: MlflowClient, run: Run, context: RunContext, own: "_OwnRun | None" = None) -> None:
+        """Writes into `run`; `own` is given if nobody else does, and is ended by `close`."""
+        address, page = _masked(client.tracking_uri), f"/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+        self.url = address.rstrip("/") + page if address.startswith("http") else f"{address} {run.info.run_id}"
+        self._client = client
+        self._run_id: str = run.info.run_id
+        self._prefix = context.name
+        self._directory = context.directory
+        self._own = own
+        self._line, self._timestamp = "", 0  # of the record at hand, written or still to be tried again
+        self._pictures = PictureSeries()
+        self._picture_tries = PICTURE_TRIES
+
+    def write(self, record: AnyRecord) -> None:
+        """Writes one record. The same record may be written again: MLflow drops metrics that it already has.
+
+        Raises:
+            BackendError: MLflow has not taken it.
+        """
+        line = record.model_dump_json()
+        if line != self._line:
+            self._line, self._timestamp = line, int(time() * 1000)
+        with _without_passwords():
+            self._write(record)
+
+    def close(self) -> None:
+        """Ends the run if it is ours; adds the journal and the report to it, in a folder of the name that metrics have.
+
+        Raises:
+            BackendError: MLflow has not taken the end or the files.
+        """
+        with _without_passwords():
+            # The run first: its end must not wait for uploads, and a run that has ended still takes files.
+            if self._own:
+                self._own.end(self._client, "FINISHED" if self._line else "FAILED")
+            if not self._line:  # watch() has failed, before the first record
+                return
+            self._client.log_artifact(self._run_id, str(self._directory / FILE_NAME), self._prefix)
+            try:
+                from gwa_logging.report import write_report  # here, because it needs plotly
+
+                self._client.log_artifact(self._run_id, str(write_report(self._directory)), self._prefix)
+            except MissingDependencyError as error:
+                logger.info("gwa_logging: no report.html for MLflow: %s", error)
+
+    def _write(self, record: AnyRecord) -> None:
+        if isinstance(record, IntervalRecord):
+            if record.count:
+                self._log(record.step, record.metrics)
+            # Nothing below raises, so an interval that is written again has not been added yet.
+            if self._pictures.add(record):
+                self._show(record.step)
+        elif isinstance(record, EpochReport):
+            self._log(record.epoch, record.metrics)
+            if self._pictures.news and self._pictures.rested:
+                self._show(record.step)
+        elif isinstance(record, StopAlert):
+            self._tag("alert", f"stop: {record.message}", epoch=record.epoch, best_epoch=record.best_epoch)
+        elif isinstance(record, RunRecord):
+            self._tag("head", record.head)
+        elif isinstance(record, CloseRecord):
+            if record.best_epoch is not None:
+                self._log(record.epochs - 1, {"best_epoch": record.best_epoch, "best_value": record.best_value})
+            if self._pictures.news:
+                self._show(record.steps - 1)
+
+    def _log(self, step: int, values: dict[str, float]) -> None:
+        """Writes the values of one step in one call. Infinities become NaN: MLflow would make them 1.8e308."""
+        finite = {key: float(value) if math.isfinite(value) else math.nan for key, value in values.items()}
+        metrics = [Metric(f"{self._prefix}/{key}", finite[key], self._timestamp, int(step)) for key in finite]
+        self._client.log_batch(self._run_id, metrics=metrics, synchronous=True)
+
+    def _tag(self, name: str, text: str, **details: object) -> None:
+        values = {name: text} | {f"{name}.{key}": str(value) for key, value in details.items()}
+        tags = [RunTag(f"{self._prefix}.{key}", value) for key, value in values.items()]
+        self._client.log_batch(self._run_id, tags=tags, synchronous=True)
+
+    def _show(self, step: int) -> None:
+        """Adds a picture. Files are often not allowed where numbers are; that must not hold the numbers up."""
+        if not self._picture_tries:
+            return
+        key, timestamp = f"{self._prefix}/scores", self._timestamp
+        try:
+            image = self._pictures.draw()
+            self._client.log_image(self._run_id, image, key=key, step=step, timestamp=timestamp, synchronous=True)
+            self._picture_tries = PICTURE_TRIES
+        except Exception as error:  # noqa: BLE001 - whatever an artifact store raises; see above
+            self._picture_tries -= 1
+            outlook = "the next will be tried" if self._picture_tries else "there will be no more"
+            logger.warning("gwa_logging: backend mlflow: no picture (%s); %s", _masked(repr(error)), outlook)
+
+
+class _OwnRun:
+    """A run of our own, started and ended by one thread that does nothing else.
+
+    So it is never the active run of the user's thread: none is left there when it has ended, `mlflow.start_run()` works
+    as before, and MLflow's exit hook, which waits four minutes for a server that is gone, knows nothing of it.
+    """
+
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = SimpleQueue()
+        Thread(target=self._live, name="gwa_logging mlflow run", daemon=True).start()
+        self.run_id: str = self._do(mlflow.start_run).info.run_id
+
+    def end(self, client: MlflowClient, status: str) -> None:
+        """Ends the run, also if the user has turned MLflow to another server in the meantime."""
+        try:
+            self._do(lambda: mlflow.end_run(status))
+        except Exception:  # noqa: BLE001 - if it was something else, it is raised here
+            client.set_terminated(self.run_id, status)
+
+    def _do(self, call: Callable[[], Any]) -> Any:
+        done: Future[Any] = Future()
+        self._calls.put((call, done))
+        return done.result()
+
+    def _live(self) -> None:
+        for _ in ("start", "end"):
+            call, done = self._calls.get()
+            try:
+                done.set_result(call())
+            except Exception as error:  # noqa: BLE001 - raised where it was asked for
+                done.set_exception(error)
+                return
+
+
+def _wanted_run(run: Any) -> str | None:
+    """The id of the run that the user wants; None if there is none."""
+    if run is None:
+        run = mlflow.active_run() or os.environ.get("MLFLOW_RUN_ID")  # set by `mlflow run` and by jobs
+    if run is None or isinstance(run, str):
+        return run
+    if not isinstance(run, Run):
+        raise InvalidInputError(
+            f"run={run!r}: expected an MLflow run, as mlflow.start_run() returns it, or a run id (Lightning: "
+            f"logger.run_id), found {type(run).__module__}.{type(run).__qualname__}"
+        )
+    return str(run.info.run_id)
+
+
+def _knock(uri: str) -> None:
+    """Looks whether anybody is there: MLflow itself would try for four minutes. Behind a proxy there is no telling."""
+    try:
+        scheme, host, port = urlsplit(uri).scheme, urlsplit(uri).hostname, urlsplit(uri).port
+        if scheme not in ("http", "https") or not host:
+            return
+        if getproxies().keys() & {scheme, "all"} and not proxy_bypass(host):
+            return
+        socket.create_connection((host, port or (443 if scheme == "https" else 80)), timeout=CONNECT_WITHIN).close()
+    except (OSError, ValueError) as error:  # ValueError: a port that is none
+        raise BackendError(
+            f"backend='mlflow': nothing answers at {_masked(uri)} ({error}). Start the server, or choose another "
+            "with mlflow.set_tracking_uri() or MLFLOW_TRACKING_URI, or use backend='local' and replay the journal later"
+        ) from error
+
+
+@contextmanager
+def _without_passwords() -> Iterator[None]:
+    """Errors of MLflow show the address of the server, and they will be logged."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - raised again
+        raise BackendError(_masked(repr(error))) from None
+
+
+def _masked(text: str) -> str:
+    """A text without the user names and passwords of the addresses in it."""
+    return re.sub(r"(?<=://)[^:/@\s]*(:[^@\s]*)?(?=@)|(?<=password=)[^&\s]+", "***", text)
