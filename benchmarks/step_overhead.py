@@ -161,6 +161,7 @@ def main() -> None:
         steps, monitor = make()
         times = measure(steps, args.seconds)
         monitor.close()
+        assert monitor.history[0].count > 0, "the watched step was not seen"
         row = {
             "bare_ms": float(1e3 * np.median(times[:, 0])),
             "watched": overhead(times, 1),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from gwa_logging.errors import HeadNotFoundError, InvalidInputError
-from gwa_logging.integrations.torch.hooks import Hook
+from gwa_logging.integrations.torch.hooks import Attachment
 
 Node = TypeVar("Node", bound=Hashable)
 
@@ -207,15 +207,15 @@ class FirstPass:
     def __init__(self, model: nn.Module, tell: Callable[[Head, list[HeadCall]], None]) -> None:
         self._tell = tell
         self._calls: list[HeadCall] = []  # keep the autograd nodes alive, and with them their identity
-        called, returned = Hook(self._called), Hook(self._returned)
-        self._handles: list[Any] = [linear.register_forward_hook(called) for linear in _linears(model).values()]
-        self._handles.append(model.register_forward_hook(returned))
+        linears = _linears(model).values()
+        self._attachments = [Attachment(linear, after=self._called) for linear in linears]
+        self._attachments.append(Attachment(model, after=self._returned))
 
-    def _called(self, linear: nn.Linear, args: Any, output: Any) -> None:
+    def _called(self, linear: nn.Linear, args: Any, kwargs: Any, output: Any) -> None:
         if not torch.compiler.is_compiling() and args and isinstance(output, Tensor) and output.grad_fn is not None:
             self._calls.append(HeadCall(linear, args[0], output))
 
-    def _returned(self, model: nn.Module, args: Any, output: Any) -> None:
+    def _returned(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
             return
         calls, self._calls = self._calls, []
@@ -235,9 +235,9 @@ class FirstPass:
 
     def close(self) -> None:
         """Takes the hooks off."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        for attachment in self._attachments:
+            attachment.remove()
+        self._attachments = []
 
 
 def _tensors(value: Any) -> Sequence[Tensor]:

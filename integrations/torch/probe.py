@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gwa_logging.faults import Faults
 from gwa_logging.integrations.torch.accumulate import Accumulator, Terms
-from gwa_logging.integrations.torch.hooks import Hook
+from gwa_logging.integrations.torch.hooks import Attachment
 
 # Leaves are views of a single number: they cost no memory, whatever their length. A gradient does, so the shortest leaf
 # that fits the batch is taken; factors of four keep both the waste and the number of recompilations small.
@@ -85,10 +85,7 @@ class HeadProbe:
             leaf = torch.zeros(1, 1, device=device).expand(rows, 2).requires_grad_()
             leaf.register_post_accumulate_grad_hook(self._arrived)
             self._leaves.append(leaf)
-        self._handles = [
-            head.register_forward_pre_hook(Hook(self.before), with_kwargs=True),
-            head.register_forward_hook(Hook(self.after), with_kwargs=True),
-        ]
+        self._attachment = Attachment(head, before=self.before, after=self.after)
 
     def before(self, head: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Taps the head's input, where the form by the input is taken: a view, so that its gradient is this head's."""
@@ -149,8 +146,7 @@ class HeadProbe:
     def close(self) -> None:
         """Takes the hooks off; passes under way are no longer observed."""
         self.enabled = False
-        for handle in self._handles:
-            handle.remove()
+        self._attachment.remove()
 
 
 class _Pass:

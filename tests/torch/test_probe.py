@@ -254,6 +254,47 @@ def test_watching_a_compiled_model_before_its_first_call_works():
     assert monitor.end_epoch().count == 9
 
 
+def step(run, n: int = 9) -> None:
+    F.cross_entropy(run(torch.randn(n, 8)), torch.randint(0, 5, (n,))).backward()
+
+
+def test_watching_a_compiled_model_after_its_first_call_works():
+    torch._dynamo.reset()
+    model = net()
+    run = torch.compile(model, fullgraph=True, backend="aot_eager")
+    step(run)
+    monitor = gwa_logging.watch(model)
+    step(run)
+    assert monitor.end_epoch().count == 9
+    monitor.close()
+    step(run)
+
+
+def test_compiled_models_of_the_same_class_are_told_apart():
+    torch._dynamo.reset()
+    bare, first, second = net(), net(), net()
+    monitors = [gwa_logging.watch(first), gwa_logging.watch(second)]
+    runs = [torch.compile(model, fullgraph=True, backend="aot_eager") for model in (bare, first, second)]
+    for n, run in zip((3, 9, 5, 3, 9, 5), 2 * runs, strict=True):
+        step(run, n)
+    assert [monitor.end_epoch().count for monitor in monitors] == [18, 10]
+
+
+def test_a_compiled_module_whose_forward_somebody_has_replaced_is_seen():
+    torch._dynamo.reset()
+    model = net()
+    original = model[2].forward
+    model[2].forward = lambda x: original(2 * x)
+    replaced = model[2].forward
+    run = torch.compile(model, fullgraph=True, backend="aot_eager")
+    step(run)
+    monitor = gwa_logging.watch(model, head="2")
+    step(run)
+    assert monitor.end_epoch().count == 9
+    monitor.close()
+    assert model[2].forward is replaced
+
+
 def test_the_model_stays_what_it_was():
     model = net()
     keys, names = list(model.state_dict()), [name for name, _ in model.named_modules()]
@@ -266,24 +307,62 @@ def test_the_model_stays_what_it_was():
     assert not model[2]._forward_pre_hooks
 
 
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
-def test_a_copy_of_a_watched_model_is_not_watched(how):
+def reloaded(model: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "deepcopy of the head": lambda model: nn.Sequential(*model[:2], copy.deepcopy(model[2])),
+    "copy of the head": lambda model: nn.Sequential(*model[:2], copy.copy(model[2])),
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": reloaded,
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_of_a_watched_model_is_not_watched_and_has_nothing_of_ours(how):
     model, x, y = net(), torch.randn(16, 8), torch.randint(0, 5, (16,))
+    plain = set(model[2].__dict__)
     monitor = gwa_logging.watch(model)
-    twin = how(model)
+    twin = COPIES[how](model)
     F.cross_entropy(twin(x), y).backward()
     F.cross_entropy(model(x), y).backward()
     assert monitor.end_epoch().count == 16
+    assert set(twin[2].__dict__) == plain
+    assert not twin[2]._forward_hooks
+    assert torch.equal(twin[2].weight, model[2].weight)
 
 
-def test_a_watched_model_can_be_saved_whole():
+def test_the_pickle_of_a_watched_model_is_what_it_was_to_the_byte():
+    model = net()
+    before = pickle.dumps(model)
+    with gwa_logging.watch(model):
+        assert pickle.dumps(model) == before
+    assert pickle.dumps(model) == before
+
+
+def test_hooks_of_the_users_own_are_copied_as_ever():
     model = net()
     with gwa_logging.watch(model):
-        buffer = io.BytesIO()
-        torch.save(model, buffer)
-        buffer.seek(0)
-        loaded = torch.load(buffer, weights_only=False)
-    assert torch.equal(loaded[2].weight, model[2].weight)
+        model[2].register_forward_hook(max)
+        assert list(copy.deepcopy(model)[2]._forward_hooks.values()) == [max]
+
+
+def test_a_replica_of_data_parallel_counts_and_runs_its_own_weights():
+    model, x, y = net(), torch.randn(16, 8), torch.randint(0, 5, (16,))
+    monitor = gwa_logging.watch(model)
+    replica = model[2]._replicate_for_data_parallel()
+    assert "forward" not in replica.__dict__
+    replica.weight = torch.zeros_like(model[2].weight)
+    replica.bias = torch.ones(5, requires_grad=True)
+    logits = replica(model[:2](x))
+    assert (logits == 1).all()
+    F.cross_entropy(logits, y).backward()
+    assert monitor.end_epoch().excluded == 16  # its weight is zero
 
 
 def test_watching_again_replaces_the_first_watch():
