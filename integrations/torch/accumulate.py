@@ -24,38 +24,45 @@ _PADDING = 4.0  # marks a row that is no sample; no score is above 1
 
 
 class Terms(NamedTuple):
-    """What a score is made of, float32 [rows] each: score = -product / (delta_norms * seen).
+    """What the scores of a batch are made of, float32 [rows]: score = -product / (delta_norms * embedding_norms * |W|).
 
     Attributes:
         product: delta . (z - b), or (dL/dh) . h.
         delta_norms: |delta|.
-        seen: |h| |W|.
+        embedding_norms: |h|.
+        weight_norm: |W|, one number [] for all rows.
     """
 
     product: Tensor
     delta_norms: Tensor
-    seen: Tensor
+    embedding_norms: Tensor
+    weight_norm: Tensor
 
     def scores(self) -> Tensor:
         """float32 [rows]; not finite where a sample has no score, by the marks of `gwa_logging.alignment`."""
-        scores = -self.product / self.delta_norms / self.seen
-        finite = torch.isfinite(self.product + self.delta_norms + self.seen)
-        scores = torch.where(self.seen == 0, DEAD, scores)
+        seen = self.embedding_norms * self.weight_norm
+        scores = -self.product / self.delta_norms / seen
+        scores = torch.where(seen == 0, DEAD, scores)
         scores = torch.where(self.delta_norms == 0, NO_GRADIENT, scores)
-        return torch.where(finite, scores, NOT_FINITE)
+        return torch.where(torch.isfinite(self.product + self.delta_norms + seen), scores, NOT_FINITE)
+
+
+def joined(batches: list[Terms]) -> Terms:
+    """The terms of all rows together, with a weight norm for each row."""
+    return Terms(
+        torch.cat([terms.product for terms in batches]),
+        torch.cat([terms.delta_norms for terms in batches]),
+        torch.cat([terms.embedding_norms for terms in batches]),
+        torch.cat([terms.weight_norm.expand(terms.product.shape) for terms in batches]),
+    )
 
 
 class _Batch(NamedTuple):
     """One backward pass: terms (eager) or scores (compiled, or from the user), and the samples' ids if they are known."""
 
-    terms: Terms | None
-    scores: Tensor | None
+    values: Terms | Tensor
+    rows: int
     sample_ids: Tensor | None
-
-    @property
-    def values(self) -> Tensor:
-        """One number a row, of either."""
-        return self.terms.product if self.terms is not None else self.scores  # type: ignore[return-value]
 
 
 class Accumulator:
@@ -82,18 +89,18 @@ class Accumulator:
 
     def add_terms(self, terms: Terms, sample_ids: Tensor | None) -> None:
         """Adds the terms of an eager backward pass."""
-        self._add(_Batch(terms, None, sample_ids), terms.product.shape[0])
+        self._add(_Batch(terms, terms.product.shape[0], sample_ids))
 
     def add_scores(self, scores: Tensor, sample_ids: Tensor | None, valid: Tensor | None = None) -> None:
         """Adds scores, float [rows]; where `valid` is 0 a row is padding."""
         if valid is not None:
             scores = torch.where(valid > 0, scores, _PADDING)
-        self._add(_Batch(None, scores.reshape(-1), sample_ids), scores.numel())
+        self._add(_Batch(scores.reshape(-1), scores.numel(), sample_ids))
 
-    def _add(self, batch: _Batch, rows: int) -> None:
+    def _add(self, batch: _Batch) -> None:
         with self._lock:
             self._batches.append(batch)
-            self._rows += rows
+            self._rows += batch.rows
             if self._rows >= FOLD_AT:
                 self._fold()
 
@@ -108,18 +115,17 @@ class Accumulator:
         batches, self._batches, self._rows = self._batches, [], 0
         by_device: dict[torch.device, list[_Batch]] = defaultdict(list)
         for batch in batches:
-            by_device[batch.values.device].append(batch)
+            by_device[_device_of(batch.values)].append(batch)
         for device, group in by_device.items():
-            group.sort(key=lambda batch: batch.terms is None)
-            terms = [batch.terms for batch in group if batch.terms]
-            pieces = [batch.scores for batch in group if batch.scores is not None]
+            group.sort(key=lambda batch: isinstance(batch.values, Tensor))
+            terms = [batch.values for batch in group if isinstance(batch.values, Terms)]
+            pieces = [batch.values.float() for batch in group if isinstance(batch.values, Tensor)]
             if terms:
-                pieces.insert(0, Terms(*(torch.cat(column) for column in zip(*terms, strict=True))).scores())
-            scores = torch.cat([piece.float() for piece in pieces])
+                pieces.insert(0, joined(terms).scores())
+            scores = torch.cat(pieces)
             self._arriving.add(fold(scores, self._edges_on(device)))
             if self._num_samples is not None:
-                sizes = [batch.values.shape[0] for batch in group]
-                for batch, piece in zip(group, torch.split(scores, sizes), strict=True):
+                for batch, piece in zip(group, torch.split(scores, [batch.rows for batch in group]), strict=True):
                     if batch.sample_ids is not None:
                         self._enter(batch.sample_ids, piece)
 
@@ -162,6 +168,10 @@ class Accumulator:
                 torch.from_numpy(sums.astype(np.float32)).to(device),
                 torch.from_numpy(seen.astype(np.int32)).to(device),
             )
+
+
+def _device_of(values: Terms | Tensor) -> torch.device:
+    return values.device if isinstance(values, Tensor) else values.product.device
 
 
 def _fold_device(device: torch.device) -> torch.device:

@@ -36,7 +36,7 @@ def test_padding_is_no_sample():
 
 def test_terms_and_scores_may_be_mixed():
     accumulator = Accumulator(None)
-    accumulator.add_terms(Terms(torch.tensor([-0.5, 0.5]), torch.ones(2), torch.full((2,), 2.0)), None)
+    accumulator.add_terms(Terms(torch.tensor([-0.5, 0.5]), torch.ones(2), torch.ones(2), torch.tensor(2.0)), None)
     accumulator.add_scores(torch.tensor([0.7]), None)
     summary = accumulator.snapshot().result()
     assert summary.count == 3
