@@ -11,6 +11,7 @@ from gwa_logging.errors import InvalidInputError
 from gwa_logging.faults import Faults
 from gwa_logging.integrations.torch.accumulate import Accumulator, TorchSnapshot
 from gwa_logging.integrations.torch.heads import FirstPass, Head, HeadCall, find_head, unwrapped
+from gwa_logging.integrations.torch.layers import layer_of
 from gwa_logging.integrations.torch.probe import HeadProbe
 from gwa_logging.monitor import logger
 from gwa_logging.samples import check_sample_ids
@@ -44,16 +45,19 @@ class TorchAdapter:
         self._on_step = on_step
         model = self._model()
         if self._found is not None:
-            self._watching = HeadProbe(self._found.module, self._accumulator, self._on_step, self._faults)
+            self._watching = self._probe(self._found)
         elif model is not None:
             self._watching = FirstPass(model, self._tell)
 
     def _tell(self, head: Head, calls: list[HeadCall]) -> None:
         self.head = str(head)
         logger.info("gwa_logging: %s", self.head)
-        self._watching = probe = HeadProbe(head.module, self._accumulator, self._on_step, self._faults)
+        self._watching = probe = self._probe(head)
         for call in calls:  # of the pass that told the head
             probe.listen(call.module, call.embeddings, call.output)
+
+    def _probe(self, head: Head) -> HeadProbe:
+        return HeadProbe(layer_of(head.module), self._accumulator, self._on_step, self._faults)
 
     def observe(self, scores: Any, sample_ids: Any) -> None:
         """Takes in scores of the user's own making."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from gwa_logging.faults import Faults
 from gwa_logging.integrations.torch.accumulate import Accumulator, Terms
 from gwa_logging.integrations.torch.hooks import Attachment
+from gwa_logging.integrations.torch.layers import Linear, norm
 
 # Leaves are views of a single number: they cost no memory, whatever their length. A gradient does, so the shortest leaf
 # that fits the batch is taken; factors of four keep both the waste and the number of recompilations small.
@@ -29,96 +30,122 @@ _LEAF_ROWS = tuple(4**k for k in range(3, 13))
 SCORE, VALID = 0, 1
 
 
-class Probe(torch.autograd.Function):
+class LogitsProbe(torch.autograd.Function):
     """Identity on the logits. The gradient of `leaf`, float32 [rows, 2], is defined as (score, 1) per row."""
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, embeddings: Tensor, weight: Tensor, bias: Tensor | None, leaf: Tensor
+        ctx: Any, logits: Tensor, embeddings: Tensor, weight: Tensor, bias: Tensor | None, leaf: Tensor, layer: Linear
     ) -> Tensor:
         ctx.save_for_backward(logits, embeddings, weight, bias)
+        ctx.layer = layer
         return logits.clone()  # a view could not be changed in place by the user; the compiler removes the copy
 
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
         logits, embeddings, weight, bias = ctx.saved_tensors
-        scores = logit_terms(delta, logits, embeddings, weight, bias).scores()
-        return delta, None, None, None, torch.stack([scores, torch.ones_like(scores)], dim=-1)
+        terms = ctx.layer.by_logits(delta, logits, embeddings, bias, norm(weight))
+        return delta, None, None, None, _leaf_gradient(terms), None
 
 
-def logit_terms(delta: Tensor, logits: Tensor, embeddings: Tensor, weight: Tensor, bias: Tensor | None) -> Terms:
-    """The terms by -delta . (z - b). delta, logits: [..., C]; embeddings: [..., D]; weight: [C, D]; bias: [C] or None."""
-    if logits.dtype.itemsize < 4 or delta.dtype.itemsize < 4:
-        logits, delta = logits.float(), delta.float()
-    product = torch.linalg.vecdot(delta, logits if bias is None else logits - bias)
-    return Terms(flat(product), row_norms(delta), row_norms(embeddings), norm(weight))
+class InputProbe(torch.autograd.Function):
+    """Identity on the embeddings, for heads whose logits are wide. Its second output must be given to a `DeltaProbe`."""
+
+    @staticmethod
+    def forward(ctx: Any, embeddings: Tensor, weight: Tensor, leaf: Tensor, layer: Linear) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(embeddings, weight)
+        ctx.layer = layer
+        return embeddings.clone(), leaf.new_zeros(leaf.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, kept: Tensor) -> tuple[Tensor | None, ...]:
+        embeddings, weight = ctx.saved_tensors
+        return grad, None, _leaf_gradient(ctx.layer.by_input_terms(kept, grad, embeddings, norm(weight))), None
 
 
-def input_terms(delta_norms: Tensor, grad_embeddings: Tensor, embeddings: Tensor, weight: Tensor) -> Terms:
-    """The terms by -(dL/dh) . h. grad_embeddings, embeddings: [..., D]; weight: [C, D]; delta_norms: [rows]."""
-    product = torch.linalg.vecdot(grad_embeddings.float(), embeddings.float())
-    return Terms(flat(product), delta_norms, row_norms(embeddings), norm(weight))
+class DeltaProbe(torch.autograd.Function):
+    """Identity on the logits. The gradient of `link` is what an `InputProbe` needs of theirs, and so comes before it runs."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, link: Tensor, layer: Linear) -> Tensor:
+        ctx.layer = layer
+        return logits.clone()
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
+        return delta, ctx.layer.by_input(delta), None
 
 
-def row_norms(x: Tensor) -> Tensor:
-    """float32 [rows]: Euclidean norms over the last dimension of [..., K]."""
-    return flat(torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32))
-
-
-def flat(x: Tensor) -> Tensor:
-    """[rows] of [...]."""
-    return x if x.ndim == 1 else x.reshape(-1)
-
-
-def norm(weight: Tensor) -> Tensor:
-    """float32 []: the Frobenius norm."""
-    frobenius: Tensor = torch.linalg.vector_norm(weight, dtype=torch.float32)
-    return frobenius
+def _leaf_gradient(terms: Terms) -> Tensor:
+    scores = terms.scores()
+    return torch.stack([scores, torch.ones_like(scores)], dim=-1)
 
 
 class HeadProbe:
     """The hooks on one head."""
 
-    def __init__(self, head: nn.Linear, accumulator: Accumulator, on_step: Callable[[], None], faults: Faults) -> None:
+    def __init__(self, layer: Linear, accumulator: Accumulator, on_step: Callable[[], None], faults: Faults) -> None:
         self.enabled = True
+        self.layer = layer
         self._accumulator = accumulator
         self._on_step = on_step
         self._faults = faults
+        self._link: Tensor | None = None  # from `before` to `after`, while a graph is being compiled
         self._leaves: list[Tensor] = []
-        device = head.weight.device
-        for rows in _LEAF_ROWS:
+        self._make_leaves()
+        before = self.before if layer.taps_input else None
+        self._attachment = Attachment(layer.module, before=before, after=self.after, moved=self._make_leaves)
+
+    def _make_leaves(self) -> None:
+        """Leaves where the head is; anew when it has moved."""
+        device = next(self.layer.module.parameters()).device
+        self._leaves = []
+        for rows in _LEAF_ROWS if device.type != "meta" else ():
             leaf = torch.zeros(1, 1, device=device).expand(rows, 2).requires_grad_()
             leaf.register_post_accumulate_grad_hook(self._arrived)
             self._leaves.append(leaf)
-        by_input = head.out_features > head.in_features
-        self._attachment = Attachment(head, before=self.before if by_input else None, after=self.after)
 
-    def before(self, head: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Taps the head's input: a view, so that its gradient is this head's alone."""
-        if torch.compiler.is_compiling() or not (self.enabled and torch.is_grad_enabled()):
+        if not self.enabled or not torch.is_grad_enabled():
             return None
         embeddings = _input(args, kwargs)
         if not isinstance(embeddings, Tensor) or not embeddings.requires_grad:
             return None
-        tapped = embeddings.view_as(embeddings)
-        tapped._gwa_tapped = True  # type: ignore[attr-defined]
+        if torch.compiler.is_compiling():
+            leaf = None if torch.compiler.is_exporting() else self._leaf(embeddings.numel() // self.layer.features)
+            if leaf is None:
+                return None
+            tapped, self._link = InputProbe.apply(embeddings, module.weight, leaf, self.layer)  # type: ignore[no-untyped-call]
+        else:
+            tapped = embeddings.view_as(embeddings)
+            tapped._gwa_tapped = True  # type: ignore[attr-defined]
         return ((tapped, *args[1:]), kwargs) if args else (args, {**kwargs, "input": tapped})
 
-    def after(self, head: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any], logits: Any) -> Tensor | None:
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], logits: Any) -> Tensor | None:
         """Taps the logits of a training pass."""
         if not self.enabled or not isinstance(logits, Tensor) or not logits.requires_grad:
             return None
         if torch.compiler.is_compiling():
-            return None if torch.compiler.is_exporting() else self._trace(head, _input(args, kwargs), logits)
-        self.listen(head, _input(args, kwargs), logits)
+            return None if torch.compiler.is_exporting() else self._trace(module, _input(args, kwargs), logits)
+        self.listen(module, _input(args, kwargs), logits)
         return None
 
-    def _trace(self, head: nn.Linear, embeddings: Tensor, logits: Tensor) -> Tensor | None:
+    def _trace(self, module: nn.Module, embeddings: Tensor, logits: Tensor) -> Tensor | None:
         """Puts the probe into a graph that is being compiled."""
-        rows = logits.numel() // logits.shape[-1]
+        if self._link is not None:
+            link, self._link = self._link, None
+            return DeltaProbe.apply(logits, link, self.layer)  # type: ignore[no-any-return,no-untyped-call]
+        leaf = self._leaf(self.layer.rows(logits))
+        if leaf is None:
+            return None
+        weight = self.layer.weight(module)
+        return LogitsProbe.apply(logits, embeddings, weight, module.bias, leaf, self.layer)  # type: ignore[no-any-return,no-untyped-call]
+
+    def _leaf(self, rows: int) -> Tensor | None:
         for leaf in self._leaves:
             if rows <= leaf.shape[0]:
-                return Probe.apply(logits, embeddings, head.weight, head.bias, leaf[:rows])  # type: ignore[no-any-return,no-untyped-call]
+                return leaf[:rows]
         return None
 
     def _arrived(self, leaf: Tensor) -> None:
@@ -132,15 +159,15 @@ class HeadProbe:
         except Exception as error:  # noqa: BLE001 - nothing may reach the user's backward pass
             self.fault(error)
 
-    def listen(self, head: nn.Linear, embeddings: Tensor, logits: Tensor) -> None:
+    def listen(self, module: nn.Module, embeddings: Tensor, logits: Tensor) -> None:
         """Hooks on to the gradients of one forward pass."""
         try:
-            taken = _Pass(self, head, embeddings)
+            taken = _Pass(self, module, embeddings)
             if hasattr(embeddings, "_gwa_tapped"):
                 logits.register_hook(taken.delta_arrived)
                 embeddings.register_hook(taken.grad_embeddings_arrived)
             else:
-                taken.logits, taken.version = logits.detach(), logits._version
+                taken.keep(module, logits)
                 logits.register_hook(taken.all_arrived)
         except Exception as error:  # noqa: BLE001 - nothing may reach the user's forward pass
             self.fault(error)
@@ -153,25 +180,35 @@ class HeadProbe:
         """Takes the hooks off; passes under way are no longer observed."""
         self.enabled = False
         self._attachment.remove()
+        self.layer.close()
 
 
 class _Pass:
     """One eager forward pass of the head, waiting for its gradients.
 
     The gradients' hooks are kept by the logits' node in the autograd graph, and keep this. So nothing here may lead back to
-    that node, or neither would ever be freed: the logits are detached; the embeddings are upstream of it.
+    that node, or neither would ever be freed: the logits are detached; the embeddings are upstream of it. The norm of the
+    weight is taken now: it is the weight that the gradient belongs to, and sharded training frees it after the pass.
     """
 
-    __slots__ = ("delta_norms", "embeddings", "head", "logits", "probe", "sample_ids", "version")
+    __slots__ = ("bias", "embeddings", "kept", "logits", "probe", "sample_ids", "version", "weight", "weight_norm")
 
-    def __init__(self, probe: HeadProbe, head: nn.Linear, embeddings: Tensor) -> None:
+    def __init__(self, probe: HeadProbe, module: nn.Module, embeddings: Tensor) -> None:
         self.probe = probe
-        self.head = head
         self.embeddings = embeddings
+        self.weight = weight = probe.layer.weight(module).detach()
+        self.weight_norm = norm(weight)
+        self.bias: Tensor | None = None
         self.logits: Tensor | None = None
         self.version = 0
-        self.delta_norms: Tensor | None = None
+        self.kept: Tensor | None = None
         self.sample_ids = probe._accumulator.take_tag()
+
+    def keep(self, module: nn.Module, logits: Tensor) -> None:
+        """For the form by the logits: keeps them."""
+        self.logits, self.version = logits.detach(), logits._version
+        bias = module.bias
+        self.bias = bias.detach() if isinstance(bias, Tensor) else None
 
     def all_arrived(self, delta: Tensor) -> None:
         """The gradient of the logits, in the form by the logits: it is all there."""
@@ -179,17 +216,17 @@ class _Pass:
             with torch.no_grad():
                 return self.all_arrived(delta)
         try:
-            logits, head = self.logits, self.head
+            layer, logits = self.probe.layer, self.logits
             if logits is None or logits._version != self.version:  # changed in place since: compute them again
-                logits = nn.functional.linear(self.embeddings, head.weight, head.bias)
-            self.observe(logit_terms(delta, logits, self.embeddings, head.weight, head.bias))
+                logits = layer.logits(self.embeddings, self.weight, self.bias)
+            self.observe(layer.by_logits(delta, logits, self.embeddings, self.bias, self.weight_norm))
         except Exception as error:  # noqa: BLE001 - nothing may reach the user's backward pass
             self.probe.fault(error)
 
     def delta_arrived(self, delta: Tensor) -> None:
         """The gradient of the logits, in the form by the input: that of the embeddings will follow."""
         try:
-            self.delta_norms = row_norms(delta.detach())
+            self.kept = self.probe.layer.by_input(delta.detach())
         except Exception as error:  # noqa: BLE001 - as above
             self.probe.fault(error)
 
@@ -199,10 +236,9 @@ class _Pass:
             with torch.no_grad():
                 return self.grad_embeddings_arrived(grad)
         try:
-            if self.delta_norms is not None:
-                terms = input_terms(self.delta_norms, grad, self.embeddings, self.head.weight)
-                self.delta_norms = None
-                self.observe(terms)
+            kept, self.kept = self.kept, None
+            if kept is not None:
+                self.observe(self.probe.layer.by_input_terms(kept, grad, self.embeddings, self.weight_norm))
         except Exception as error:  # noqa: BLE001 - as above
             self.probe.fault(error)
 

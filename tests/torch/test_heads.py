@@ -123,9 +123,9 @@ def test_a_model_that_cannot_be_traced_is_read_in_its_first_training_pass(caplog
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        (TwoHeads(), "several linear layers: 'first', 'second'"),
-        (ConvolutionLast(), "does not come from a linear layer alone, but from Conv2d"),
-        (nn.Conv2d(1, 5, 3), "has no linear layer"),
+        (TwoHeads(), "several layers: 'first', 'second'"),
+        (ConvolutionLast(), "does not come from one linear layer, but from 'conv' (Conv2d is no 1x1"),
+        (nn.Conv2d(1, 5, 3), "has no linear layer and no 1x1 convolution"),
     ],
     ids=["two heads", "convolution", "none"],
 )
@@ -151,7 +151,7 @@ def test_two_heads_found_in_the_first_pass_are_refused_before_anything_is_traine
     [
         ("no.such.layer", HeadNotFoundError, "has no such module"),
         (nn.Linear(8, 5), HeadNotFoundError, "not part of"),
-        ("", HeadNotFoundError, "is a TwoHeads"),
+        ("", HeadNotFoundError, "TwoHeads is neither a linear"),
         (5, InvalidInputError, "expected a dotted path"),
     ],
 )
