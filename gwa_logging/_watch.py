@@ -88,12 +88,14 @@ def watch(
     adapter = room.attach(model, settings, faults)
     backends: list[Backend] = []
     try:
-        journal = Journal(_new_folder(settings.directory) / FILE_NAME, faults)
-        for wanted in settings.backend:
-            context = RunContext(name=settings.name, run=settings.run_of(wanted), directory=journal.path.parent)
-            opened = registry.open_backend(wanted, context)
-            if opened is not None:
-                backends.append(opened)
+        journal = None
+        if adapter.writes:
+            journal = Journal(_new_folder(settings.directory) / FILE_NAME, faults)
+            for wanted in settings.backend:
+                context = RunContext(settings.name, settings.run_of(wanted), journal.path.parent)
+                opened = registry.open_backend(wanted, context)
+                if opened is not None:
+                    backends.append(opened)
         monitor = Monitor(settings, journal, faults)
         monitor._start(adapter, backends)
     except BaseException:
@@ -102,7 +104,7 @@ def watch(
             opened.close()
         raise
     adapter.start(monitor._on_step)
-    logger.info("gwa_logging: %s; journal in %s", adapter.head, journal.path.parent)
+    logger.info("gwa_logging: %s; journal: %s", adapter.head, monitor.journal)
     _watched[id(model)] = (weakref.ref(model), monitor)
     _open.add(monitor)
     atexit.unregister(_close_all)

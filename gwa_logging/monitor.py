@@ -26,6 +26,7 @@ from gwa_logging.settings import EarlyStop, WatchSettings
 from gwa_logging.summary import AlignmentSummary
 from gwa_logging.types import (
     Adapter,
+    AnyRecord,
     Backend,
     CloseRecord,
     EpochReport,
@@ -48,13 +49,13 @@ class Monitor:
     """Watches one model. Made by `gwa_logging.watch`.
 
     Attributes:
-        journal: path of the run's journal; its folder holds the report as well.
+        journal: path of the run's journal, in whose folder the report goes too; None in a process that does not write.
         history: reports of the epochs so far.
         alert: the StopAlert, or None while there is none.
     """
 
-    def __init__(self, settings: WatchSettings, journal: Journal, faults: Faults) -> None:
-        self.journal = journal.path
+    def __init__(self, settings: WatchSettings, journal: Journal | None, faults: Faults) -> None:
+        self.journal = journal.path if journal else None
         self.history: list[EpochReport] = []
         self.alert: StopAlert | None = None
         self._settings = settings
@@ -73,7 +74,7 @@ class Monitor:
 
     def _start(self, adapter: Adapter, backends: list[Backend]) -> None:
         self._adapter = adapter
-        self._journal.append(
+        self._write(
             RunRecord(
                 name=self._settings.name,
                 head=adapter.head,
@@ -81,7 +82,8 @@ class Monitor:
                 settings=self._settings.plain(),
             )
         )
-        self._deliveries = [Delivery(backend, self._journal, self._faults) for backend in backends]
+        if self._journal is not None:
+            self._deliveries = [Delivery(backend, self._journal, self._faults) for backend in backends]
         self._notify()
 
     # --- training steps -------------------------------------------------------------------------------------------
@@ -173,7 +175,7 @@ class Monitor:
         histogram = summary.histogram
         if summary.count:
             self._display_limit = histogram.display_limit(self._display_limit)
-        self._journal.append(
+        self._write(
             IntervalRecord(
                 step=step,
                 epoch=len(self.history),
@@ -193,6 +195,8 @@ class Monitor:
     def end_epoch(self) -> EpochReport:
         """Closes an epoch: waits for its scores, reports them, asks the stop rule, writes it all down.
 
+        Of several processes (torch.distributed), each must call it; all get the same report.
+
         Raises:
             NoObservationsError: no training step has passed the probe since the last epoch.
         """
@@ -203,12 +207,13 @@ class Monitor:
 
     def _end_epoch(self, *, partial: bool = False) -> EpochReport:
         self._gather()
-        if not self._epoch_summary.seen:
+        summary = self._epoch_summary if partial else self._adapter.reduce(self._epoch_summary)
+        if not summary.seen:
             raise NoObservationsError(
                 f"epoch {len(self.history)} has ended, but no training step has passed the probe. "
                 f"{self._adapter.nothing_seen()}"
             )
-        report = self._epoch_summary.report(epoch=len(self.history), step=self._step - 1)
+        report = summary.report(epoch=len(self.history), step=self._step - 1)
         alert = None
         if partial:
             report = report.model_copy(update={"notes": (*report.notes, "closed before the end of the epoch")})
@@ -216,14 +221,18 @@ class Monitor:
             report, alert = self._rule.judge(report)
         self._epoch_summary = AlignmentSummary()
         self.history.append(report)
-        self._journal.append(report, sync=True)
+        self._write(report, sync=True)
         if alert and self._settings.early_stop:
             self.alert = alert
             logger.warning("gwa_logging: %s", alert.message)
-            self._journal.append(alert, sync=True)
+            self._write(alert, sync=True)
             self._call_back(alert)
         self._notify()
         return report
+
+    def _write(self, record: AnyRecord, *, sync: bool = False) -> None:
+        if self._journal is not None:
+            self._journal.append(record, sync=sync)
 
     def _gather(self) -> None:
         if self._step > self._steps_taken:
@@ -391,7 +400,7 @@ class Monitor:
             self._closed = True
             self._adapter.close()
         state = self._rule.state
-        self._journal.append(
+        self._write(
             CloseRecord(
                 epochs=len(self.history),
                 steps=self._step,
@@ -410,7 +419,8 @@ class Monitor:
                     delivery.backend.name,
                     self.journal,
                 )
-        self._journal.close()
+        if self._journal is not None:
+            self._journal.close()
 
     def __enter__(self) -> Self:
         return self

@@ -254,6 +254,13 @@ class Adapter(Protocol):
     head: str
     """One line: which head was chosen, and why."""
 
+    writes: bool
+    """Whether this process writes journal and trackers: of several processes, one does."""
+
+    def reduce(self, summary: Any) -> Any:
+        """The `AlignmentSummary` of all processes together, the same on each. Every process must call it."""
+        ...
+
     def observe(self, scores: Any, sample_ids: Any) -> None:
         """Takes the scores of one step, float [...] on the device, from the user's own loop."""
         ...

@@ -16,6 +16,7 @@ from gwa_logging.monitor import logger
 from gwa_logging.registry import import_room
 from gwa_logging.samples import check_sample_ids
 from gwa_logging.settings import WatchSettings
+from gwa_logging.summary import AlignmentSummary
 
 
 def attach(model: Any, settings: WatchSettings, faults: Faults) -> "JaxAdapter":
@@ -46,6 +47,12 @@ class JaxAdapter:
         self._state = AlignmentState.empty()
         self._ledger: tuple[Any, Any] | None = None
         self._on_step: Callable[[], None] = lambda: None
+
+    writes = True
+
+    def reduce(self, summary: AlignmentSummary) -> AlignmentSummary:
+        """One process: nothing to do."""
+        return summary
 
     def start(self, on_step: Callable[[], None]) -> None:
         """Begins to observe."""

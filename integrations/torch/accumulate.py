@@ -20,6 +20,7 @@ from gwa_logging.summary import AlignmentSummary
 FOLD_AT = 65_536
 """Samples kept on the device before they are folded: 768 KB at most."""
 
+_NUMBERS = ("count", "mean", "m2", "m3", "m4", "minimum", "maximum", "no_gradient", "dead", "not_finite")
 _PADDING = 4.0  # marks a row that is no sample; no score is above 1
 
 
@@ -187,7 +188,7 @@ def fold(scores: Tensor, edges: Tensor) -> Tensor:
         edges: float32 [513], the edges of the histogram.
 
     Returns:
-        float64 [522]: count, mean, m2, m3, m4, minimum, maximum, no_gradient, dead, not_finite, and 512 bin counts.
+        float64 [522]: the numbers of `_NUMBERS`, and 512 bin counts.
     """
     scores = scores.to(edges.device)
     x = scores.double()
@@ -241,7 +242,7 @@ class TorchSnapshot:
 
     def _merge_arrived(self) -> None:
         while self._vectors and (self._vectors[0][1] is None or self._vectors[0][1].query()):
-            self._merged = self._merged.merge(_unpack(self._vectors.pop(0)[0]))
+            self._merged = self._merged.merge(unpack(self._vectors.pop(0)[0]))
 
     def ready(self) -> bool:
         """Whether everything has come."""
@@ -257,19 +258,15 @@ class TorchSnapshot:
         return self._merged
 
 
-def _unpack(vector: Tensor) -> AlignmentSummary:
+def pack(summary: AlignmentSummary) -> Tensor:
+    """float64 [522] of a summary, as `fold` makes it, on the host."""
+    numbers = [getattr(summary, name) for name in _NUMBERS]
+    return torch.cat([torch.tensor(numbers, dtype=torch.float64), torch.from_numpy(summary.bins).double()])
+
+
+def unpack(vector: Tensor) -> AlignmentSummary:
+    """The summary of a vector on the host."""
     values = vector.numpy()
-    count, mean, m2, m3, m4, minimum, maximum, no_gradient, dead, not_finite = (float(v) for v in values[:-BINS])
-    return AlignmentSummary(
-        count=int(count),
-        mean=mean,
-        m2=m2,
-        m3=m3,
-        m4=m4,
-        minimum=minimum,
-        maximum=maximum,
-        bins=values[-BINS:].astype(np.int64),
-        no_gradient=int(no_gradient),
-        dead=int(dead),
-        not_finite=int(not_finite),
-    )
+    numbers = {name: float(value) for name, value in zip(_NUMBERS, values[:-BINS], strict=True)}
+    counts = {name: int(numbers[name]) for name in ("count", "no_gradient", "dead", "not_finite")}
+    return AlignmentSummary(**{**numbers, **counts}, bins=values[-BINS:].astype(np.int64))  # type: ignore[arg-type]

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from gwa_logging.errors import InvalidInputError
 from gwa_logging.faults import Faults
 from gwa_logging.integrations.torch.accumulate import Accumulator, TorchSnapshot
+from gwa_logging.integrations.torch.distributed import is_distributed, merged_over_ranks, rank
 from gwa_logging.integrations.torch.heads import FirstPass, Head, HeadCall, find_head, unwrapped
 from gwa_logging.integrations.torch.layers import layer_of
 from gwa_logging.integrations.torch.probe import HeadProbe
 from gwa_logging.monitor import logger
 from gwa_logging.samples import check_sample_ids
 from gwa_logging.settings import WatchSettings
+from gwa_logging.summary import AlignmentSummary
 
 
 def attach(model: nn.Module, settings: WatchSettings, faults: Faults) -> "TorchAdapter":
@@ -23,7 +25,13 @@ def attach(model: nn.Module, settings: WatchSettings, faults: Faults) -> "TorchA
 
     Raises:
         HeadNotFoundError: see `find_head`.
+        InvalidInputError: windows by samples are asked for in a run of several processes.
     """
+    if settings.samples_per_epoch is not None and is_distributed():
+        raise InvalidInputError(
+            f"samples_per_epoch={settings.samples_per_epoch}: ranks would close their windows at different moments; call "
+            "monitor.end_epoch() on every rank instead"
+        )
     return TorchAdapter(model, find_head(model, settings.head), settings.num_samples, faults)
 
 
@@ -39,6 +47,15 @@ class TorchAdapter:
         self._faults = faults
         self._on_step: Callable[[], None] = lambda: None
         self._watching: HeadProbe | FirstPass | None = None
+
+    @property
+    def writes(self) -> bool:
+        """Whether this is the process that writes: rank 0."""
+        return rank() == 0
+
+    def reduce(self, summary: AlignmentSummary) -> AlignmentSummary:
+        """The summary of all ranks. Every rank must call it; the others wait."""
+        return merged_over_ranks(summary)
 
     def start(self, on_step: Callable[[], None]) -> None:
         """Begins to observe."""

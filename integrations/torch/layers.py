@@ -32,7 +32,7 @@ class Linear:
         self.module = module
         self.classes = classes
         self.features = features
-        self.taps_input = classes > features
+        self.taps_input = classes > features and not _parametrised(module)
         self._computed: Tensor | None = None
         self._handle: Any = None
         if _parametrised(module):
