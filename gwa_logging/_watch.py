@@ -16,8 +16,7 @@ from gwa_logging.monitor import Monitor, logger
 from gwa_logging.settings import EarlyStop, WatchSettings
 from gwa_logging.types import Backend, RunContext
 
-_watched: dict[int, tuple[Callable[[], Any], Monitor]] = {}  # id(model) -> weak reference to it, its monitor
-_open: weakref.WeakSet[Monitor] = weakref.WeakSet()
+_watched: dict[int, tuple[Callable[[], Any], Monitor]] = {}  # id of a model -> weak reference to it, its monitor
 _DEFAULT = EarlyStop()
 
 
@@ -48,7 +47,9 @@ def watch(
             an entry point in the group `gwa_logging.backends`, or an object with `write` and `close`.
         run: a `wandb.Run`, or an MLflow run or run id; with several backends a dict of them, by backend. None takes the
             active one; if there is none, one is started, and finished on close.
-        head: the classifier head: a dotted path, or the module itself. None finds it.
+        head: the classifier head: a dotted path, or the module itself. None finds it. Of a list (PyTorch), the first one is
+            the head that the alert follows; the others are watched beside it, each with keys of its own,
+            `gwa/<path>/...`, and a monitor in `Monitor.heads`.
         early_stop: the stop rule, or None for no alert.
         on_alert: called once with the StopAlert.
         log_every_n_steps: steps between two histograms; at least 1.
@@ -81,50 +82,59 @@ def watch(
         **unknown,
     )
     room = registry.find_adapter(model)
-    _close_previous(model)
+    subject = room.subject(model)
+    _close_previous(subject)
+    heads = settings.heads
+    folder = settings.directory / f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+    monitor = _open(room, subject, settings.for_head(heads[0]), folder)
+    try:
+        for other in heads[1:]:
+            monitor._add(_open(room, subject, settings.for_other_head(other, monitor._runs()), folder, beside=True))
+    except BaseException:
+        monitor.close()
+        raise
+    _watched[id(subject)] = (weakref.ref(subject), monitor)
+    atexit.unregister(_close_all)
+    atexit.register(_close_all)  # after the trackers have registered theirs, so before they are gone at exit
+    return monitor
+
+
+def _open(room: Any, subject: Any, settings: WatchSettings, folder: Path, *, beside: bool = False) -> Monitor:
+    """Watches one head; what was begun is undone if anything fails."""
     faults = Faults()
-    monitor: Monitor | None = None
-    # The probe calls a weak reference, so that a model that lives on does not keep the monitor, nor the other way round.
-    adapter = room.attach(model, settings, faults)
+    adapter = room.attach(subject, settings, faults)
     backends: list[Backend] = []
     try:
+        name = f"{settings.name}/{adapter.path}" if beside else settings.name
         journal = None
         if adapter.writes:
-            journal = Journal(_new_folder(settings.directory) / FILE_NAME, faults)
+            folder = folder / adapter.path if beside else folder
+            journal = Journal(folder / FILE_NAME, faults)
             for wanted in settings.backend:
-                context = RunContext(settings.name, settings.run_of(wanted), journal.path.parent)
-                opened = registry.open_backend(wanted, context)
+                opened = registry.open_backend(wanted, RunContext(name, settings.run_of(wanted), folder))
                 if opened is not None:
                     backends.append(opened)
         monitor = Monitor(settings, journal, faults)
-        monitor._start(adapter, backends)
+        monitor._start(name, adapter, backends)
     except BaseException:
         adapter.close()
         for opened in backends:
             opened.close()
         raise
     adapter.start(monitor._on_step)
+    # A model that is dropped takes its head along, even if nobody closes the monitor.
+    weakref.finalize(subject, adapter.close).atexit = False
     logger.info("gwa_logging: %s; journal: %s", adapter.head, monitor.journal)
-    _watched[id(model)] = (weakref.ref(model), monitor)
-    _open.add(monitor)
-    atexit.unregister(_close_all)
-    atexit.register(_close_all)  # after the trackers have registered theirs, so before they are gone at exit
     return monitor
 
 
-def _close_previous(model: Any) -> None:
+def _close_previous(subject: Any) -> None:
     for key, (reference, monitor) in list(_watched.items()):
-        if reference() is model:
+        if reference() is subject:
             monitor.close()
-        if reference() is None or reference() is model:
             del _watched[key]
 
 
-def _new_folder(directory: Path) -> Path:
-    """A path for a run of its own: sorted by time, never shared."""
-    return directory / f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
-
-
 def _close_all() -> None:
-    for monitor in list(_open):
+    for _, monitor in _watched.values():
         monitor.close()

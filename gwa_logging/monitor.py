@@ -52,12 +52,14 @@ class Monitor:
         journal: path of the run's journal, in whose folder the report goes too; None in a process that does not write.
         history: reports of the epochs so far.
         alert: the StopAlert, or None while there is none.
+        heads: monitors of the further heads that are watched beside this one, by path. They follow its epochs.
     """
 
     def __init__(self, settings: WatchSettings, journal: Journal | None, faults: Faults) -> None:
         self.journal = journal.path if journal else None
         self.history: list[EpochReport] = []
         self.alert: StopAlert | None = None
+        self.heads: dict[str, Monitor] = {}
         self._settings = settings
         self._rule = StopRule(settings.early_stop or EarlyStop())
         self._journal = journal
@@ -72,11 +74,11 @@ class Monitor:
         self._display_limit = 0.001
         self._closed = False
 
-    def _start(self, adapter: Adapter, backends: list[Backend]) -> None:
+    def _start(self, name: str, adapter: Adapter, backends: list[Backend]) -> None:
         self._adapter = adapter
         self._write(
             RunRecord(
-                name=self._settings.name,
+                name=name,
                 head=adapter.head,
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
                 settings=self._settings.plain(),
@@ -85,6 +87,13 @@ class Monitor:
         if self._journal is not None:
             self._deliveries = [Delivery(backend, self._journal, self._faults) for backend in backends]
         self._notify()
+
+    def _add(self, other: "Monitor") -> None:
+        self.heads[other._adapter.path] = other
+
+    def _runs(self) -> dict[str, Any]:
+        """The trackers' runs, by backend, for the other heads."""
+        return {delivery.backend.name: getattr(delivery.backend, "run", None) for delivery in self._deliveries}
 
     # --- training steps -------------------------------------------------------------------------------------------
 
@@ -108,7 +117,8 @@ class Monitor:
         Args:
             sample_ids: int [batch] into the ledger (`watch(num_samples=)`).
         """
-        self._adapter.tag(sample_ids)
+        for monitor in (self, *self.heads.values()):
+            monitor._adapter.tag(sample_ids)
 
     def value_and_grad(
         self, fun: Any, argnums: int | tuple[int, ...] = 0, has_aux: bool = False, **options: Any
@@ -203,6 +213,11 @@ class Monitor:
         with self._lock:
             if self._closed:
                 raise InvalidInputError("end_epoch(): this monitor is closed; watch the model again")
+            for path, other in self.heads.items():
+                try:
+                    other.end_epoch()
+                except NoObservationsError as error:  # a head that this epoch did not train
+                    self._faults.record(f"head {path!r}", error)
             return self._end_epoch()
 
     def _end_epoch(self, *, partial: bool = False) -> EpochReport:
@@ -322,6 +337,7 @@ class Monitor:
             }
             if self._settings.num_samples is not None:
                 state["ledger"] = list(self._adapter.ledger())
+            state["heads"] = {path: other.state_dict() for path, other in self.heads.items()}
             return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -337,6 +353,7 @@ class Monitor:
             history = [EpochReport.model_validate(report) for report in state["history"]]
             alert = StopAlert.model_validate(state["alert"]) if state["alert"] else None
             stop_state = StopState(*state["stop_state"])
+            others = {path: state["heads"][path] for path in self.heads}
             step, limit, ledger = int(state["step"]), float(state["display_limit"]), state.get("ledger")
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, InvalidInputError):
@@ -347,6 +364,8 @@ class Monitor:
             raise InvalidInputError(
                 f"state: its ledger is of size {size}, watch(num_samples={self._settings.num_samples})"
             )
+        for path, other in others.items():
+            self.heads[path].load_state_dict(other)
         with self._lock:
             self._gather()
             if ledger is not None:
@@ -381,6 +400,7 @@ class Monitor:
         self._notify()
         deadline = monotonic() + timeout
         taken = [delivery.wait(deadline) for delivery in self._deliveries]
+        taken += [other.flush(max(0.0, deadline - monotonic())) for other in self.heads.values()]
         return all(taken)
 
     def close(self) -> None:
@@ -388,6 +408,8 @@ class Monitor:
 
         Waits at most 10 s for the backends; what a tracker has not taken by then stays in the journal.
         """
+        for other in self.heads.values():
+            other.close()
         with self._lock:
             if self._closed:
                 return

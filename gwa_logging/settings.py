@@ -81,6 +81,27 @@ class WatchSettings(Settings):
             raise ValueError("run=: with several backends, say which one it belongs to: run={'mlflow': run}")
         return self
 
+    @property
+    def heads(self) -> tuple[Any, ...]:
+        """The heads that are wanted, at least one; None stands for the one to be found."""
+        heads = tuple(self.head) if isinstance(self.head, list | tuple) else (self.head,)
+        if not heads:
+            raise InvalidInputError("head=[]: expected at least one head, or None to find it")
+        if len(heads) > 1 and not all(isinstance(backend, str) for backend in self.backend):
+            raise InvalidInputError(
+                "head: with several heads, backends must be given by name, since each head opens its own"
+            )
+        return heads
+
+    def for_head(self, head: Any) -> "WatchSettings":
+        """The settings for the one that the alert follows."""
+        return self.model_copy(update={"head": head})
+
+    def for_other_head(self, head: Any, runs: dict[str, Any]) -> "WatchSettings":
+        """The settings for one of the others, which share the runs and the epochs of the first."""
+        alone = {"early_stop": None, "on_alert": None, "samples_per_epoch": None}
+        return self.model_copy(update={"head": head, "run": runs, **alone})
+
     def run_of(self, backend: Any) -> Any:
         """The user's run for one of the backends; None if none is given."""
         return self.run.get(backend) if isinstance(self.run, dict) else self.run

@@ -254,6 +254,9 @@ class Adapter(Protocol):
     head: str
     """One line: which head was chosen, and why."""
 
+    path: str
+    """The head's dotted path; empty if it is the model itself, or not known yet."""
+
     writes: bool
     """Whether this process writes journal and trackers: of several processes, one does."""
 
@@ -316,6 +319,9 @@ class Backend(Protocol):
     """
 
     name: str
+    run: Any
+    """The tracker's run, in a form that its `open_backend` takes as the user's."""
+
     threaded: bool
     """True: written by a worker thread of its own. False: on the training thread, so `write` must take microseconds."""
 

@@ -78,7 +78,7 @@ class MlflowBackend:
         address, page = _masked(client.tracking_uri), f"/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
         self.url = address.rstrip("/") + page if address.startswith("http") else f"{address} {run.info.run_id}"
         self._client = client
-        self._run_id: str = run.info.run_id
+        self.run = self._run_id = str(run.info.run_id)
         self._prefix = context.name
         self._directory = context.directory
         self._own = own

@@ -70,7 +70,7 @@ class WandbBackend:
 
     def __init__(self, run: wandb.Run, prefix: str, *, owned: bool) -> None:
         """Writes into `run` under `prefix`; `owned` says that nobody else does, and that `close` finishes it."""
-        self._run = run
+        self.run = run
         self._prefix = prefix
         self._owned = owned
         stepless = run.settings.mode == "shared" or run.disabled
@@ -79,9 +79,9 @@ class WandbBackend:
     @property
     def url(self) -> str | None:
         """Where to look at the run: its page; if it is offline, its folder; None if W&B is disabled."""
-        if self._run.disabled:
+        if self.run.disabled:
             return None
-        return str(self._run.settings.sync_dir) if self._run.offline else self._run.url
+        return str(self.run.settings.sync_dir) if self.run.offline else self.run.url
 
     def write(self, record: AnyRecord) -> None:
         """Writes one record. Takes about a millisecond; does not wait for the network.
@@ -89,7 +89,7 @@ class WandbBackend:
         Raises:
             BackendError: the run is finished.
         """
-        if _finished(self._run):
+        if _finished(self.run):
             raise BackendError("the W&B run was finished before monitor.close(): close the monitor first")
         if isinstance(record, IntervalRecord | EpochReport):
             self._log(record)
@@ -97,38 +97,38 @@ class WandbBackend:
             best = {"best_epoch": record.best_epoch, "best_value": record.best_value, "stop_epoch": record.epoch}
             self._summarise(best)
             # Last, because a record that fails is written again, and W&B does not drop the second of two alerts.
-            self._run.alert(title=ALERT_TITLE, text=_alert_text(record), level="WARN")
+            self.run.alert(title=ALERT_TITLE, text=_alert_text(record), level="WARN")
         elif isinstance(record, CloseRecord):
             if record.best_epoch is not None:
                 self._summarise({"best_epoch": record.best_epoch, "best_value": record.best_value})
         elif isinstance(record, RunRecord) and self._owned:
             config = {self._prefix: record.settings}
-            self._run.config.update(config, allow_val_change=True)  # type: ignore[no-untyped-call]
+            self.run.config.update(config, allow_val_change=True)  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
         """Writes what is left; finishes the run if it is ours. Does nothing to a run that is finished already."""
-        if _finished(self._run):
+        if _finished(self.run):
             return
         if self._guest:
             self._guest.drain()
         if self._owned:
-            self._run.finish()
+            self.run.finish()
 
     def _log(self, record: IntervalRecord | EpochReport) -> None:
         if self._guest:
             self._guest.log(record)
         elif row := _row(self._prefix, record):
-            self._run.log(row, commit=True)
+            self.run.log(row, commit=True)
 
     def _summarise(self, values: dict[str, float]) -> None:
-        self._run.summary.update({f"{self._prefix}/{key}": value for key, value in values.items()})
+        self.run.summary.update({f"{self._prefix}/{key}": value for key, value in values.items()})
 
 
 class _Guest:
     """Adds to the rows of a run whose steps are the user's. What it remembers changes only after W&B took the row."""
 
     def __init__(self, run: wandb.Run, prefix: str) -> None:
-        self._run = run
+        self.run = run
         self._prefix = prefix
         self._step: int | None = None  # of the row that holds the following two; None: there is nothing of ours
         self._interval: IntervalRecord | None = None
@@ -137,7 +137,7 @@ class _Guest:
 
     def log(self, record: IntervalRecord | EpochReport) -> None:
         """Adds a record to the open row, commits nothing."""
-        step = self._run.step
+        step = self.run.step
         interval, has_epoch = (self._interval, self._has_epoch) if step == self._step else (None, False)
         waiting = deque(self._waiting)
         row: dict[str, Any] = {}
@@ -150,7 +150,7 @@ class _Guest:
             row |= _row(self._prefix, waiting.popleft())
             has_epoch = True
         if row:
-            self._run.log(row, commit=False)
+            self.run.log(row, commit=False)
             self._step, self._interval, self._has_epoch = step, interval, has_epoch
         self._waiting = waiting
 
@@ -160,12 +160,12 @@ class _Guest:
         So W&B's step moves only if epochs had to wait: if the user has logged less often than once per epoch.
         """
         while self._waiting:
-            step = self._run.step
+            step = self.run.step
             if step == self._step and self._has_epoch:
-                self._run.log({}, commit=True)
+                self.run.log({}, commit=True)
                 self._step = None
                 continue
-            self._run.log(_row(self._prefix, self._waiting[0]), commit=False)
+            self.run.log(_row(self._prefix, self._waiting[0]), commit=False)
             self._waiting.popleft()
             self._step, self._has_epoch = step, True
 

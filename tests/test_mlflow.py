@@ -229,7 +229,7 @@ def test_runs_with_an_alert_can_be_searched_for(trained: Trained) -> None:
 
 def test_the_head_and_the_best_epoch_are_told(trained: Trained) -> None:
     run = trained.client.get_run(trained.run_id)
-    assert "'2' (16 features, 4 classes)" in run.data.tags["gwa.head"]
+    assert "'2' (Linear 16 -> 4)" in run.data.tags["gwa.head"]
     assert run.data.metrics["gwa/best_epoch"] == 0
     assert run.data.metrics["gwa/best_value"] == trained.monitor.history[0].stable_gwa
 

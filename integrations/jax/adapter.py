@@ -19,6 +19,11 @@ from gwa_logging.settings import WatchSettings
 from gwa_logging.summary import AlignmentSummary
 
 
+def subject(model: Any) -> Any:
+    """What is watched when a model is given: itself."""
+    return model
+
+
 def attach(model: Any, settings: WatchSettings, faults: Faults) -> "JaxAdapter":
     """Watches a Flax Linen module, or a function that calls `tap`.
 
@@ -49,6 +54,11 @@ class JaxAdapter:
         self._on_step: Callable[[], None] = lambda: None
 
     writes = True
+
+    @property
+    def path(self) -> str:
+        """The head's path; empty while it is not known."""
+        return self._wanted or ""
 
     def reduce(self, summary: AlignmentSummary) -> AlignmentSummary:
         """One process: nothing to do."""

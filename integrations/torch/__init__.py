@@ -2,5 +2,6 @@
 
 from gwa_logging.integrations.torch.adapter import TorchAdapter, attach
 from gwa_logging.integrations.torch.heads import Head, find_head
+from gwa_logging.integrations.torch.heads import unwrapped as subject
 
-__all__ = ["Head", "TorchAdapter", "attach", "find_head"]
+__all__ = ["Head", "TorchAdapter", "attach", "find_head", "subject"]

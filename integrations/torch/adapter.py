@@ -49,6 +49,11 @@ class TorchAdapter:
         self._watching: HeadProbe | FirstPass | None = None
 
     @property
+    def path(self) -> str:
+        """The head's path; empty while it is not known."""
+        return self._found.path if self._found else ""
+
+    @property
     def writes(self) -> bool:
         """Whether this is the process that writes: rank 0."""
         return rank() == 0
