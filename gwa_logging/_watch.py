@@ -16,7 +16,7 @@ from gwa_logging.monitor import Monitor, logger
 from gwa_logging.settings import EarlyStop, WatchSettings
 from gwa_logging.types import Backend, RunContext
 
-_watched: dict[int, tuple[Callable[[], Any], Monitor]] = {}  # id of a model -> weak reference to it, its monitor
+_watched: list[tuple[Callable[[], Any], Monitor]] = []  # weak references to models, and their monitors
 _DEFAULT = EarlyStop()
 
 
@@ -41,8 +41,8 @@ def watch(
     scores to `monitor.update`. Watching a model again closes its first monitor.
 
     Args:
-        model: a `torch.nn.Module` (compiled or wrapped ones too), a `flax.linen.Module`, or a JAX function that calls
-            `gwa_logging.integrations.jax.tap`.
+        model: a `torch.nn.Module` (compiled or wrapped ones too), a model of Flax (Linen, NNX), Equinox or Haiku, or a JAX
+            function that calls `gwa_logging.integrations.jax.tap`.
         backend: where to send: "wandb", "mlflow", "local" (only the journal and the report), a list of them, the name of
             an entry point in the group `gwa_logging.backends`, or an object with `write` and `close`.
         run: a `wandb.Run`, or an MLflow run or run id; with several backends a dict of them, by backend. None takes the
@@ -86,23 +86,23 @@ def watch(
     _close_previous(subject)
     heads = settings.heads
     folder = settings.directory / f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
-    monitor = _open(room, subject, settings.for_head(heads[0]), folder)
+    monitor = _open(room, model, settings.for_head(heads[0]), folder)
     try:
         for other in heads[1:]:
-            monitor._add(_open(room, subject, settings.for_other_head(other, monitor._runs()), folder, beside=True))
+            monitor._add(_open(room, model, settings.for_other_head(other, monitor._runs()), folder, beside=True))
     except BaseException:
         monitor.close()
         raise
-    _watched[id(subject)] = (weakref.ref(subject), monitor)
+    _watched.append((weakref.ref(subject), monitor))
     atexit.unregister(_close_all)
     atexit.register(_close_all)  # after the trackers have registered theirs, so before they are gone at exit
     return monitor
 
 
-def _open(room: Any, subject: Any, settings: WatchSettings, folder: Path, *, beside: bool = False) -> Monitor:
+def _open(room: Any, model: Any, settings: WatchSettings, folder: Path, *, beside: bool = False) -> Monitor:
     """Watches one head; what was begun is undone if anything fails."""
     faults = Faults()
-    adapter = room.attach(subject, settings, faults)
+    adapter = room.attach(model, settings, faults)
     backends: list[Backend] = []
     try:
         name = f"{settings.name}/{adapter.path}" if beside else settings.name
@@ -123,18 +123,19 @@ def _open(room: Any, subject: Any, settings: WatchSettings, folder: Path, *, bes
         raise
     adapter.start(monitor._on_step)
     # A model that is dropped takes its head along, even if nobody closes the monitor.
-    weakref.finalize(subject, adapter.close).atexit = False
+    weakref.finalize(room.subject(model), adapter.close).atexit = False
     logger.info("gwa_logging: %s; journal: %s", adapter.head, monitor.journal)
     return monitor
 
 
 def _close_previous(subject: Any) -> None:
-    for key, (reference, monitor) in list(_watched.items()):
+    for entry in list(_watched):
+        reference, monitor = entry
         if reference() is subject:
             monitor.close()
-            del _watched[key]
+            _watched.remove(entry)
 
 
 def _close_all() -> None:
-    for _, monitor in _watched.values():
+    for _, monitor in _watched:
         monitor.close()

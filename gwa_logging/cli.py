@@ -1,10 +1,12 @@
-"""The command line: `gwa-logging report DIR`."""
+"""The command line: `gwa-logging report DIR`, `gwa-logging heads package.module:factory`."""
 
 import argparse
+import importlib
 import sys
 from pathlib import Path
+from typing import Any
 
-from gwa_logging import __version__
+from gwa_logging import __version__, registry
 from gwa_logging.errors import GwaError, InvalidInputError
 from gwa_logging.journal import FILE_NAME
 from gwa_logging.report import REPORT_NAME, write_report
@@ -21,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     try:
-        _report(arguments.directory)
+        arguments.run(arguments)
     except (GwaError, OSError) as error:
         print("gwa-logging:", *str(error).splitlines(), file=sys.stderr)
         return 2
@@ -40,12 +42,49 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "directory", type=Path, metavar="DIR", help="a run's folder; or a folder of runs, for the run written to last"
     )
+    report.set_defaults(run=_report)
+    heads = commands.add_parser(
+        "heads",
+        help="show which layer of a model is taken for its classifier head, and why",
+        description="Shows what could be the classifier head of a PyTorch model, which layer is taken, and why.",
+    )
+    heads.add_argument(
+        "model",
+        metavar="MODULE:NAME",
+        help="where the model is: package.module:name of a model, or of a function that makes one",
+    )
+    heads.add_argument("--head", metavar="PATH", help="as head= of watch(): the dotted path of a layer")
+    heads.set_defaults(run=_heads)
     return parser
 
 
-def _report(directory: Path) -> None:
+def _report(arguments: argparse.Namespace) -> None:
     """Writes the page and prints its path, and nothing else, on stdout."""
-    print(write_report(_run_folder(directory)))
+    print(write_report(_run_folder(arguments.directory)))
+
+
+def _heads(arguments: argparse.Namespace) -> None:
+    """Prints the head finder's view of a model."""
+    model = _load(arguments.model)
+    print(registry.find_adapter(model).describe(model, arguments.head))
+
+
+def _load(where: str) -> Any:
+    """The model at `package.module:name`, made if there is a function of that name; the working directory counts."""
+    module, _, name = where.partition(":")
+    if not module or not name:
+        raise InvalidInputError(f"{where!r}: expected package.module:name, such as my_project.models:make_model")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise InvalidInputError(f"{where!r}: {error}") from error
+    finally:
+        sys.path.pop(0)
+    is_maker = isinstance(found, type) or type(found).__name__ in ("function", "builtin_function_or_method", "partial")
+    return found() if is_maker else found
 
 
 def _run_folder(directory: Path) -> Path:

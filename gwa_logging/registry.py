@@ -52,6 +52,16 @@ def import_room(module: str, third_party: str, extra: str) -> Any:
         raise MissingDependencyError(third_party, extra) from error
 
 
+_JAX_MODELS = {
+    "flax.linen.module.Module",
+    "flax.nnx.module.Module",
+    "equinox._module._module.Module",
+    "equinox._module.Module",
+    "haiku._src.transform.Transformed",
+    "haiku._src.transform.TransformedWithState",
+}
+
+
 def find_adapter(model: Any) -> Any:
     """The module that can watch this model: it has `attach(model, head, num_samples, on_step, faults)`.
 
@@ -61,7 +71,7 @@ def find_adapter(model: Any) -> Any:
     bases = {f"{base.__module__}.{base.__qualname__}" for base in type(model).__mro__}
     if "torch.nn.modules.module.Module" in bases:
         return import_room("gwa_logging.integrations.torch", "torch", "torch")
-    if "flax.linen.module.Module" in bases:
+    if bases & _JAX_MODELS:
         return import_room("gwa_logging.integrations.jax", "jax", "jax")
     if (
         callable(model)
@@ -69,7 +79,8 @@ def find_adapter(model: Any) -> Any:
         and type(model).__module__ in ("builtins", "functools", "jaxlib._jax")
     ):
         return import_room("gwa_logging.integrations.jax", "jax", "jax")
+    hint = " (the class; pass an instance)" if isinstance(model, type) else ""
     raise InvalidInputError(
-        f"model: expected a torch.nn.Module, a flax.linen.Module or a JAX function, found {type(model).__module__}."
-        f"{type(model).__qualname__}{' (the class; pass an instance)' if isinstance(model, type) else ''}"
+        "model: expected a torch.nn.Module, a model of Flax, Equinox or Haiku, or a JAX function, found "
+        f"{type(model).__module__}.{type(model).__qualname__}{hint}"
     )

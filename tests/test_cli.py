@@ -94,3 +94,46 @@ def test_module_runs_as_a_program_and_its_exit_code_is_mains(tmp_path):
     bad = subprocess.run([*command, "nowhere"], cwd=tmp_path, capture_output=True, text=True)
     assert bad.returncode == 2
     assert bad.stderr.startswith("gwa-logging: 'nowhere' is not a folder")
+
+
+MODELS = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.fc, self.aux = nn.Linear(8, 8), nn.Linear(8, 5), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.fc(self.body(x).relu())
+
+def make():
+    return Net()
+
+ready = Net()
+"""
+
+
+@pytest.mark.parametrize("where", ["models:make", "models:Net", "models:ready"])
+def test_heads_shows_the_candidates_and_what_was_chosen(where, tmp_path, capsys):
+    (tmp_path / "models.py").write_text(MODELS)
+    assert main(["heads", where]) == 0
+    shown = capsys.readouterr().out
+    for part in ("body", "fc", "aux", "8 -> 5", "traced"):
+        assert part in shown
+
+
+def test_heads_follows_a_named_head(tmp_path, capsys):
+    (tmp_path / "models.py").write_text(MODELS)
+    assert main(["heads", "models:make", "--head", "aux"]) == 0
+    assert "named by head=" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [("models", "expected package.module:name"), ("models:nope", "nope"), ("absent_module:x", "absent_module")],
+)
+def test_heads_says_what_is_wrong_with_the_place(where, said, tmp_path, capsys):
+    (tmp_path / "models.py").write_text(MODELS)
+    assert main(["heads", where]) == 2
+    assert said in capsys.readouterr().err

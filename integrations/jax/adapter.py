@@ -1,7 +1,6 @@
 """The JAX adapter: `value_and_grad` with scores, and what `update` gathers."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -11,7 +10,8 @@ import numpy as np
 from gwa_logging.errors import HeadNotFoundError, InvalidInputError
 from gwa_logging.faults import Faults
 from gwa_logging.integrations.jax.accumulate import AlignmentState, JaxSnapshot, enter, update
-from gwa_logging.integrations.jax.probe import Call, Discovery, Session, Tapping, entered, makers
+from gwa_logging.integrations.jax.library import Library
+from gwa_logging.integrations.jax.probe import Call, Discovery, Tapping, makers
 from gwa_logging.monitor import logger
 from gwa_logging.registry import import_room
 from gwa_logging.samples import check_sample_ids
@@ -20,8 +20,16 @@ from gwa_logging.summary import AlignmentSummary
 
 
 def subject(model: Any) -> Any:
-    """What is watched when a model is given: itself."""
-    return model
+    """What is watched when a model is given: itself, if something can refer to it weakly; of Haiku's pairs, apply."""
+    return getattr(model, "apply") if isinstance(model, tuple) else model  # noqa: B009 - a named tuple of Haiku's
+
+
+def describe(model: Any, wanted: str | None = None) -> str:
+    """What can be said of a model's head without its loss: nothing yet."""
+    named = (
+        f"head {wanted!r} is taken, if the loss runs it once" if wanted else "it is told when the loss is first traced"
+    )
+    return f"{type(model).__name__}: a JAX model's head is found by dataflow from the loss; {named}."
 
 
 def attach(model: Any, settings: WatchSettings, faults: Faults) -> "JaxAdapter":
@@ -37,15 +45,26 @@ def attach(model: Any, settings: WatchSettings, faults: Faults) -> "JaxAdapter":
     )
 
 
+_LIBRARIES = {"flax.linen": "Linen", "flax.nnx": "NNX", "equinox": "Equinox", "haiku": "Haiku"}
+
+
+def _library_of(model: Any) -> Library:
+    """The room of the library that a model is made with; hand-written if it is a function."""
+    homes = [base.__module__ for base in type(model).__mro__]
+    for home, name in _LIBRARIES.items():
+        if any(module == home or module.startswith(home + ".") for module in homes):
+            package, _, part = home.rpartition(".")
+            room = import_room(f"gwa_logging.integrations.jax.{part}", package or part, "jax")
+            return getattr(room, name)(model)  # type: ignore[no-any-return]
+    return Library(model)
+
+
 class JaxAdapter:
     """Watches one model. See `gwa_logging.types.Adapter`."""
 
     def __init__(self, model: Any, head: str | None, num_samples: int | None) -> None:
         self.head = f"head {head!r}: named by head=" if head else "head: the first trace of the loss will tell"
-        self._listening: Callable[[Session], AbstractContextManager[None]] = entered
-        if any(base.__module__.startswith("flax.linen.") for base in type(model).__mro__):
-            linen = import_room("gwa_logging.integrations.jax.linen", "flax", "jax")
-            self._listening = lambda session: linen.listening(model, session)
+        self._library = _library_of(model)
         self._model_name = getattr(model, "__name__", type(model).__name__)
         self._wanted = head
         self._num_samples = num_samples
@@ -72,20 +91,17 @@ class JaxAdapter:
         self, fun: Callable[..., Any], argnums: int | tuple[int, ...], has_aux: bool, **options: Any
     ) -> Callable[..., Any]:
         """See `Monitor.value_and_grad`."""
-        chosen = (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
         def with_scores(*args: Any, **kwargs: Any) -> tuple[tuple[Any, Any], Any]:
             head = self._find(fun, args, kwargs, has_aux)
 
             def probed(probe: Any, *args: Any, **kwargs: Any) -> Any:
-                with self._listening(Tapping(head.path, probe)):
-                    return fun(*args, **kwargs)
+                return self._library.run(Tapping(head.path, probe), fun, args, kwargs)
 
-            shifted = (0, *(1 + n % len(args) for n in chosen))
-            differentiated = jax.value_and_grad(probed, argnums=shifted, has_aux=has_aux, **options)
             probe = jnp.zeros(head.logits_shape[:-1], jnp.float32)
-            value, (scores, *grads) = differentiated(probe, *args, **kwargs)
-            return (value, scores), grads[0] if isinstance(argnums, int) else tuple(grads)
+            differentiated = self._library.value_and_grad(probed, argnums, has_aux, options)
+            value, scores, grads = differentiated(probe, *args, **kwargs)
+            return (value, scores), grads
 
         return with_scores
 
@@ -94,8 +110,7 @@ class JaxAdapter:
         discovery = Discovery()
 
         def loss() -> Any:
-            with self._listening(discovery):
-                out = fun(*args, **kwargs)
+            out = self._library.run_apart(discovery, fun, args, kwargs)
             return out[0] if has_aux else out
 
         jaxpr = jax.make_jaxpr(loss)()

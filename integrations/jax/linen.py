@@ -1,51 +1,47 @@
-"""Flax Linen: tells a session of the Dense layers that run, without touching the model."""
+"""Flax Linen: hears of the Dense layers that run, without touching the model."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from flax import linen
 
+from gwa_logging.integrations.jax.library import Library
 from gwa_logging.integrations.jax.probe import Session, entered
 
 
-@contextmanager
-def listening(model: linen.Module, session: Session) -> Iterator[None]:
-    """While it is entered, `session` hears of every `nn.Dense` that runs inside of `model`, by its path."""
-    inside: list[bool] = []
+class Linen(Library):
+    """A `flax.linen.Module`; parameters are arguments of the loss."""
 
-    def intercept(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-        module = context.module
-        if not module.path:  # a root: the watched model, or another one, such as a teacher
-            inside.append(same_model(module, model))
+    def run(self, session: Session, fun: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        inside: list[bool] = []
+
+        def intercept(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+            root = not context.module.path  # the watched model, or another one, such as a teacher
+            if root:
+                inside.append(self._is_watched(context.module))
             try:
-                return (
-                    heard(next_fun, args, kwargs, context)
-                    if isinstance(module, linen.Dense)
-                    else next_fun(*args, **kwargs)
-                )
+                return heard(next_fun, args, kwargs, context.module, context.method_name)
             finally:
-                inside.pop()
-        return heard(next_fun, args, kwargs, context)
+                if root:
+                    inside.pop()
 
-    def heard(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-        output = next_fun(*args, **kwargs)
-        module = context.module
-        if not (isinstance(module, linen.Dense) and context.method_name == "__call__" and inside and inside[-1]):
-            return output
-        parameters = module.variables["params"]
-        embeddings = args[0] if args else kwargs["inputs"]
-        return session.linear(".".join(module.path), output, embeddings, parameters["kernel"], parameters.get("bias"))
+        def heard(next_fun: Callable[..., Any], args: Any, kwargs: Any, module: linen.Module, method: str) -> Any:
+            output = next_fun(*args, **kwargs)
+            if not (isinstance(module, linen.Dense) and method == "__call__" and inside and inside[-1]):
+                return output
+            parameters = module.variables["params"]
+            embeddings = args[0] if args else kwargs["inputs"]
+            path = ".".join(module.path)
+            return session.linear(path, output, embeddings, parameters["kernel"], parameters.get("bias"))
 
-    with entered(session), linen.intercept_methods(intercept):
-        yield
+        with entered(session), linen.intercept_methods(intercept):
+            return fun(*args, **kwargs)
 
-
-def same_model(bound: linen.Module, model: linen.Module) -> bool:
-    """Whether a bound module is the given one: of the same class, and with the same plain settings."""
-    if type(bound) is not type(model):
-        return False
-    names = [f.name for f in dataclasses.fields(model) if f.name not in ("parent", "name")]
-    pairs = [(getattr(bound, name, None), getattr(model, name, None)) for name in names]
-    return all(a == b for a, b in pairs if isinstance(a, bool | int | float | str) and isinstance(b, type(a)))
+    def _is_watched(self, bound: linen.Module) -> bool:
+        """Whether a bound module is the watched one: of the same class, and with the same plain settings."""
+        if not self.is_model(bound):
+            return False
+        names = [f.name for f in dataclasses.fields(self.model) if f.name not in ("parent", "name")]
+        pairs = [(getattr(bound, name, None), getattr(self.model, name, None)) for name in names]
+        return all(a == b for a, b in pairs if isinstance(a, bool | int | float | str) and isinstance(b, type(a)))

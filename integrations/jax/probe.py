@@ -148,8 +148,19 @@ class Discovery:
         self.calls: list[Call] = []
 
     def linear(self, path: str, logits: Array, embeddings: Array, weight: Array, bias: Array | None) -> Array:
+        number = len(self.calls)
         self.calls.append(Call(path, embeddings.shape[-1], logits.shape))
-        return checkpoint_name(logits, _NAME + path)  # type: ignore[no-any-return,no-untyped-call]
+
+        @jax.custom_batching.custom_vmap
+        def mark(z: Array) -> Array:
+            return checkpoint_name(z, _NAME + path)  # type: ignore[no-any-return,no-untyped-call]
+
+        @mark.def_vmap
+        def batched(size: int, in_batched: list[bool], z: Array) -> tuple[Array, bool]:
+            self.calls[number] = self.calls[number]._replace(logits_shape=z.shape)  # under vmap it was one row
+            return mark(z), True
+
+        return mark(logits)  # type: ignore[no-any-return]
 
 
 class Tapping:
@@ -160,7 +171,30 @@ class Tapping:
         self._probe = probe
 
     def linear(self, path: str, logits: Array, embeddings: Array, weight: Array, bias: Array | None) -> Array:
-        return _probed(logits, embeddings, weight, bias, self._probe) if path == self._path else logits
+        return _anywhere(logits, embeddings, weight, bias, self._probe) if path == self._path else logits
+
+
+def _anywhere(logits: Array, embeddings: Array, weight: Array, bias: Array | None, probe: Array) -> Array:
+    """The probe, also inside of a vmap that the probe itself is not mapped by: there it waits for the whole batch.
+
+    A vmap would give each row the whole probe, and add up their cotangents. Its rule gives the whole batch the probe.
+    """
+    if logits.shape[:-1] == probe.shape:
+        return _probed(logits, embeddings, weight, bias, probe)
+
+    @jax.custom_batching.custom_vmap
+    def row(z: Array, h: Array, w: Array, b: Array | None, p: Array) -> Array:
+        return z
+
+    @row.def_vmap
+    def rows(size: int, in_batched: list[Any], z: Array, h: Array, w: Array, b: Array | None, p: Array) -> Any:
+        z, h = (
+            x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
+            for x, is_batched in zip((z, h), in_batched, strict=False)
+        )
+        return _anywhere(z, h, w, b, p), True
+
+    return row(logits, embeddings, weight, bias, probe)  # type: ignore[no-any-return]
 
 
 def makers(jaxpr: Any) -> frozenset[str]:

@@ -1,0 +1,82 @@
+"""Flax NNX: hears of the Linear layers of a model that is an argument of the loss.
+
+For the time of a trace each of them is of a subclass that tells the session; then it is what it was. So the paths of the
+parameters, the graph and the gradients are the user's.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+from flax import nnx
+from jax import Array
+
+from gwa_logging.integrations.jax.library import Library
+from gwa_logging.integrations.jax.probe import Session, entered
+
+_listeners: dict[int, tuple[Session, str]] = {}  # id of a layer -> who hears of it, under which path
+
+
+class _Heard(nnx.Linear):  # type: ignore[misc]  # flax comes without types
+    """A Linear layer that tells of its calls."""
+
+    def __call__(self, inputs: Array, *args: Any, **kwargs: Any) -> Array:
+        session, path = _listeners[id(self)]
+        output = super().__call__(inputs, *args, **kwargs)
+        bias = None if self.bias is None else self.bias[...]
+        return session.linear(path, output, inputs, self.kernel[...], bias)
+
+
+class NNX(Library):
+    """A `flax.nnx.Module`."""
+
+    def run(self, session: Session, fun: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        models = [value for value in (*args, *kwargs.values()) if self.is_model(value)]
+        with entered(session), _heard(models, session):
+            return fun(*args, **kwargs)
+
+    def run_apart(self, session: Session, fun: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        def copied(value: Any) -> Any:
+            if not isinstance(value, nnx.Module):
+                return value
+            graph, state = nnx.split(value)
+            return nnx.merge(graph, jax.tree.map(lambda leaf: leaf, state))  # variables of this trace, which may change
+
+        return self.run(session, fun, [copied(v) for v in args], {k: copied(v) for k, v in kwargs.items()})
+
+    def value_and_grad(
+        self, fun: Callable[..., Any], argnums: Any, has_aux: bool, options: dict[str, Any]
+    ) -> Callable[..., tuple[Any, Array, Any]]:
+        one = isinstance(argnums, int | nnx.DiffState)
+
+        def later(n: Any) -> Any:
+            return nnx.DiffState(1 + n.argnum, n.filter) if isinstance(n, nnx.DiffState) else 1 + n
+
+        shifted = (0, *map(later, (argnums,) if one else argnums))
+        gradient = nnx.value_and_grad(fun, argnums=shifted, has_aux=has_aux, **options)
+
+        def differentiated(probe: Array, *args: Any, **kwargs: Any) -> tuple[Any, Array, Any]:
+            value, (scores, *grads) = gradient(probe, *args, **kwargs)
+            return value, scores, grads[0] if one else tuple(grads)
+
+        return differentiated
+
+
+@contextmanager
+def _heard(models: Sequence[nnx.Module], session: Session) -> Iterator[None]:
+    layers = {
+        id(node): (node, ".".join(map(str, path)))
+        for model in models
+        for path, node in nnx.iter_graph(model)
+        if type(node) is nnx.Linear
+    }
+    for layer, path in layers.values():
+        _listeners[id(layer)] = (session, path)
+        object.__setattr__(layer, "__class__", _Heard)
+    try:
+        yield
+    finally:
+        for layer, _ in layers.values():
+            object.__setattr__(layer, "__class__", nnx.Linear)
+            del _listeners[id(layer)]
