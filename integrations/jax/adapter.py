@@ -1,11 +1,14 @@
 """The JAX adapter: `value_and_grad` with scores, and what `update` gathers."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from gwa_logging.errors import HeadNotFoundError, InvalidInputError
 from gwa_logging.faults import Faults
@@ -45,6 +48,17 @@ def attach(model: Any, settings: WatchSettings, faults: Faults) -> "JaxAdapter":
     )
 
 
+def _explicit_mesh(scores: Any) -> Mesh | None:
+    """The mesh of scores that are sharded over explicit axes."""
+    mesh = getattr(getattr(scores, "sharding", None), "mesh", None)
+    return mesh if mesh is not None and AxisType.Explicit in mesh.axis_types else None
+
+
+@lru_cache(maxsize=8)
+def _auto_mesh(mesh: Mesh) -> Mesh:
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
 _LIBRARIES = {"flax.linen": "Linen", "flax.nnx": "NNX", "equinox": "Equinox", "haiku": "Haiku"}
 
 
@@ -68,8 +82,9 @@ class JaxAdapter:
         self._model_name = getattr(model, "__name__", type(model).__name__)
         self._wanted = head
         self._num_samples = num_samples
-        self._state = AlignmentState.empty()
+        self._state: AlignmentState | None = None  # made where the scores are
         self._ledger: tuple[Any, Any] | None = None
+        self._mesh: Mesh | None = None
         self._on_step: Callable[[], None] = lambda: None
 
     writes = True
@@ -98,9 +113,8 @@ class JaxAdapter:
             def probed(probe: Any, *args: Any, **kwargs: Any) -> Any:
                 return self._library.run(Tapping(head.path, probe), fun, args, kwargs)
 
-            probe = jnp.zeros(head.logits_shape[:-1], jnp.float32)
             differentiated = self._library.value_and_grad(probed, argnums, has_aux, options)
-            value, scores, grads = differentiated(probe, *args, **kwargs)
+            value, scores, grads = differentiated(head.probe(), *args, **kwargs)
             return (value, scores), grads
 
         return with_scores
@@ -151,9 +165,19 @@ class JaxAdapter:
             raise InvalidInputError(f"scores: expected a floating-point array [batch], found {found}")
         if sample_ids is not None:
             check_sample_ids(sample_ids, scores.size, self._num_samples)
-            self._ledger = enter(*self._ledger_arrays(), sample_ids, scores)
-        self._state = update(self._state, scores)
+        mesh = _explicit_mesh(scores)
+        if mesh is not None:  # with explicit axes each of our operations would have to name its sharding
+            self._mesh = _auto_mesh(mesh)
+            scores = jax.device_put(scores, NamedSharding(self._mesh, scores.sharding.spec))
+        with self._at_ease():
+            if sample_ids is not None:
+                self._ledger = enter(*self._ledger_arrays(), np.asarray(sample_ids), scores)
+            self._state = update(self._state or AlignmentState.empty(), scores)
         self._on_step()
+
+    def _at_ease(self) -> AbstractContextManager[Any]:
+        """A mesh without explicit axes, if the scores came on one with them."""
+        return nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
     def tag(self, sample_ids: Any) -> None:
         """Is for PyTorch."""
@@ -161,7 +185,8 @@ class JaxAdapter:
 
     def snapshot(self) -> JaxSnapshot:
         """Hands over what was gathered since the last one."""
-        state, self._state = self._state, AlignmentState.empty()
+        with self._at_ease():
+            state, self._state = self._state or AlignmentState.empty(), None
         return JaxSnapshot(state)
 
     def _ledger_arrays(self) -> tuple[Any, Any]:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec, reshard
 
 from gwa_logging.alignment import DEAD, NO_GRADIENT, NOT_FINITE
 from gwa_logging.errors import InvalidInputError
@@ -128,14 +129,28 @@ def alignment_scores(delta: Array, logits: Array, embeddings: Array, weight: Arr
 
 
 class Call(NamedTuple):
-    """A linear layer that has run: where, and the shapes of its input and output."""
+    """A linear layer that has run: where, the width of its input, and the abstract value of its output."""
 
     path: str
     features: int
-    logits_shape: tuple[int, ...]
+    logits: Any
 
     def __str__(self) -> str:
-        return f"{self.path!r}: {self.features} -> {self.logits_shape[-1]}"
+        return f"{self.path!r}: {self.features} -> {self.logits.shape[-1]}"
+
+    def probe(self) -> Array:
+        """float32 zeros, one for each row of the output, with the type that the scores will have.
+
+        That is, sharded as the rows are where shardings are part of the type (a mesh with explicit axes), and varying over the
+        axes that the rows vary over (inside of shard_map).
+        """
+        zeros = jnp.zeros(self.logits.shape[:-1], jnp.float32)
+        sharding = self.logits.sharding
+        if any(part is not None for part in sharding.spec[:-1]):
+            zeros = reshard(zeros, PartitionSpec(*sharding.spec[:-1]))  # type: ignore[no-untyped-call]
+        manual = getattr(self.logits, "manual_axis_type", None)  # JAX 0.10; before, the axes themselves
+        varying = tuple(manual.varying if manual is not None else getattr(self.logits, "vma", ()))
+        return jax.lax.pcast(zeros, varying, to="varying") if varying else zeros
 
 
 _NAME = "gwa_logging:"
@@ -149,7 +164,7 @@ class Discovery:
 
     def linear(self, path: str, logits: Array, embeddings: Array, weight: Array, bias: Array | None) -> Array:
         number = len(self.calls)
-        self.calls.append(Call(path, embeddings.shape[-1], logits.shape))
+        self.calls.append(Call(path, embeddings.shape[-1], jax.typeof(logits)))
 
         @jax.custom_batching.custom_vmap
         def mark(z: Array) -> Array:
@@ -157,7 +172,7 @@ class Discovery:
 
         @mark.def_vmap
         def batched(size: int, in_batched: list[bool], z: Array) -> tuple[Array, bool]:
-            self.calls[number] = self.calls[number]._replace(logits_shape=z.shape)  # under vmap it was one row
+            self.calls[number] = self.calls[number]._replace(logits=jax.typeof(z))  # under vmap it was one row
             return mark(z), True
 
         return mark(logits)  # type: ignore[no-any-return]

@@ -1,0 +1,43 @@
+"""Many devices: scores sharded like the batch, reports equal to those of one device."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+WAYS = ("auto", "explicit", "shard_map", "pmap", "tensor_parallel_head")
+
+
+@pytest.fixture(scope="module", params=[4, 8], ids=["4 devices", "8 devices"])
+def results(request, tmp_path_factory) -> dict:
+    run = subprocess.run(
+        [sys.executable, Path(__file__).with_name("sharded.py"), str(request.param)],
+        env={**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={request.param}"},
+        cwd=tmp_path_factory.mktemp("sharded"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_scores_and_reports_equal_those_of_one_device(results, way):
+    one, many = results["one_device"], results[way]
+    np.testing.assert_allclose(many["scores"], one["scores"], atol=1e-6)
+    assert many["report"].pop("count") == one["report"].get("count") == 64
+    for name, value in many["report"].items():
+        assert value == pytest.approx(one["report"][name], rel=1e-5, abs=1e-6), name
+    assert sum(many["bins"]) == 64
+    assert many["seen"] == 32
+    assert many["faults"] == {}
+
+
+@pytest.mark.parametrize("way", ["auto", "explicit", "shard_map", "tensor_parallel_head"])
+def test_scores_come_out_sharded_like_the_batch(results, way):
+    assert results[way]["spec"] == ["d"]
