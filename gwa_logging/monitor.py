@@ -102,7 +102,7 @@ class Monitor:
 
         Args:
             scores: float [...] on the device, as `value_and_grad` returns them; values that are not finite are
-                samples without a score.
+                samples without a score. In JAX also a `gwa_logging.integrations.jax.AlignmentState`, for loops inside of scan.
             sample_ids: int [batch] into the ledger (`watch(num_samples=)`), or None.
 
         Raises:

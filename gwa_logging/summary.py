@@ -11,7 +11,7 @@ statistical moments", Sandia report SAND2008-6212, 2008.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,9 @@ from gwa_logging.types import EpochReport, score_quantiles
 
 FEW_SAMPLES = 200
 """Below this, the standard error of a normal sample's kurtosis, sqrt(24 / n), is above a third."""
+
+
+_NUMBERS = ("count", "mean", "m2", "m3", "m4", "minimum", "maximum", "no_gradient", "dead", "not_finite")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +96,19 @@ class AlignmentSummary:
         for summary in summaries:
             total = total.merge(summary)
         return total
+
+    def to_bytes(self) -> bytes:
+        """4,176 bytes, for other processes: the numbers and the bins as float64."""
+        numbers = [float(getattr(self, name)) for name in _NUMBERS]
+        return np.concatenate([numbers, self.bins]).astype(np.float64).tobytes()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """What `to_bytes` made."""
+        values = np.frombuffer(data, dtype=np.float64)
+        numbers: dict[str, Any] = {name: float(v) for name, v in zip(_NUMBERS, values[:-BINS], strict=True)}
+        numbers |= {name: int(numbers[name]) for name in ("count", "no_gradient", "dead", "not_finite")}
+        return cls(**numbers, bins=values[-BINS:].astype(np.int64))
 
     def merge(self, other: "AlignmentSummary") -> "AlignmentSummary":
         """The summary of both sets of scores together."""

@@ -1,6 +1,7 @@
 """JAX: `attach` watches a Flax Linen model or a function; `tap` marks the head of a hand-written net."""
 
+from gwa_logging.integrations.jax.accumulate import AlignmentState
 from gwa_logging.integrations.jax.adapter import JaxAdapter, attach, describe, subject
 from gwa_logging.integrations.jax.probe import tap
 
-__all__ = ["JaxAdapter", "attach", "describe", "subject", "tap"]
+__all__ = ["AlignmentState", "JaxAdapter", "attach", "describe", "subject", "tap"]

@@ -4,13 +4,15 @@ JAX computes in float32. Moments are centred on the batch, and kept relative to 
 spread around a large mean loses nothing; the host goes on in float64.
 """
 
-from functools import partial
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gwa_logging.alignment import DEAD, SCORE_TOLERANCE
 from gwa_logging.histogram import BINS, EDGES
@@ -18,7 +20,13 @@ from gwa_logging.summary import AlignmentSummary
 
 
 class AlignmentState(NamedTuple):
-    """A summary on the device, as a pytree of two arrays.
+    """A summary on the device, as a pytree of two arrays: for training loops that are one `lax.scan`.
+
+    >>> state = AlignmentState.empty().update(jnp.array([0.1, 0.3]))
+    >>> state.merge(AlignmentState.empty().update(jnp.array([0.2]))).summary().count
+    3
+
+    Give it to `monitor.update` now and then, in place of scores, and start anew from `empty()`.
 
     Attributes:
         numbers: float32 [7]: pivot, mean - pivot, m2, m3, m4, minimum, maximum.
@@ -31,9 +39,13 @@ class AlignmentState(NamedTuple):
     @classmethod
     def empty(cls) -> Self:
         """Of no scores."""
-        return cls(
-            jnp.array([0, 0, 0, 0, 0, jnp.inf, -jnp.inf], dtype=jnp.float32), jnp.zeros(4 + BINS, dtype=jnp.int32)
-        )
+        numbers, counts = _nothing()
+        return cls(jnp.asarray(numbers), jnp.asarray(counts))
+
+    @classmethod
+    def empty_on_host(cls) -> Self:
+        """Of no scores, as NumPy: the same in every process, wherever the first scores are."""
+        return cls(*_nothing())  # type: ignore[arg-type]
 
     def update(self, scores: Array) -> "AlignmentState":
         """With more scores, float [...]; a pure function, for use under jit and scan."""
@@ -64,6 +76,26 @@ class AlignmentState(NamedTuple):
             self.counts + jnp.concatenate([jnp.stack([number, *reasons]).astype(jnp.int32), bins]),
         )
 
+    def merge(self, other: "AlignmentState") -> "AlignmentState":
+        """Of both sets of scores together; a pure function."""
+        pivot = jnp.where(self.counts[0] > 0, self.numbers[0], other.numbers[0])
+        means = (state.numbers[1] + (state.numbers[0] - pivot) for state in (self, other))
+        moments = _merge(
+            self.counts[0], next(means), self.numbers[2:5], other.counts[0], next(means), other.numbers[2:5]
+        )
+        smallest = jnp.minimum(self.numbers[5], other.numbers[5])
+        largest = jnp.maximum(self.numbers[6], other.numbers[6])
+        numbers = jnp.concatenate([pivot[None], moments, smallest[None], largest[None]])
+        return AlignmentState(numbers, self.counts + other.counts)
+
+    def reduce(self, axis_name: str) -> "AlignmentState":
+        """Of all members of a mapped axis (shard_map, pmap, vmap) together, the same on each; a pure function."""
+        every = jax.lax.all_gather(self, axis_name)
+        first = jax.tree.map(lambda leaf: leaf[0], every)
+        rest = jax.tree.map(lambda leaf: leaf[1:], every)
+        merged: AlignmentState = jax.lax.scan(lambda a, b: (a.merge(b), None), first, rest)[0]
+        return merged
+
     def summary(self) -> AlignmentSummary:
         """On the host, in float64; waits for the device."""
         pivot, mean, m2, m3, m4, minimum, maximum = (float(v) for v in np.asarray(self.numbers))
@@ -81,6 +113,10 @@ class AlignmentState(NamedTuple):
             dead=int(counts[2]),
             not_finite=int(counts[3]),
         )
+
+
+def _nothing() -> tuple[np.ndarray, np.ndarray]:
+    return np.array([0, 0, 0, 0, 0, np.inf, -np.inf], np.float32), np.zeros(4 + BINS, np.int32)
 
 
 def _merge(count_a: Array, mean_a: Array, a: Array, count_b: Array, mean_b: Array, b: Array) -> Array:
@@ -105,6 +141,16 @@ def _merge(count_a: Array, mean_a: Array, a: Array, count_b: Array, mean_b: Arra
 def update(state: AlignmentState, scores: Array) -> AlignmentState:
     """`AlignmentState.update`, jitted; the old state's memory is used for the new one."""
     return state.update(scores)
+
+
+merge = jax.jit(AlignmentState.merge)
+
+
+@lru_cache(maxsize=8)
+def global_update(mesh: Mesh) -> Callable[[AlignmentState, Array], AlignmentState]:
+    """`update` of scores that live in several processes: every process gets the state of them all."""
+    everywhere = NamedSharding(mesh, PartitionSpec())  # type: ignore[no-untyped-call]
+    return jax.jit(AlignmentState.update, donate_argnums=0, out_shardings=everywhere)
 
 
 @partial(jax.jit, donate_argnums=(0, 1))

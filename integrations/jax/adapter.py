@@ -8,11 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from gwa_logging.errors import HeadNotFoundError, InvalidInputError
 from gwa_logging.faults import Faults
-from gwa_logging.integrations.jax.accumulate import AlignmentState, JaxSnapshot, enter, update
+from gwa_logging.integrations.jax.accumulate import AlignmentState, JaxSnapshot, enter, global_update, merge, update
 from gwa_logging.integrations.jax.library import Library
 from gwa_logging.integrations.jax.probe import Call, Discovery, Tapping, makers
 from gwa_logging.monitor import logger
@@ -85,9 +86,13 @@ class JaxAdapter:
         self._state: AlignmentState | None = None  # made where the scores are
         self._ledger: tuple[Any, Any] | None = None
         self._mesh: Mesh | None = None
+        self._is_global = False
         self._on_step: Callable[[], None] = lambda: None
 
-    writes = True
+    @property
+    def writes(self) -> bool:
+        """Whether this is the process that writes: the first."""
+        return jax.process_index() == 0
 
     @property
     def path(self) -> str:
@@ -95,8 +100,14 @@ class JaxAdapter:
         return self._wanted or ""
 
     def reduce(self, summary: AlignmentSummary) -> AlignmentSummary:
-        """One process: nothing to do."""
-        return summary
+        """The summary of all processes. Every one must call it, and all must have given scores of the same kind.
+
+        Scores in global arrays have been reduced on the devices already; scores that are each process's own are gathered.
+        """
+        if jax.process_count() == 1 or self._is_global:
+            return summary
+        gathered = multihost_utils.process_allgather(np.frombuffer(summary.to_bytes(), np.uint8), tiled=False)
+        return AlignmentSummary.merge_all(AlignmentSummary.from_bytes(part.tobytes()) for part in np.asarray(gathered))
 
     def start(self, on_step: Callable[[], None]) -> None:
         """Begins to observe."""
@@ -159,6 +170,14 @@ class JaxAdapter:
             raise InvalidInputError(
                 "scores: found a tracer; return the scores from the jitted step and call update outside"
             )
+        if isinstance(scores, AlignmentState):
+            if isinstance(scores.numbers, jax.core.Tracer):
+                raise InvalidInputError(
+                    "scores: found a tracer; return the state from the jitted loop and call update outside"
+                )
+            self._state = scores if self._state is None else merge(self._state, scores)
+            self._on_step()
+            return
         is_array = isinstance(scores, jax.Array | np.ndarray)
         if not is_array or not jnp.issubdtype(scores.dtype, jnp.floating) or not scores.ndim:
             found = f"{scores.dtype} of shape {scores.shape}" if is_array else type(scores).__name__
@@ -169,10 +188,27 @@ class JaxAdapter:
         if mesh is not None:  # with explicit axes each of our operations would have to name its sharding
             self._mesh = _auto_mesh(mesh)
             scores = jax.device_put(scores, NamedSharding(self._mesh, scores.sharding.spec))
+            sample_ids = None if sample_ids is None else np.asarray(sample_ids)
+        if isinstance(scores, jax.Array) and not scores.is_fully_addressable:
+            self._observe_global(scores, sample_ids)
+            return
         with self._at_ease():
             if sample_ids is not None:
-                self._ledger = enter(*self._ledger_arrays(), np.asarray(sample_ids), scores)
+                self._ledger = enter(*self._ledger_arrays(), sample_ids, scores)
             self._state = update(self._state or AlignmentState.empty(), scores)
+        self._on_step()
+
+    def _observe_global(self, scores: jax.Array, sample_ids: Any) -> None:
+        """Takes in scores of which this process holds a part."""
+        if sample_ids is not None:
+            raise InvalidInputError(
+                "sample_ids: a ledger over scores that are spread over several processes is not kept; pass each process's own "
+                "scores and ids, or none"
+            )
+        self._is_global = True
+        with self._at_ease():
+            state = self._state or AlignmentState.empty_on_host()
+            self._state = global_update(scores.sharding.mesh)(state, scores)  # type: ignore[attr-defined]
         self._on_step()
 
     def _at_ease(self) -> AbstractContextManager[Any]:

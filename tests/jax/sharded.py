@@ -100,4 +100,4 @@ if __name__ == "__main__":
     for way in (one_device, auto, explicit, shard_map, pmap, tensor_parallel_head):
         with gwa_logging.watch(MODEL, num_samples=32) as watching:
             out[way.__name__] = way(watching)
-    print(json.dumps(out))
+    sys.stdout.write(json.dumps(out))

@@ -1,12 +1,15 @@
 """The device's summary in float32 against SciPy, and that update does not wait."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gwa_logging import AlignmentSummary
+import gwa_logging
+from gwa_logging import AlignmentSummary, InvalidInputError
 from gwa_logging.integrations.jax.accumulate import AlignmentState, update
 from tests.heart.test_summary import assert_equals_scipy, spread_scores
 
@@ -50,3 +53,40 @@ def test_the_empty_state_is_the_empty_summary():
     summary = AlignmentState.empty().summary()
     assert summary.seen == 0
     assert summary.bins.sum() == 0
+
+
+@given(scores=spread_scores(), cut=st.integers(0, 20))
+@settings(max_examples=30)
+def test_merged_states_give_scipys_moments(scores, cut):
+    padded = [np.full(400, 9.0, np.float32), np.full(400, 9.0, np.float32)]  # one shape, so one compilation
+    padded[0][:cut], padded[1][: len(scores) - cut] = scores[:cut], scores[cut:]
+    a, b = (update(AlignmentState.empty(), jnp.asarray(part)) for part in padded)
+    for merged in (a.merge(b), b.merge(a)):
+        assert_equals_scipy(merged.summary(), scores, rel=2e-6)
+
+
+def test_reduce_merges_the_members_of_an_axis():
+    scores = np.random.default_rng(0).normal(0.1, 0.05, (6, 40)).astype(np.float32)
+    states = jax.vmap(lambda s: AlignmentState.empty().update(s).reduce("seeds"), axis_name="seeds")(
+        jnp.asarray(scores)
+    )
+    for member in (0, 5):
+        one = jax.tree.map(lambda leaf, member=member: leaf[member], states)
+        assert_equals_scipy(one.summary(), scores.ravel())
+
+
+def test_a_state_from_a_scan_over_steps_is_taken_in_by_update():
+    scores = np.random.default_rng(0).normal(0.1, 0.05, (30, 40)).astype(np.float32)
+
+    @jax.jit
+    def epoch(scores):
+        return jax.lax.scan(lambda state, s: (state.update(s), None), AlignmentState.empty(), scores)[0]
+
+    with gwa_logging.watch(linen.Dense(5)) as monitor:
+        monitor.update(epoch(jnp.asarray(scores)))
+        monitor.update(epoch(jnp.asarray(scores)))
+        report = monitor.end_epoch()
+        with pytest.raises(InvalidInputError, match="call update outside"):
+            jax.jit(lambda s: monitor.update(AlignmentState.empty().update(s)))(jnp.zeros(3))
+    assert report.count == 2400
+    assert report.std == pytest.approx(scores.astype(np.float64).std(), rel=1e-5)

@@ -1,0 +1,56 @@
+"""Two processes over jax.distributed: a global report, one writer, the same decision."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gwa_logging import AlignmentSummary, alignment_scores
+
+HERE = Path(__file__)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("processes")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, HERE.with_name("processes.py")]
+    running = [
+        subprocess.Popen([*command, str(i), str(port)], cwd=folder, stderr=subprocess.PIPE, text=True) for i in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=180)[1] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [0, 0], said
+    return [json.loads((folder / f"result{i}.json").read_text()) for i in range(2)]
+
+
+@pytest.mark.parametrize("kind", ["global", "own"])
+def test_the_report_is_that_of_all_samples_in_both(results, kind):
+    x, y = np.random.default_rng(1).normal(size=(32, 8)).astype(np.float32), np.arange(32) % 5
+    kernel = np.random.default_rng(2).normal(size=(8, 5)).astype(np.float32)
+    p = np.exp(x @ kernel)
+    delta = p / p.sum(-1, keepdims=True) - np.eye(5)[y]
+    want = AlignmentSummary.from_scores(alignment_scores(delta, x, kernel.T)).report()
+    first, second = (result[kind] for result in results)
+    assert first["report"] == second["report"]
+    for name, value in first["report"].items():
+        assert value == pytest.approx(getattr(want, name), rel=1e-4, abs=1e-6), name
+    assert sum(first["bins"]) == 32
+
+
+@pytest.mark.parametrize("kind", ["global", "own"])
+def test_one_process_writes_and_both_stop_in_the_same_epoch(results, kind):
+    first, second = (result[kind] for result in results)
+    assert first["journal"] is not None
+    assert second["journal"] is None
+    assert first["epochs"] == second["epochs"] == 3
+    assert first["faults"] == second["faults"] == {}
