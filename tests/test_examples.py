@@ -12,7 +12,7 @@ from gwa_logging.journal import read_journal
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.mark.parametrize("example", ["pytorch_digits.py", "jax_digits.py"])
+@pytest.mark.parametrize("example", sorted(path.name for path in EXAMPLES.glob("*_digits.py")))
 def test_example(example, tmp_path):
     run = subprocess.run(
         [sys.executable, EXAMPLES / example, "--epochs", "12", "--noise", "0.3"],
