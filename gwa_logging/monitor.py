@@ -1,12 +1,10 @@
-"""Monitor: what `watch` returns. It counts steps and epochs, and moves summaries from the device to the journal.
+"""Monitor: what `watch` returns. It closes epochs, asks the stop rule, and writes everything into the journal.
 
 The training thread is never kept: a summary travels to the host while training goes on, and is picked up by a later
 step. Only `end_epoch`, `flush`, `suspects`, `state_dict` and `close` wait for the device.
 """
 
 import logging
-import math
-from collections import deque
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from threading import RLock
@@ -21,6 +19,7 @@ from gwa_logging.delivery import Delivery
 from gwa_logging.early_stop import StopRule, StopState
 from gwa_logging.errors import InvalidInputError, NoObservationsError
 from gwa_logging.faults import Faults
+from gwa_logging.intervals import Intervals
 from gwa_logging.journal import Journal
 from gwa_logging.settings import EarlyStop, WatchSettings
 from gwa_logging.summary import AlignmentSummary
@@ -30,9 +29,7 @@ from gwa_logging.types import (
     Backend,
     CloseRecord,
     EpochReport,
-    IntervalRecord,
     RunRecord,
-    Snapshot,
     StopAlert,
     Suspect,
 )
@@ -67,15 +64,12 @@ class Monitor:
         self._lock = RLock()
         self._deliveries: list[Delivery] = []
         self._adapter: Adapter
-        self._pending: deque[tuple[int, int, Snapshot]] = deque()
-        self._step = 0
-        self._steps_taken = 0  # steps that are in the journal or on their way there
-        self._epoch_summary = AlignmentSummary()
-        self._display_limit = 0.001
+        self._intervals: Intervals
         self._closed = False
 
     def _start(self, name: str, adapter: Adapter, backends: list[Backend]) -> None:
         self._adapter = adapter
+        self._intervals = Intervals(adapter, self._settings.log_every_n_steps, self._write, self._faults)
         self._write(
             RunRecord(
                 name=name,
@@ -149,56 +143,11 @@ class Monitor:
         with self._lock:
             if self._closed:
                 return
-            step = self._step
-            self._step += 1
-            if step % self._settings.log_every_n_steps == 0:
-                self._take()
-            if self._pending:
-                self._collect(wait=False)
+            if self._intervals.step():
+                self._notify()
             window = self._settings.samples_per_epoch
-            if window is not None and self._epoch_summary.seen >= window:
+            if window is not None and self._intervals.summary.seen >= window:
                 self.end_epoch()
-
-    def _take(self) -> None:
-        """Starts moving to the host what the device has gathered."""
-        self._pending.append((self._step - 1, self._step - self._steps_taken, self._adapter.snapshot()))
-        self._steps_taken = self._step
-
-    def _collect(self, *, wait: bool) -> None:
-        """Writes the summaries that have arrived; all of them if it may wait."""
-        arrived = False
-        while self._pending and (wait or self._pending[0][2].ready()):
-            step, steps, snapshot = self._pending.popleft()
-            self._record_interval(step, steps, snapshot.result())
-            arrived = True
-        if arrived:
-            self._notify()
-
-    def _record_interval(self, step: int, steps: int, summary: AlignmentSummary) -> None:
-        self._epoch_summary = self._epoch_summary.merge(summary)
-        if summary.not_finite:
-            self._faults.record(
-                "samples that are not finite",
-                f"{summary.not_finite} samples had NaN or infinite logits, gradients or scores and were left out",
-                summary.not_finite,
-            )
-        histogram = summary.histogram
-        if summary.count:
-            self._display_limit = histogram.display_limit(self._display_limit)
-        self._write(
-            IntervalRecord(
-                step=step,
-                epoch=len(self.history),
-                steps=steps,
-                count=summary.count,
-                excluded=summary.excluded,
-                mean=summary.mean if summary.count else math.nan,
-                minimum=summary.minimum if summary.count else math.nan,
-                maximum=summary.maximum if summary.count else math.nan,
-                histogram=histogram,
-                display_limit=self._display_limit,
-            )
-        )
 
     # --- epochs ---------------------------------------------------------------------------------------------------
 
@@ -222,20 +171,20 @@ class Monitor:
 
     def _end_epoch(self, *, partial: bool = False) -> EpochReport:
         self._gather()
-        summary = self._epoch_summary if partial else self._adapter.reduce(self._epoch_summary)
+        summary = self._intervals.summary if partial else self._adapter.reduce(self._intervals.summary)
         if not summary.seen:
             raise NoObservationsError(
                 f"epoch {len(self.history)} has ended, but no training step has passed the probe. "
                 f"{self._adapter.nothing_seen()}"
             )
-        report = summary.report(epoch=len(self.history), step=self._step - 1)
+        report = summary.report(epoch=len(self.history), step=self._intervals.steps - 1)
         alert = None
         if partial:
             report = report.model_copy(update={"notes": (*report.notes, "closed before the end of the epoch")})
         else:
             report, alert = self._rule.judge(report)
-        self._epoch_summary = AlignmentSummary()
         self.history.append(report)
+        self._intervals.begin_epoch(len(self.history))
         self._write(report, sync=True)
         if alert and self._settings.early_stop:
             self.alert = alert
@@ -250,9 +199,8 @@ class Monitor:
             self._journal.append(record, sync=sync)
 
     def _gather(self) -> None:
-        if self._step > self._steps_taken:
-            self._take()
-        self._collect(wait=True)
+        if self._intervals.gather():
+            self._notify()
 
     def _call_back(self, alert: StopAlert) -> None:
         if self._settings.on_alert is None:
@@ -325,11 +273,11 @@ class Monitor:
         """Everything needed to go on later: plain JSON-able values and NumPy arrays. Waits for the device."""
         with self._lock:
             self._gather()
-            summary = self._epoch_summary
+            summary = self._intervals.summary
             state: dict[str, Any] = {
                 "version": STATE_VERSION,
-                "step": self._step,
-                "display_limit": self._display_limit,
+                "step": self._intervals.steps,
+                "display_limit": self._intervals.display_limit,
                 "stop_state": list(self._rule.state),
                 "history": [report.model_dump(mode="json") for report in self.history],
                 "alert": self.alert.model_dump(mode="json") if self.alert else None,
@@ -370,9 +318,9 @@ class Monitor:
             self._gather()
             if ledger is not None:
                 self._adapter.load_ledger(np.asarray(ledger[0]), np.asarray(ledger[1]))
-            self._epoch_summary, self.history, self.alert = summary, history, alert
-            self._rule.state, self._display_limit = stop_state, limit
-            self._step = self._steps_taken = step
+            self.history, self.alert = history, alert
+            self._rule.state = stop_state
+            self._intervals.go_on(step, len(history), summary, limit)
 
     @property
     def faults(self) -> dict[str, int]:
@@ -415,7 +363,7 @@ class Monitor:
                 return
             try:
                 self._gather()
-                if self._epoch_summary.seen:
+                if self._intervals.summary.seen:
                     self._end_epoch(partial=True)
             except Exception as error:  # noqa: BLE001 - closing must go on
                 self._faults.record("close", f"{type(error).__name__}: {error}")
@@ -425,7 +373,7 @@ class Monitor:
         self._write(
             CloseRecord(
                 epochs=len(self.history),
-                steps=self._step,
+                steps=self._intervals.steps,
                 best_epoch=state.best_epoch if state.best_epoch >= 0 else None,
                 best_value=state.best,
                 faults=self._faults.counts,

@@ -1,0 +1,96 @@
+"""From training steps to intervals: which summary is taken when, and how it comes to the journal without anybody waiting."""
+
+import math
+from collections import deque
+from collections.abc import Callable
+
+from gwa_logging.faults import Faults
+from gwa_logging.summary import AlignmentSummary
+from gwa_logging.types import Adapter, IntervalRecord, Snapshot
+
+
+class Intervals:
+    """Counts steps; has the device's summary taken at the first step and then at every n-th, and writes it down once it
+    has come to the host.
+
+    Attributes:
+        steps: training steps so far.
+        epoch: the epoch that they belong to, from 0.
+        summary: what has come of the present epoch.
+        display_limit: half-width of the range that histograms are shown in; grows only.
+    """
+
+    def __init__(self, adapter: Adapter, every: int, write: Callable[[IntervalRecord], None], faults: Faults) -> None:
+        self.steps = 0
+        self.epoch = 0
+        self.summary = AlignmentSummary()
+        self.display_limit = 0.001
+        self._adapter = adapter
+        self._every = every
+        self._write = write
+        self._faults = faults
+        self._pending: deque[tuple[int, int, Snapshot]] = deque()
+        self._taken = 0  # steps that are in the journal or on their way there
+
+    def step(self) -> bool:
+        """Notes a training step; whether anything was written. Does not wait for the device."""
+        due = self.steps % self._every == 0
+        self.steps += 1
+        if due:
+            self._take()
+        return self._collect(wait=False) if self._pending else False
+
+    def gather(self) -> bool:
+        """Has everything so far written, waiting for the device; whether anything was."""
+        if self.steps > self._taken:
+            self._take()
+        return self._collect(wait=True)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """What comes from now on belongs to another epoch."""
+        self.epoch = epoch
+        self.summary = AlignmentSummary()
+
+    def go_on(self, steps: int, epoch: int, summary: AlignmentSummary, display_limit: float) -> None:
+        """Takes up where an earlier run stopped."""
+        self.steps = self._taken = steps
+        self.epoch, self.summary, self.display_limit = epoch, summary, display_limit
+
+    def _take(self) -> None:
+        """Starts moving to the host what the device has gathered."""
+        self._pending.append((self.steps - 1, self.steps - self._taken, self._adapter.snapshot()))
+        self._taken = self.steps
+
+    def _collect(self, *, wait: bool) -> bool:
+        written = False
+        while self._pending and (wait or self._pending[0][2].ready()):
+            step, steps, snapshot = self._pending.popleft()
+            self._record(step, steps, snapshot.result())
+            written = True
+        return written
+
+    def _record(self, step: int, steps: int, summary: AlignmentSummary) -> None:
+        self.summary = self.summary.merge(summary)
+        if summary.not_finite:
+            self._faults.record(
+                "samples that are not finite",
+                f"{summary.not_finite} samples had NaN or infinite logits, gradients or scores and were left out",
+                summary.not_finite,
+            )
+        histogram = summary.histogram
+        if summary.count:
+            self.display_limit = histogram.display_limit(self.display_limit)
+        self._write(
+            IntervalRecord(
+                step=step,
+                epoch=self.epoch,
+                steps=steps,
+                count=summary.count,
+                excluded=summary.excluded,
+                mean=summary.mean if summary.count else math.nan,
+                minimum=summary.minimum if summary.count else math.nan,
+                maximum=summary.maximum if summary.count else math.nan,
+                histogram=histogram,
+                display_limit=self.display_limit,
+            )
+        )
