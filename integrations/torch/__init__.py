@@ -1,7 +1,7 @@
 """PyTorch: `attach` puts a probe at a model's classifier head."""
 
 from gwa_logging.integrations.torch.adapter import TorchAdapter, attach
-from gwa_logging.integrations.torch.heads import Head, find_head
+from gwa_logging.integrations.torch.heads import Head, describe, find_head
 from gwa_logging.integrations.torch.heads import unwrapped as subject
 
-__all__ = ["Head", "TorchAdapter", "attach", "find_head", "subject"]
+__all__ = ["Head", "TorchAdapter", "attach", "describe", "find_head", "subject"]

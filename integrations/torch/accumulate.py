@@ -22,6 +22,8 @@ FOLD_AT = 65_536
 
 _NUMBERS = ("count", "mean", "m2", "m3", "m4", "minimum", "maximum", "no_gradient", "dead", "not_finite")
 _PADDING = 4.0  # marks a row that is no sample; no score is above 1
+_NO_GRADIENT, _NOT_FINITE, _DEAD = 64.0, 128.0, -128.0  # the marks in a gradient, where a NaN would alarm the user
+_SMALLEST = 1e-18  # of a norm whose square float32 still holds to full precision
 
 
 class Terms(NamedTuple):
@@ -44,8 +46,23 @@ class Terms(NamedTuple):
         seen = self.embedding_norms * self.weight_norm
         scores = -self.product / self.delta_norms / seen
         scores = torch.where(seen == 0, DEAD, scores)
-        scores = torch.where(self.delta_norms == 0, NO_GRADIENT, scores)
+        scores = torch.where(self.delta_norms < _SMALLEST, NO_GRADIENT, scores)
         return torch.where(torch.isfinite(self.product + self.delta_norms + seen), scores, NOT_FINITE)
+
+
+def coded(terms: Terms) -> Tensor:
+    """float32 [rows, 2], always finite: (score, 1) of each row. Zeros after them are padding."""
+    scores = torch.nan_to_num(terms.scores(), nan=_NO_GRADIENT, posinf=_NOT_FINITE, neginf=_DEAD)
+    return torch.stack([scores, torch.ones_like(scores)], dim=-1)
+
+
+def decoded(rows: Tensor) -> Tensor:
+    """The scores of coded rows, float32 [rows]. Rows that were added to each other are marked NOT_FINITE."""
+    scores, valid = rows.unbind(-1)
+    scores = torch.add(scores, 1 - valid, alpha=_PADDING)
+    for code, mark in ((_NO_GRADIENT, NO_GRADIENT), (_NOT_FINITE, NOT_FINITE), (_DEAD, DEAD)):
+        scores = torch.where(scores == code, mark, scores)
+    return torch.where(valid > 1, NOT_FINITE, scores)
 
 
 def joined(batches: list[Terms]) -> Terms:
@@ -58,8 +75,18 @@ def joined(batches: list[Terms]) -> Terms:
     )
 
 
+class Tag:
+    """The ids of the samples of one pass, int [batch], or None: a box, since the compiler looks at tensors, not into boxes."""
+
+    def __init__(self, sample_ids: Tensor | None) -> None:
+        self.sample_ids = sample_ids
+
+
+UNTAGGED = Tag(None)
+
+
 class _Batch(NamedTuple):
-    """One backward pass: terms (eager) or scores (compiled, or from the user), and the samples' ids if they are known."""
+    """One backward pass: terms (eager), coded rows (compiled) or scores (from the user), and the samples' ids if known."""
 
     values: Terms | Tensor
     rows: int
@@ -76,27 +103,26 @@ class Accumulator:
         self._edges: dict[torch.device, Tensor] = {}
         self._num_samples = num_samples
         self._ledger: tuple[Tensor, Tensor] | None = None
-        self._tag: Tensor | None = None
+        self._tag = UNTAGGED
         self._lock = Lock()  # DataParallel's replicas run their backward passes in threads
 
     def tag(self, sample_ids: Tensor) -> None:
         """Keeps the ids of the next batch."""
-        self._tag = sample_ids
+        self._tag = Tag(sample_ids)
 
-    def take_tag(self) -> Tensor | None:
+    def take_tag(self) -> Tag:
         """The ids of the present batch, once."""
-        sample_ids, self._tag = self._tag, None
-        return sample_ids
+        tag, self._tag = self._tag, UNTAGGED
+        return tag
 
     def add_terms(self, terms: Terms, sample_ids: Tensor | None) -> None:
         """Adds the terms of an eager backward pass."""
         self._add(_Batch(terms, terms.product.shape[0], sample_ids))
 
     def add_scores(self, scores: Tensor, sample_ids: Tensor | None, valid: Tensor | None = None) -> None:
-        """Adds scores, float [rows]; where `valid` is 0 a row is padding."""
-        if valid is not None:
-            scores = torch.where(valid > 0, scores, _PADDING)
-        self._add(_Batch(scores.reshape(-1), scores.numel(), sample_ids))
+        """Adds scores, float [rows]; or, with `valid`, the two columns of coded rows, which may be overwritten after this."""
+        values = scores.reshape(-1) if valid is None else torch.stack([scores, valid], dim=-1)
+        self._add(_Batch(values, scores.numel(), sample_ids))
 
     def _add(self, batch: _Batch) -> None:
         with self._lock:
@@ -117,12 +143,17 @@ class Accumulator:
         by_device: dict[torch.device, list[_Batch]] = defaultdict(list)
         for batch in batches:
             by_device[_device_of(batch.values)].append(batch)
+        by_device.pop(torch.device("meta"), None)  # no numbers, no samples
         for device, group in by_device.items():
-            group.sort(key=lambda batch: isinstance(batch.values, Tensor))
+            group.sort(key=lambda batch: batch.values.ndim if isinstance(batch.values, Tensor) else 0)
+            tensors = [batch.values for batch in group if isinstance(batch.values, Tensor)]
             terms = [batch.values for batch in group if isinstance(batch.values, Terms)]
-            pieces = [batch.values.float() for batch in group if isinstance(batch.values, Tensor)]
+            pieces = [values.float() for values in tensors if values.ndim == 1]
+            rows = [values for values in tensors if values.ndim == 2]
             if terms:
                 pieces.insert(0, joined(terms).scores())
+            if rows:
+                pieces.append(decoded(torch.cat(rows)))
             scores = torch.cat(pieces)
             self._arriving.add(fold(scores, self._edges_on(device)))
             if self._num_samples is not None:
@@ -142,7 +173,7 @@ class Accumulator:
         ids = sample_ids.to(scores.device, torch.int64, non_blocking=True)
         scores = scores[: ids.shape[0]]
         ids = torch.where((ids < 0) | (ids >= size), size, ids)
-        counted = torch.isfinite(scores)
+        counted = scores.abs() <= 1 + SCORE_TOLERANCE
         sums.index_add_(0, ids, torch.where(counted, scores, 0.0))
         seen.index_add_(0, ids, counted.int())
 

@@ -4,13 +4,21 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gwa_logging.errors import InvalidInputError
 from gwa_logging.faults import Faults
-from gwa_logging.integrations.torch.accumulate import Accumulator, TorchSnapshot
-from gwa_logging.integrations.torch.distributed import is_distributed, merged_over_ranks, rank
+from gwa_logging.integrations.torch.accumulate import TorchSnapshot
+from gwa_logging.integrations.torch.distributed import (
+    RankAccumulator,
+    merged_over_ranks,
+    rank,
+    ranks,
+    summed_over_ranks,
+    unsharded,
+)
 from gwa_logging.integrations.torch.heads import FirstPass, Head, HeadCall, find_head, unwrapped
 from gwa_logging.integrations.torch.layers import layer_of
 from gwa_logging.integrations.torch.probe import HeadProbe
@@ -27,10 +35,10 @@ def attach(model: nn.Module, settings: WatchSettings, faults: Faults) -> "TorchA
         HeadNotFoundError: see `find_head`.
         InvalidInputError: windows by samples are asked for in a run of several processes.
     """
-    if settings.samples_per_epoch is not None and is_distributed():
+    if settings.samples_per_epoch is not None and ranks() > 1:
         raise InvalidInputError(
-            f"samples_per_epoch={settings.samples_per_epoch}: ranks would close their windows at different moments; call "
-            "monitor.end_epoch() on every rank instead"
+            f"samples_per_epoch={settings.samples_per_epoch}: {ranks()} ranks would close their windows at different "
+            "moments; call monitor.end_epoch() on every rank instead"
         )
     return TorchAdapter(model, find_head(model, settings.head), settings.num_samples, faults)
 
@@ -43,7 +51,7 @@ class TorchAdapter:
         self._model = weakref.ref(unwrapped(model))
         self._found = head
         self._num_samples = num_samples
-        self._accumulator = Accumulator(num_samples)
+        self._accumulator = RankAccumulator(num_samples)
         self._faults = faults
         self._on_step: Callable[[], None] = lambda: None
         self._watching: HeadProbe | FirstPass | None = None
@@ -75,8 +83,11 @@ class TorchAdapter:
         self.head = str(head)
         logger.info("gwa_logging: %s", self.head)
         self._watching = probe = self._probe(head)
-        for call in calls:  # of the pass that told the head
-            probe.listen(call.module, call.embeddings, call.output)
+        model = self._model()
+        if model is not None:
+            with unsharded(model, head.module):
+                for call in calls:  # of the pass that told the head
+                    probe.listen(call.module, call.embeddings, call.output)
 
     def _probe(self, head: Head) -> HeadProbe:
         return HeadProbe(layer_of(head.module), self._accumulator, self._on_step, self._faults)
@@ -105,11 +116,13 @@ class TorchAdapter:
         return self._accumulator.snapshot()
 
     def ledger(self) -> tuple[Any, Any]:
-        """Sums and counts per sample, on the host."""
-        return self._accumulator.ledger()
+        """Sums and counts per sample over all ranks, on the host. Every rank must call it; the others wait."""
+        return summed_over_ranks(*self._accumulator.ledger())
 
     def load_ledger(self, sums: Any, seen: Any) -> None:
-        """Puts back what `ledger` gave."""
+        """Puts back what `ledger` gave: on rank 0, so that the sum over ranks is what it was."""
+        if rank() != 0:
+            sums, seen = np.zeros_like(sums), np.zeros_like(seen)
         model = self._model()
         parameter = next(iter(model.parameters()), None) if model is not None else None
         self._accumulator.load_ledger(sums, seen, parameter.device if parameter is not None else torch.device("cpu"))

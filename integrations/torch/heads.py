@@ -1,28 +1,31 @@
 """Finds the classifier head: the linear layer, or 1x1 convolution, that the model's output comes from.
 
 The last linear layer of a model, or one with as many outputs as there are classes, is the wrong one often enough. So the
-output is walked back, through whatever has no parameters of its own (dropout, softmax, pooling, reshaping, scaling), to the
+output is walked back, through whatever has no weights of its own (dropout, softmax, pooling, reshaping, scaling), to the
 layer that made it: on the symbolic trace of the model, if `torch.fx` can trace it. If it cannot, the model's own library may
 say which one it is (timm, transformers); else it is walked back on the autograd graph of the first training pass.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from gwa_logging.errors import HeadNotFoundError, InvalidInputError
-from gwa_logging.integrations.torch.hooks import Attachment
-from gwa_logging.integrations.torch.layers import refusal, shape_of
-
-Node = TypeVar("Node", bound=Hashable)
-
-COSINE = (
-    "a normalised vector (a cosine head): its scores are zero whatever is learnt, since the output does not change with the "
-    "length of the weight"
+from gwa_logging.integrations.torch.candidates import (
+    candidates,
+    lines,
+    lookalikes,
+    refusal,
+    shown,
+    untrue,
+    wholes,
+    width,
 )
-FUNCTIONAL = "a weight that is not called as a layer of its own (F.linear on a parameter, a custom module)"
+from gwa_logging.integrations.torch.hooks import Attachment
+from gwa_logging.integrations.torch.layers import shape_of
+from gwa_logging.integrations.torch.trace import Maker, differentiated_makers, traced_makers
 
 
 class Head(NamedTuple):
@@ -33,8 +36,7 @@ class Head(NamedTuple):
     reason: str
 
     def __str__(self) -> str:
-        name = repr(self.path) if self.path else "(the model itself)"
-        return f"head {name} ({type(self.module).__name__} {shape_of(self.module)}): {self.reason}"
+        return f"head {shown(self.path)} ({type(self.module).__name__} {shape_of(self.module)}): {self.reason}"
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -61,22 +63,26 @@ def find_head(model: nn.Module, wanted: Any = None) -> Head | None:
     model = unwrapped(model)
     if wanted is not None:
         return _explicit(model, wanted)
-    if not candidates(model):
+    possible = candidates(model)
+    if not possible:
         raise HeadNotFoundError(
-            f"{type(model).__name__} has no linear layer and no 1x1 convolution, so no classifier head", _refused(model)
+            f"{type(model).__name__} has no linear layer and no 1x1 convolution, so no classifier head",
+            [f"{shown(path)}: {reason}" for path, reason in lookalikes(model).items()],
         )
-    makers = _trace_back(model)
+    if "" in possible:
+        return chosen([model], model, "the output comes from it (traced)")
+    declared = _declared(model)
+    if declared is not None and not declared.parts:
+        raise HeadNotFoundError(
+            f"{type(model).__name__} has no classifier: so its own {declared.by} says", lines(model)
+        )
+    makers = traced_makers(model, wholes(model))
     if makers is not None:
         return chosen(makers, model, "the output comes from it (traced)")
-    return _by_library(model)
+    return _by_library(model, declared)
 
 
-def candidates(model: nn.Module) -> dict[str, nn.Module]:
-    """Everything in a model that could be a head, by its path."""
-    return {path: module for path, module in model.named_modules() if refusal(module) is None}
-
-
-def chosen(makers: Iterable[nn.Module | str], model: nn.Module, reason: str) -> Head:
+def chosen(makers: Iterable[Maker], model: nn.Module, reason: str) -> Head:
     """The one head among the makers of the output.
 
     Args:
@@ -89,22 +95,23 @@ def chosen(makers: Iterable[nn.Module | str], model: nn.Module, reason: str) -> 
     """
     makers = list(dict.fromkeys(makers))
     paths = {module: path for path, module in model.named_modules()}
-    modules = [maker for maker in makers if isinstance(maker, nn.Module)]
-    name = type(model).__name__
-    if len(makers) == 1 and modules and refusal(modules[0]) is None:
-        return Head(paths[modules[0]], modules[0], reason)
-    if len(modules) == len(makers) > 1 and not any(map(refusal, modules)):
-        found = ", ".join(sorted(repr(paths[module]) for module in modules))
+    refusals = {maker: refusal(maker) or untrue(maker) for maker in makers if isinstance(maker, nn.Module)}
+    fit = len(refusals) == len(makers) and not any(refusals.values())
+    if fit and len(makers) == 1:
+        (module,) = refusals
+        return Head(paths[module], module, reason)
+    if fit and makers:
+        found = ", ".join(sorted(repr(paths[module]) for module in refusals))
         raise HeadNotFoundError(
-            f"the output of {name} comes from several layers: {found}. To watch them all, each by itself: head=[{found}].",
-            _lines(candidates(model)),
+            f"the output of {type(model).__name__} comes from several layers: {found}. "
+            f"To watch them all, each by itself: head=[{found}].",
+            lines(model),
         )
-    others = [
-        maker if isinstance(maker, str) else f"{paths[maker]!r} ({refusal(maker) or 'a layer'})" for maker in makers
-    ]
+    others = [m if isinstance(m, str) else f"{shown(paths[m])} ({refusals[m] or 'a layer'})" for m in makers]
     raise HeadNotFoundError(
-        f"the output of {name} does not come from one linear layer, but from {'; '.join(others) or 'no layer at all'}.",
-        _lines(candidates(model)),
+        f"the output of {type(model).__name__} does not come from one linear layer, but from "
+        f"{'; '.join(others) or 'no layer at all'}.",
+        lines(model),
     )
 
 
@@ -113,15 +120,12 @@ def _explicit(model: nn.Module, wanted: Any) -> Head:
     if isinstance(wanted, str):
         path = wanted.removeprefix("module.") if wanted not in modules else wanted
         if path not in modules:
-            raise HeadNotFoundError(
-                f"head={wanted!r}: {type(model).__name__} has no such module.", _lines(candidates(model))
-            )
+            raise HeadNotFoundError(f"head={wanted!r}: {type(model).__name__} has no such module.", lines(model))
     elif isinstance(wanted, nn.Module):
         found = [p for p, m in modules.items() if m is wanted]
         if not found:
             raise HeadNotFoundError(
-                f"head={type(wanted).__name__}: this module is not part of {type(model).__name__}.",
-                _lines(candidates(model)),
+                f"head={type(wanted).__name__}: this module is not part of {type(model).__name__}.", lines(model)
             )
         path = found[0]
     else:
@@ -129,112 +133,68 @@ def _explicit(model: nn.Module, wanted: Any) -> Head:
             f"head={wanted!r}: expected a dotted path such as 'fc', a module of the model, or a list of them, found "
             f"{type(wanted).__name__}"
         )
-    reason = refusal(modules[path])
+    reason = refusal(modules[path]) or untrue(modules[path])
     if reason:
-        raise HeadNotFoundError(f"head={path!r}: {reason}.", _lines(candidates(model)))
+        raise HeadNotFoundError(f"head={path!r}: {reason}.", lines(model))
     return Head(path, modules[path], "named by head=")
 
 
-def _lines(modules: dict[str, nn.Module]) -> list[str]:
-    return [f"{path or '(the model itself)'!r}: {type(m).__name__} {shape_of(m)}" for path, m in modules.items()]
+# --- the library's own word -------------------------------------------------------------------------------------------
 
 
-def _refused(model: nn.Module) -> list[str]:
-    """Layers that would be candidates but for a reason."""
-    layers = [(path, module) for path, module in model.named_modules() if "Linear" in type(module).__name__]
-    return [f"{path!r}: {refusal(module)}" for path, module in layers]
+class _Declared(NamedTuple):
+    """What a model's own interface calls its classifier.
 
-
-def walk_back(
-    outputs: Iterable[Node],
-    maker: Callable[[Node], nn.Module | str | None],
-    sources: Callable[[Node], Iterable[Node]],
-) -> list[nn.Module | str]:
-    """Follows a graph from its outputs to what made them.
-
-    Args:
-        outputs: where to start.
-        maker: the module that made a node, or a phrase if the walk must end there all the same; None goes on.
-        sources: the nodes that a node was computed from.
+    Attributes:
+        by: the method or attribute that says so.
+        parts: the classifier, or several of them; none if the model has been built without.
+        classes: how many outputs it has; None if that is not known.
     """
-    found: list[nn.Module | str] = []
-    todo, seen = list(outputs), set[Node]()
-    while todo:
-        node = todo.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        made = maker(node)
-        if made is not None:
-            found.append(made)
-        else:
-            todo.extend(sources(node))
-    return found
+
+    by: str
+    parts: list[nn.Module]
+    classes: int | None
 
 
-def _trace_back(model: nn.Module) -> list[nn.Module | str] | None:
-    """Walks back on the symbolic trace; None if the model cannot be traced."""
-    if refusal(model) is None:
-        return [model]
-    kept = {module: dict(module.__dict__) for module in model.modules()}
-    try:
-        graph = _Tracer(candidates(model).values()).trace(model)
-    except Exception:  # noqa: BLE001 - whatever a model's forward may raise on symbols: it is not traceable
-        return None
-    finally:
-        for module, attributes in kept.items():  # a forward that keeps something on itself has kept a symbol
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-    modules = dict(model.named_modules())
-
-    def maker(node: fx.Node) -> nn.Module | str | None:
-        if node.op == "call_module":
-            module = modules[str(node.target)]
-            return module if any(True for _ in module.parameters()) else None
-        if node.op == "get_attr":
-            return FUNCTIONAL
-        if node.op == "placeholder":
-            return "the input"
-        return COSINE if node.target in _NORMALISING else None
-
-    output = next(node for node in graph.nodes if node.op == "output")
-    primary = _primary(output.args[0])
-    nodes = [leaf for leaf in torch.utils._pytree.tree_leaves(primary) if isinstance(leaf, fx.Node)]
-    return walk_back(nodes, maker, lambda node: node.all_input_nodes)
-
-
-_NORMALISING = {nn.functional.normalize, nn.functional.cosine_similarity, torch.cosine_similarity}
-
-
-class _Tracer(fx.Tracer):
-    """Looks into containers, and takes a module whole if there is no candidate in it."""
-
-    def __init__(self, candidates: Iterable[nn.Module]) -> None:
-        super().__init__()
-        self._candidates = set(candidates)
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return m in self._candidates or self._candidates.isdisjoint(m.modules())
-
-
-def _by_library(model: nn.Module) -> Head | None:
-    """What timm's or transformers' own interface says, if it leads to one layer."""
+def _declared(model: nn.Module) -> _Declared | None:
+    """What timm's or transformers' own interface says."""
     bases = {f"{base.__module__.partition('.')[0]}.{base.__name__}" for base in type(model).__mro__}
     if "transformers.PreTrainedModel" in bases:
         embeddings = model.get_output_embeddings()  # type: ignore[operator]
-        named = [("get_output_embeddings()", embeddings)]
-        named += [(f".{name}", getattr(model, name, None)) for name in ("classifier", "score", "logits_proj")]
-    elif callable(getattr(model, "get_classifier", None)):
-        named = [("get_classifier()", model.get_classifier())]  # type: ignore[operator]
-    else:
-        return None
-    for name, part in named:
-        if isinstance(part, nn.Module):
-            inside = [module for module in part.modules() if refusal(module) is None]
-            if len(inside) == 1:
-                path = next(path for path, module in model.named_modules() if module is inside[0])
-                return Head(path, inside[0], f"the model's own {name} says so")
+        if isinstance(embeddings, nn.Module):
+            return _Declared("get_output_embeddings()", [embeddings], None)
+        for name in ("classifier", "score", "logits_proj", "classification_head"):
+            if isinstance(part := getattr(model, name, None), nn.Module):
+                classes = getattr(getattr(model, "config", None), "num_labels", None)
+                return _Declared(f".{name}", [part], classes if isinstance(classes, int) else None)
+    elif callable(ask := getattr(model, "get_classifier", None)):
+        try:
+            said = ask()
+        except TypeError:  # a method of the same name that wants an argument
+            return None
+        parts = list(said) if isinstance(said, tuple | list | nn.ModuleList) else [said]
+        parts = [part for part in parts if not (part is None or isinstance(part, nn.Identity))]
+        classes = getattr(model, "num_classes", None)
+        if all(isinstance(part, nn.Module) for part in parts):
+            return _Declared("get_classifier()", parts, classes if isinstance(classes, int) else None)
     return None
+
+
+def _by_library(model: nn.Module, declared: _Declared | None) -> Head | None:
+    """The head that a library declares, if each part of it has one layer with as many outputs as there are classes."""
+    if declared is None:
+        return None
+    found: list[Maker] = []
+    for part in declared.parts:
+        inside = list(candidates(part).values())
+        inside = [layer for layer in inside if declared.classes is None or width(layer) == declared.classes]
+        if len(inside) != 1:
+            return None
+        found += inside
+    return chosen(found, model, f"the model's own {declared.by} says so")
+
+
+# --- the first training pass ------------------------------------------------------------------------------------------
 
 
 class HeadCall(NamedTuple):
@@ -248,41 +208,34 @@ class HeadCall(NamedTuple):
 class FirstPass:
     """Watches the first training pass of a model that could not be traced, and tells its head.
 
-    The calls of all layers that could be it are noted; when the model returns, its output is walked back on the autograd
-    graph.
+    The calls of all layers are noted; when the model returns, its output is walked back on the autograd graph.
     """
 
     def __init__(self, model: nn.Module, tell: Callable[[Head, list[HeadCall]], None]) -> None:
         self._tell = tell
-        self._calls: list[HeadCall] = []  # keep the autograd nodes alive, and with them their identity
-        self._attachments = [Attachment(layer, after=self._called) for layer in candidates(model).values()]
+        self._calls: dict[Any, HeadCall] = {}  # by the output's node in the autograd graph, which is kept alive by it
+        self._attachments = [Attachment(layer, after=self._called) for layer in wholes(model)]
         self._attachments.append(Attachment(model, after=self._returned))
 
     def _called(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not torch.compiler.is_compiling() and args and isinstance(output, Tensor) and output.grad_fn is not None:
-            self._calls.append(HeadCall(layer, args[0], output))
+        embeddings = args[0] if args else kwargs.get("input")
+        if torch.compiler.is_compiling() or not (isinstance(output, Tensor) and isinstance(embeddings, Tensor)):
+            return
+        if output.grad_fn is not None:
+            self._calls[output.grad_fn] = HeadCall(layer, embeddings, output)
 
     def _returned(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        calls, self._calls = self._calls, []
-        tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(_primary(output)) if isinstance(leaf, Tensor)]
-        outputs = [t.grad_fn for t in tensors if t.grad_fn is not None]
-        if not outputs:
+        calls, self._calls = self._calls, {}
+        makers = differentiated_makers(output, {node: call.module for node, call in calls.items()})
+        if makers is None:
             return
-        made: dict[Any, nn.Module] = {call.output.grad_fn: call.module for call in calls}
-
-        def maker(node: Any) -> nn.Module | str | None:
-            if node in made:
-                return made[node]
-            if any(type(f).__name__ == "AccumulateGrad" for f, _ in node.next_functions):
-                return f"{FUNCTIONAL}, by {type(node).__name__}"
-            return COSINE if "VectorNorm" in type(node).__name__ else None
-
-        makers = walk_back(outputs, maker, lambda node: [f for f, _ in node.next_functions if f is not None])
         self.close()
         head = chosen(makers, model, "the output of the first pass comes from it")
-        self._tell(head, [call for call in calls if call.module is head.module])
+        # An output that was changed in place since is another tensor: its gradient is not delta.
+        heard = [c for node, c in calls.items() if c.module is head.module and c.output.grad_fn is node]
+        self._tell(head, heard)
 
     def close(self) -> None:
         """Takes the hooks off."""
@@ -291,13 +244,39 @@ class FirstPass:
         self._attachments = []
 
 
-def _primary(output: Any) -> Any:
-    """The part of a model's output that is the logits, where it says so: `logits` of a mapping, a record or a named tuple."""
-    if isinstance(output, Mapping):
-        return output.get("logits", output)
-    logits = (
-        getattr(output, "logits", None)
-        if not isinstance(output, Sequence | Tensor) or hasattr(output, "_fields")
-        else None
-    )
-    return output if logits is None else logits
+# --- for people -------------------------------------------------------------------------------------------------------
+
+
+def describe(model: nn.Module, wanted: Any = None) -> str:
+    """The finder's view of a model, as a plain-text table: every candidate, and what became of it.
+
+    Args:
+        model: the model.
+        wanted: as in `find_head`, or a list of such.
+
+    Returns:
+        A line for each layer that could be the head or looks like one, and a last line that says which it is and why, or why
+        there is none.
+    """
+    model = unwrapped(model)
+    heads: list[Head | None] = []
+    try:
+        several = isinstance(wanted, list | tuple)
+        heads = [find_head(model, each) for each in wanted] if several else [find_head(model, wanted)]
+        verdicts = [str(head) if head else "head: the first training pass will tell" for head in heads]
+    except HeadNotFoundError as error:
+        verdicts = [f"no head: {str(error).splitlines()[0]}"]
+    chosen_paths = {head.path: head.reason for head in heads if head is not None}
+    refused = lookalikes(model)
+    rows = [("path", "type", "shape", "")]
+    for path, module in model.named_modules():
+        if path in refused or refusal(module) is None:
+            said = f"refused: {refused[path]}" if path in refused else "candidate"
+            if path in chosen_paths:
+                said = f"HEAD: {chosen_paths[path]}"
+            rows.append((path or "(itself)", type(module).__name__, shape_of(module), said))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    table = [
+        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]).rstrip() for row in rows
+    ]
+    return "\n".join([f"{type(model).__name__}: {len(rows) - 1} layers that could be the head", *table, *verdicts])

@@ -4,9 +4,9 @@ torch.compile does not notice hooks: it takes a module that had none when it was
 the same class, for the same thing, and runs the graph without our probe, or with it where it does not belong. What it does
 notice is a `forward` in the module's own `__dict__`. So there we put the module's own forward, which changes nothing else.
 
-Copies and pickles are made by `__reduce_ex__`, DataParallel's replicas by `_replicate_for_data_parallel`, and `_apply` moves a
-module to another device. While the hooks are on, the module has its own ones, which do what they always do, without
-anything of ours in the result, and tell us.
+Copies and pickles are made by `__reduce_ex__` (of a parametrised module, by `__deepcopy__`), DataParallel's replicas by
+`_replicate_for_data_parallel`; `_apply` moves a module to another device, `_load_from_state_dict` may. While the hooks are
+on, the module has its own ones, which do what they always do, without anything of ours in the result, and tell us.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,18 @@ from types import MethodType
 from typing import Any
 
 from torch import nn
+
+# Calls a function that keeps something on an object, also inside of a compiled region where the compiler allows no such
+# thing, like a checkpointed one. That is safe if what is kept in the end was there before.
+try:
+    from torch._dynamo.utils import _disable_side_effect_safety_checks_for_current_subtracer
+
+    unchecked: Callable[..., Any] = _disable_side_effect_safety_checks_for_current_subtracer
+except ImportError:  # an older PyTorch: there the compiler breaks the graph
+
+    def unchecked(function: Callable[..., Any], *args: Any) -> Any:
+        return function(*args)
+
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 
@@ -27,12 +39,13 @@ class Attachment:
         *,
         after: Callable[..., Any],
         before: Callable[..., Any] | None = None,
-        moved: Callable[[], None] | None = None,
+        moved: Callable[[nn.Module], None] | None = None,
     ) -> None:
-        """Calls `before(module, args, kwargs)` and `after(module, args, kwargs, output)`, as PyTorch's hooks, and `moved()`."""
+        """Calls `before(module, args, kwargs)`, `after(module, args, kwargs, output)` as PyTorch does, and `moved(module)`."""
         self._module = module
         self._moved = moved
-        self._handles = [module.register_forward_hook(after, with_kwargs=True)]
+        # First of all hooks, on the layer's own output: those of sharded training would free the weight before.
+        self._handles = [module.register_forward_hook(after, with_kwargs=True, prepend=True)]
         if before is not None:
             self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         original = module.forward
@@ -43,8 +56,11 @@ class Attachment:
             else lambda *args, **kwargs: original(*args, **kwargs),
             "__reduce_ex__": self._reduce,
             "_apply": self._apply,
+            "_load_from_state_dict": self._load,
             "_replicate_for_data_parallel": self._replicate,
         }
+        if hasattr(type(module), "__deepcopy__"):
+            self._own["__deepcopy__"] = self._deepcopy
         self._before = {name: module.__dict__[name] for name in self._own if name in module.__dict__}
         module.__dict__.update(self._own)
 
@@ -53,10 +69,10 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         attributes = self._module.__dict__
-        above = getattr(attributes.get("__reduce_ex__"), "__self__", None)
-        while isinstance(above, Attachment) and above is not self:  # another one, which must not put ours back later
+        above = _top(attributes)
+        while above is not None and above is not self:  # another one, which must not put ours back later
             self._restore(above._before)
-            above = getattr(above._before.get("__reduce_ex__"), "__self__", None)
+            above = _top(above._before)
         self._restore(attributes)
 
     def _restore(self, attributes: dict[str, Any]) -> None:
@@ -71,24 +87,57 @@ class Attachment:
         reduced = type(self._module).__reduce_ex__(self._module, protocol)
         if not (isinstance(reduced, tuple) and len(reduced) > 2 and isinstance(reduced[2], dict)):
             return reduced
-        state = dict(reduced[2])
-        self._restore(state)
-        ours = {handle.id for handle in self._handles}
-        for name in _HOOKS:
-            if name in state:
-                kept = {key: hook for key, hook in state[name].items() if key not in ours}
-                state[name] = type(state[name])(kept)
-        return (*reduced[:2], state, *reduced[3:])
+        return (*reduced[:2], _bare(reduced[2]), *reduced[3:])
+
+    def _deepcopy(self, memo: Any) -> Any:
+        """What the module's class makes of it, without us: it copies the attributes by itself."""
+        module = self._module
+        attributes = dict(module.__dict__)
+        try:
+            module.__dict__.clear()
+            module.__dict__.update(_bare(attributes))
+            return type(module).__deepcopy__(module, memo)  # type: ignore[attr-defined]
+        finally:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
 
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
         """As ever; then tells that parameters may be somewhere else."""
         moved: nn.Module = type(self._module)._apply(self._module, *args, **kwargs)
         if self._moved is not None:
-            self._moved()
+            self._moved(moved)
         return moved
+
+    def _load(self, *args: Any, **kwargs: Any) -> None:
+        """As ever; then tells the same: parameters may have been taken over as they are."""
+        type(self._module)._load_from_state_dict(self._module, *args, **kwargs)
+        if self._moved is not None:
+            self._moved(self._module)
 
     def _replicate(self) -> nn.Module:
         """A replica that lives for one pass: it keeps the hooks, so that its samples count, but not our forward."""
         replica: nn.Module = type(self._module)._replicate_for_data_parallel(self._module)
-        self._restore(replica.__dict__)
+        above = _top(replica.__dict__)
+        while above is not None:
+            above._restore(replica.__dict__)
+            above = _top(replica.__dict__)
         return replica
+
+
+def _top(attributes: dict[str, Any]) -> Attachment | None:
+    """The attachment that came last to a module with these attributes."""
+    owner = getattr(attributes.get("__reduce_ex__"), "__self__", None)
+    return owner if isinstance(owner, Attachment) else None
+
+
+def _bare(attributes: dict[str, Any]) -> dict[str, Any]:
+    """A module's attributes without anything of ours."""
+    bare = dict(attributes)
+    ours: set[int] = set()
+    while (above := _top(bare)) is not None:
+        above._restore(bare)
+        ours.update(handle.id for handle in above._handles)
+    for name in _HOOKS:
+        if name in bare:
+            bare[name] = type(bare[name])((key, hook) for key, hook in bare[name].items() if key not in ours)
+    return bare

@@ -10,6 +10,8 @@ Source: Goodfellow, "Efficient per-example gradient computations", 2015, for one
 can be strong differentially private learners", 2021, for many.
 """
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from gwa_logging.integrations.torch.accumulate import Terms
+from gwa_logging.integrations.torch.hooks import Attachment, unchecked
 
 
 class Linear:
@@ -29,25 +32,39 @@ class Linear:
     """
 
     def __init__(self, module: nn.Module, classes: int, features: int) -> None:
-        self.module = module
+        self._module = weakref.ref(module)
         self.classes = classes
         self.features = features
         self.taps_input = classes > features and not _parametrised(module)
         self._computed: Tensor | None = None
-        self._handle: Any = None
+        self._attachment: Callable[[], Attachment | None] = lambda: None
         if _parametrised(module):
-            self._handle = module.parametrizations.weight.register_forward_hook(self._keep)  # type: ignore[union-attr]
+            parametrization: Any = module.parametrizations["weight"]  # type: ignore[index]
+            self._attachment = weakref.ref(Attachment(parametrization, after=self._keep))
 
     def __str__(self) -> str:
         return f"{self.features} features, {self.classes} classes"
 
-    def _keep(self, module: Any, args: Any, weight: Tensor) -> None:
-        self._computed = weight
+    @property
+    def module(self) -> nn.Module:
+        """The layer, which is not kept alive by this."""
+        module = self._module()
+        assert module is not None
+        return module
+
+    def _keep(self, module: nn.Module, args: Any, kwargs: Any, weight: Tensor) -> None:
+        if torch.is_grad_enabled():
+            unchecked(self._exchange, weight)
+
+    def _exchange(self, computed: Tensor | None) -> Tensor | None:
+        before, self._computed = self._computed, computed
+        return before
 
     def close(self) -> None:
         """Takes the hook off a parametrised weight."""
-        if self._handle is not None:
-            self._handle.remove()
+        attachment = self._attachment()
+        if attachment is not None:
+            attachment.remove()
 
     def weight(self, module: nn.Module) -> Tensor:
         """The weight of the forward pass that has just been: of a parametrised one, reading it anew might change it.
@@ -55,7 +72,10 @@ class Linear:
         Args:
             module: the layer, or a replica of it.
         """
-        return self._computed if self._computed is not None else module.weight  # type: ignore[return-value]
+        if "parametrizations" not in module._modules:
+            return module.weight  # type: ignore[return-value]
+        computed = unchecked(self._exchange, None)
+        return _evaluated(module) if computed is None else computed
 
     def rows(self, logits: Tensor) -> int:
         """How many samples are in there."""
@@ -147,6 +167,18 @@ def shape_of(module: nn.Module) -> str:
     """A layer's width, for people."""
     sizes = [getattr(module, name, None) for name in ("in_features", "out_features", "in_channels", "out_channels")]
     return " -> ".join(str(size) for size in sizes if size is not None)
+
+
+def _evaluated(module: nn.Module) -> Tensor:
+    """A parametrised weight, computed anew as in evaluation: in training mode that could change it."""
+    training = [part for part in module.parametrizations.modules() if part.training]  # type: ignore[union-attr]
+    for part in training:
+        part.training = False
+    try:
+        return module.weight  # type: ignore[return-value]
+    finally:
+        for part in training:
+            part.training = True
 
 
 def _parametrised(module: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 In eager mode it is a hook on the gradient of the logits: the user's graph and tensors stay what they are. Under
 `torch.compile` a hook would break the graph, so there the probe is an `autograd.Function` with one extra input, a leaf
 whose gradient is defined as the scores; the leaf's own hook runs in the autograd engine, outside of the compiled graph,
-and takes them away.
+and takes them away. Gradients of one leaf are added up, so each pass has another leaf, in turn.
 
 The numerator of the score has two forms. -delta . (z - b) keeps the logits until the backward pass. -(dL/dh) . h needs
 a tap on the head's input as well, and keeps nothing that the head does not keep itself; it is taken for heads with more
@@ -12,6 +12,7 @@ classes than features.
 In a step of a millisecond every line here counts, since the processor meets it cold: few operations, few calls.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -19,15 +20,26 @@ import torch
 from torch import Tensor, nn
 
 from gwa_logging.faults import Faults
-from gwa_logging.integrations.torch.accumulate import Accumulator, Terms
-from gwa_logging.integrations.torch.hooks import Attachment
+from gwa_logging.integrations.torch.accumulate import UNTAGGED, Accumulator, Terms, coded
+from gwa_logging.integrations.torch.distributed import is_distributed, is_freed, is_split
+from gwa_logging.integrations.torch.hooks import Attachment, unchecked
 from gwa_logging.integrations.torch.layers import Linear, norm
 
 # Leaves are views of a single number: they cost no memory, whatever their length. A gradient does, so the shortest leaf
 # that fits the batch is taken; factors of four keep both the waste and the number of recompilations small.
 _LEAF_ROWS = tuple(4**k for k in range(3, 13))
 
-SCORE, VALID = 0, 1
+PASSES = 32
+"""How many compiled passes may wait for one backward pass; the samples of more of them count as not finite."""
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _in_transform() -> bool:
+    """Whether this is inside of torch.func's grad, vmap or the like, whose tensors do not outlive them.
+
+    The compiler asks while it traces, and keeps the answer.
+    """
+    return torch._C._functorch.maybe_current_level() is not None
 
 
 class LogitsProbe(torch.autograd.Function):
@@ -37,15 +49,16 @@ class LogitsProbe(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, embeddings: Tensor, weight: Tensor, bias: Tensor | None, leaf: Tensor, layer: Linear
     ) -> Tensor:
-        ctx.save_for_backward(logits, embeddings, weight, bias)
+        # The weight's norm, not the weight: it may change before the backward pass.
+        ctx.save_for_backward(logits, embeddings, bias, norm(weight))
         ctx.layer = layer
         return logits.clone()  # a view could not be changed in place by the user; the compiler removes the copy
 
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
-        logits, embeddings, weight, bias = ctx.saved_tensors
-        terms = ctx.layer.by_logits(delta, logits, embeddings, bias, norm(weight))
-        return delta, None, None, None, _leaf_gradient(terms), None
+        logits, embeddings, bias, weight_norm = ctx.saved_tensors
+        terms = ctx.layer.by_logits(delta, logits, embeddings, bias, weight_norm)
+        return delta, None, None, None, coded(terms), None
 
 
 class InputProbe(torch.autograd.Function):
@@ -53,14 +66,14 @@ class InputProbe(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, embeddings: Tensor, weight: Tensor, leaf: Tensor, layer: Linear) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(embeddings, weight)
+        ctx.save_for_backward(embeddings, norm(weight))
         ctx.layer = layer
         return embeddings.clone(), leaf.new_zeros(leaf.shape[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, kept: Tensor) -> tuple[Tensor | None, ...]:
-        embeddings, weight = ctx.saved_tensors
-        return grad, None, _leaf_gradient(ctx.layer.by_input_terms(kept, grad, embeddings, norm(weight))), None
+        embeddings, weight_norm = ctx.saved_tensors
+        return grad, None, coded(ctx.layer.by_input_terms(kept, grad, embeddings, weight_norm)), None
 
 
 class DeltaProbe(torch.autograd.Function):
@@ -76,13 +89,33 @@ class DeltaProbe(torch.autograd.Function):
         return delta, ctx.layer.by_input(delta), None
 
 
-def _leaf_gradient(terms: Terms) -> Tensor:
-    scores = terms.scores()
-    return torch.stack([scores, torch.ones_like(scores)], dim=-1)
+class Slot:
+    """The leaves of one compiled pass, the ids of its samples, and the slot of the next pass.
+
+    The leaves' hooks are kept by the autograd engine, where Python's garbage collector cannot follow: so they do not keep
+    anything that leads back to the leaves.
+    """
+
+    def __init__(self, probe: "HeadProbe", device: torch.device) -> None:
+        self.next = self
+        self.tag = UNTAGGED
+        self.leaves: list[Tensor] = []
+        slot, owner = weakref.ref(self), weakref.ref(probe)
+
+        def arrived(leaf: Tensor) -> None:
+            rows, leaf.grad = leaf.grad, None
+            mine, listener = slot(), owner()
+            if mine is not None and listener is not None and rows is not None:
+                listener.arrived(rows, mine.tag.sample_ids)
+
+        for rows in _LEAF_ROWS:
+            leaf = torch.zeros(1, 1, device=device).expand(rows, 2).requires_grad_()
+            leaf.register_post_accumulate_grad_hook(arrived)
+            self.leaves.append(leaf)
 
 
 class HeadProbe:
-    """The hooks on one head."""
+    """The hooks on one head. It does not keep the head: a model that nobody else has may go, watched or not."""
 
     def __init__(self, layer: Linear, accumulator: Accumulator, on_step: Callable[[], None], faults: Faults) -> None:
         self.enabled = True
@@ -91,19 +124,23 @@ class HeadProbe:
         self._on_step = on_step
         self._faults = faults
         self._link: Tensor | None = None  # from `before` to `after`, while a graph is being compiled
-        self._leaves: list[Tensor] = []
-        self._make_leaves()
+        self._slot: Slot | None = None
+        self._device = torch.device("meta")
+        head = layer.module
+        self._moved(head)
         before = self.before if layer.taps_input else None
-        self._attachment = Attachment(layer.module, before=before, after=self.after, moved=self._make_leaves)
+        self._attachment = weakref.ref(Attachment(head, before=before, after=self.after, moved=self._moved))
 
-    def _make_leaves(self) -> None:
-        """Leaves where the head is; anew when it has moved."""
-        device = next(self.layer.module.parameters()).device
-        self._leaves = []
-        for rows in _LEAF_ROWS if device.type != "meta" else ():
-            leaf = torch.zeros(1, 1, device=device).expand(rows, 2).requires_grad_()
-            leaf.register_post_accumulate_grad_hook(self._arrived)
-            self._leaves.append(leaf)
+    def _moved(self, head: nn.Module) -> None:
+        """Makes the leaves, where the head is now."""
+        device = next(head.parameters()).device
+        if device == self._device:
+            return
+        self._device = device
+        slots = [Slot(self, device) for _ in range(PASSES)]
+        for slot, following in zip(slots, slots[1:] + slots[:1], strict=True):
+            slot.next = following
+        self._slot = slots[0]
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Taps the head's input: a view, so that its gradient is this head's alone."""
@@ -113,13 +150,16 @@ class HeadProbe:
         if not isinstance(embeddings, Tensor) or not embeddings.requires_grad:
             return None
         if torch.compiler.is_compiling():
-            leaf = None if torch.compiler.is_exporting() else self._leaf(embeddings.numel() // self.layer.features)
+            if torch.compiler.is_exporting() or _in_transform() or is_split(module.weight):
+                return None
+            leaf = self._leaf(embeddings.numel() // self.layer.features)
             if leaf is None:
                 return None
-            tapped, self._link = InputProbe.apply(embeddings, module.weight, leaf, self.layer)  # type: ignore[no-untyped-call]
+            tapped, link = InputProbe.apply(embeddings, module.weight, leaf, self.layer)  # type: ignore[no-untyped-call]
+            unchecked(self._exchange_link, link)
         else:
             tapped = embeddings.view_as(embeddings)
-            tapped._gwa_tapped = True  # type: ignore[attr-defined]
+            tapped._gwa_tapped = embeddings  # type: ignore[attr-defined]
         return ((tapped, *args[1:]), kwargs) if args else (args, {**kwargs, "input": tapped})
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], logits: Any) -> Tensor | None:
@@ -127,14 +167,16 @@ class HeadProbe:
         if not self.enabled or not isinstance(logits, Tensor) or not logits.requires_grad:
             return None
         if torch.compiler.is_compiling():
-            return None if torch.compiler.is_exporting() else self._trace(module, _input(args, kwargs), logits)
+            if torch.compiler.is_exporting() or _in_transform():
+                return None
+            return self._trace(module, _input(args, kwargs), logits)
         self.listen(module, _input(args, kwargs), logits)
         return None
 
     def _trace(self, module: nn.Module, embeddings: Tensor, logits: Tensor) -> Tensor | None:
         """Puts the probe into a graph that is being compiled."""
-        if self._link is not None:
-            link, self._link = self._link, None
+        link = unchecked(self._exchange_link, None) if self.layer.taps_input else None
+        if link is not None:
             return DeltaProbe.apply(logits, link, self.layer)  # type: ignore[no-any-return,no-untyped-call]
         leaf = self._leaf(self.layer.rows(logits))
         if leaf is None:
@@ -143,30 +185,51 @@ class HeadProbe:
         return LogitsProbe.apply(logits, embeddings, weight, module.bias, leaf, self.layer)  # type: ignore[no-any-return,no-untyped-call]
 
     def _leaf(self, rows: int) -> Tensor | None:
-        for leaf in self._leaves:
-            if rows <= leaf.shape[0]:
-                return leaf[:rows]
+        """The leaf of the pass that is being compiled, cut to its rows."""
+        slot = unchecked(self._next_slot)
+        if slot is not None:
+            for leaf in slot.leaves:
+                if rows <= leaf.shape[0]:
+                    return leaf[:rows]  # type: ignore[no-any-return]
         return None
 
-    def _arrived(self, leaf: Tensor) -> None:
-        """The scores of a compiled backward pass have arrived as the leaf's gradient, padded with zeros."""
-        rows, leaf.grad = leaf.grad, None
+    def _next_slot(self) -> Slot | None:
+        """Goes on to the next slot. The compiler repeats it in each pass, since it changes what it finds, and what it finds
+        is of the same kind each time."""
+        slot = self._slot
+        if slot is not None:
+            self._slot = slot.next
+            slot.tag = self._accumulator.take_tag()
+        return slot
+
+    def _exchange_link(self, link: Tensor | None) -> Tensor | None:
+        before, self._link = self._link, link
+        return before
+
+    def arrived(self, rows: Tensor, sample_ids: Tensor | None) -> None:
+        """The scores of a compiled backward pass have arrived, coded, as the gradient of a leaf."""
         try:
-            if self.enabled and rows is not None:
-                sample_ids = self._accumulator.take_tag()
-                self._accumulator.add_scores(rows[:, SCORE], sample_ids, valid=rows[:, VALID])
+            if self.enabled:
+                self._accumulator.add_scores(rows[:, 0], sample_ids, valid=rows[:, 1])
                 self._on_step()
         except Exception as error:  # noqa: BLE001 - nothing may reach the user's backward pass
             self.fault(error)
 
     def listen(self, module: nn.Module, embeddings: Tensor, logits: Tensor) -> None:
         """Hooks on to the gradients of one forward pass."""
+        if _in_transform():
+            self._faults.record(
+                "torch.func", "passes inside of its transforms (grad, vmap and the like) are not observed"
+            )
+            return
         try:
-            taken = _Pass(self, module, embeddings)
-            if hasattr(embeddings, "_gwa_tapped"):
+            untapped = getattr(embeddings, "_gwa_tapped", None)
+            if untapped is not None:
+                taken = _Pass(self, module, untapped)
                 logits.register_hook(taken.delta_arrived)
                 embeddings.register_hook(taken.grad_embeddings_arrived)
             else:
+                taken = _Pass(self, module, embeddings)
                 taken.keep(module, logits)
                 logits.register_hook(taken.all_arrived)
         except Exception as error:  # noqa: BLE001 - nothing may reach the user's forward pass
@@ -179,7 +242,9 @@ class HeadProbe:
     def close(self) -> None:
         """Takes the hooks off; passes under way are no longer observed."""
         self.enabled = False
-        self._attachment.remove()
+        attachment = self._attachment()
+        if attachment is not None:
+            attachment.remove()
         self.layer.close()
 
 
@@ -187,28 +252,44 @@ class _Pass:
     """One eager forward pass of the head, waiting for its gradients.
 
     The gradients' hooks are kept by the logits' node in the autograd graph, and keep this. So nothing here may lead back to
-    that node, or neither would ever be freed: the logits are detached; the embeddings are upstream of it. The norm of the
-    weight is taken now: it is the weight that the gradient belongs to, and sharded training frees it after the pass.
+    that node, or neither would ever be freed: the logits are detached; the embeddings are upstream of it, before the tap. The
+    norm of the weight is taken now: it is the weight that the gradient belongs to, and sharded training frees it after the
+    pass.
     """
 
-    __slots__ = ("bias", "embeddings", "kept", "logits", "probe", "sample_ids", "version", "weight", "weight_norm")
+    __slots__ = (
+        "bias",
+        "embeddings",
+        "kept",
+        "logits",
+        "logits_version",
+        "probe",
+        "sample_ids",
+        "versions",
+        "weight",
+        "weight_norm",
+    )
 
     def __init__(self, probe: HeadProbe, module: nn.Module, embeddings: Tensor) -> None:
         self.probe = probe
-        self.embeddings = embeddings
+        self.embeddings, self.versions = embeddings, embeddings._version
         self.weight = weight = probe.layer.weight(module).detach()
         self.weight_norm = norm(weight)
         self.bias: Tensor | None = None
         self.logits: Tensor | None = None
-        self.version = 0
+        self.logits_version = 0
         self.kept: Tensor | None = None
-        self.sample_ids = probe._accumulator.take_tag()
+        self.sample_ids = probe._accumulator.take_tag().sample_ids
 
     def keep(self, module: nn.Module, logits: Tensor) -> None:
         """For the form by the logits: keeps them."""
-        self.logits, self.version = logits.detach(), logits._version
+        # Of a split head the caller gets another tensor with the same numbers, whose changes would go unnoticed.
+        self.logits = logits.detach().clone() if is_split(logits) else logits.detach()
+        self.logits_version = self.logits._version
         bias = module.bias
-        self.bias = bias.detach() if isinstance(bias, Tensor) else None
+        if isinstance(bias, Tensor):
+            self.bias = bias.detach().clone() if is_distributed() else bias.detach()  # sharding frees it after the pass
+            self.versions += self.bias._version
 
     def all_arrived(self, delta: Tensor) -> None:
         """The gradient of the logits, in the form by the logits: it is all there."""
@@ -217,7 +298,11 @@ class _Pass:
                 return self.all_arrived(delta)
         try:
             layer, logits = self.probe.layer, self.logits
-            if logits is None or logits._version != self.version:  # changed in place since: compute them again
+            if logits is None or logits._version != self.logits_version:  # changed in place since: compute them again
+                if is_freed(self.weight):
+                    raise RuntimeError(
+                        "logits were changed in place, and sharding has freed the weight to compute them anew"
+                    )
                 logits = layer.logits(self.embeddings, self.weight, self.bias)
             self.observe(layer.by_logits(delta, logits, self.embeddings, self.bias, self.weight_norm))
         except Exception as error:  # noqa: BLE001 - nothing may reach the user's backward pass
@@ -244,9 +329,16 @@ class _Pass:
 
     def observe(self, terms: Terms) -> None:
         """Takes the terms in, if the probe is still on."""
-        if self.probe.enabled:
-            self.probe._accumulator.add_terms(terms, self.sample_ids)
-            self.probe._on_step()
+        if not self.probe.enabled:
+            return
+        bias = self.bias
+        if self.embeddings._version + (0 if bias is None else bias._version) != self.versions:
+            # PyTorch itself notices only what the user's own gradients need: neither the bias, nor the input of a frozen head.
+            raise RuntimeError(
+                "the head's input or bias was changed in place between the forward and the backward pass"
+            )
+        self.probe._accumulator.add_terms(terms, self.sample_ids)
+        self.probe._on_step()
 
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -1,0 +1,122 @@
+"""Which layers of a model could be its head, which only look like one, and what to say of each."""
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from gwa_logging.integrations.torch.layers import refusal as refused_kind
+from gwa_logging.integrations.torch.layers import shape_of
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Why a module cannot be a head; None if it can, as far as can be told without running it.
+
+    A subclass that has a forward of its own may still compute W h + b, and no more: see `untrue`.
+    """
+    kind = type(module).__name__
+    if is_adapter(module):
+        return (
+            f"{kind} is an adapter: the layer in it, and a low-rank product; their sum is no weight that could be read. "
+            "Leave the head out of the adapted layers"
+        )
+    if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and is_lazy(module.weight):
+        return f"{kind} has no shape yet: run one forward pass before watch()"
+    if isinstance(module, nn.Linear) and _own_forward(module):
+        weight = module.weight
+        if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+            return f"{kind} has a weight that is packed or quantised, which is not read"
+        return _more_than_a_layer(module)
+    reason = refused_kind(module)
+    return _more_than_a_layer(module) if reason is None and _own_forward(module) else reason
+
+
+def untrue(module: nn.Module) -> str | None:
+    """Why a candidate with a forward of its own is no head after all: it is tried on two rows; None if it is one."""
+    if not _own_forward(module):
+        return None
+    assert isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    kind, weight, bias = type(module).__name__, module.weight, module.bias
+    if weight.is_meta:
+        return f"{kind} has a forward of its own, and on the meta device it cannot be tried whether it is linear"
+    features = weight.shape[1]
+    rows = torch.arange(2 * features, device=weight.device).cos().to(weight.dtype)
+    rows = rows.view(2, features, *(1,) * (weight.ndim - 2))
+    devices = [weight.device] if weight.is_cuda else []
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        try:
+            found = module.forward(rows)
+            expected = nn.functional.linear(rows.flatten(1), weight.flatten(1), bias)
+        except Exception as error:  # noqa: BLE001 - whatever somebody's forward may raise
+            return f"{kind} has a forward of its own, which could not be tried: {type(error).__name__}: {error}"
+    if isinstance(found, torch.Tensor) and found.shape[:2] == expected.shape:
+        gap = (found.reshape(expected.shape).double() - expected.double()).abs().max()
+        if gap <= 8 * torch.finfo(weight.dtype).eps ** 0.75 * expected.double().abs().max():
+            return None
+    return f"{kind} has a forward of its own, which does not compute W h + b"
+
+
+def candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """Everything in a model that could be a head, by its path; no parts of adapters."""
+    inside = {part for module in model.modules() if is_adapter(module) for part in module.modules()}
+    return {path: m for path, m in model.named_modules() if m not in inside and refusal(m) is None}
+
+
+def wholes(model: nn.Module) -> list[nn.Module]:
+    """The candidates, and all other modules that have parameters but no candidate in them: layers that end a walk."""
+    possible = set(candidates(model).values())
+    inside = {
+        part for module in model.modules() if is_adapter(module) for part in module.modules() if part is not module
+    }
+    return [
+        module
+        for module in model.modules()
+        if module in possible
+        or (module not in inside and any(True for _ in module.parameters()) and possible.isdisjoint(module.modules()))
+    ]
+
+
+def lookalikes(model: nn.Module) -> dict[str, str]:
+    """Layers that would be candidates but for a reason: the reasons, by path."""
+    possible = candidates(model).values()
+    found = {path: m for path, m in model.named_modules() if "Linear" in type(m).__name__ and m not in set(possible)}
+    return {path: refusal(module) or "part of an adapter" for path, module in found.items()}
+
+
+def is_adapter(module: nn.Module) -> bool:
+    """Whether a module adds a low-rank product to a layer that it wraps, as those of PEFT do."""
+    return isinstance(getattr(module, "base_layer", None), nn.Module) and any(
+        name.startswith("lora_") for name, _ in module.named_children()
+    )
+
+
+def lines(model: nn.Module) -> list[str]:
+    """The candidates of a model, for people: a line for each."""
+    return [f"{shown(path)}: {type(m).__name__} {shape_of(m)}" for path, m in candidates(model).items()]
+
+
+def shown(path: str) -> str:
+    """A dotted path, for people."""
+    return repr(path) if path else "(the model itself)"
+
+
+def width(module: nn.Module) -> int:
+    """How many outputs a candidate has."""
+    return int(getattr(module, "out_features", 0) or getattr(module, "out_channels", 0))
+
+
+def _own_forward(module: nn.Module) -> bool:
+    for kind in (nn.Linear, *_CONVOLUTIONS):
+        if isinstance(module, kind):
+            return type(module).forward is not kind.forward
+    return False
+
+
+def _more_than_a_layer(module: nn.Module) -> str | None:
+    """A forward of its own that has more to work with than a weight and a bias: it would be linear only today."""
+    names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+    others = ", ".join(repr(name) for name in names if name not in ("weight", "bias"))
+    if others:
+        return f"{type(module).__name__} has a forward of its own, with {others} besides its weight"
+    return None
