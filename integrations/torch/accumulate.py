@@ -44,7 +44,7 @@ class Terms(NamedTuple):
     def scores(self) -> Tensor:
         """float32 [rows]; not finite where a sample has no score, by the marks of `gwa_logging.alignment`."""
         seen = self.embedding_norms * self.weight_norm
-        scores = -self.product / self.delta_norms / seen
+        scores = (-self.product / self.delta_norms / seen).float()
         scores = torch.where(seen == 0, DEAD, scores)
         scores = torch.where(self.delta_norms < _SMALLEST, NO_GRADIENT, scores)
         return torch.where(torch.isfinite(self.product + self.delta_norms + seen), scores, NOT_FINITE)
@@ -125,6 +125,8 @@ class Accumulator:
         self._add(_Batch(values, scores.numel(), sample_ids))
 
     def _add(self, batch: _Batch) -> None:
+        if not batch.rows:
+            return
         with self._lock:
             self._batches.append(batch)
             self._rows += batch.rows
@@ -167,12 +169,16 @@ class Accumulator:
         return self._edges[device]
 
     def _enter(self, sample_ids: Tensor, scores: Tensor) -> None:
-        """Enters the scores of a batch into the ledger; ids out of range go to its last place, where they are counted."""
+        """Enters the scores of a batch into the ledger.
+
+        Ids that are out of range, or not as many as there are samples, go to its last place, where they are counted.
+        """
         sums, seen = self._ledger_on(scores.device)
-        size = sums.shape[0] - 1
+        size, length = sums.shape[0] - 1, sample_ids.shape[0]
         ids = sample_ids.to(scores.device, torch.int64, non_blocking=True)
-        scores = scores[: ids.shape[0]]
-        ids = torch.where((ids < 0) | (ids >= size), size, ids)
+        samples = (scores != _PADDING).sum()
+        ids = torch.where((ids < 0) | (ids >= size) | (samples != length), size, ids)[: scores.shape[0]]
+        scores = scores[:length]
         counted = scores.abs() <= 1 + SCORE_TOLERANCE
         sums.index_add_(0, ids, torch.where(counted, scores, 0.0))
         seen.index_add_(0, ids, counted.int())

@@ -90,6 +90,11 @@ class TorchAdapter:
                     probe.listen(call.module, call.embeddings, call.output)
 
     def _probe(self, head: Head) -> HeadProbe:
+        if next(head.module.parameters(), None) is None:
+            raise InvalidInputError(
+                f"{head}: its weight is not a parameter of its own. FullyShardedDataParallel needs use_orig_params=True; "
+                "or take fully_shard"
+            )
         return HeadProbe(layer_of(head.module), self._accumulator, self._on_step, self._faults)
 
     def observe(self, scores: Any, sample_ids: Any) -> None:

@@ -20,12 +20,16 @@ from torch import Tensor, distributed, nn
 from gwa_logging.integrations.torch.accumulate import Accumulator, Terms, pack, unpack
 from gwa_logging.summary import AlignmentSummary
 
+WRAPPERS: tuple[type[Any], ...] = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+"""Modules around the user's own one, which is their `module`."""
+
 _SPLIT: tuple[type, ...] = ()
 _SHARDED: tuple[type, ...] = ()
 if distributed.is_available():  # there are builds of PyTorch without it
-    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
 
+    WRAPPERS += (FullyShardedDataParallel,)
     _SPLIT, _SHARDED = (DTensor,), (FSDPModule,)
 
 
@@ -79,7 +83,7 @@ class RankAccumulator(Accumulator):
         super().add_scores(scores, sample_ids, valid)
 
 
-def is_split(tensor: Tensor) -> bool:
+def is_split(tensor: Any) -> bool:
     """Whether a tensor is a DTensor: other ranks have the rest of it."""
     return isinstance(tensor, _SPLIT)
 

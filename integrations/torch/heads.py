@@ -23,6 +23,7 @@ from gwa_logging.integrations.torch.candidates import (
     wholes,
     width,
 )
+from gwa_logging.integrations.torch.distributed import WRAPPERS
 from gwa_logging.integrations.torch.hooks import Attachment
 from gwa_logging.integrations.torch.layers import shape_of
 from gwa_logging.integrations.torch.trace import Maker, differentiated_makers, traced_makers
@@ -40,11 +41,11 @@ class Head(NamedTuple):
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's own module inside of torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
+    """The user's own module inside of the wrappers of torch.compile and of parallel training."""
     while True:
         if isinstance(model, torch._dynamo.OptimizedModule):
             model = model._orig_mod
-        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        elif isinstance(model, WRAPPERS):
             model = model.module
         else:
             return model

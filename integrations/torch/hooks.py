@@ -4,11 +4,12 @@ torch.compile does not notice hooks: it takes a module that had none when it was
 the same class, for the same thing, and runs the graph without our probe, or with it where it does not belong. What it does
 notice is a `forward` in the module's own `__dict__`. So there we put the module's own forward, which changes nothing else.
 
-Copies and pickles are made by `__reduce_ex__` (of a parametrised module, by `__deepcopy__`), DataParallel's replicas by
-`_replicate_for_data_parallel`; `_apply` moves a module to another device, `_load_from_state_dict` may. While the hooks are
-on, the module has its own ones, which do what they always do, without anything of ours in the result, and tell us.
+Copies and pickles are made by `__deepcopy__` and `__reduce_ex__`, DataParallel's replicas by `_replicate_for_data_parallel`;
+`_apply` moves a module to another device, and `_load_from_state_dict` may. While the hooks are on, the module has its own
+ones, which do what they always do, without anything of ours in the result, and tell us.
 """
 
+import copy
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -55,12 +56,11 @@ class Attachment:
             if isinstance(original, MethodType)
             else lambda *args, **kwargs: original(*args, **kwargs),
             "__reduce_ex__": self._reduce,
+            "__deepcopy__": self._deepcopy,
             "_apply": self._apply,
             "_load_from_state_dict": self._load,
             "_replicate_for_data_parallel": self._replicate,
         }
-        if hasattr(type(module), "__deepcopy__"):
-            self._own["__deepcopy__"] = self._deepcopy
         self._before = {name: module.__dict__[name] for name in self._own if name in module.__dict__}
         module.__dict__.update(self._own)
 
@@ -90,13 +90,13 @@ class Attachment:
         return (*reduced[:2], _bare(reduced[2]), *reduced[3:])
 
     def _deepcopy(self, memo: Any) -> Any:
-        """What the module's class makes of it, without us: it copies the attributes by itself."""
+        """What it is without us: a class may copy the attributes by itself, as that of a parametrised module does."""
         module = self._module
         attributes = dict(module.__dict__)
         try:
             module.__dict__.clear()
             module.__dict__.update(_bare(attributes))
-            return type(module).__deepcopy__(module, memo)  # type: ignore[attr-defined]
+            return copy.deepcopy(module, memo)
         finally:
             module.__dict__.clear()
             module.__dict__.update(attributes)

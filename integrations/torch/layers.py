@@ -185,20 +185,25 @@ def _parametrised(module: nn.Module) -> bool:
     return parametrize.is_parametrized(module, "weight")
 
 
+def _summed(x: Tensor) -> torch.dtype | None:
+    """In which type squares are added up: float32, or wider if the numbers are."""
+    return None if x.dtype is torch.float64 else torch.float32
+
+
 def wide(x: Tensor) -> Tensor:
     """In float32, if it is narrower."""
     return x.float() if x.dtype.itemsize < 4 else x
 
 
 def norms(x: Tensor) -> Tensor:
-    """float32 [...] of [..., K]: Euclidean norms over the last dimension."""
-    rows: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
+    """float32 [...] of [..., K]: Euclidean norms over the last dimension; float64 of float64."""
+    rows: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=_summed(x))
     return rows
 
 
 def norm(x: Tensor) -> Tensor:
-    """float32 []: Euclidean (Frobenius) norm of everything."""
-    whole: Tensor = torch.linalg.vector_norm(x, dtype=torch.float32)
+    """float32 []: Euclidean (Frobenius) norm of everything; float64 of float64."""
+    whole: Tensor = torch.linalg.vector_norm(x, dtype=_summed(x))
     return whole
 
 

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
+from gwa_logging.integrations.torch.distributed import WRAPPERS
+
 Node = TypeVar("Node", bound=Hashable)
 Maker = nn.Module | str
 """A module, or a phrase for something that made the output but is none."""
@@ -153,7 +155,9 @@ class _Tracer(fx.Tracer):
         return m in self._layers or self._layers.isdisjoint(m.modules())
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Calls a container past its hooks, which are not made for symbols: fully_shard's would gather weights."""
+        """Calls a module past hooks and wrappers, which are not made for symbols: those of sharding would gather weights."""
+        while isinstance(m, WRAPPERS):
+            m = m.module
         return super().call_module(m, m.forward, args, kwargs)
 
 
