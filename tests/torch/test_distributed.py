@@ -1,0 +1,513 @@
+"""Several processes over gloo: the report is the same everywhere, and that of one process which sees all samples."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+from time import monotonic
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mlflow import MlflowClient
+from torch import Tensor, distributed, nn
+from torch.distributed.algorithms.join import Join
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.nn.functional import all_reduce
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, loss_parallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DistributedSampler
+
+import gwa_logging
+from gwa_logging import EarlyStop, EpochReport, InvalidInputError, Monitor, NoObservationsError, Suspect
+from gwa_logging.journal import read_journal
+from tests.torch.ranks import Failure, World, meet, run
+
+EPOCHS, BATCHES, BATCH = 2, 4, 24
+
+
+class Net(nn.Module):
+    """Five classes, so that a head split over two ranks has unequal parts, and over four an empty one."""
+
+    def __init__(self, classes: int = 5) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh())
+        self.head = nn.Linear(12, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+def wide() -> Net:
+    """More classes than features: the score is taken by the gradient of the embeddings."""
+    return Net(classes=15)
+
+
+class Untraceable(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.isfinite().all() else x
+
+
+class Sequences(Net):
+    """Every sample is a sequence of four, of which each rank brings its own part to the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body.requires_grad_(False)  # its gradients would have to be added up over the ranks
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = torch.stack([x, -x, x.flip(-1), x.roll(1, -1)], dim=1)
+        return super().forward(whole.chunk(world_size(), dim=1)[rank()])
+
+
+def rank() -> int:
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def world_size() -> int:
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(epoch)
+    for _ in range(BATCHES):
+        yield torch.randn(BATCH, 8, generator=generator), torch.randint(0, 5, (BATCH,), generator=generator)
+
+
+def cross_entropy(z: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(z.flatten(0, -2), y.repeat_interleave(z[0].numel() // z.shape[-1]))
+
+
+def doubled(z: Tensor, y: Tensor) -> Tensor:
+    """A loss that changes the logits in place, DTensors too."""
+    z = z.mul_(2)
+    return F.cross_entropy(z.full_tensor() if hasattr(z, "full_tensor") else z, y)
+
+
+def cross_entropy_of_parts(z: Tensor, y: Tensor) -> Tensor:
+    """Of logits of which every rank has those of its own classes."""
+    widths = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
+    distributed.all_gather(widths, torch.tensor([z.shape[-1]]))
+    own = y - int(sum(widths[: rank()]))
+    here = (own >= 0) & (own < z.shape[-1])
+    picked = torch.where(here, z.gather(-1, own.clamp(0, z.shape[-1] - 1)[:, None])[:, 0], 0.0)
+    losses = all_reduce(z.exp().sum(-1)).log() - all_reduce(picked)
+    return losses.mean() / world_size()  # all_reduce adds up the gradients, and every rank has the whole loss
+
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def train(model: Any, monitor: Monitor, loss: Loss, share: int = 0, shares: int = 1, n: int = EPOCHS) -> None:
+    """Trains on one of the shares of each batch."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    for epoch in monitor.epochs(n):
+        for x, y in batches(epoch):
+            optimizer.zero_grad()
+            loss(model(x[share::shares]), y[share::shares]).backward()
+            optimizer.step()
+
+
+@cache
+def in_one_process(make: Callable[[], nn.Module], loss: Loss) -> list[EpochReport]:
+    model = make()
+    with gwa_logging.watch(model) as monitor:
+        train(model, monitor, loss)
+    return monitor.history
+
+
+class Case(NamedTuple):
+    """A training run of several ranks that must equal one of a single process.
+
+    Attributes:
+        wrap: makes of the model what is trained.
+        make: the model.
+        loss: its loss, and that of the single process if it is another one.
+        watch_first: whether the model is watched before it is wrapped; else what came of it is.
+        shares: into how many shares each batch is cut for the ranks; None: for each rank one.
+        inside: what it is trained inside of.
+    """
+
+    wrap: Callable[[Any], Any]
+    make: Callable[[], Net] = Net
+    loss: Loss = cross_entropy
+    loss_of_one: Loss | None = None
+    watch_first: bool = False
+    shares: int | None = None
+    inside: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    def __call__(self) -> list[EpochReport]:
+        """On a rank."""
+        model = self.make()
+        monitor = gwa_logging.watch(model) if self.watch_first else None
+        model = self.wrap(model)
+        monitor = monitor or gwa_logging.watch(model)
+        shares = self.shares or world_size()
+        with self.inside(), monitor:
+            train(model, monitor, self.loss, share=rank() * shares // world_size(), shares=shares)
+        assert monitor.faults == {}
+        return monitor.history
+
+    def alone(self) -> list[EpochReport]:
+        """In one process."""
+        return in_one_process(self.make, self.loss_of_one or self.loss)
+
+
+def ddp(model: Net) -> nn.Module:
+    return DistributedDataParallel(model)
+
+
+def fsdp(model: Net) -> nn.Module:
+    """Sharded as a whole: the head's weight comes and goes with the root's."""
+    return fully_shard(model, mesh=init_device_mesh("cpu", (world_size(),)), reshard_after_forward=True)
+
+
+def fsdp_by_parts(model: Net) -> nn.Module:
+    """The head is sharded by itself: its weight is gone as soon as it has been called."""
+    mesh = init_device_mesh("cpu", (world_size(),))
+    for part in (model.body, model.head):
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+    return fully_shard(model, mesh=mesh, reshard_after_forward=True)
+
+
+def fsdp_of_old(model: Net) -> nn.Module:
+    """Every layer by itself, each in a wrapper."""
+    every_layer, device = ModuleWrapPolicy({nn.Linear}), torch.device("cpu")
+    return FullyShardedDataParallel(model, auto_wrap_policy=every_layer, device_id=device, use_orig_params=True)
+
+
+def split(style: Any) -> Callable[[Net], nn.Module]:
+    """Tensor parallelism for the head."""
+    return lambda model: parallelize_module(model, init_device_mesh("cpu", (world_size(),)), {"head": style})
+
+
+def split_and_sharded(model: Net) -> nn.Module:
+    """Two ranks share the head, and two such pairs share the batch."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    parallelize_module(model, mesh["tensor"], {"head": ColwiseParallel(output_layouts=Replicate())})
+    for part in (model.body, model.head, model):
+        fully_shard(part, mesh=mesh["data"], reshard_after_forward=True)
+    return model
+
+
+def compiled(wrap: Callable[[Net], nn.Module]) -> Callable[[Net], Any]:
+    return lambda model: torch.compile(wrap(model), backend="aot_eager")
+
+
+by_classes, by_features = (
+    split(ColwiseParallel(output_layouts=Replicate())),
+    split(RowwiseParallel(input_layouts=Replicate())),
+)
+as_parts, as_dtensor = split(ColwiseParallel()), split(ColwiseParallel(use_local_output=False))
+of_sequence = split(ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()))
+
+OF_TWO = {
+    "DDP": Case(ddp),
+    "DDP, watched before": Case(ddp, watch_first=True),
+    "DDP, compiled": Case(compiled(ddp)),
+    "DDP, the first pass tells the head": Case(ddp, Untraceable),
+    "FSDP2": Case(fsdp),
+    "FSDP2, watched before": Case(fsdp, watch_first=True),
+    "FSDP2, the head by itself": Case(fsdp_by_parts),
+    "FSDP2, the head by itself, watched before": Case(fsdp_by_parts, watch_first=True),
+    "FSDP2, a wide head": Case(fsdp_by_parts, wide),
+    "FSDP2, compiled": Case(compiled(fsdp_by_parts)),
+    "FSDP2, the first pass tells the head": Case(fsdp_by_parts, Untraceable),
+    "FSDP": Case(fsdp_of_old),
+    "FSDP, watched before": Case(fsdp_of_old, watch_first=True),
+    "split by classes": Case(by_classes, shares=1),
+    "split by classes, watched before": Case(by_classes, watch_first=True, shares=1),
+    "split by classes, local logits": Case(as_parts, Net, cross_entropy_of_parts, cross_entropy, shares=1),
+    "split by classes, DTensor logits": Case(as_dtensor, Net, F.cross_entropy, shares=1, inside=loss_parallel),
+    "split by classes, DTensor logits changed in place": Case(as_dtensor, Net, doubled, shares=1),
+    "split by classes, a wide head": Case(by_classes, wide, shares=1),
+    "split by classes, a wide head, watched before": Case(by_classes, wide, watch_first=True, shares=1),
+    "split by classes, input split by position": Case(of_sequence, Sequences, shares=1),
+    "split by classes, compiled": Case(compiled(by_classes), shares=1),
+    "split by classes, a wide head, compiled": Case(compiled(by_classes), wide, shares=1),
+    "split by classes, the first pass tells the head": Case(by_classes, Untraceable, shares=1),
+    "split by features": Case(by_features, shares=1),
+}
+OF_FOUR = {
+    "DDP": Case(ddp),
+    "FSDP2, the head by itself": Case(fsdp_by_parts),
+    "split by classes, of which one rank has none": Case(by_classes, shares=1),
+    "split by classes in pairs, which are sharded": Case(split_and_sharded, shares=2),
+}
+
+
+# --- other things that ranks do ---------------------------------------------------------------------------------------
+
+
+class Epochs(NamedTuple):
+    """The reports of a run, and what was said of an epoch in which no rank took a step."""
+
+    history: list[EpochReport]
+    error: str
+
+
+def unequal_steps() -> Epochs:
+    """Epochs in which the ranks take 3 and 1, 0 and 4, 4 and 0 of the batches; then one in which nobody takes any."""
+    model = DistributedDataParallel(Net())
+    with gwa_logging.watch(model) as monitor:
+        for epoch, first in enumerate((3, 0, 4)):
+            with Join([model]):
+                for x, y in list(batches(epoch))[slice(first, None) if rank() else slice(first)]:
+                    F.cross_entropy(model(x), y).backward()
+            monitor.end_epoch()
+        with pytest.raises(NoObservationsError) as error:
+            monitor.end_epoch()
+    return Epochs(monitor.history, str(error.value))
+
+
+def train_and_stop(share: int, shares: int) -> list[EpochReport]:
+    model = Net()
+    with gwa_logging.watch(model, early_stop=EarlyStop(patience=1, warmup=0, action="stop")) as monitor:
+        train(model, monitor, F.cross_entropy, share, shares, n=30)
+    return monitor.history
+
+
+def stopping() -> list[EpochReport]:
+    """Every rank trains a model of its own, and so would have its own idea of when to stop."""
+    return train_and_stop(rank(), world_size())
+
+
+def tracked() -> Path | None:
+    """Every rank asks for MLflow."""
+    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{Path('mlflow.db').absolute()}"
+    model = DistributedDataParallel(Net())
+    with gwa_logging.watch(model, backend="mlflow") as monitor:
+        train(model, monitor, F.cross_entropy, rank(), world_size())
+    return monitor.journal
+
+
+class Ledger(NamedTuple):
+    """The suspects of a run, and of another one that goes on from its state."""
+
+    suspects: list[Suspect]
+    resumed: list[Suspect]
+
+
+def training_set() -> tuple[Tensor, Tensor]:
+    """25 samples: DistributedSampler must give one of them to both of two ranks."""
+    x, y = next(batches(0))
+    return torch.cat([x, x[:1] / 2]), torch.cat([y, y[:1]])
+
+
+def ledger() -> Ledger:
+    """Two epochs of it."""
+    model = DistributedDataParallel(Net())
+    x, y = training_set()
+    with gwa_logging.watch(model, num_samples=len(x)) as monitor:
+        for _ in range(2):
+            ids = torch.tensor(list(DistributedSampler(x, shuffle=False)))
+            monitor.tag(ids)
+            F.cross_entropy(model(x[ids]), y[ids]).backward()
+            monitor.end_epoch()
+        suspects, state = monitor.suspects(len(x)), monitor.state_dict()
+    with gwa_logging.watch(model, num_samples=len(x)) as monitor:
+        monitor.load_state_dict(state)
+        return Ledger(suspects, monitor.suspects(len(x)))
+
+
+def windows() -> str:
+    with pytest.raises(InvalidInputError) as error:
+        gwa_logging.watch(Net(), samples_per_epoch=100)
+    return str(error.value)
+
+
+def flat_parameters() -> str:
+    model = FullyShardedDataParallel(Net(), device_id=torch.device("cpu"), use_orig_params=False)
+    with pytest.raises(InvalidInputError) as error:
+        gwa_logging.watch(model)
+    return str(error.value)
+
+
+def changed_in_place() -> dict[str, int]:
+    """Logits are changed in place, and fully_shard has freed the weight from which they could be computed anew."""
+    model = fsdp_by_parts(Net())
+    with gwa_logging.watch(model) as monitor, pytest.raises(NoObservationsError):
+        train(model, monitor, doubled, rank(), world_size())
+    return monitor.faults
+
+
+class Bereaved(NamedTuple):
+    """What a rank has to say when another one has died.
+
+    Attributes:
+        error: what `end_epoch` raised.
+        seconds: how long that took.
+        journal: of this rank, after `close`.
+    """
+
+    error: str
+    seconds: float
+    journal: Path | None
+
+
+def bereaved() -> Bereaved:
+    """The last rank dies before the first epoch ends. Nobody waits longer than five seconds for another one."""
+    me, everybody = rank(), world_size()
+    distributed.barrier()
+    distributed.destroy_process_group()
+    meet(me, everybody, timedelta(seconds=5), at="second meeting")
+    model = Net()
+    with gwa_logging.watch(model) as monitor:
+        for x, y in batches(0):
+            F.cross_entropy(model(x), y).backward()
+        if me == everybody - 1:
+            os._exit(1)
+        begun = monotonic()
+        with pytest.raises(RuntimeError) as error:
+            monitor.end_epoch()
+        seconds = monotonic() - begun
+    return Bereaved(str(error.value), seconds, monitor.journal)
+
+
+def _by_name(*functions: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
+    return {function.__name__: function for function in functions}
+
+
+WORLD_OF_TWO = OF_TWO | _by_name(unequal_steps, stopping, tracked, ledger, windows, flat_parameters, changed_in_place)
+WORLD_OF_FOUR = OF_FOUR | _by_name(bereaved)
+
+
+# --- the tests --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "tracked").mkdir()
+    database_in(folder).search_experiments()  # makes it
+    return run("tests.torch.test_distributed", "WORLD_OF_TWO", 2, folder)
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return run("tests.torch.test_distributed", "WORLD_OF_FOUR", 4, tmp_path_factory.mktemp("four"))
+
+
+def database_in(folder: Path) -> MlflowClient:
+    return MlflowClient(f"sqlite:///{folder / 'tracked' / 'mlflow.db'}")
+
+
+def assert_the_same(histories: list[list[EpochReport]]) -> None:
+    """To the bit; but every rank counts its own steps."""
+    first, *others = [[r.model_copy(update={"step": 0}).model_dump_json() for r in history] for history in histories]
+    assert all(other == first for other in others)
+
+
+def assert_equal(history: list[EpochReport], alone: list[EpochReport]) -> None:
+    """To 1e-6; what is counted, exactly."""
+    for report, want in zip(history, alone, strict=True):
+        assert (report.count, report.excluded, report.histogram) == (want.count, want.excluded, want.histogram)
+        for name in ("mean", "std", "skewness", "excess_kurtosis", "gwa", "stable_gwa"):
+            assert getattr(report, name) == pytest.approx(getattr(want, name), rel=0, abs=1e-6), name
+
+
+@pytest.mark.parametrize("name", OF_TWO)
+def test_two_ranks_report_what_one_process_would(two: World, name: str) -> None:
+    assert_the_same(two[name])
+    assert_equal(two[name][0], OF_TWO[name].alone())
+
+
+@pytest.mark.parametrize("name", OF_FOUR)
+def test_four_ranks_report_what_one_process_would(four: World, name: str) -> None:
+    assert_the_same(four[name])
+    assert_equal(four[name][0], OF_FOUR[name].alone())
+
+
+def test_a_rank_with_fewer_steps_or_none_holds_nobody_up_and_every_sample_counts(two: World) -> None:
+    found = two["unequal_steps"]
+    assert_the_same([epochs.history for epochs in found])
+    model = Net()
+    with gwa_logging.watch(model) as monitor:
+        for epoch in range(3):
+            for x, y in batches(epoch):
+                F.cross_entropy(model(x), y).backward()
+            monitor.end_epoch()
+    assert_equal(found[0].history, monitor.history)
+
+
+def test_an_epoch_in_which_no_rank_takes_a_step_is_an_error_on_every_rank(two: World) -> None:
+    assert all("epoch 3 has ended, but no training step" in epochs.error for epochs in two["unequal_steps"])
+
+
+def test_all_ranks_stop_in_the_same_epoch_though_each_alone_would_stop_in_another(two: World) -> None:
+    alone = [len(train_and_stop(share, 2)) for share in range(2)]
+    together = [len(history) for history in two["stopping"]]
+    assert alone[0] != alone[1]
+    assert together[0] == together[1] < 30
+    assert_the_same(two["stopping"])
+
+
+def test_rank_0_alone_writes_one_journal_and_one_run(two: World) -> None:
+    (folder,) = (two.folder / "tracked" / "gwa_runs").iterdir()
+    assert two["tracked"] == [Path("gwa_runs") / folder.name / "journal.jsonl", None]
+    client = database_in(two.folder)
+    (run,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    counts = [metric.value for metric in client.get_metric_history(run.info.run_id, "gwa/count")]
+    assert counts == [BATCHES * BATCH] * EPOCHS
+
+
+def test_the_ledger_is_that_of_all_ranks_and_a_sample_given_to_both_is_seen_twice(two: World) -> None:
+    found = two["ledger"]
+    x, y = training_set()
+    assert found[0] == found[1]
+    assert sorted((s.id, s.times_seen) for s in found[0].suspects) == [(0, 4), *((i, 2) for i in range(1, len(x)))]
+    model = Net()
+    with gwa_logging.watch(model, num_samples=len(x)) as monitor:
+        monitor.tag(torch.arange(len(x)))
+        F.cross_entropy(model(x), y).backward()
+        want = {s.id: s.mean_score for s in monitor.suspects(len(x))}
+    assert {s.id: s.mean_score for s in found[0].suspects} == pytest.approx(want, rel=0, abs=1e-6)
+
+
+def test_a_state_that_every_rank_loads_counts_once(two: World) -> None:
+    assert all(found.resumed == found.suspects for found in two["ledger"])
+
+
+def test_windows_by_samples_are_refused(two: World) -> None:
+    assert all("2 ranks would close their windows at different moments" in said for said in two["windows"])
+
+
+def test_a_head_whose_weight_is_a_piece_of_a_flat_parameter_is_refused_with_the_remedy(two: World) -> None:
+    assert all("use_orig_params=True" in said for said in two["flat_parameters"])
+
+
+def test_logits_changed_in_place_over_a_freed_weight_are_a_fault_and_no_crash(two: World) -> None:
+    assert two["changed_in_place"] == [{"probe": BATCHES}] * 2
+
+
+def test_when_a_rank_dies_the_others_get_torchs_own_error_and_rank_0_closes_its_journal(four: World) -> None:
+    *found, dead = [four.of_rank("bereaved", number) for number in range(4)]
+    assert isinstance(dead, Failure)
+    assert all(isinstance(survivor, Bereaved) for survivor in found), found
+    assert all("gloo" in survivor.error.lower() for survivor in found)
+    assert all(survivor.seconds < 30 for survivor in found)
+    assert [survivor.journal is None for survivor in found] == [False, True, True]
+    records, _ = read_journal(four.folder / "bereaved" / found[0].journal)
+    *_, epoch, last = records
+    assert (epoch.kind, last.kind) == ("epoch", "close")
+    assert epoch.count == BATCHES * BATCH
+    assert "closed before the end of the epoch" in epoch.notes
+
+
+def test_before_there_is_a_process_group_torchrun_says_who_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with gwa_logging.watch(Net()) as monitor:
+        assert monitor.journal is None
+    with pytest.raises(InvalidInputError, match="2 ranks"):
+        gwa_logging.watch(Net(), samples_per_epoch=100)
+    monkeypatch.setenv("RANK", "0")
+    with gwa_logging.watch(Net()) as monitor:
+        assert monitor.journal is not None
