@@ -22,6 +22,7 @@ from gwa_logging.integrations.torch.distributed import (
 from gwa_logging.integrations.torch.heads import FirstPass, Head, HeadCall, find_head, unwrapped
 from gwa_logging.integrations.torch.layers import layer_of
 from gwa_logging.integrations.torch.probe import HeadProbe
+from gwa_logging.integrations.torch.silence import Silence
 from gwa_logging.monitor import logger
 from gwa_logging.samples import check_sample_ids
 from gwa_logging.settings import WatchSettings
@@ -55,6 +56,7 @@ class TorchAdapter:
         self._faults = faults
         self._on_step: Callable[[], None] = lambda: None
         self._watching: HeadProbe | FirstPass | None = None
+        self._silence: Silence | None = None
 
     @property
     def path(self) -> str:
@@ -74,6 +76,8 @@ class TorchAdapter:
         """Begins to observe."""
         self._on_step = on_step
         model = self._model()
+        if model is not None:
+            self._silence = Silence(model, self._silent)
         if self._found is not None:
             self._watching = self._probe(self._found)
         elif model is not None:
@@ -95,7 +99,22 @@ class TorchAdapter:
                 f"{head}: its weight is not a parameter of its own. FullyShardedDataParallel needs use_orig_params=True; "
                 "or take fully_shard"
             )
-        return HeadProbe(layer_of(head.module), self._accumulator, self._on_step, self._faults)
+        return HeadProbe(layer_of(head.module), self._accumulator, self._first_step, self._faults)
+
+    def _first_step(self) -> None:
+        """The first step that the probe sees ends the wait for it; the others go straight to the monitor."""
+        if isinstance(self._watching, HeadProbe):
+            self._watching.on_step = self._on_step
+        self._hear()
+        self._on_step()
+
+    def _hear(self) -> None:
+        if self._silence is not None:
+            self._silence.heard()
+
+    def _silent(self, steps: int) -> None:
+        """Optimizer steps have passed, and the probe has seen none."""
+        self._faults.record("silence", f"{steps} optimizer steps and no observation. {self.nothing_seen()}")
 
     def observe(self, scores: Any, sample_ids: Any) -> None:
         """Takes in scores of the user's own making."""
@@ -108,6 +127,7 @@ class TorchAdapter:
             raise InvalidInputError(f"scores: expected a floating-point tensor [batch], found {found}")
         if sample_ids is not None:
             check_sample_ids(sample_ids, scores.numel(), self._num_samples)
+        self._hear()
         self._accumulator.add_scores(scores.detach(), sample_ids)
         self._on_step()
 
@@ -143,6 +163,7 @@ class TorchAdapter:
 
     def close(self) -> None:
         """Takes the probe off."""
+        self._hear()
         if self._watching is not None:
             self._watching.close()
             self._watching = None

@@ -79,9 +79,13 @@ def wholes(model: nn.Module) -> list[nn.Module]:
 
 def lookalikes(model: nn.Module) -> dict[str, str]:
     """Layers that would be candidates but for a reason: the reasons, by path."""
-    possible = candidates(model).values()
-    found = {path: m for path, m in model.named_modules() if "Linear" in type(m).__name__ and m not in set(possible)}
-    return {path: refusal(module) or "part of an adapter" for path, module in found.items()}
+    possible = set(candidates(model).values())
+    return {
+        path: refusal(module) or "part of an adapter"
+        for path, module in model.named_modules()
+        if module not in possible
+        and (isinstance(module, nn.Linear) or "Linear" in type(module).__name__ or is_adapter(module))
+    }
 
 
 def is_adapter(module: nn.Module) -> bool:

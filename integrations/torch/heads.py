@@ -280,4 +280,6 @@ def describe(model: nn.Module, wanted: Any = None) -> str:
     table = [
         "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]).rstrip() for row in rows
     ]
-    return "\n".join([f"{type(model).__name__}: {len(rows) - 1} layers that could be the head", *table, *verdicts])
+    return "\n".join(
+        [f"{type(model).__name__}: {len(rows) - 1} layers that could be the head, or look like it", *table, *verdicts]
+    )

@@ -121,7 +121,7 @@ class HeadProbe:
         self.enabled = True
         self.layer = layer
         self._accumulator = accumulator
-        self._on_step = on_step
+        self.on_step = on_step
         self._faults = faults
         self._link: Tensor | None = None  # from `before` to `after`, while a graph is being compiled
         self._slot: Slot | None = None
@@ -211,7 +211,7 @@ class HeadProbe:
         try:
             if self.enabled:
                 self._accumulator.add_scores(rows[:, 0], sample_ids, valid=rows[:, 1])
-                self._on_step()
+                self.on_step()
         except Exception as error:  # noqa: BLE001 - nothing may reach the user's backward pass
             self.fault(error)
 
@@ -338,7 +338,7 @@ class _Pass:
                 "the head's input or bias was changed in place between the forward and the backward pass"
             )
         self.probe._accumulator.add_terms(terms, self.sample_ids)
-        self.probe._on_step()
+        self.probe.on_step()
 
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

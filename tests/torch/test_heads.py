@@ -1,6 +1,10 @@
 """Which layer is the head, how it is found, and what is said when it is not."""
 
+import copy
+import dataclasses
 import logging
+import random
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -9,7 +13,7 @@ from torch import nn
 
 import gwa_logging
 from gwa_logging import HeadNotFoundError, InvalidInputError
-from gwa_logging.integrations.torch.heads import find_head
+from gwa_logging.integrations.torch.heads import describe, find_head
 
 
 class Base(nn.Module):
@@ -74,6 +78,167 @@ class Keeps(Base):
         return self.first(self.features)
 
 
+class Own(nn.Linear):
+    """As timm's Linear: a forward of its own that does the same."""
+
+    def forward(self, input):
+        return F.linear(input, self.weight, self.bias)
+
+
+class Scaled(nn.Linear):
+    """A forward of its own that does more."""
+
+    def forward(self, input):
+        return 2.0 * F.linear(input, self.weight, self.bias)
+
+
+class LowRank(nn.Linear):
+    """As loralib's Linear: today it is linear in its weight, since half of the product is zero."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.down, self.up = nn.Parameter(torch.randn(2, sizes[0])), nn.Parameter(torch.zeros(sizes[1], 2))
+
+    def forward(self, input):
+        return F.linear(input, self.weight + self.up @ self.down, self.bias)
+
+
+class Adapter(nn.Module):
+    """As PEFT's lora.Linear."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = layer
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(layer.in_features, 2, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, layer.out_features, bias=False)})
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
+
+
+class Headed(nn.Module):
+    """A body and a head of the test's choice; `traceable` or not."""
+
+    def __init__(self, head: nn.Module, traceable: bool) -> None:
+        super().__init__()
+        self.body, self.head, self.traceable = nn.Linear(8, 8), head, traceable
+
+    def forward(self, x):
+        if not self.traceable and x.sum() > 1e9:
+            return x
+        return self.head(torch.relu(self.body(x)))
+
+
+class Cosine(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.prototypes = nn.Linear(8, 5, bias=False)
+
+    def forward(self, x):
+        return 16 * F.linear(F.normalize(x), F.normalize(self.prototypes.weight))
+
+
+class Functional(nn.Module):
+    """A weight that is no layer, in a container that has one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.table = nn.Linear(8, 8), nn.Parameter(torch.randn(5, 8))
+
+    def forward(self, x):
+        return F.linear(self.inner(x), self.table)
+
+
+class Adjusted(nn.Module):
+    """A temperature, an offset per class and a prior go with any head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 5)
+        self.scale, self.offset = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(5))
+        self.register_buffer("prior", torch.zeros(5))
+
+    def forward(self, x):
+        return self.fc(x) * self.scale.exp() + self.offset - self.prior
+
+
+class Outputs(NamedTuple):
+    aux: torch.Tensor
+    logits: torch.Tensor
+
+
+@dataclasses.dataclass
+class Record:
+    aux: torch.Tensor
+    logits: torch.Tensor
+
+
+class Auxiliary(Base):
+    """Its output names the logits."""
+
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x):
+        h = self.body(x)
+        return self.kind(aux=self.second(h), logits=self.first(h))
+
+
+class DynamicAuxiliary(Auxiliary):
+    def forward(self, x):
+        return super().forward(x) if x.sum() < 1e9 else x
+
+
+class Masked(Base):
+    """A trace with a symbol for the mask would take the other way: a symbol is not None."""
+
+    def forward(self, x, mask=None):
+        return self.second(self.body(x) * mask) if mask is not None else self.first(self.body(x))
+
+
+class Counts(Base):
+    """Its forward changes a buffer and draws random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, x):
+        self.steps.add_(1)
+        self.steps = self.steps
+        return self.first(self.body(x)) * (1 + 0 * torch.rand(1))
+
+
+class Summed(Base):
+    """An output that is changed in place."""
+
+    def forward(self, x):
+        if x.sum() > 1e9:
+            return x
+        z = self.first(self.body(x))
+        z += self.second(x)
+        return z
+
+
+class Declaring(Base):
+    """As a model of timm that cannot be traced: its own library says what the classifier is."""
+
+    num_classes = 5
+
+    def __init__(self, *classifier: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(classifier)
+
+    def get_classifier(self):
+        return self.parts[0] if len(self.parts) == 1 else tuple(self.parts)
+
+    def forward(self, x):
+        if x.sum() > 1e9:
+            return x
+        return sum(part(self.body(x)) for part in self.parts)
+
+
 @pytest.mark.parametrize(
     ("model", "path"),
     [
@@ -83,10 +248,29 @@ class Keeps(Base):
         (DeclaredLast(), "first"),
         (Softmaxed(), "first"),
         (Keeps(), "first"),
+        (Adjusted(), "fc"),
+        (Headed(Own(8, 5), True), "head"),
+        (Auxiliary(dict), "first"),
+        (Auxiliary(Outputs), "first"),
+        (Auxiliary(Record), "first"),
         (nn.DataParallel(DeclaredLast()), "first"),
         (torch.compile(DeclaredLast()), "first"),
     ],
-    ids=["itself", "sequential", "nested", "declared last", "softmaxed", "keeps", "DataParallel", "compiled"],
+    ids=[
+        "itself",
+        "sequential",
+        "nested",
+        "declared last",
+        "softmaxed",
+        "keeps",
+        "scaled and shifted",
+        "own forward",
+        "mapping",
+        "named tuple",
+        "record",
+        "DataParallel",
+        "compiled",
+    ],
 )
 def test_the_head_is_the_layer_that_the_output_comes_from(model, path):
     head = find_head(model)
@@ -158,3 +342,172 @@ def test_two_heads_found_in_the_first_pass_are_refused_before_anything_is_traine
 def test_a_wrong_head_argument_is_named(head, error, said):
     with pytest.raises(error, match=said):
         gwa_logging.watch(TwoHeads(), head=head)
+
+
+def first_pass(model: nn.Module) -> str:
+    """The monitor's word on a head that the first training pass has told."""
+    monitor = gwa_logging.watch(model)
+    output = model(torch.randn(4, 8))
+    output = output["logits"] if isinstance(output, dict) else getattr(output, "logits", output)
+    F.cross_entropy(output, torch.arange(4)).backward()
+    assert monitor.end_epoch().count == 4
+    return monitor._adapter.head
+
+
+@pytest.mark.parametrize("kind", [dict, Outputs, Record], ids=["mapping", "named tuple", "record"])
+def test_of_an_output_with_other_tensors_the_logits_count_in_the_first_pass(kind):
+    model = DynamicAuxiliary(kind)
+    assert find_head(model) is None
+    assert "head 'first' (Linear 8 -> 5): the output of the first pass" in first_pass(model)
+
+
+def test_a_head_that_is_called_by_keyword_is_found_in_the_first_pass():
+    class ByKeyword(Base):
+        def forward(self, x):
+            return self.first(input=self.body(x)) if x.sum() < 1e9 else x
+
+    assert "head 'first'" in first_pass(ByKeyword())
+
+
+def test_an_argument_that_may_be_none_is_not_taken_for_a_mask():
+    """Its two traces do not agree, so the first pass tells, with the mask or without."""
+    assert find_head(Masked()) is None
+    assert "head 'first'" in first_pass(Masked())
+
+
+def test_tracing_changes_no_buffer_and_draws_no_random_number():
+    model = Counts()
+    before = copy.deepcopy(model.state_dict())
+    torch.manual_seed(3)
+    random.seed(3)
+    states = torch.get_rng_state(), random.getstate()
+    assert find_head(model).path == "first"
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_layer_whose_output_is_changed_in_place_does_not_hide_the_other_one():
+    gwa_logging.watch(model := Summed())
+    with pytest.raises(HeadNotFoundError, match="several layers: 'first', 'second'"):
+        model(torch.randn(4, 8))
+
+
+# --- what libraries declare -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("classifier", "path"),
+    [
+        (nn.Linear(8, 5), "parts.0"),
+        (nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 5)), "parts.0.2"),
+        (nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 5)), "parts.0.1"),
+    ],
+    ids=["layer", "two layers, one with as many outputs as classes", "wrapper"],
+)
+def test_a_classifier_that_the_library_declares_is_the_head_where_no_trace_is(classifier, path):
+    head = find_head(Declaring(classifier))
+    assert head.path == path
+    assert "get_classifier() says so" in str(head)
+
+
+def test_several_classifiers_that_the_library_declares_are_refused_with_the_list_to_pass():
+    with pytest.raises(HeadNotFoundError, match=r"head=\['parts.0', 'parts.1'\]"):
+        find_head(Declaring(nn.Linear(8, 5), nn.Linear(8, 5)))
+
+
+def test_a_declared_classifier_with_two_layers_of_that_width_is_left_to_the_first_pass():
+    model = Declaring(nn.Sequential(nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 5)))
+    assert find_head(model) is None
+    assert "head 'parts.0.2'" in first_pass(model)
+
+
+def test_a_model_built_without_a_classifier_has_none():
+    with pytest.raises(HeadNotFoundError, match=r"has no classifier: so its own get_classifier\(\) says"):
+        find_head(Declaring(nn.Identity()))
+    assert find_head(Declaring(nn.Identity()), "body").path == "body"
+
+
+# --- what looks like a head and is none -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("traceable", [True, False], ids=["traced", "first pass"])
+@pytest.mark.parametrize(
+    ("head", "said"),
+    [
+        (Cosine(), "a normalised vector (a cosine head)"),
+        (Functional(), "(5 x 8) that is not called as a layer of its own (F.linear on a parameter"),
+        (Scaled(8, 5), "'head' (Scaled has a forward of its own, which does not compute W h + b)"),
+        (LowRank(8, 5), "'head' (LowRank has a forward of its own, with 'down', 'up' besides its weight)"),
+        (Adapter(nn.Linear(8, 5)), "'head' (Adapter is an adapter: the layer in it, and a low-rank product"),
+        (nn.Sequential(nn.Linear(8, 5), nn.LayerNorm(5)), "'head.1' (LayerNorm is neither a linear layer"),
+        (nn.Bilinear(8, 8, 5), "'head' (Bilinear is neither a linear layer"),
+    ],
+    ids=["cosine", "functional", "scaled", "low rank", "adapter", "normalised", "bilinear"],
+)
+def test_the_refusal_says_what_the_output_comes_from(head, said, traceable):
+    model = Headed(head, traceable)
+    if isinstance(head, nn.Bilinear):
+        model.head.forward = lambda x: nn.Bilinear.forward(head, x, x)
+    with pytest.raises(HeadNotFoundError) as error:  # noqa: PT012 - the trace tells at once, or the first pass does
+        monitor = gwa_logging.watch(model)
+        assert not traceable
+        assert "the first training pass will tell" in monitor._adapter.head
+        model(torch.randn(4, 8))
+    assert said in str(error.value)
+
+
+def test_a_packed_weight_is_refused_with_the_reason():
+    class Packed(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(8, 5)
+            self.weight = nn.Parameter(torch.zeros(20, 1, dtype=torch.uint8), requires_grad=False)
+
+        def forward(self, input):
+            return input[:, :5] + self.weight.sum()
+
+    for wanted in (None, "head"):
+        with pytest.raises(HeadNotFoundError, match="packed or quantised"):
+            find_head(Headed(Packed(), True), wanted)
+
+
+def test_a_lazy_layer_has_no_shape_to_be_read():
+    with pytest.raises(HeadNotFoundError, match="run one forward pass before watch"):
+        find_head(Headed(nn.LazyLinear(5), True), "head")
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def test_the_finders_view_names_every_candidate_and_the_choice():
+    lines = describe(Headed(nn.Sequential(LowRank(8, 8), nn.Linear(8, 5)), True)).splitlines()
+    assert lines[0] == "Headed: 3 layers that could be the head, or look like it"
+    assert [line.split()[:2] for line in lines[2:5]] == [
+        ["body", "Linear"],
+        ["head.0", "LowRank"],
+        ["head.1", "Linear"],
+    ]
+    assert lines[2].endswith("candidate")
+    assert lines[3].endswith("refused: LowRank has a forward of its own, with 'down', 'up' besides its weight")
+    assert lines[4].endswith("HEAD: the output comes from it (traced)")
+    assert (
+        len({line.index(word) for line, word in zip(lines[1:5], ["shape", "8 -> 8", "8 -> 8", "8 -> 5"], strict=True)})
+        == 1
+    )
+    assert lines[5] == "head 'head.1' (Linear 8 -> 5): the output comes from it (traced)"
+
+
+@pytest.mark.parametrize(
+    ("model", "wanted", "last"),
+    [
+        (TwoHeads(), None, "no head: the output of TwoHeads comes from several layers: 'first', 'second'."),
+        (TwoHeads(), ["first", "second"], "head 'second' (Linear 8 -> 5): named by head="),
+        (Dynamic(), None, "head: the first training pass will tell"),
+        (nn.Conv2d(1, 5, 3), None, "no head: Conv2d has no linear layer and no 1x1 convolution"),
+        (nn.Linear(8, 5), None, "head (the model itself) (Linear 8 -> 5): the output comes from it (traced)"),
+    ],
+    ids=["several", "named", "dynamic", "none", "itself"],
+)
+def test_the_finders_view_ends_with_the_verdict(model, wanted, last):
+    assert describe(model, wanted).splitlines()[-1].startswith(last)

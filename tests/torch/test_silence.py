@@ -1,0 +1,65 @@
+"""Steps that pass while the probe sees nothing are noticed after a few of them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.optimizer import _global_optimizer_post_hooks
+
+import gwa_logging
+from gwa_logging import NoObservationsError
+
+
+class Sideways(nn.Module):
+    """Its head is used by its weight alone, so that no hook of it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(self.body(x), self.head.weight, self.head.bias)
+
+
+def train(model: nn.Module, steps: int) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(steps):
+        F.cross_entropy(model(torch.randn(4, 8)), torch.randint(0, 5, (4,))).backward()
+        optimizer.step()
+
+
+def test_silence_is_said_once_after_a_few_steps_and_is_an_error_at_the_epochs_end(caplog):
+    model = Sideways()
+    monitor = gwa_logging.watch(model, head="head")
+    train(model, 4)
+    assert monitor.faults == {}
+    train(model, 20)
+    assert monitor.faults == {"silence": 1}
+    assert sum("no observation" in message and "F.linear" in message for message in caplog.messages) == 1
+    with pytest.raises(NoObservationsError, match=r"F\.linear"):
+        monitor.end_epoch()
+
+
+def test_steps_of_another_model_are_not_taken_for_silence():
+    model = nn.Linear(8, 5)
+    monitor = gwa_logging.watch(model)
+    train(nn.Linear(8, 5), 20)
+    assert monitor.faults == {}
+
+
+def test_a_model_that_is_seen_is_not_silent_and_nobody_listens_any_more():
+    hooks = _global_optimizer_post_hooks
+    before = len(hooks)
+    model = nn.Linear(8, 5)
+    monitor = gwa_logging.watch(model)
+    assert len(hooks) == before + 1
+    train(model, 20)
+    assert monitor.faults == {}
+    assert len(hooks) == before
+
+
+def test_closing_ends_the_listening():
+    hooks = _global_optimizer_post_hooks
+    before = len(hooks)
+    gwa_logging.watch(nn.Linear(8, 5)).close()
+    assert len(hooks) == before
