@@ -108,6 +108,9 @@ class Monitor:
     def tag(self, sample_ids: Any) -> None:
         """Says which samples the next forward pass is about (PyTorch).
 
+        Where the head's pass is itself repeated in the backward pass (reentrant checkpointing of the whole model), of several
+        passes before one backward only the last keeps its ids.
+
         Args:
             sample_ids: int [batch] into the ledger (`watch(num_samples=)`).
         """
