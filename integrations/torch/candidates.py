@@ -21,7 +21,7 @@ def refusal(module: nn.Module) -> str | None:
             f"{kind} is an adapter: the layer in it, and a low-rank product; their sum is no weight that could be read. "
             "Leave the head out of the adapted layers"
         )
-    if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and is_lazy(module.weight):
+    if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and any(map(is_lazy, module.parameters())):
         return f"{kind} has no shape yet: run one forward pass before watch()"
     if isinstance(module, nn.Linear) and _own_forward(module):
         weight = module.weight

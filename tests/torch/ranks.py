@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import distributed
 
-DEADLINE = 300.0
+DEADLINE = 240.0
 """Seconds for everything that one world does; a quiet machine needs a tenth of it."""
 
 PATIENCE = timedelta(seconds=60)
@@ -71,6 +71,7 @@ def run(module: str, scenarios: str, ranks: int, folder: Path) -> World:
         for process in processes:
             if process.is_alive():
                 process.kill()
+                process.join()
     return World(folder, ranks)
 
 
