@@ -116,12 +116,12 @@ def _open(room: Any, model: Any, settings: WatchSettings, folder: Path, *, besid
                     backends.append(opened)
         monitor = Monitor(settings, journal, faults)
         monitor._start(name, adapter, backends)
+        adapter.start(monitor._on_step)
     except BaseException:
         adapter.close()
         for opened in backends:
             opened.close()
         raise
-    adapter.start(monitor._on_step)
     # A model that is dropped takes its head along, even if nobody closes the monitor.
     weakref.finalize(room.subject(model), adapter.close).atexit = False
     logger.info("gwa_logging: %s; journal: %s", adapter.head, monitor.journal)

@@ -157,7 +157,8 @@ class Monitor:
     def end_epoch(self) -> EpochReport:
         """Closes an epoch: waits for its scores, reports them, asks the stop rule, writes it all down.
 
-        Of several processes (torch.distributed), each must call it; all get the same report.
+        Of several processes (torch.distributed, jax.distributed), each must call it; all get the same report, but for its
+        `step`, which each counts for itself.
 
         Raises:
             NoObservationsError: no training step has passed the probe since the last epoch.
@@ -258,6 +259,8 @@ class Monitor:
     def suspects(self, k: int = 100) -> list[Suspect]:
         """The k training samples that are most probably mislabelled, most suspect first. Waits for the device.
 
+        Of several processes, each must call it: the ledger is added up over them.
+
         Raises:
             InvalidInputError: there is no ledger: `watch(..., num_samples=N)`.
         """
@@ -273,7 +276,11 @@ class Monitor:
         return samples.suspects(sums[:-1], seen[:-1], k)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on later: plain JSON-able values and NumPy arrays. Waits for the device."""
+        """Everything needed to go on later: plain JSON-able values and NumPy arrays. Waits for the device.
+
+        Of several processes, each must call it if there is a ledger, which is added up over them; of an epoch in progress the
+        state holds this process's samples only, so save it at an epoch's end.
+        """
         with self._lock:
             self._gather()
             summary = self._intervals.summary
@@ -323,7 +330,8 @@ class Monitor:
                 self._adapter.load_ledger(np.asarray(ledger[0]), np.asarray(ledger[1]))
             self.history, self.alert = history, alert
             self._rule.state = stop_state
-            self._intervals.go_on(step, len(history), summary, limit)
+            # All processes may load the state of one of them: its samples must count once.
+            self._intervals.go_on(step, len(history), summary if self._adapter.writes else AlignmentSummary(), limit)
 
     @property
     def faults(self) -> dict[str, int]:

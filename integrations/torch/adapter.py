@@ -34,14 +34,25 @@ def attach(model: nn.Module, settings: WatchSettings, faults: Faults) -> "TorchA
 
     Raises:
         HeadNotFoundError: see `find_head`.
-        InvalidInputError: windows by samples are asked for in a run of several processes.
+        InvalidInputError: windows by samples are asked for in a run of several processes, or the head has no parameter.
     """
     if settings.samples_per_epoch is not None and ranks() > 1:
         raise InvalidInputError(
             f"samples_per_epoch={settings.samples_per_epoch}: {ranks()} ranks would close their windows at different "
             "moments; call monitor.end_epoch() on every rank instead"
         )
-    return TorchAdapter(model, find_head(model, settings.head), settings.num_samples, faults)
+    head = find_head(model, settings.head)
+    if head is not None:
+        _check(head)
+    return TorchAdapter(model, head, settings.num_samples, faults)
+
+
+def _check(head: Head) -> None:
+    if next(head.module.parameters(), None) is None:
+        raise InvalidInputError(
+            f"{head}: its weight is not a parameter of its own. FullyShardedDataParallel needs use_orig_params=True; "
+            "or take fully_shard"
+        )
 
 
 class TorchAdapter:
@@ -84,6 +95,7 @@ class TorchAdapter:
             self._watching = FirstPass(model, self._tell)
 
     def _tell(self, head: Head, calls: list[HeadCall]) -> None:
+        _check(head)
         self.head = str(head)
         logger.info("gwa_logging: %s", self.head)
         self._watching = probe = self._probe(head)
@@ -94,11 +106,6 @@ class TorchAdapter:
                     probe.listen(call.module, call.embeddings, call.output)
 
     def _probe(self, head: Head) -> HeadProbe:
-        if next(head.module.parameters(), None) is None:
-            raise InvalidInputError(
-                f"{head}: its weight is not a parameter of its own. FullyShardedDataParallel needs use_orig_params=True; "
-                "or take fully_shard"
-            )
         return HeadProbe(layer_of(head.module), self._accumulator, self._first_step, self._faults)
 
     def _first_step(self) -> None:

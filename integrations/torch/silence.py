@@ -23,15 +23,13 @@ class Silence:
 
     def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         model = self._model()
-        if model is None:
-            self.heard()
-            return
+        if model is None or self._steps >= STEPS:
+            return  # the hook stays until `heard`: PyTorch is going through its hooks, and none may leave meanwhile
         trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if trained.isdisjoint(map(id, model.parameters())):
             return
         self._steps += 1
-        if self._steps >= STEPS:
-            self.heard()
+        if self._steps == STEPS:
             self._said(self._steps)
 
     def heard(self) -> None:

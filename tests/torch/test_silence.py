@@ -58,6 +58,13 @@ def test_a_model_that_is_seen_is_not_silent_and_nobody_listens_any_more():
     assert len(hooks) == before
 
 
+def test_silence_about_one_of_two_models_leaves_the_optimizer_alone():
+    model, other = Sideways(), Sideways()
+    monitors = [gwa_logging.watch(each, head="head") for each in (model, other)]
+    train(model, 20)
+    assert [monitor.faults for monitor in monitors] == [{"silence": 1}, {}]
+
+
 def test_closing_ends_the_listening():
     hooks = _global_optimizer_post_hooks
     before = len(hooks)
