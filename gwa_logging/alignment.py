@@ -43,6 +43,9 @@ GWA or turn its sign, and the value says more about the pole than about the mode
 SCORE_TOLERANCE = 1e-3
 """How far rounding may take a score beyond [-1, 1] before it counts as not being a score."""
 
+SMALLEST = 1e-18
+"""Of a norm whose square float32 still holds to full precision. On the device a smaller gradient counts as none."""
+
 NO_GRADIENT, DEAD, NOT_FINITE = math.nan, -math.inf, math.inf
 
 FloatArray = npt.NDArray[np.float64]

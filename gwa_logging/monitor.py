@@ -272,7 +272,10 @@ class Monitor:
             sums, seen = self._adapter.ledger()
         strays = int(seen[-1])
         if strays:
-            self._faults.record("sample ids", f"{strays} ids were not in [0, {len(seen) - 1}) and were left out")
+            self._faults.record(
+                "sample ids",
+                f"{strays} ids were not in [0, {len(seen) - 1}), or not as many as their samples, and were left out",
+            )
         return samples.suspects(sums[:-1], seen[:-1], k)
 
     def state_dict(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec, reshard
 
-from gwa_logging.alignment import DEAD, NO_GRADIENT, NOT_FINITE
+from gwa_logging.alignment import DEAD, NO_GRADIENT, NOT_FINITE, SMALLEST
 from gwa_logging.errors import InvalidInputError
 
 HAND_WRITTEN = "tap"
@@ -124,7 +124,7 @@ def alignment_scores(delta: Array, logits: Array, embeddings: Array, weight: Arr
     seen = jnp.linalg.norm(embeddings, axis=-1) * jnp.sqrt(jnp.sum(weight * weight))
     scores = -product / delta_norm / seen
     scores = jnp.where(seen == 0, DEAD, scores)
-    scores = jnp.where(delta_norm == 0, NO_GRADIENT, scores)
+    scores = jnp.where(delta_norm < SMALLEST, NO_GRADIENT, scores)
     return jnp.where(jnp.isfinite(product + delta_norm + seen), scores, NOT_FINITE)
 
 

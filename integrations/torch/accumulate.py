@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gwa_logging.alignment import DEAD, NO_GRADIENT, NOT_FINITE, SCORE_TOLERANCE
+from gwa_logging.alignment import DEAD, NO_GRADIENT, NOT_FINITE, SCORE_TOLERANCE, SMALLEST
 from gwa_logging.histogram import BINS, EDGES
 from gwa_logging.summary import AlignmentSummary
 
@@ -23,7 +23,6 @@ FOLD_AT = 65_536
 _NUMBERS = ("count", "mean", "m2", "m3", "m4", "minimum", "maximum", "no_gradient", "dead", "not_finite")
 _PADDING = 4.0  # marks a row that is no sample; no score is above 1
 _NO_GRADIENT, _NOT_FINITE, _DEAD = 64.0, 128.0, -128.0  # the marks in a gradient, where a NaN would alarm the user
-_SMALLEST = 1e-18  # of a norm whose square float32 still holds to full precision
 
 
 class Terms(NamedTuple):
@@ -46,7 +45,7 @@ class Terms(NamedTuple):
         seen = self.embedding_norms * self.weight_norm
         scores = (-self.product / self.delta_norms / seen).float()
         scores = torch.where(seen == 0, DEAD, scores)
-        scores = torch.where(self.delta_norms < _SMALLEST, NO_GRADIENT, scores)
+        scores = torch.where(self.delta_norms < SMALLEST, NO_GRADIENT, scores)
         return torch.where(torch.isfinite(self.product + self.delta_norms + seen), scores, NOT_FINITE)
 
 

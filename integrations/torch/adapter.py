@@ -60,19 +60,15 @@ class TorchAdapter:
 
     def __init__(self, model: nn.Module, head: Head | None, num_samples: int | None, faults: Faults) -> None:
         self.head = str(head) if head else "head: the first training pass will tell"
+        self.path = head.path if head else ""
         self._model = weakref.ref(unwrapped(model))
-        self._found = head
+        self._found = head  # until the start: it would keep the head of a model that is dropped
         self._num_samples = num_samples
         self._accumulator = RankAccumulator(num_samples)
         self._faults = faults
         self._on_step: Callable[[], None] = lambda: None
         self._watching: HeadProbe | FirstPass | None = None
         self._silence: Silence | None = None
-
-    @property
-    def path(self) -> str:
-        """The head's path; empty while it is not known."""
-        return self._found.path if self._found else ""
 
     @property
     def writes(self) -> bool:
@@ -89,8 +85,9 @@ class TorchAdapter:
         model = self._model()
         if model is not None:
             self._silence = Silence(model, self._silent)
-        if self._found is not None:
-            self._watching = self._probe(self._found)
+        found, self._found = self._found, None
+        if found is not None:
+            self._watching = self._probe(found)
         elif model is not None:
             self._watching = FirstPass(model, self._tell)
 
@@ -165,7 +162,8 @@ class TorchAdapter:
             f"Watched: {self.head}. Check that loss.backward() runs on the output of this model in training mode with "
             "gradients enabled; that the head is called as a module (not through F.linear on its weight, nor inside of a "
             "fused loss); and that watch() came before the first call of a compiled model. A compiled model whose head "
-            "only a first pass can tell needs watch(model, head='dotted.path')."
+            "only a first pass can tell needs watch(model, head='dotted.path'). Gradients taken in a compiled model by "
+            "torch.autograd.grad or backward(inputs=), or inside of torch.func transforms, are not seen."
         )
 
     def close(self) -> None:

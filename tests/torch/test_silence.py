@@ -48,14 +48,14 @@ def test_steps_of_another_model_are_not_taken_for_silence():
 
 
 def test_a_model_that_is_seen_is_not_silent_and_nobody_listens_any_more():
-    hooks = _global_optimizer_post_hooks
-    before = len(hooks)
+    before = set(_global_optimizer_post_hooks)
     model = nn.Linear(8, 5)
     monitor = gwa_logging.watch(model)
-    assert len(hooks) == before + 1
+    ours = set(_global_optimizer_post_hooks) - before
+    assert len(ours) == 1
     train(model, 20)
     assert monitor.faults == {}
-    assert len(hooks) == before
+    assert ours.isdisjoint(_global_optimizer_post_hooks)
 
 
 def test_silence_about_one_of_two_models_leaves_the_optimizer_alone():
@@ -66,7 +66,10 @@ def test_silence_about_one_of_two_models_leaves_the_optimizer_alone():
 
 
 def test_closing_ends_the_listening():
-    hooks = _global_optimizer_post_hooks
-    before = len(hooks)
-    gwa_logging.watch(nn.Linear(8, 5)).close()
-    assert len(hooks) == before
+    before = set(_global_optimizer_post_hooks)
+    model = nn.Linear(8, 5)
+    monitor = gwa_logging.watch(model)
+    ours = set(_global_optimizer_post_hooks) - before
+    monitor.close()
+    assert len(ours) == 1
+    assert ours.isdisjoint(_global_optimizer_post_hooks)

@@ -453,6 +453,25 @@ def test_torch_autograd_grad_counts_in_eager_mode(width):
 
 
 @width_of
+def test_a_whole_step_may_be_compiled_its_backward_pass_too(width):
+    model = net(*WIDTH[width])
+    recorder = Recorder(model, N)
+    step = Step(model, model, recorder)
+    want = one_by_one(model, F.cross_entropy, step.x, step.y)
+
+    @torch.compile(backend="aot_eager")
+    def train(x: Tensor, y: Tensor) -> None:
+        F.cross_entropy(model(x), y).backward()
+
+    torch._dynamo.config.compiled_autograd = True
+    try:
+        train(step.x, step.y)
+    finally:
+        torch._dynamo.config.compiled_autograd = False
+    np.testing.assert_allclose(recorder.scores(), want, atol=1e-5)
+
+
+@width_of
 @pytest.mark.parametrize("call", ["autograd.grad", "backward(inputs=)"])
 def test_of_a_compiled_model_only_a_backward_pass_to_all_leaves_counts(call, width):
     model = net(*WIDTH[width])
@@ -1170,6 +1189,22 @@ def test_a_head_that_turns_complex_later_is_left_alone():
 def test_ids_that_are_no_integers_are_refused():
     with gwa_logging.watch(net(), num_samples=N) as monitor, pytest.raises(InvalidInputError):
         monitor.tag(torch.randn(N))
+
+
+@run_of
+@pytest.mark.parametrize("ids", [5, 90], ids=["too few", "too many"])
+def test_ids_that_are_not_as_many_as_the_samples_enter_nothing_and_are_counted(ids, how, caplog):
+    model = net()
+    with gwa_logging.watch(model, num_samples=100) as monitor:
+        run, (x, y) = RUN[how](model), data()
+        monitor.tag(torch.arange(ids))
+        F.cross_entropy(run(x), y).backward()
+        monitor.tag(torch.arange(50, 50 + N))
+        F.cross_entropy(run(x), y).backward()
+        assert monitor.end_epoch().count == 2 * N
+        assert {suspect.id for suspect in monitor.suspects()} == set(range(50, 50 + N))
+    assert monitor.faults == {"sample ids": 1}
+    assert any(f"{min(ids, N)} ids were" in message for message in caplog.messages)
 
 
 # --- one graph --------------------------------------------------------------------------------------------------------
