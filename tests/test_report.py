@@ -183,7 +183,7 @@ def test_alert_is_named_in_headline_table_and_figures(run):
 
 def test_header_says_run_head_time_and_length(run):
     _, page, path = run
-    for said in ("gwa", "24 steps", "4 epochs", "UTC", path.parent.name, "16 features, 3 classes"):
+    for said in ("gwa", "24 steps", "4 epochs", "UTC", path.parent.name, "Linear 16 -> 3"):
         assert said in page.text
     assert "None." in page.text  # no faults
     assert "not closed" not in page.text

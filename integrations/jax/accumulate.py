@@ -123,6 +123,7 @@ def _merge(count_a: Array, mean_a: Array, a: Array, count_b: Array, mean_b: Arra
     """float32 [4]: mean, m2, m3, m4 of both; a and b hold m2, m3, m4. As `AlignmentSummary.merge`."""
     n = jnp.maximum(count_a + count_b, 1).astype(jnp.float32)
     p, q = count_a / n, count_b / n
+    mean_a = jnp.where(count_a > 0, mean_a, mean_b)
     d = mean_b - mean_a
     cross = d * p * q * n
     m2 = a[0] + b[0] + d * cross
