@@ -15,7 +15,7 @@ from gwa_logging.errors import HeadNotFoundError, InvalidInputError
 from gwa_logging.faults import Faults
 from gwa_logging.integrations.jax.accumulate import AlignmentState, JaxSnapshot, enter, global_update, merge, update
 from gwa_logging.integrations.jax.library import Library
-from gwa_logging.integrations.jax.probe import Call, Discovery, Tapping, makers
+from gwa_logging.integrations.jax.probe import Call, Discovery, Tapping, apart, makers, places
 from gwa_logging.monitor import logger
 from gwa_logging.registry import import_room
 from gwa_logging.samples import check_sample_ids
@@ -119,10 +119,11 @@ class JaxAdapter:
         """See `Monitor.value_and_grad`."""
 
         def with_scores(*args: Any, **kwargs: Any) -> tuple[tuple[Any, Any], Any]:
-            head = self._find(fun, args, kwargs, has_aux)
+            head, is_inner = self._find(fun, args, kwargs, has_aux)
 
             def probed(probe: Any, *args: Any, **kwargs: Any) -> Any:
-                return self._library.run(Tapping(head.path, probe), fun, args, kwargs)
+                with apart() if is_inner else nullcontext():
+                    return self._library.run(Tapping(head.path, probe), fun, args, kwargs)
 
             differentiated = self._library.value_and_grad(probed, argnums, has_aux, options)
             value, scores, grads = differentiated(head.probe(), *args, **kwargs)
@@ -130,15 +131,16 @@ class JaxAdapter:
 
         return with_scores
 
-    def _find(self, fun: Callable[..., Any], args: Any, kwargs: Any, has_aux: bool) -> Call:
-        """Traces the loss once, abstractly, and finds the head's call in it."""
+    def _find(self, fun: Callable[..., Any], args: Any, kwargs: Any, has_aux: bool) -> tuple[Call, bool]:
+        """Traces the loss once, abstractly, and finds the head's call in it; and whether an inner function makes it."""
         discovery = Discovery()
 
         def loss() -> Any:
             out = self._library.run_apart(discovery, fun, args, kwargs)
             return out[0] if has_aux else out
 
-        jaxpr = jax.make_jaxpr(loss)()
+        with apart():
+            jaxpr = jax.make_jaxpr(loss)()
         calls = discovery.calls
         if not calls:
             raise HeadNotFoundError(
@@ -147,11 +149,18 @@ class JaxAdapter:
             )
         paths = {self._wanted} if self._wanted else makers(jaxpr)
         found = [call for call in calls if call.path in paths]
-        if len(found) == 1:
+        runs = places(jaxpr.jaxpr, found[0].path) if found else []  # more than calls, if an inner jit runs twice
+        if len(found) == 1 and len(runs) <= 1:
+            around = frozenset[str]().union(*runs)
+            if around & {"scan", "while"}:
+                raise HeadNotFoundError(
+                    f"{found[0].path!r} runs in a loop (lax.scan, lax.map, fori_loop) inside of the loss, once for each part "
+                    "of the batch; a head must run once. Take value_and_grad of the loss of one part, and loop over that"
+                )
             if not self._wanted and not self.head.startswith(f"head {found[0].path!r}"):
                 self.head = f"head {found[0]}: the loss comes from it"
                 logger.info("gwa_logging: %s", self.head)
-            return found[0]
+            return found[0], bool(around)
         if not found:
             problem = (
                 f"head={self._wanted!r}: the loss runs no such layer of {self._model_name}."
@@ -159,7 +168,7 @@ class JaxAdapter:
                 else f"the loss does not come from a linear layer of {self._model_name}."
             )
         elif len({call.path for call in found}) == 1:
-            problem = f"{found[0].path!r} runs {len(found)} times in one loss; a head must run once."
+            problem = f"{found[0].path!r} runs {max(len(found), len(runs))} times in one loss; a head must run once."
         else:
             problem = f"the loss comes from several linear layers: {', '.join(sorted(repr(c.path) for c in found))}."
         raise HeadNotFoundError(problem, dict.fromkeys(map(str, calls)))

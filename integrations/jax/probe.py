@@ -7,7 +7,7 @@ adds nothing. What runs the head is told by a `Session`: it is entered while the
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol
 
@@ -33,6 +33,24 @@ class Session(Protocol):
 
 
 _session: ContextVar[Session | None] = ContextVar("gwa_logging_session", default=None)
+
+
+def current() -> Session | None:
+    """The session that was entered, if any."""
+    return _session.get()
+
+
+_make_context: Any = getattr(jax, "make_user_context", lambda: lambda _: nullcontext())  # not in old versions of JAX
+_apart = _make_context()
+
+
+def apart() -> AbstractContextManager[None]:
+    """Traces anew what is traced inside.
+
+    JAX keeps the traces of inner functions that are jitted or checkpointed. One that was made without a session would not
+    tell of its layers; one that was made with a session must never be used again, least of all in the user's evaluation.
+    """
+    return _apart(object())  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -69,7 +87,7 @@ def tap(
     _check(logits, embeddings, weight, bias, probe)
     if probe is not None:
         return _probed(logits, embeddings, weight, bias, probe)
-    session = _session.get()
+    session = current()
     return logits if session is None else session.linear(HAND_WRITTEN, logits, embeddings, weight, bias)
 
 
@@ -216,6 +234,17 @@ def makers(jaxpr: Any) -> frozenset[str]:
     """The layers that the first output of a jaxpr comes from, without passing through another one of them."""
     sets = _follow(jaxpr.jaxpr, [frozenset()] * len(jaxpr.jaxpr.invars))
     return sets[0]
+
+
+def places(jaxpr: Any, path: str) -> list[frozenset[str]]:
+    """Where a marked layer runs: of every time, the primitives, such as jit or scan, that it is inside of."""
+    found = []
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "name" and eqn.params["name"] == _NAME + path:
+            found.append(frozenset[str]())
+        around = {eqn.primitive.name} - {"custom_vmap_call"}  # the mark's own
+        found.extend(inner | around for sub in _jaxprs_in(eqn.params) for inner in places(sub, path))
+    return found
 
 
 def _follow(jaxpr: Any, inputs: list[frozenset[str]]) -> list[frozenset[str]]:
