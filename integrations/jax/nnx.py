@@ -13,19 +13,17 @@ from flax import nnx
 from jax import Array
 
 from gwa_logging.integrations.jax.library import Library
-from gwa_logging.integrations.jax.probe import Session, entered
-
-_listeners: dict[int, tuple[Session, str]] = {}  # id of a layer -> who hears of it, under which path
+from gwa_logging.integrations.jax.probe import Session, current, entered
 
 
 class _Heard(nnx.Linear):  # type: ignore[misc]  # flax comes without types
     """A Linear layer that tells of its calls."""
 
     def __call__(self, inputs: Array, *args: Any, **kwargs: Any) -> Array:
-        session, path = _listeners[id(self)]
+        session = current()
         output = super().__call__(inputs, *args, **kwargs)
         bias = None if self.bias is None else self.bias[...]
-        return session.linear(path, output, inputs, self.kernel[...], bias)
+        return output if session is None else session.linear(self.path_heard, output, inputs, self.kernel[...], bias)
 
 
 class NNX(Library):
@@ -33,7 +31,7 @@ class NNX(Library):
 
     def run(self, session: Session, fun: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         models = [value for value in (*args, *kwargs.values()) if self.is_model(value)]
-        with entered(session), _heard(models, session):
+        with entered(session), _heard(models):
             return fun(*args, **kwargs)
 
     def run_apart(self, session: Session, fun: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -64,7 +62,7 @@ class NNX(Library):
 
 
 @contextmanager
-def _heard(models: Sequence[nnx.Module], session: Session) -> Iterator[None]:
+def _heard(models: Sequence[nnx.Module]) -> Iterator[None]:
     layers = {
         id(node): (node, ".".join(map(str, path)))
         for model in models
@@ -72,11 +70,11 @@ def _heard(models: Sequence[nnx.Module], session: Session) -> Iterator[None]:
         if type(node) is nnx.Linear
     }
     for layer, path in layers.values():
-        _listeners[id(layer)] = (session, path)
+        object.__setattr__(layer, "path_heard", path)  # goes along where a transformation of NNX makes a copy
         object.__setattr__(layer, "__class__", _Heard)
     try:
         yield
     finally:
         for layer, _ in layers.values():
             object.__setattr__(layer, "__class__", nnx.Linear)
-            del _listeners[id(layer)]
+            object.__delattr__(layer, "path_heard")
