@@ -123,7 +123,7 @@ class JaxAdapter:
 
             def probed(probe: Any, *args: Any, **kwargs: Any) -> Any:
                 with apart() if is_inner else nullcontext():
-                    return self._library.run(Tapping(head.path, probe), fun, args, kwargs)
+                    return self._library.run(Tapping(head, probe), fun, args, kwargs)
 
             differentiated = self._library.value_and_grad(probed, argnums, has_aux, options)
             value, scores, grads = differentiated(head.probe(), *args, **kwargs)

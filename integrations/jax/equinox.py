@@ -21,7 +21,7 @@ class _Heard(eqx.Module):
 
     def __call__(self, x: Array, *, key: Any = None) -> Array:
         inner = self.inner
-        return self.session.linear(self.path, inner(x, key=key), x, inner.weight, inner.bias)
+        return self.session.linear(self.path, lambda h: inner(h, key=key), x, inner.weight, inner.bias)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import haiku as hk
+from jax import Array
 
 from gwa_logging.integrations.jax.library import Library
 from gwa_logging.integrations.jax.probe import Session, entered
@@ -14,13 +15,16 @@ class Haiku(Library):
 
     def run(self, session: Session, fun: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         def intercept(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-            output = next_fun(*args, **kwargs)
             module = context.module
             if not (isinstance(module, hk.Linear) and context.method_name == "__call__"):
-                return output
+                return next_fun(*args, **kwargs)
+            inputs, *rest = args or (kwargs.pop("inputs"),)
             parameters = {name.rpartition("/")[2]: value for name, value in module.params_dict().items()}
-            embeddings = args[0] if args else kwargs["inputs"]
-            return session.linear(module.module_name, output, embeddings, parameters["w"], parameters.get("b"))
+
+            def layer(inputs: Array) -> Array:
+                return next_fun(inputs, *rest, **kwargs)  # type: ignore[no-any-return]
+
+            return session.linear(module.module_name, layer, inputs, parameters["w"], parameters.get("b"))
 
         with entered(session), hk.intercept_methods(intercept):
             return fun(*args, **kwargs)

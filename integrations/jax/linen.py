@@ -27,13 +27,13 @@ class Linen(Library):
                     inside.pop()
 
         def heard(next_fun: Callable[..., Any], args: Any, kwargs: Any, module: linen.Module, method: str) -> Any:
-            output = next_fun(*args, **kwargs)
-            if not (isinstance(module, linen.Dense) and method == "__call__" and inside and inside[-1]):
-                return output
-            parameters = module.variables["params"]
+            parameters = module.variables.get("params", {})
+            is_linear = isinstance(module, linen.Dense) and method == "__call__" and "kernel" in parameters
+            if not (is_linear and inside and inside[-1]):
+                return next_fun(*args, **kwargs)
             embeddings = args[0] if args else kwargs["inputs"]
             path = ".".join(module.path)
-            return session.linear(path, output, embeddings, parameters["kernel"], parameters.get("bias"))
+            return session.linear(path, next_fun, embeddings, parameters["kernel"], parameters.get("bias"))
 
         with entered(session), linen.intercept_methods(intercept):
             return fun(*args, **kwargs)

@@ -21,9 +21,14 @@ class _Heard(nnx.Linear):  # type: ignore[misc]  # flax comes without types
 
     def __call__(self, inputs: Array, *args: Any, **kwargs: Any) -> Array:
         session = current()
-        output = super().__call__(inputs, *args, **kwargs)
+
+        def layer(inputs: Array) -> Array:
+            return super(_Heard, self).__call__(inputs, *args, **kwargs)  # type: ignore[no-any-return]
+
         bias = None if self.bias is None else self.bias[...]
-        return output if session is None else session.linear(self.path_heard, output, inputs, self.kernel[...], bias)
+        if session is None:
+            return layer(inputs)
+        return session.linear(self.path_heard, layer, inputs, self.kernel[...], bias)
 
 
 class NNX(Library):

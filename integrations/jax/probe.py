@@ -1,12 +1,15 @@
-"""The probe: an identity on the logits with one more input, whose cotangent is defined as the scores.
+"""The probe: an identity at the head with one more input, whose cotangent is defined as the scores.
 
     value, (scores, grads) = jax.value_and_grad(loss, argnums=(probe, params))
 
 One backward pass, no labels, no callback; the user's gradients are bit-identical, since the identity hands them on and
 adds nothing. What runs the head is told by a `Session`: it is entered while the user's loss is traced.
+
+The scalar product of a sample's head gradient with the weights has two forms, <delta, logits - bias> and <dh, h>. The first
+one needs the logits in the backward pass, the second one the embeddings and their gradient: the smaller of the two is taken.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol
@@ -27,8 +30,14 @@ HAND_WRITTEN = "tap"
 class Session(Protocol):
     """Who wants to know of the linear layers that run while a loss is traced."""
 
-    def linear(self, path: str, logits: Array, embeddings: Array, weight: Array, bias: Array | None) -> Array:
-        """A linear layer has run; returns the logits, tapped or not."""
+    def linear(
+        self, path: str, layer: Callable[[Array], Array], embeddings: Array, weight: Array, bias: Array | None
+    ) -> Array:
+        """Runs a linear layer on its input; returns its output, tapped or not."""
+        ...
+
+    def marked(self, logits: Array, embeddings: Array, weight: Array, bias: Array | None) -> Array:
+        """The user has called `tap` with these; returns the logits, tapped or not."""
         ...
 
 
@@ -86,9 +95,9 @@ def tap(
     """
     _check(logits, embeddings, weight, bias, probe)
     if probe is not None:
-        return _probed(logits, embeddings, weight, bias, probe)
+        return _probed(logits, embeddings, bias, _size(weight), probe)
     session = current()
-    return logits if session is None else session.linear(HAND_WRITTEN, logits, embeddings, weight, bias)
+    return logits if session is None else session.marked(logits, embeddings, weight, bias)
 
 
 def _check(logits: Array, embeddings: Array, weight: Array, bias: Array | None, probe: Array | None) -> None:
@@ -109,41 +118,96 @@ def _check(logits: Array, embeddings: Array, weight: Array, bias: Array | None, 
 
 
 @jax.custom_vjp
-def _probed(logits: Array, embeddings: Array, weight: Array, bias: Array | None, probe: Array) -> Array:
+def _probed(logits: Array, embeddings: Array, bias: Array | None, weight_norm: Array, probe: Array) -> Array:
     return logits
 
 
 def _forward(
-    logits: Array, embeddings: Array, weight: Array, bias: Array | None, probe: Array
-) -> tuple[Array, tuple[Array, Array, Array, Array | None]]:
-    return logits, (logits, embeddings, weight, bias)
+    logits: Array, embeddings: Array, bias: Array | None, weight_norm: Array, probe: Array
+) -> tuple[Array, tuple[Array, Array, Array | None, Array]]:
+    return logits, (logits, embeddings, bias, weight_norm)
 
 
-def _backward(kept: tuple[Array, Array, Array, Array | None], delta: Array) -> tuple[Array, None, None, None, Array]:
-    logits, embeddings, weight, bias = kept
-    return delta, None, None, None, alignment_scores(delta, logits, embeddings, weight, bias)
+def _backward(kept: tuple[Array, Array, Array | None, Array], delta: Array) -> tuple[Array, None, None, None, Array]:
+    logits, embeddings, bias, weight_norm = kept
+    product = _product(delta, logits if bias is None else logits.astype(jnp.float32) - bias)
+    return delta, None, None, None, _scores(product, _norm(delta), _norm(embeddings) * weight_norm)
 
 
 _probed.defvjp(_forward, _backward)
 
 
-def alignment_scores(delta: Array, logits: Array, embeddings: Array, weight: Array, bias: Array | None) -> Array:
+def _product(a: Array, b: Array) -> Array:
+    """float32 [...]: scalar products of rows."""
+    return jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32), axis=-1)
+
+
+def _norm(rows: Array) -> Array:
+    """float32 [...]: of every row."""
+    norms: Array = jnp.linalg.norm(rows.astype(jnp.float32), axis=-1)
+    return norms
+
+
+def _size(weight: Array) -> Array:
+    """float32 []: the weight's Frobenius norm, a constant to differentiation."""
+    return jnp.sqrt(jnp.sum(jnp.square(jax.lax.stop_gradient(weight).astype(jnp.float32))))
+
+
+@jax.custom_vjp
+def _after(weight_norm: Array, embeddings: Array) -> Array:
+    """The embeddings, but not before the norm is known.
+
+    Donated weights that are still to be read when they are updated would have to be copied first. XLA drops barriers too early
+    for that, so there is a choice that always falls the same way, since no norm is below zero.
+    """
+    return jnp.where(weight_norm < 0, jnp.zeros_like(embeddings), embeddings)
+
+
+_after.defvjp(lambda norm, embeddings: (_after(norm, embeddings), None), lambda _, gradient: (None, gradient))
+
+
+def _scores(product: Array, delta_norm: Array, seen: Array) -> Array:
     """float32 [...]: the score of every sample; not finite where there is none, see `gwa_logging.alignment`.
 
     Args:
-        delta, logits: float [..., C].
-        embeddings: float [..., D].
-        weight: float, [D, C] or [C, D].
-        bias: float [C], or None.
+        product: of the sample's head gradient with the weight.
+        delta_norm: of the logit gradient.
+        seen: norm of the embedding times that of the weight.
     """
-    delta, logits, embeddings, weight = (x.astype(jnp.float32) for x in (delta, logits, embeddings, weight))
-    product = jnp.sum(delta * (logits if bias is None else logits - bias), axis=-1)
-    delta_norm = jnp.linalg.norm(delta, axis=-1)
-    seen = jnp.linalg.norm(embeddings, axis=-1) * jnp.sqrt(jnp.sum(weight * weight))
     scores = -product / delta_norm / seen
     scores = jnp.where(seen == 0, DEAD, scores)
     scores = jnp.where(delta_norm < SMALLEST, NO_GRADIENT, scores)
     return jnp.where(jnp.isfinite(product + delta_norm + seen), scores, NOT_FINITE)
+
+
+@jax.custom_vjp
+def _opened(embeddings: Array, weight_norm: Array, probe: Array) -> tuple[Array, Array]:
+    """Before a wide head. The norm of the logit gradient, which `_closed` hands back, comes as the cotangent of the probe."""
+    return embeddings, probe
+
+
+def _opened_forward(
+    embeddings: Array, weight_norm: Array, probe: Array
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    return (embeddings, probe), (embeddings, weight_norm)
+
+
+def _opened_backward(kept: tuple[Array, Array], cotangents: tuple[Array, Array]) -> tuple[Array, None, Array]:
+    embeddings, weight_norm = kept
+    gradient, delta_norm = cotangents
+    return gradient, None, _scores(_product(gradient, embeddings), delta_norm, _norm(embeddings) * weight_norm)
+
+
+_opened.defvjp(_opened_forward, _opened_backward)
+
+
+@jax.custom_vjp
+def _closed(logits: Array, opened: Array) -> Array:
+    """After a wide head: hands the norm of the logit gradient back to `_opened`."""
+    return logits
+
+
+_closed.defvjp(lambda logits, _: (logits, None), lambda _, delta: (delta, _norm(delta)))
 
 
 class Call(NamedTuple):
@@ -180,7 +244,15 @@ class Discovery:
     def __init__(self) -> None:
         self.calls: list[Call] = []
 
-    def linear(self, path: str, logits: Array, embeddings: Array, weight: Array, bias: Array | None) -> Array:
+    def linear(
+        self, path: str, layer: Callable[[Array], Array], embeddings: Array, weight: Array, bias: Array | None
+    ) -> Array:
+        return self._note(path, embeddings, layer(embeddings))
+
+    def marked(self, logits: Array, embeddings: Array, weight: Array, bias: Array | None) -> Array:
+        return self._note(HAND_WRITTEN, embeddings, logits)
+
+    def _note(self, path: str, embeddings: Array, logits: Array) -> Array:
         number = len(self.calls)
         self.calls.append(Call(path, embeddings.shape[-1], jax.typeof(logits)))
 
@@ -199,35 +271,55 @@ class Discovery:
 class Tapping:
     """A session that puts the probe at one layer."""
 
-    def __init__(self, path: str, probe: Array) -> None:
-        self._path = path
+    def __init__(self, head: Call, probe: Array) -> None:
+        self._path = head.path
+        self._is_wide = head.logits.shape[-1] > head.features
         self._probe = probe
 
-    def linear(self, path: str, logits: Array, embeddings: Array, weight: Array, bias: Array | None) -> Array:
-        return _anywhere(logits, embeddings, weight, bias, self._probe) if path == self._path else logits
+    def linear(
+        self, path: str, layer: Callable[[Array], Array], embeddings: Array, weight: Array, bias: Array | None
+    ) -> Array:
+        if path != self._path:
+            return layer(embeddings)
+        weight_norm = _size(weight)
+        embeddings = _after(weight_norm, embeddings)
+        if not self._is_wide:
+            return self._at(layer(embeddings), embeddings, bias, weight_norm)
+        embeddings, opened = _whole_batch(_opened, _unopened, self._probe, embeddings, weight_norm)
+        return _closed(layer(embeddings), opened)
+
+    def marked(self, logits: Array, embeddings: Array, weight: Array, bias: Array | None) -> Array:
+        return self._at(logits, embeddings, bias, _size(weight)) if self._path == HAND_WRITTEN else logits
+
+    def _at(self, *arrays: Array | None) -> Array:
+        return _whole_batch(_probed, lambda logits, *_: logits, self._probe, *arrays)  # type: ignore[no-any-return]
 
 
-def _anywhere(logits: Array, embeddings: Array, weight: Array, bias: Array | None, probe: Array) -> Array:
-    """The probe, also inside of a vmap that the probe itself is not mapped by: there it waits for the whole batch.
+def _unopened(embeddings: Array, weight_norm: Array) -> tuple[Array, Array]:
+    return embeddings, jnp.zeros(embeddings.shape[:-1], jnp.float32)
+
+
+def _whole_batch(probed: Callable[..., Any], unprobed: Callable[..., Any], probe: Array, *arrays: Array | None) -> Any:
+    """An identity with the probe, also inside of a vmap that the probe itself is not mapped by: there it waits for the batch.
 
     A vmap would give each row the whole probe, and add up their cotangents. Its rule gives the whole batch the probe.
     """
-    if logits.shape[:-1] == probe.shape:
-        return _probed(logits, embeddings, weight, bias, probe)
+    if arrays[0] is not None and arrays[0].shape[:-1] == probe.shape:
+        return probed(*arrays, probe)
 
     @jax.custom_batching.custom_vmap
-    def row(z: Array, h: Array, w: Array, b: Array | None, p: Array) -> Array:
-        return z
+    def row(probe: Array, arrays: tuple[Array | None, ...]) -> Any:
+        return unprobed(*arrays)
 
     @row.def_vmap
-    def rows(size: int, in_batched: list[Any], z: Array, h: Array, w: Array, b: Array | None, p: Array) -> Any:
-        z, h = (
-            x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
-            for x, is_batched in zip((z, h), in_batched, strict=False)
-        )
-        return _anywhere(z, h, w, b, p), True
+    def rows(size: int, in_batched: list[Any], probe: Array, arrays: tuple[Array | None, ...]) -> tuple[Any, Any]:
+        def whole(array: Array, is_batched: bool) -> Array:
+            return array if is_batched else jnp.broadcast_to(array, (size, *array.shape))
 
-    return row(logits, embeddings, weight, bias, probe)  # type: ignore[no-any-return]
+        out = _whole_batch(probed, unprobed, probe, *jax.tree.map(whole, arrays, in_batched[1]))
+        return out, jax.tree.map(lambda _: True, out)
+
+    return row(probe, arrays)
 
 
 def makers(jaxpr: Any) -> frozenset[str]:

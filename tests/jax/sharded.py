@@ -1,4 +1,7 @@
-"""Trains one step on N host devices in every way of sharding; prints the results as JSON. Run by test_sharding.py."""
+"""Trains one step of a net of C classes on N host devices in every way of sharding; prints the results as JSON.
+
+Run by test_sharding.py.
+"""
 
 import json
 import sys
@@ -12,21 +15,22 @@ from jax.sharding import PartitionSpec as P
 
 import gwa_logging
 
+DEVICES, CLASSES = map(int, sys.argv[1:])
+
 
 class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return nn.Dense(8, name="head")(nn.tanh(nn.Dense(12)(x)))
+        return nn.Dense(CLASSES, name="head")(nn.tanh(nn.Dense(12)(x)))
 
 
 MODEL = MLP()
-X, Y = jax.random.normal(jax.random.key(1), (32, 8)), jax.random.randint(jax.random.key(2), (32,), 0, 8)
+X, Y = jax.random.normal(jax.random.key(1), (32, 8)), jax.random.randint(jax.random.key(2), (32,), 0, CLASSES)
 PARAMS = MODEL.init(jax.random.key(0), X)
-DEVICES = int(sys.argv[1])
 
 
 def loss(params, x, y):
-    return -(jax.nn.log_softmax(MODEL.apply(params, x)) * jax.nn.one_hot(y, 8)).sum(-1).mean()
+    return -(jax.nn.log_softmax(MODEL.apply(params, x)) * jax.nn.one_hot(y, CLASSES)).sum(-1).mean()
 
 
 def result(monitor: gwa_logging.Monitor, scores: jax.Array) -> dict:

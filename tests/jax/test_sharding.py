@@ -12,11 +12,14 @@ import pytest
 WAYS = ("auto", "explicit", "shard_map", "pmap", "tensor_parallel_head")
 
 
-@pytest.fixture(scope="module", params=[4, 8], ids=["4 devices", "8 devices"])
+@pytest.fixture(
+    scope="module", params=[(4, 8), (8, 16)], ids=["4 devices, narrow head", "8 devices, head wider than its input"]
+)
 def results(request, tmp_path_factory) -> dict:
+    devices, classes = map(str, request.param)
     run = subprocess.run(
-        [sys.executable, Path(__file__).with_name("sharded.py"), str(request.param)],
-        env={**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={request.param}"},
+        [sys.executable, Path(__file__).with_name("sharded.py"), devices, classes],
+        env={**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
         cwd=tmp_path_factory.mktemp("sharded"),
         capture_output=True,
         text=True,
