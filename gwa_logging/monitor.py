@@ -137,9 +137,22 @@ class Monitor:
         make = getattr(self._adapter, "value_and_grad", None)
         if make is None:
             raise InvalidInputError(
-                "value_and_grad is for JAX models; this one is PyTorch: call loss.backward() as ever"
+                "value_and_grad and grad are for JAX models; this one is PyTorch: call loss.backward() as ever"
             )
         return make(fun, argnums=argnums, has_aux=has_aux, **options)
+
+    def grad(self, fun: Any, argnums: int | tuple[int, ...] = 0, has_aux: bool = False, **options: Any) -> Any:
+        """Like `jax.grad`, but the scores come along: `grads, scores`, or `grads, (aux, scores)` (JAX only).
+
+        Arguments, scores and errors are those of `value_and_grad`.
+        """
+        value_and_grad = self.value_and_grad(fun, argnums, has_aux, **options)
+
+        def gradient(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            (value, scores), grads = value_and_grad(*args, **kwargs)
+            return grads, ((value[1], scores) if has_aux else scores)
+
+        return gradient
 
     def _on_step(self) -> None:
         """Called by the adapter after each training step that it has seen."""

@@ -120,6 +120,24 @@ def test_value_and_gradients_are_bit_identical_to_those_of_jax(argnums, has_aux)
         assert jnp.array_equal(a, b)
 
 
+@pytest.mark.parametrize("has_aux", [False, True])
+def test_grad_is_value_and_grad_without_the_value(has_aux):
+    model, (x, y) = MLP(), data()
+    params = model.init(jax.random.key(0), x)
+
+    def loss_fn(p, x, y):
+        z = model.apply(p, x)
+        loss = LOSSES["cross-entropy"](z, y).mean()
+        return (loss, {"logits": z}) if has_aux else loss
+
+    with gwa_logging.watch(model) as monitor:
+        (value, scores), grads = jax.jit(monitor.value_and_grad(loss_fn, has_aux=has_aux))(params, x, y)
+        result = jax.jit(monitor.grad(loss_fn, has_aux=has_aux))(params, x, y)
+    want = (grads, (value[1], scores)) if has_aux else (grads, scores)
+    assert jax.tree.structure(result) == jax.tree.structure(want)
+    assert all(jnp.array_equal(a, b) for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(want), strict=True))
+
+
 def test_a_negative_argnum_counts_from_the_end():
     model, (x, y) = MLP(), data()
     params = model.init(jax.random.key(0), x)
