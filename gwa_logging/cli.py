@@ -46,12 +46,13 @@ def _parser() -> argparse.ArgumentParser:
     heads = commands.add_parser(
         "heads",
         help="show which layer of a model is taken for its classifier head, and why",
-        description="Shows what could be the classifier head of a PyTorch model, which layer is taken, and why.",
+        description="Shows what could be the classifier head of a model, which layer is taken, and why.",
     )
     heads.add_argument(
         "model",
         metavar="MODULE:NAME",
-        help="where the model is: package.module:name of a model, or of a function that makes one",
+        help="where the model is: package.module:name of a model, or of a function that makes one; in JAX, of both the model "
+        "and an example input: (model, input)",
     )
     heads.add_argument("--head", metavar="PATH", help="as head= of watch(): the dotted path of a layer")
     heads.set_defaults(run=_heads)
@@ -65,8 +66,9 @@ def _report(arguments: argparse.Namespace) -> None:
 
 def _heads(arguments: argparse.Namespace) -> None:
     """Prints the head finder's view of a model."""
-    model = _load(arguments.model)
-    print(registry.find_adapter(model).describe(model, arguments.head))
+    found = _load(arguments.model)
+    model, *inputs = found if type(found) is tuple else (found,)
+    print(registry.find_adapter(model).describe(model, arguments.head, inputs))
 
 
 def _load(where: str) -> Any:

@@ -1,7 +1,8 @@
 """JAX: `attach` watches a Flax Linen model or a function; `tap` marks the head of a hand-written net."""
 
 from gwa_logging.integrations.jax.accumulate import AlignmentState
-from gwa_logging.integrations.jax.adapter import JaxAdapter, attach, describe, subject
+from gwa_logging.integrations.jax.adapter import JaxAdapter, attach, subject
+from gwa_logging.integrations.jax.heads import describe
 from gwa_logging.integrations.jax.probe import tap
 
 __all__ = ["AlignmentState", "JaxAdapter", "attach", "describe", "subject", "tap"]

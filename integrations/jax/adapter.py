@@ -11,13 +11,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from gwa_logging.errors import HeadNotFoundError, InvalidInputError
+from gwa_logging.errors import InvalidInputError
 from gwa_logging.faults import Faults
 from gwa_logging.integrations.jax.accumulate import AlignmentState, JaxSnapshot, enter, global_update, merge, update
-from gwa_logging.integrations.jax.library import Library
-from gwa_logging.integrations.jax.probe import Call, Discovery, Tapping, apart, makers, places
+from gwa_logging.integrations.jax.heads import find_head, library_of
+from gwa_logging.integrations.jax.probe import Call, Tapping, apart
 from gwa_logging.monitor import logger
-from gwa_logging.registry import import_room
 from gwa_logging.samples import check_sample_ids
 from gwa_logging.settings import WatchSettings
 from gwa_logging.summary import AlignmentSummary
@@ -26,14 +25,6 @@ from gwa_logging.summary import AlignmentSummary
 def subject(model: Any) -> Any:
     """What is watched when a model is given: itself, if something can refer to it weakly; of Haiku's pairs, apply."""
     return getattr(model, "apply") if isinstance(model, tuple) else model  # noqa: B009 - a named tuple of Haiku's
-
-
-def describe(model: Any, wanted: str | None = None) -> str:
-    """What can be said of a model's head without its loss: nothing yet."""
-    named = (
-        f"head {wanted!r} is taken, if the loss runs it once" if wanted else "it is told when the loss is first traced"
-    )
-    return f"{type(model).__name__}: a JAX model's head is found by dataflow from the loss; {named}."
 
 
 def attach(model: Any, settings: WatchSettings, faults: Faults) -> "JaxAdapter":
@@ -60,27 +51,12 @@ def _auto_mesh(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
-_LIBRARIES = {"flax.linen": "Linen", "flax.nnx": "NNX", "equinox": "Equinox", "haiku": "Haiku"}
-
-
-def _library_of(model: Any) -> Library:
-    """The room of the library that a model is made with; hand-written if it is a function."""
-    homes = [base.__module__ for base in type(model).__mro__]
-    for home, name in _LIBRARIES.items():
-        if any(module == home or module.startswith(home + ".") for module in homes):
-            package, _, part = home.rpartition(".")
-            room = import_room(f"gwa_logging.integrations.jax.{part}", package or part, "jax")
-            return getattr(room, name)(model)  # type: ignore[no-any-return]
-    return Library(model)
-
-
 class JaxAdapter:
     """Watches one model. See `gwa_logging.types.Adapter`."""
 
     def __init__(self, model: Any, head: str | None, num_samples: int | None) -> None:
         self.head = f"head {head!r}: named by head=" if head else "head: the first trace of the loss will tell"
-        self._library = _library_of(model)
-        self._model_name = getattr(model, "__name__", type(model).__name__)
+        self._library = library_of(model)
         self._wanted = head
         self._num_samples = num_samples
         self._state: AlignmentState | None = None  # made where the scores are
@@ -119,7 +95,8 @@ class JaxAdapter:
         """See `Monitor.value_and_grad`."""
 
         def with_scores(*args: Any, **kwargs: Any) -> tuple[tuple[Any, Any], Any]:
-            head, is_inner = self._find(fun, args, kwargs, has_aux)
+            head, is_inner = find_head(self._library, self._wanted, fun, args, kwargs, has_aux)
+            self._tell(head)
 
             def probed(probe: Any, *args: Any, **kwargs: Any) -> Any:
                 with apart() if is_inner else nullcontext():
@@ -131,47 +108,10 @@ class JaxAdapter:
 
         return with_scores
 
-    def _find(self, fun: Callable[..., Any], args: Any, kwargs: Any, has_aux: bool) -> tuple[Call, bool]:
-        """Traces the loss once, abstractly, and finds the head's call in it; and whether an inner function makes it."""
-        discovery = Discovery()
-
-        def loss() -> Any:
-            out = self._library.run_apart(discovery, fun, args, kwargs)
-            return out[0] if has_aux else out
-
-        with apart():
-            jaxpr = jax.make_jaxpr(loss)()
-        calls = discovery.calls
-        if not calls:
-            raise HeadNotFoundError(
-                f"the loss does not run a linear layer of {self._model_name}. Check that the loss calls the watched "
-                "model (the very one given to watch()), or, in a hand-written net, gwa_logging.integrations.jax.tap"
-            )
-        paths = {self._wanted} if self._wanted else makers(jaxpr)
-        found = [call for call in calls if call.path in paths]
-        runs = places(jaxpr.jaxpr, found[0].path) if found else []  # more than calls, if an inner jit runs twice
-        if len(found) == 1 and len(runs) <= 1:
-            around = frozenset[str]().union(*runs)
-            if around & {"scan", "while"}:
-                raise HeadNotFoundError(
-                    f"{found[0].path!r} runs in a loop (lax.scan, lax.map, fori_loop) inside of the loss, once for each part "
-                    "of the batch; a head must run once. Take value_and_grad of the loss of one part, and loop over that"
-                )
-            if not self._wanted and not self.head.startswith(f"head {found[0].path!r}"):
-                self.head = f"head {found[0]}: the loss comes from it"
-                logger.info("gwa_logging: %s", self.head)
-            return found[0], bool(around)
-        if not found:
-            problem = (
-                f"head={self._wanted!r}: the loss runs no such layer of {self._model_name}."
-                if self._wanted
-                else f"the loss does not come from a linear layer of {self._model_name}."
-            )
-        elif len({call.path for call in found}) == 1:
-            problem = f"{found[0].path!r} runs {max(len(found), len(runs))} times in one loss; a head must run once."
-        else:
-            problem = f"the loss comes from several linear layers: {', '.join(sorted(repr(c.path) for c in found))}."
-        raise HeadNotFoundError(problem, dict.fromkeys(map(str, calls)))
+    def _tell(self, head: Call) -> None:
+        if not self._wanted and not self.head.startswith(f"head {head.path!r}"):
+            self.head = f"head {head}: the loss comes from it"
+            logger.info("gwa_logging: %s", self.head)
 
     def observe(self, scores: Any, sample_ids: Any) -> None:
         """Takes in the scores of one step."""

@@ -37,6 +37,9 @@ class Equinox(Library):
         with entered(session):
             return fun(*map(heard, args), **{key: heard(value) for key, value in kwargs.items()})
 
+    def forward(self, inputs: Sequence[Any]) -> tuple[Callable[..., Any], Sequence[Any]]:
+        return (lambda model, *inputs: model(*inputs)), (self.model, *inputs)
+
     def value_and_grad(
         self, fun: Callable[..., Any], argnums: Any, has_aux: bool, options: dict[str, Any]
     ) -> Callable[..., tuple[Any, Array, Any]]:

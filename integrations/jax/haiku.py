@@ -1,12 +1,14 @@
 """Haiku: hears of the Linear modules that run inside of a transformed function."""
 
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any
 
 import haiku as hk
+import jax
 from jax import Array
 
-from gwa_logging.integrations.jax.library import Library
+from gwa_logging.integrations.jax.library import Library, zeros
 from gwa_logging.integrations.jax.probe import Session, entered
 
 
@@ -28,3 +30,15 @@ class Haiku(Library):
 
         with entered(session), hk.intercept_methods(intercept):
             return fun(*args, **kwargs)
+
+    def forward(self, inputs: Sequence[Any]) -> tuple[Callable[..., Any], Sequence[Any]]:
+        net, key = self.model, jax.random.key(0)
+        shapes = jax.eval_shape(net.init, key, *inputs)
+        keys = [key] if "rng" in signature(net.apply).parameters else []  # none after hk.without_apply_rng
+
+        def run(*inputs: Any) -> Any:
+            if isinstance(net, hk.TransformedWithState):
+                return net.apply(*zeros(shapes), *keys, *inputs)[0]
+            return net.apply(zeros(shapes), *keys, *inputs)
+
+        return run, inputs

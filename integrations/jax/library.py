@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from gwa_logging.errors import InvalidInputError
@@ -13,10 +14,16 @@ from gwa_logging.integrations.jax.probe import Session, entered
 
 
 class Library:
-    """Hand-written nets, which call `tap`."""
+    """Hand-written nets, which call `tap`.
+
+    Attributes:
+        model: the watched model.
+        name: of its class, or of the function.
+    """
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        self.name = getattr(model, "__name__", type(model).__name__)
 
     def run(self, session: Session, fun: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Runs a loss so that `session` hears of the linear layers in it."""
@@ -26,6 +33,10 @@ class Library:
     def run_apart(self, session: Session, fun: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """The same, inside of an abstract trace, where nothing of the user's may be changed."""
         return self.run(session, fun, args, kwargs)
+
+    def forward(self, inputs: Sequence[Any]) -> tuple[Callable[..., Any], Sequence[Any]]:
+        """A function that runs the model in evaluation, and its arguments; traced only, never run."""
+        return self.model, inputs
 
     def value_and_grad(
         self, fun: Callable[..., Any], argnums: Any, has_aux: bool, options: dict[str, Any]
@@ -54,3 +65,8 @@ class Library:
     def is_model(self, value: Any) -> bool:
         """Whether an argument of the loss is the watched model, or what training has made of it."""
         return type(value) is type(self.model)
+
+
+def zeros(shapes: Any) -> Any:
+    """Arrays of the shapes of a pytree, for a trace."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)

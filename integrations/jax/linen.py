@@ -2,11 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import jax
 from flax import linen
 
-from gwa_logging.integrations.jax.library import Library
+from gwa_logging.integrations.jax.library import Library, zeros
 from gwa_logging.integrations.jax.probe import Session, entered
 
 
@@ -37,6 +39,15 @@ class Linen(Library):
 
         with entered(session), linen.intercept_methods(intercept):
             return fun(*args, **kwargs)
+
+    def forward(self, inputs: Sequence[Any]) -> tuple[Callable[..., Any], Sequence[Any]]:
+        keys = {name: jax.random.key(0) for name in ("params", "dropout")}
+        shapes = jax.eval_shape(partial(self.model.init, keys), *inputs)
+
+        def run(*inputs: Any) -> Any:
+            return self.model.apply(zeros(shapes), *inputs, rngs=keys, mutable=True)[0]
+
+        return run, inputs
 
     def _is_watched(self, bound: linen.Module) -> bool:
         """Whether a bound module is the watched one: of the same class, and with the same plain settings."""

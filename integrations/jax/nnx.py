@@ -48,6 +48,9 @@ class NNX(Library):
 
         return self.run(session, fun, [copied(v) for v in args], {k: copied(v) for k, v in kwargs.items()})
 
+    def forward(self, inputs: Sequence[Any]) -> tuple[Callable[..., Any], Sequence[Any]]:
+        return (lambda model, *inputs: model(*inputs)), (self.model, *inputs)
+
     def value_and_grad(
         self, fun: Callable[..., Any], argnums: Any, has_aux: bool, options: dict[str, Any]
     ) -> Callable[..., tuple[Any, Array, Any]]:

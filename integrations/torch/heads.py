@@ -6,7 +6,7 @@ layer that made it: on the symbolic trace of the model, if `torch.fx` can trace 
 say which one it is (timm, transformers); else it is walked back on the autograd graph of the first training pass.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -248,17 +248,25 @@ class FirstPass:
 # --- for people -------------------------------------------------------------------------------------------------------
 
 
-def describe(model: nn.Module, wanted: Any = None) -> str:
+def describe(model: nn.Module, wanted: Any = None, inputs: Sequence[Any] = ()) -> str:
     """The finder's view of a model, as a plain-text table: every candidate, and what became of it.
 
     Args:
         model: the model.
         wanted: as in `find_head`, or a list of such.
+        inputs: none; they are for JAX.
 
     Returns:
         A line for each layer that could be the head or looks like one, and a last line that says which it is and why, or why
         there is none.
+
+    Raises:
+        InvalidInputError: there are inputs.
     """
+    if inputs:
+        raise InvalidInputError(
+            f"{type(model).__name__}: a PyTorch model is looked at without inputs; name the model alone"
+        )
     model = unwrapped(model)
     heads: list[Head | None] = []
     try:

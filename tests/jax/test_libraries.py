@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 import gwa_logging
 from gwa_logging import HeadNotFoundError, InvalidInputError
+from gwa_logging.cli import main
+from gwa_logging.integrations.jax import describe, tap
 
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 
@@ -224,3 +226,51 @@ def test_vmap_over_seeds_gives_the_scores_an_axis():
         (_, want), _ = step(one, x, y)
     assert scores.shape == (3, 24)
     np.testing.assert_allclose(scores[1], want, atol=1e-6)
+
+
+class Linen(linen.Module):
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = linen.Dropout(0.1, deterministic=False)(linen.BatchNorm(use_running_average=False)(linen.Dense(12)(x)))
+        return linen.Dense(5, name="out")(linen.relu(x))
+
+
+def net(x: jax.Array) -> jax.Array:
+    return hk.Linear(5)(hk.BatchNorm(True, True, 0.9)(hk.Linear(12)(x), is_training=True))
+
+
+W = jnp.ones((8, 5))
+MODELS = {
+    "Linen": (Linen(), "out", 12),
+    "NNX": (Nnx(nnx.Rngs(0)), "head", 12),
+    "Haiku": (hk.transform(lambda x: hk.nets.MLP([12, 5])(x)), "mlp/~/linear_1", 12),
+    "Haiku without a key": (
+        hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([12, 5])(x))),
+        "mlp/~/linear_1",
+        12,
+    ),
+    "Haiku with state": (hk.transform_with_state(net), "linear", 12),
+    "hand-written": (lambda x: tap(x @ W, x, W), "tap", 8),
+    "Equinox": (Eqx(jax.random.key(0)), "layers.2", 12),
+}
+
+
+@pytest.mark.parametrize("library", MODELS)
+def test_heads_are_described_from_the_model_and_an_example_input(library):
+    model, head, features = MODELS[library]
+    x = jnp.zeros((8,) if library == "Equinox" else (4, 8))
+    lines = describe(model, inputs=[x]).splitlines()
+    assert lines[-1] == f"head {head!r}: {features} -> 5: the output comes from it"
+    assert [line.split()[0] for line in lines if line.endswith("HEAD")] == [head]
+    assert "no such layer" in describe(model, "nope", [x])
+    with pytest.raises(InvalidInputError, match="example input is needed"):
+        describe(model)
+
+
+def test_the_command_heads_takes_a_model_with_its_input(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "jax_models.py").write_text(
+        "import jax.numpy as jnp\nfrom flax import linen as nn\n\n\ndef make():\n    return nn.Dense(5), jnp.zeros((1, 8))\n"
+    )
+    assert main(["heads", "jax_models:make"]) == 0
+    assert "8 -> 5" in capsys.readouterr().out
