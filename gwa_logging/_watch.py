@@ -43,10 +43,12 @@ def watch(
     Args:
         model: a `torch.nn.Module` (compiled or wrapped ones too), a model of Flax (Linen, NNX), Equinox or Haiku, or a JAX
             function that calls `gwa_logging.integrations.jax.tap`.
-        backend: where to send: "wandb", "mlflow", "local" (only the journal and the report), a list of them, the name of
-            an entry point in the group `gwa_logging.backends`, or an object with `write` and `close`.
-        run: a `wandb.Run`, or an MLflow run or run id; with several backends a dict of them, by backend. None takes the
-            active one; if there is none, one is started, and finished on close.
+        backend: where to send: "wandb", "mlflow", "tensorboard", "trackio", "local" (only the journal and the report), a
+            list of them, the name of an entry point in the group `gwa_logging.backends`, or an object with `write` and
+            `close`.
+        run: a `wandb.Run`, an MLflow run or run id, a TensorBoard log directory or SummaryWriter, or a `trackio.Run`; with
+            several backends a dict of them, by backend. None takes the active one; if there is none, one is started, and
+            finished on close.
         head: the classifier head: a dotted path, or the module itself. None finds it. Of a list (PyTorch), the first one is
             the head that the alert follows; the others are watched beside it, each with keys of its own,
             `gwa/<path>/...`, and a monitor in `Monitor.heads`.

@@ -10,6 +10,8 @@ from gwa_logging.types import Backend, RunContext
 BACKENDS = {
     "wandb": "gwa_logging.integrations.wandb",
     "mlflow": "gwa_logging.integrations.mlflow",
+    "tensorboard": "gwa_logging.integrations.tensorboard",
+    "trackio": "gwa_logging.integrations.trackio",
 }
 """Name to module. "local" is not here: the journal is always written, and "local" adds nothing to it."""
 

@@ -1,0 +1,135 @@
+"""TensorBoard: writes records into an event file, with the `tensorboard` package alone, no TensorFlow and no PyTorch.
+
+Of the event files in one folder, TensorBoard's own reader follows only the newest: were ours among the user's, it would
+hide what the user logs from then on. So ours has a folder of its own in the log directory, named like the metrics, and
+TensorBoard shows it as a run beside the user's.
+
+A record is one event: it is in the file as a whole or not at all. TensorBoard keeps numbers as float32.
+"""
+
+import os
+from os import PathLike
+from time import time
+from typing import Any
+
+import numpy as np
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
+from tensorboard.plugins.text.summary_v2 import text_pb
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from gwa_logging.errors import BackendError, InvalidInputError
+from gwa_logging.histogram import DISPLAY_BINS
+from gwa_logging.types import AnyRecord, CloseRecord, EpochReport, IntervalRecord, RunContext, RunRecord, StopAlert
+
+
+def open_backend(context: RunContext) -> "TensorBoardBackend":
+    """Takes the user's log directory, or the run's own folder, and opens an event file in its subfolder `<name>`.
+
+    `run=` is a folder, or a SummaryWriter (PyTorch's, tensorboardX's; also Lightning's TensorBoardLogger), whose folder
+    is taken. None takes the folder that the journal is in: `tensorboard --logdir gwa_runs` shows all of them.
+
+    Raises:
+        InvalidInputError: `run=` is neither a folder nor something that has one.
+        BackendError: the folder cannot be written.
+    """
+    log_directory = _log_directory(context.directory if context.run is None else context.run)
+    try:
+        return TensorBoardBackend(log_directory, context.name)
+    except Exception as error:  # whatever a file system raises, also a remote one
+        raise BackendError(
+            f"backend='tensorboard': {log_directory!r} cannot be written ({type(error).__name__}: {error}). "
+            "Pass a log directory that can: watch(..., run='runs/experiment')"
+        ) from error
+
+
+class TensorBoardBackend:
+    """Writes one event file. See `gwa_logging.types.Backend`."""
+
+    name = "tensorboard"
+    threaded = True
+    """A write takes well under a millisecond on a local disk, but a log directory is often on a network."""
+
+    def __init__(self, log_directory: str, prefix: str) -> None:
+        """Opens an event file in the folder `prefix` of `log_directory`."""
+        self.run = log_directory
+        self._prefix = prefix
+        self._file: EventFileWriter | None = self._open()
+
+    def write(self, record: AnyRecord) -> None:
+        """Writes one record, and has the file hold it before it returns."""
+        if isinstance(record, IntervalRecord):
+            if record.count:
+                self._add(record.step, self._histogram("scores", record), *self._scalars(record.metrics))
+        elif isinstance(record, EpochReport):
+            self._add(record.epoch, *self._scalars(record.metrics))
+        elif isinstance(record, StopAlert):
+            best = {"best_epoch": record.best_epoch, "best_value": record.best_value, "stop_epoch": record.epoch}
+            self._add(record.epoch, self._text("alert", _alert_text(record)), *self._scalars(best))
+        elif isinstance(record, RunRecord):
+            self._add(0, self._text("head", record.head))
+        elif isinstance(record, CloseRecord) and record.best_epoch is not None:
+            best = {"best_epoch": record.best_epoch, "best_value": record.best_value}
+            self._add(record.epochs - 1, *self._scalars(best))
+
+    def close(self) -> None:
+        """Closes the event file."""
+        if self._file:
+            self._file.close()
+
+    def _open(self) -> EventFileWriter:
+        return EventFileWriter(os.path.join(self.run, self._prefix))  # noqa: PTH118 - it may be an address, gs://
+
+    def _add(self, step: int, *values: Summary.Value) -> None:
+        """Adds one event. A file that has failed stays as it is; the next try begins another."""
+        file, self._file = self._file or self._open(), None
+        file.add_event(Event(step=step, wall_time=time(), summary=Summary(value=values)))
+        file.flush()
+        self._file = file
+
+    def _scalars(self, values: dict[str, float]) -> list[Summary.Value]:
+        return [Summary.Value(tag=f"{self._prefix}/{key}", simple_value=value) for key, value in values.items()]
+
+    def _text(self, key: str, text: str) -> Summary.Value:
+        return text_pb(f"{self._prefix}/{key}", text).value[0]
+
+    def _histogram(self, key: str, record: IntervalRecord) -> Summary.Value:
+        counts, edges = record.histogram.to_display(DISPLAY_BINS, record.display_limit)
+        # TensorBoard leaves out the empty bins at both ends, and takes the outer edges of the others from min and max.
+        occupied = np.flatnonzero(counts)
+        histogram = HistogramProto(
+            min=edges[occupied[0]],
+            max=edges[occupied[-1] + 1],
+            num=record.count,
+            sum=record.mean * record.count,
+            bucket_limit=edges[1:].tolist(),
+            bucket=counts.tolist(),
+        )
+        return Summary.Value(tag=f"{self._prefix}/{key}", histo=histogram)
+
+
+def _log_directory(run: Any) -> str:
+    """The folder of a log directory or of a writer."""
+    folder = run
+    if not isinstance(run, str | PathLike | type):
+        folder = getattr(run, "log_dir", None) or getattr(run, "logdir", None)  # PyTorch, Lightning; tensorboardX
+        if folder is None and callable(ask := getattr(run, "get_logdir", None)):  # any writer of event files
+            folder = ask()
+    path = os.fspath(folder) if isinstance(folder, str | PathLike) else None
+    if not isinstance(path, str) or not path:
+        raise InvalidInputError(
+            f"run={run!r}: expected a log directory such as 'runs/experiment', or a SummaryWriter, whose log_dir is "
+            f"taken, found {type(run).__module__}.{type(run).__qualname__}"
+        )
+    return path
+
+
+def _alert_text(alert: StopAlert) -> str:
+    """What TensorBoard shows as Markdown."""
+    lines = [
+        f"**{alert.message}**\n",
+        f"- best epoch: {alert.best_epoch}, {alert.statistic} = {alert.best_value:.4g}; now {alert.value:.4g}",
+        f"- reason: {alert.reason.value}",
+        *(f"- but: {caveat}" for caveat in alert.caveats),
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,119 @@
+"""Trackio: writes records into a run, as rows of their own.
+
+A row in Trackio can have any step, in any order, so an interval has its training step and an epoch its number, as in
+MLflow; the user's rows stay as they are. One thing must be put back: logging a row moves the step that the run gives to
+the user's next row without one.
+
+Trackio takes rows and alerts into a queue and stores them half a second later, in a thread of its own. If it cannot, it
+warns, and raises nothing: they are in the journal then, and nowhere else.
+"""
+
+from contextvars import copy_context
+from tempfile import TemporaryFile
+from typing import Any
+
+import trackio
+from trackio import context_vars
+from trackio.run import Run
+from trackio.utils import TRACKIO_DIR
+
+from gwa_logging.errors import BackendError, InvalidInputError
+from gwa_logging.histogram import DISPLAY_BINS
+from gwa_logging.types import AnyRecord, CloseRecord, EpochReport, IntervalRecord, RunContext, RunRecord, StopAlert
+
+ALERT_TITLE = "GWA: stop"
+
+
+def open_backend(context: RunContext) -> "TrackioBackend":
+    """Takes the user's run, or the active one; if there is neither, starts one of its own, in the project `<name>`.
+
+    Raises:
+        InvalidInputError: `run=` is not a run of Trackio.
+        BackendError: no run can be started, or Trackio's folder cannot be written.
+    """
+    run = context_vars.current_run.get() if context.run is None else _checked(context.run)
+    owned = run is None
+    try:
+        if run is None or run.url is None:  # stored here, not sent to a server
+            _knock()
+        if run is None:
+            run = _start(context.name)
+        _ = run._next_step  # other versions may have it under another name
+    except Exception as error:  # whatever trackio raises here: nothing could ever be logged
+        raise BackendError(
+            f"backend='trackio': there is no run to log to ({type(error).__name__}: {error}). Set TRACKIO_DIR to a "
+            "folder that can be written, or pass run=trackio.init(project=...)"
+        ) from error
+    return TrackioBackend(run, context.name, owned=owned)
+
+
+class TrackioBackend:
+    """Writes into one run. See `gwa_logging.types.Backend`."""
+
+    name = "trackio"
+    threaded = False
+    """A write takes 0.2 ms, into Trackio's own queue; and on another thread the user's `log` could come between ours and
+    putting the step back."""
+
+    def __init__(self, run: Run, prefix: str, *, owned: bool) -> None:
+        """Writes into `run` under `prefix`; `owned` says that nobody else does, and that `close` finishes it."""
+        self.run = run
+        self._prefix = prefix
+        self._owned = owned
+
+    def write(self, record: AnyRecord) -> None:
+        """Hands one record to Trackio."""
+        if isinstance(record, IntervalRecord):
+            if record.count:
+                histogram = record.histogram.to_display(DISPLAY_BINS, record.display_limit)
+                self._log(record.step, {"scores": trackio.Histogram(np_histogram=histogram), **record.metrics})
+        elif isinstance(record, EpochReport):
+            self._log(record.epoch, record.metrics)
+        elif isinstance(record, StopAlert):
+            text, warn = _alert_text(record), trackio.AlertLevel.WARN
+            self.run.alert(title=ALERT_TITLE, text=text, level=warn, step=record.epoch)
+        elif isinstance(record, CloseRecord):
+            if record.best_epoch is not None:
+                self._log(record.epochs - 1, {"best_epoch": record.best_epoch, "best_value": record.best_value})
+        elif isinstance(record, RunRecord) and self._owned:
+            self.run.config[self._prefix] = {"head": record.head, **record.settings}
+
+    def close(self) -> None:
+        """Finishes the run if it is ours, which stores what is still in Trackio's queue."""
+        if self._owned:
+            self.run.finish()  # type: ignore[no-untyped-call]
+
+    def _log(self, step: int, values: dict[str, Any]) -> None:
+        users = self.run._next_step  # Trackio has no public name for it
+        self.run.log({f"{self._prefix}/{key}": value for key, value in values.items()}, step=step)
+        self.run._next_step = users
+
+
+def _knock() -> None:
+    """Looks whether Trackio could store anything: it would only warn, after a while."""
+    TRACKIO_DIR.mkdir(parents=True, exist_ok=True)
+    TemporaryFile(dir=TRACKIO_DIR).close()
+
+
+def _start(project: str) -> Run:
+    """A run of our own. Not the active one: the user's `trackio.init` would finish it, and `trackio.log` write into it."""
+    return copy_context().run(trackio.init, project, embed=False, auto_log_gpu=False, auto_log_cpu=False)
+
+
+def _checked(run: Any) -> Run:
+    if not isinstance(run, Run):
+        raise InvalidInputError(
+            f"run={run!r}: expected a run of Trackio, as trackio.init() returns it, found "
+            f"{type(run).__module__}.{type(run).__qualname__}"
+        )
+    return run
+
+
+def _alert_text(alert: StopAlert) -> str:
+    lines = [
+        alert.message,
+        f"Best epoch: {alert.best_epoch}, {alert.statistic} = {alert.best_value:.4g}; now {alert.value:.4g}.",
+        f"Reason: {alert.reason.value}.",
+        *(f"But: {caveat}." for caveat in alert.caveats),
+    ]
+    return "\n".join(lines)
