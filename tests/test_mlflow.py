@@ -2,16 +2,13 @@
 
 import logging
 import math
-import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
@@ -46,6 +43,7 @@ from gwa_logging.types import (
     StopAlert,
     StopReason,
 )
+from tests.trackers import Server, empty_database, new_database, point_mlflow_to, series
 
 EPOCHS, BATCHES, EVERY = 3, 7, 3
 INTERVAL_STEPS = [0, 3, 6, 9, 12, 13, 15, 18, 20]  # every third, and the last one of an epoch
@@ -65,32 +63,9 @@ def _pictures_in_a_hurry() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty database; making one takes seconds, so the tests copy it."""
-    path = tmp_path_factory.mktemp("mlflow") / "template.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
-def point_mlflow_to(uri: str, monkeypatch: pytest.MonkeyPatch, experiment: str = "gwa") -> MlflowClient:
-    """As a user may do it: by the environment."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", experiment)
-    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
-    return MlflowClient(uri)
-
-
-def new_database(folder: Path, template: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
-    shutil.copy(template, folder / "mlflow.db")
-    client = point_mlflow_to(f"sqlite:///{folder / 'mlflow.db'}", monkeypatch)
-    client.create_experiment("gwa", artifact_location=(folder / "artifacts").as_uri())
-    return client
-
-
 @pytest.fixture
-def client(tmp_path: Path, template: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MlflowClient]:
-    yield new_database(tmp_path, template, monkeypatch)
+def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MlflowClient]:
+    yield new_database(tmp_path, monkeypatch)
     while mlflow.active_run():
         mlflow.end_run()
 
@@ -124,14 +99,6 @@ def train(model: nn.Module, monitor: Monitor, epochs: int = EPOCHS, each_epoch: 
         each_epoch(epoch)
 
 
-def series(client: MlflowClient, run_id: str, key: str) -> dict[int, float]:
-    """Step to value of a metric that has one value a step."""
-    history = client.get_metric_history(run_id, key)
-    values = {metric.step: metric.value for metric in history}
-    assert len(values) == len(history), f"{key} has several values in one step"
-    return values
-
-
 def picture_steps(client: MlflowClient, run_id: str, key: str = "gwa~scores") -> list[int]:
     """The steps that the slider of a picture has, as MLflow's page reads them from the file names."""
     names = [Path(file.path).name for file in client.list_artifacts(run_id, "images")]
@@ -154,10 +121,10 @@ class Trained(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, template: Path) -> Iterator[Trained]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        client = new_database(folder, template, monkeypatch)
+        client = new_database(folder, monkeypatch)
         with mlflow.start_run(description="my own words") as run:
             model, monitor = watch(folder, early_stop=ALERT_AT_ONCE)
             train(model, monitor, each_epoch=lambda epoch: mlflow.log_metric("loss", 1.0 / (1 + epoch), step=epoch))
@@ -273,11 +240,11 @@ def test_a_monitor_that_nobody_closes_finishes_its_run_when_the_process_ends(
 
 
 def test_our_run_is_ended_where_it_began_though_the_user_has_moved_on(
-    client: MlflowClient, tmp_path: Path, template: Path, monkeypatch: pytest.MonkeyPatch
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, monitor = watch(tmp_path)
     (own,) = runs_of(client)
-    shutil.copy(template, tmp_path / "other.db")
+    shutil.copy(empty_database(), tmp_path / "other.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
     train(model, monitor, epochs=1)
     monitor.close()
@@ -571,57 +538,9 @@ def test_a_picture_has_white_where_there_are_no_scores_and_colour_where_there_ar
 # --- a server ---------------------------------------------------------------------------------------------------------
 
 
-class Server:
-    """`mlflow server` on loopback; can be stopped and started again on the same data and port."""
-
-    def __init__(self, folder: Path, template: Path) -> None:
-        shutil.copy(template, folder / "server.db")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.address = f"127.0.0.1:{free.getsockname()[1]}"
-        self._folder = folder
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        host, port = self.address.split(":")
-        quiet = {
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-            "MLFLOW_DISABLE_TELEMETRY": "true",
-            "DO_NOT_TRACK": "true",
-        }
-        command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", port, "--workers", "1"]
-        command += ["--backend-store-uri", f"sqlite:///{self._folder / 'server.db'}"]
-        command += ["--artifacts-destination", str(self._folder / "artifacts")]
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")} | quiet
-        with (self._folder / "server.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                command, env=environment, cwd=self._folder, stdout=log, stderr=log, start_new_session=True
-            )
-        deadline = time.monotonic() + 60
-        while not self._answers():
-            assert self._process.poll() is None, (self._folder / "server.log").read_text()
-            assert time.monotonic() < deadline, (self._folder / "server.log").read_text()
-
-    def _answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"http://{self.address}/health", timeout=1) as answer:
-                return bool(answer.status == 200)
-        except OSError:
-            assert self._process is not None
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(0.05)
-            return False
-
-    def stop(self) -> None:
-        if self._process:
-            os.killpg(self._process.pid, 15)
-            self._process.wait(20)
-            self._process = None
-
-
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, template: Path) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server"), template)
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"))
     try:
         server.start()
         yield server

@@ -2,8 +2,6 @@
 
 import json
 import logging
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -14,9 +12,7 @@ from threading import Thread
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 import wandb
-from torch import nn
 
 import gwa_logging
 from gwa_logging import BackendError, EarlyStop, InvalidInputError, Monitor
@@ -24,8 +20,10 @@ from gwa_logging.errors import GwaError
 from gwa_logging.integrations.wandb import WandbBackend, open_backend
 from gwa_logging.journal import read_journal
 from gwa_logging.types import EpochReport, IntervalRecord, RunContext, StopAlert
+from tests import trackers
+from tests.trackers import BATCH, BATCHES, OnDisk, folder_of, read_back, start_run
 
-EPOCHS, BATCHES, BATCH = 6, 7, 8
+EPOCHS = 6
 SAMPLES = EPOCHS * BATCHES * BATCH
 
 
@@ -75,76 +73,11 @@ class User:
         self.steps.append(self.run.step)
 
 
-class Training:
-    """A classifier of random samples, always the same ones in the same order."""
-
-    def __init__(self, lr: float = 0.1) -> None:
-        torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
-        self.batches = [(torch.randn(BATCH, 5), torch.randint(0, 3, (BATCH,))) for _ in range(BATCHES)]
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=lr)
+class Training(trackers.Training):
+    """The same, tracked by W&B."""
 
     def watch(self, directory: Path, **options: Any) -> Monitor:
-        options = {"backend": "wandb", "log_every_n_steps": 3, "early_stop": None} | options
-        return gwa_logging.watch(self.model, directory=directory / "gwa", **options)
-
-    def step(self, index: int) -> None:
-        x, y = self.batches[index % BATCHES]
-        self.optimizer.zero_grad()
-        nn.functional.cross_entropy(self.model(x), y).backward()
-        self.optimizer.step()
-
-    def epoch(self, monitor: Monitor) -> EpochReport:
-        for index in range(BATCHES):
-            self.step(index)
-        return monitor.end_epoch()
-
-
-def start_run(directory: Path, **options: Any) -> wandb.Run:
-    """An offline run that is not the active one, so that tests cannot get at each other's."""
-    settings = wandb.Settings(silent=True, console="off", x_disable_stats=True)
-    return wandb.init(**{"mode": "offline", "dir": directory, "settings": settings, "reinit": "create_new"} | options)
-
-
-class OnDisk(NamedTuple):
-    """An offline run, read back."""
-
-    history: list[dict[str, Any]]
-    alerts: list[dict[str, Any]]
-    metrics: dict[str, dict[str, Any]]
-    summary: dict[str, Any]
-    config: dict[str, Any]
-
-    def column(self, *keys: str) -> list[Any]:
-        """The values of these keys in the rows that have the first, in order; tuples if there are several."""
-        rows = [tuple(row[key] for key in keys) for row in self.history if keys[0] in row]
-        return rows if len(keys) > 1 else [row[0] for row in rows]
-
-
-def read_back(folder: str) -> OnDisk:
-    """Reads the folder of an offline run, after everything has been written to it."""
-    wandb.teardown()  # finish() alone can come back before the last rows are on disk
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", folder]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    records = [json.loads(line) for line in lines]
-    of = {kind: [r[kind] for r in records if r["type"] == kind] for kind in {r["type"] for r in records}}
-    summary: dict[str, Any] = {}
-    config: dict[str, Any] = {}
-    for record in of.get("summary", []):
-        summary |= record["update"]
-    for record in of.get("config", []):
-        config |= record["update"]
-    return OnDisk(
-        history=[record["item"] for record in of.get("history", [])],
-        alerts=of.get("alert", []),
-        metrics={record.get("name", record.get("glob_name")): record for record in of.get("metric", [])},
-        summary=summary,
-        config=config,
-    )
-
-
-def folder_of(run: wandb.Run) -> str:
-    return str(run.settings.sync_dir)
+        return super().watch(directory, **{"backend": "wandb"} | options)
 
 
 def samples_in(history: list[dict[str, Any]], prefix: str = "gwa") -> int:

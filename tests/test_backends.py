@@ -1,0 +1,278 @@
+"""One contract for every backend, with the real tracker behind it: the same intervals in, the same numbers out."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from threading import Event
+from typing import Any, NamedTuple
+
+import pytest
+import wandb
+
+from gwa_logging import EarlyStop, Monitor
+from gwa_logging.integrations import picture
+from gwa_logging.journal import read_journal
+from gwa_logging.registry import open_backend
+from gwa_logging.types import EPOCH_KEYS, AnyRecord, RunContext, StopAlert
+from tests.trackers import (
+    BATCH,
+    BATCHES,
+    INTERVAL_KEYS,
+    Held,
+    OnMlflow,
+    OnMlflowServer,
+    OnTensorBoard,
+    OnTrackio,
+    OnWandb,
+    Series,
+    Tracker,
+    Training,
+    numbers_in,
+    run_of,
+    totals_in,
+)
+
+EPOCHS = 3
+ALERT_AT_ONCE = EarlyStop(warmup=0, patience=1, min_delta=1.0)  # no epoch is better than the first one by so much
+
+TRACKERS = {
+    "MLflow": OnMlflow,
+    "MLflow server": OnMlflowServer,
+    "W&B": OnWandb,
+    "TensorBoard": OnTensorBoard,
+    "Trackio": OnTrackio,
+}
+WITH_HISTOGRAMS = ("W&B", "TensorBoard", "Trackio")
+WITH_ROWS_OF_ANY_STEP = ("MLflow", "MLflow server", "TensorBoard", "Trackio")
+WITH_RUNS_THAT_END = ("MLflow", "MLflow server", "W&B", "Trackio")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _clean() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(picture, "PAUSE", 0.0)
+        yield
+    wandb.teardown()
+    OnMlflowServer.stop()
+
+
+def until(true: Callable[[], bool], within: float = 10.0) -> bool:
+    """Waits for another process or library, which says nothing when it is done."""
+    deadline = time.monotonic() + within
+    while not (done := true()) and time.monotonic() < deadline:
+        Event().wait(0.02)
+    return done
+
+
+class Trained(NamedTuple):
+    """A training that was tracked."""
+
+    tracker: Tracker
+    monitor: Monitor
+    run: Any
+    records: list[AnyRecord]
+    held: Held
+    """What the tracker holds in the end."""
+    ended: bool
+    """Whether the run had ended after `close()`."""
+
+    def expected(self) -> dict[str, Series]:
+        """The numbers of the journal, as precise as this tracker."""
+        return {
+            key: [(step, float(self.tracker.precision(value))) for step, value in values]
+            for key, values in numbers_in(self.records).items()
+        }
+
+
+# --- a run of our own -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained]:
+    """A training with each tracker, which starts a run by itself."""
+    done: dict[str, Trained] = {}
+
+    def train(name: str) -> Trained:
+        if name not in done:
+            done[name] = _train_alone(TRACKERS[name](), tmp_path_factory.mktemp("alone"))
+        return done[name]
+
+    return train
+
+
+def _train_alone(tracker: Tracker, folder: Path) -> Trained:
+    with pytest.MonkeyPatch.context() as patch:
+        tracker.set_up(folder, patch)
+        training = Training()
+        monitor = training.watch(folder, backend=tracker.backend, early_stop=ALERT_AT_ONCE)
+        run = run_of(monitor, tracker.backend)
+        for _ in range(EPOCHS):
+            training.epoch(monitor)
+        monitor.close()
+        ended = tracker.ended(run)
+        return Trained(tracker, monitor, run, read_journal(monitor.journal)[0], tracker.read(run), ended)
+
+
+@pytest.mark.parametrize("name", TRACKERS)
+def test_every_number_arrives_once_in_order_and_at_its_step(alone, name: str) -> None:
+    trained = alone(name)
+    expected = trained.expected()
+    assert set(expected) == {*INTERVAL_KEYS, *EPOCH_KEYS}
+    assert len(expected["gwa"]) == EPOCHS
+    assert len(expected["q50"]) > EPOCHS * (BATCHES // 3)
+    assert {key: trained.held.numbers.get(key) for key in expected} == expected
+    assert trained.monitor.faults == {}
+
+
+@pytest.mark.parametrize("name", WITH_HISTOGRAMS)
+def test_every_histogram_holds_all_of_its_samples(alone, name: str) -> None:
+    trained = alone(name)
+    assert trained.held.totals == totals_in(trained.records)
+    assert sum(total for _, total in trained.held.totals) == EPOCHS * BATCHES * BATCH
+
+
+@pytest.mark.parametrize("name", TRACKERS)
+def test_one_alert_says_what_the_monitor_says(alone, name: str) -> None:
+    trained = alone(name)
+    (text,) = trained.held.alerts
+    assert isinstance(trained.monitor.alert, StopAlert)
+    assert trained.monitor.alert.message in text
+
+
+@pytest.mark.parametrize("name", WITH_RUNS_THAT_END)
+def test_a_run_that_we_started_has_ended_after_close(alone, name: str) -> None:
+    assert alone(name).ended
+
+
+# --- the user's run ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def visits(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained]:
+    """A training with each tracker in the user's run, to which the user logs before, at each step, and after."""
+    done: dict[str, Trained] = {}
+
+    def train(name: str) -> Trained:
+        if name not in done:
+            done[name] = _train_as_guest(TRACKERS[name](), tmp_path_factory.mktemp("visit"))
+        return done[name]
+
+    return train
+
+
+def _train_as_guest(tracker: Tracker, folder: Path) -> Trained:
+    with pytest.MonkeyPatch.context() as patch:
+        tracker.set_up(folder, patch)
+        run, training = tracker.start(), Training()
+        tracker.log(run, 0.5)
+        monitor = training.watch(folder, backend=tracker.backend, run=run)
+        for _ in range(EPOCHS):
+            training.epoch(monitor, each_step=lambda: tracker.log(run, 0.5))
+            tracker.log(run, 0.25)
+        monitor.close()
+        ended = tracker.ended(run)
+        tracker.log(run, 0.125)
+        tracker.end(run)
+        return Trained(tracker, monitor, run, read_journal(monitor.journal)[0], tracker.read(run), ended)
+
+
+@pytest.mark.parametrize("name", TRACKERS)
+def test_the_users_rows_are_there_with_their_own_steps_and_nothing_else(visits, name: str) -> None:
+    values = [0.5, *[*[0.5] * BATCHES, 0.25] * EPOCHS, 0.125]
+    assert visits(name).held.users == list(enumerate(values))
+
+
+@pytest.mark.parametrize("name", TRACKERS)
+def test_the_users_run_goes_on_after_close(visits, name: str) -> None:
+    assert not visits(name).ended
+
+
+@pytest.mark.parametrize("name", TRACKERS)
+def test_a_guest_writes_every_epoch(visits, name: str) -> None:
+    trained = visits(name)
+    expected = {key: values for key, values in trained.expected().items() if key in EPOCH_KEYS}
+    assert {key: trained.held.numbers.get(key) for key in expected} == expected
+    assert trained.monitor.faults == {}
+
+
+@pytest.mark.parametrize("name", WITH_ROWS_OF_ANY_STEP)
+def test_a_guest_writes_every_interval(visits, name: str) -> None:
+    trained = visits(name)
+    expected = {key: values for key, values in trained.expected().items() if key in INTERVAL_KEYS}
+    assert {key: trained.held.numbers.get(key) for key in expected} == expected
+
+
+@pytest.mark.parametrize("name", WITH_HISTOGRAMS)
+def test_a_guest_loses_no_sample(visits, name: str) -> None:
+    assert sum(total for _, total in visits(name).held.totals) == EPOCHS * BATCHES * BATCH
+
+
+# --- flush, and a run that is handed on -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", WITH_ROWS_OF_ANY_STEP)
+def test_after_flush_everything_so_far_is_in_the_tracker(name: str, tmp_path: Path, monkeypatch) -> None:
+    """Trackio stores what it has taken within half a second; W&B, not here, does so when its run ends."""
+    tracker, training = TRACKERS[name](), Training()
+    tracker.set_up(tmp_path, monkeypatch)
+    monitor = training.watch(tmp_path, backend=tracker.backend)
+    run = run_of(monitor, tracker.backend)
+    training.epoch(monitor)
+    assert monitor.flush(30)
+    expected = numbers_in(read_journal(monitor.journal)[0])
+    assert expected.keys() == {*INTERVAL_KEYS, *EPOCH_KEYS}
+
+    def steps_held() -> dict[str, list[int]]:
+        numbers = tracker.read(run).numbers
+        return {key: [step for step, _ in numbers.get(key, [])] for key in expected}
+
+    wanted = {key: [step for step, _ in values] for key, values in expected.items()}
+    assert until(lambda: steps_held() == wanted) if name == "Trackio" else steps_held() == wanted
+    monitor.close()
+
+
+@pytest.mark.parametrize("name", ["MLflow", "W&B", "TensorBoard", "Trackio"])
+def test_the_run_of_a_backend_can_be_given_to_another_one_which_is_a_guest_in_it(
+    name: str, tmp_path: Path, monkeypatch
+) -> None:
+    tracker = TRACKERS[name]()
+    tracker.set_up(tmp_path, monkeypatch)
+    first = open_backend(tracker.backend, RunContext("gwa", None, tmp_path))
+    second = open_backend(tracker.backend, RunContext("gwa/other.head", first.run, tmp_path / "other"))
+    assert second.run == first.run
+    second.close()
+    assert name == "TensorBoard" or not tracker.ended(first.run)
+    first.close()
+    assert name == "TensorBoard" or tracker.ended(first.run)
+
+
+# --- several backends at once -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
+    """One training with all trackers at once."""
+    folder, training = tmp_path_factory.mktemp("together"), Training()
+    trackers = {name: TRACKERS[name]() for name in TRACKERS if name != "MLflow server"}
+    with pytest.MonkeyPatch.context() as patch:
+        for tracker in trackers.values():
+            tracker.set_up(folder, patch)
+        monitor = training.watch(folder, backend=[tracker.backend for tracker in trackers.values()])
+        runs = {name: run_of(monitor, tracker.backend) for name, tracker in trackers.items()}
+        for _ in range(EPOCHS):
+            training.epoch(monitor)
+        monitor.close()
+        records, _ = read_journal(monitor.journal)
+        return {
+            name: Trained(tracker, monitor, runs[name], records, tracker.read(runs[name]), ended=True)
+            for name, tracker in trackers.items()
+        }
+
+
+@pytest.mark.parametrize("name", ["MLflow", "W&B", "TensorBoard", "Trackio"])
+def test_each_of_several_backends_gets_all_the_numbers(together, name: str) -> None:
+    trained = together[name]
+    expected = trained.expected()
+    assert {key: trained.held.numbers.get(key) for key in expected} == expected
+    assert name not in WITH_HISTOGRAMS or trained.held.totals == totals_in(trained.records)
+    assert trained.monitor.faults == {}

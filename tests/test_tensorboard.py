@@ -1,0 +1,243 @@
+"""TensorBoard: real event files, read back with TensorBoard's own readers."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+import gwa_logging
+from gwa_logging import AlignmentSummary, BackendError, EarlyStop, InvalidInputError
+from gwa_logging.integrations.tensorboard import TensorBoardBackend, open_backend
+from gwa_logging.journal import read_journal
+from gwa_logging.types import CloseRecord, IntervalRecord, RunContext, StopAlert, StopReason
+from tests.trackers import EventAccumulator, Training, read_events, totals_in
+
+ALERT = StopAlert(
+    epoch=7,
+    best_epoch=2,
+    statistic="stable",
+    value=0.25,
+    best_value=0.5,
+    reason=StopReason.NO_IMPROVEMENT,
+    message="stop now",
+    caveats=("the epochs are small", "the labels may be clean"),
+)
+
+
+def interval(scores: list[float], step: int = 0, limit: float = 0.5) -> IntervalRecord:
+    summary = AlignmentSummary.from_scores(scores)
+    return IntervalRecord(
+        step=step,
+        epoch=0,
+        steps=1,
+        count=summary.count,
+        excluded=summary.excluded,
+        mean=summary.mean,
+        minimum=summary.minimum,
+        maximum=summary.maximum,
+        histogram=summary.histogram,
+        display_limit=limit,
+    )
+
+
+def open_in(folder: Path, run: Any = None, name: str = "gwa") -> TensorBoardBackend:
+    return open_backend(RunContext(name=name, run=run, directory=folder))
+
+
+# --- which folder -----------------------------------------------------------------------------------------------------
+
+
+def test_without_a_run_the_events_are_beside_the_journal_in_a_folder_of_the_name(tmp_path: Path) -> None:
+    monitor = Training().watch(tmp_path, backend="tensorboard")
+    monitor.close()
+    (file,) = tmp_path.rglob("events.out.tfevents.*")
+    assert file.parent == monitor.journal.parent / "gwa"
+
+
+@pytest.mark.parametrize("form", [str, Path, SummaryWriter, lambda folder: SimpleNamespace(logdir=str(folder))])
+@pytest.mark.parametrize("give_back", [False, True])
+def test_a_log_directory_comes_as_a_path_or_as_a_writer(tmp_path: Path, form: Any, give_back: bool) -> None:
+    backend = open_in(tmp_path, form(tmp_path / "runs" / "experiment"))
+    if give_back:
+        backend = open_in(tmp_path, backend.run)
+    backend.write(ALERT)
+    assert "gwa/stop_epoch" in read_events(tmp_path / "runs" / "experiment" / "gwa").Tags()["scalars"]
+
+
+def test_the_event_file_of_a_writer_has_its_folder_too(tmp_path: Path) -> None:
+    writer = SummaryWriter(tmp_path / "runs")
+    assert open_in(tmp_path, writer.file_writer).run == open_in(tmp_path, writer).run == str(tmp_path / "runs")
+
+
+@pytest.mark.parametrize("wrong", [17, "", b"runs", object(), SummaryWriter, ["runs"]])
+def test_something_that_is_no_log_directory_is_refused(tmp_path: Path, wrong: Any) -> None:
+    with pytest.raises(InvalidInputError, match=r"run=.*expected a log directory such as 'runs/experiment'"):
+        Training().watch(tmp_path, backend="tensorboard", run=wrong)
+
+
+def test_a_log_directory_that_cannot_be_written_is_an_error_at_once(tmp_path: Path) -> None:
+    (tmp_path / "a file").touch()
+    with pytest.raises(BackendError, match=r"'.*a file' cannot be written \(NotADirectoryError.*run='runs/experiment'"):
+        Training().watch(tmp_path, backend="tensorboard", run=tmp_path / "a file")
+
+
+def test_heads_beside_each_other_have_folders_of_their_own(tmp_path: Path) -> None:
+    class TwoHeads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.main, self.other = nn.Linear(4, 3), nn.Linear(4, 5)
+
+        def forward(self, x: Any) -> Any:
+            return self.main(x).sum() + self.other(x).sum()
+
+    model = TwoHeads()
+    heads = ["main", "other"]
+    monitor = gwa_logging.watch(
+        model, head=heads, backend="tensorboard", run=tmp_path / "runs", directory=tmp_path / "gwa_runs"
+    )
+    monitor.close()
+    folders = {str(file.parent.relative_to(tmp_path)) for file in tmp_path.rglob("events.out.tfevents.*")}
+    assert folders == {"runs/gwa", "runs/gwa/other"}
+
+
+def test_a_tensorboard_that_is_looking_goes_on_seeing_what_the_user_logs(tmp_path: Path) -> None:
+    """TensorBoard's own reader would leave the user's event file for a newer one of ours."""
+    writer = SummaryWriter(tmp_path)
+    writer.add_scalar("loss", 1.0, 0)
+    writer.flush()
+    backend, looking = open_in(tmp_path, writer), EventAccumulator(str(tmp_path))
+    backend.write(interval([0.1]))
+    looking.Reload()
+    for step in (1, 2):
+        writer.add_scalar("loss", 0.5, step)
+    writer.flush()
+    looking.Reload()
+    assert [event.step for event in looking.Scalars("loss")] == [0, 1, 2]
+
+
+# --- what is in it ----------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_draws_the_bins_that_the_display_has(tmp_path: Path) -> None:
+    """Of a histogram, TensorBoard shows the occupied bins, the outer edges of which it takes from min and max."""
+    record = interval([-0.21, -0.2, 0.1, 0.11, 0.3])
+    open_in(tmp_path).write(record)
+    (event,) = read_events(tmp_path / "gwa").Histograms("gwa/scores")
+    shown = event.histogram_value
+    counts, edges = record.histogram.to_display(64, 0.5)
+    first, last = np.flatnonzero(counts)[[0, -1]]
+    assert shown.bucket == counts.tolist()
+    assert shown.bucket_limit == edges[1:].tolist()
+    assert (shown.min, shown.max) == (edges[first], edges[last + 1])
+    assert (shown.num, shown.sum) == (5, pytest.approx(0.1))
+
+
+@pytest.mark.parametrize("limit", [0.05, 1.0])
+def test_no_bin_is_backwards_wherever_the_scores_lie(tmp_path: Path, limit: float) -> None:
+    backend, generator = open_in(tmp_path), np.random.default_rng(0)
+    for step in range(20):
+        backend.write(interval(generator.normal(0.02, 0.03, 50).clip(-1, 1).tolist(), step, limit))
+    for event in read_events(tmp_path / "gwa").Histograms("gwa/scores"):
+        shown = event.histogram_value
+        occupied = np.flatnonzero(shown.bucket)
+        inner = shown.bucket_limit[occupied[0] : occupied[-1]]
+        assert (np.diff([shown.min, *inner, shown.max]) > 0).all()
+
+
+def test_an_interval_without_a_score_leaves_no_event(tmp_path: Path) -> None:
+    backend = open_in(tmp_path)
+    for step, scores in enumerate(([math.nan], [0.1, -0.2], [math.nan])):
+        backend.write(interval(scores, step))
+    events = read_events(tmp_path / "gwa")
+    for key in ("step_mean", "q50"):
+        assert [event.step for event in events.Scalars(f"gwa/{key}")] == [1]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e300])
+def test_what_float32_cannot_hold_arrives_as_the_nearest_that_it_can(tmp_path: Path, value: float) -> None:
+    report = AlignmentSummary.from_scores([0.1, 0.2, 0.4]).report().model_copy(update={"gwa": value})
+    open_in(tmp_path).write(report)
+    (event,) = read_events(tmp_path / "gwa").Scalars("gwa/gwa")
+    assert event.value == pytest.approx(math.inf if value == 1e300 else value, nan_ok=True)
+
+
+def test_the_alert_is_a_text_and_the_best_epoch_a_number(tmp_path: Path) -> None:
+    backend = open_in(tmp_path)
+    backend.write(ALERT)
+    backend.write(CloseRecord(epochs=9, steps=90, best_epoch=2, best_value=0.5, faults={}))
+    events = read_events(tmp_path / "gwa")
+    assert events.summary_metadata["gwa/alert"].plugin_data.plugin_name == "text"
+    (event,) = events.Tensors("gwa/alert")
+    text = event.tensor_proto.string_val[0].decode()
+    assert event.step == 7
+    for part in ("**stop now**", "best epoch: 2, stable = 0.5; now 0.25", "no improvement", *ALERT.caveats):
+        assert part in text
+    numbers = {key: [(e.step, e.value) for e in events.Scalars(f"gwa/{key}")] for key in ("stop_epoch", "best_epoch")}
+    assert numbers == {"stop_epoch": [(7, 7.0)], "best_epoch": [(7, 2.0), (8, 2.0)]}
+
+
+def test_the_head_is_told(tmp_path: Path) -> None:
+    monitor = Training().watch(tmp_path, backend="tensorboard")
+    monitor.close()
+    (event,) = read_events(monitor.journal.parent / "gwa").Tensors("gwa/head")
+    assert "Linear 8 -> 3" in event.tensor_proto.string_val[0].decode()
+
+
+def test_a_run_without_a_best_epoch_names_none(tmp_path: Path) -> None:
+    backend = open_in(tmp_path)
+    backend.write(CloseRecord(epochs=0, steps=0, best_epoch=None, best_value=math.nan, faults={}))
+    assert read_events(tmp_path / "gwa").Tags()["scalars"] == []
+
+
+# --- outages ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_disk_that_fails_for_a_while_costs_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = Training()
+    monitor = training.watch(tmp_path, backend="tensorboard", run=tmp_path / "runs", early_stop=EarlyStop())
+    training.epoch(monitor)
+    assert monitor.flush(30)
+    folder = tmp_path / "runs" / "gwa"
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorBoardBackend, "_open", _refuse)
+        monitor._deliveries[0].backend._file.close()
+        training.epoch(monitor)
+        assert not monitor.flush(0.2)
+    training.epoch(monitor)
+    monitor.close()
+    assert list(monitor.faults) == ["backend tensorboard"]
+    records, _ = read_journal(monitor.journal)
+    held = [event for file in sorted(folder.iterdir()) for event in histograms_of(file)]
+    assert [(e.step, sum(e.histogram_value.bucket)) for e in held] == totals_in(records)
+
+
+def histograms_of(file: Path) -> list[Any]:
+    return read_events(file).Histograms("gwa/scores")
+
+
+def _refuse(*_: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+# --- what it needs ----------------------------------------------------------------------------------------------------
+
+
+def test_neither_torch_nor_tensorflow_is_needed(tmp_path: Path) -> None:
+    program = (
+        "import sys, pathlib, gwa_logging.integrations.tensorboard as t\n"
+        "from gwa_logging.types import CloseRecord, RunContext\n"
+        "backend = t.open_backend(RunContext('gwa', None, pathlib.Path(sys.argv[1])))\n"
+        "backend.write(CloseRecord(epochs=1, steps=1, best_epoch=0, best_value=1.0, faults={}))\n"
+        "backend.close()\n"
+        "print([name for name in ('torch', 'tensorflow') if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+    assert read_events(tmp_path / "gwa").Scalars("gwa/best_value")[0].value == 1.0

@@ -1,0 +1,181 @@
+"""Trackio: real runs in its local store, read back from there."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+from trackio import context_vars
+
+from gwa_logging import AlignmentSummary, EarlyStop, InvalidInputError
+from gwa_logging.integrations.trackio import TrackioBackend, open_backend
+from gwa_logging.types import CloseRecord, RunContext
+from tests.trackers import BATCH, BATCHES, Training, rows_of, run_of, start_trackio_run, trackio
+
+
+@pytest.fixture(autouse=True)
+def _no_active_run() -> Any:
+    yield
+    context_vars.current_run.set(None)
+
+
+def column(run: Any, key: str) -> list[tuple[int, Any]]:
+    return [(row["step"], row[key]) for row in rows_of(run) if key in row]
+
+
+# --- which run --------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_of_our_own_is_never_the_active_one(tmp_path: Path) -> None:
+    training = Training()
+    monitor = training.watch(tmp_path, backend="trackio", name="own.run")
+    own = run_of(monitor, "trackio")
+    assert context_vars.current_run.get() is None
+    users = trackio.init("the-user", auto_log_cpu=False)  # would end the active run
+    training.epoch(monitor)
+    trackio.log({"loss": 1.0})
+    monitor.close()
+    assert context_vars.current_run.get() is users
+    trackio.finish()
+    assert (own.project, own._cpu_monitor, own._gpu_monitor) == ("own.run", None, None)
+    assert [step for step, _ in column(own, "own.run/gwa")] == [0]
+    assert column(users, "loss") == [(0, 1.0)]
+    assert {key for row in rows_of(users) for key in row} == {"loss", "step", "timestamp"}
+
+
+def test_the_settings_and_the_head_are_in_the_config_of_our_own_run_only(tmp_path: Path) -> None:
+    users = start_trackio_run("config")
+    for run in (None, users):
+        training = Training()
+        monitor = training.watch(tmp_path, backend="trackio", run=run)
+        training.epoch(monitor)
+        monitor.close()
+        assert ("gwa" in run_of(monitor, "trackio").config) == (run is None)
+        if run is None:
+            (stored,) = [r for r in trackio.Api().runs("gwa") if r.id == run_of(monitor, "trackio").id]
+            assert stored.config["gwa"]["log_every_n_steps"] == 3
+            assert "Linear 8 -> 3" in stored.config["gwa"]["head"]
+    users.finish()
+
+
+def test_the_active_run_is_taken_and_left_running(tmp_path: Path) -> None:
+    users = trackio.init("active", auto_log_cpu=False)
+    backend = open_backend(RunContext("gwa", None, tmp_path))
+    assert backend.run is users
+    backend.close()
+    trackio.log({"still": "open"})
+    trackio.finish()
+    assert column(users, "still") == [(0, "open")]
+
+
+def test_a_run_can_be_given_to_a_thread_in_which_it_is_not_active(tmp_path: Path) -> None:
+    users = trackio.init("threads", auto_log_cpu=False)
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            assert context_vars.current_run.get() is None
+            training = Training()
+            monitor = training.watch(tmp_path, backend="trackio", run=users)
+            training.epoch(monitor)
+            monitor.close()
+        except BaseException as error:  # noqa: BLE001 - shown below
+            failed.append(error)
+
+    thread = Thread(target=work)
+    thread.start()
+    thread.join()
+    trackio.finish()
+    assert failed == []
+    assert [step for step, _ in column(users, "gwa/gwa")] == [0]
+
+
+@pytest.mark.parametrize("wrong", ["a run", 7, object(), trackio.Run])
+def test_a_run_of_a_wrong_type_is_named(tmp_path: Path, wrong: Any) -> None:
+    with pytest.raises(InvalidInputError, match=r"run=.*expected a run of Trackio, as trackio\.init\(\) returns it"):
+        Training().watch(tmp_path, backend="trackio", run=wrong)
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_at_once_and_no_silent_loss(tmp_path: Path) -> None:
+    (tmp_path / "a file").touch()
+    program = (
+        "import torch, gwa_logging\n"
+        "try:\n"
+        "    gwa_logging.watch(torch.nn.Linear(4, 3), backend='trackio')\n"
+        "except gwa_logging.BackendError as error:\n"
+        "    print(error)\n"
+    )
+    environment = {"TRACKIO_DIR": str(tmp_path / "a file"), "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment, cwd=tmp_path
+    )
+    assert "backend='trackio': there is no run to log to (FileExistsError" in done.stdout
+    assert "Set TRACKIO_DIR" in done.stdout
+
+
+# --- the user's rows and steps ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_the_users_steps_are_where_they_would_be_without_us(tmp_path: Path, explicit: bool) -> None:
+    users, training = start_trackio_run("steps"), Training()
+    monitor = training.watch(tmp_path, backend="trackio", run=users)
+    for epoch in range(3):
+        training.epoch(monitor)
+        users.log({"loss": 0.5}, **{"step": 10 * epoch} if explicit else {})
+    users.log({"test": 1.0})
+    monitor.close()
+    users.log({"test": 2.0})
+    users.finish()
+    assert [step for step, _ in column(users, "loss")] == ([0, 10, 20] if explicit else [0, 1, 2])
+    assert [step for step, _ in column(users, "test")] == ([21, 22] if explicit else [3, 4])
+    assert all(set(row) == {"loss", "step", "timestamp"} for row in rows_of(users) if "loss" in row)
+
+
+def test_what_comes_after_the_users_finish_is_stored_all_the_same(tmp_path: Path) -> None:
+    users, training = start_trackio_run("finished"), Training()
+    monitor = training.watch(tmp_path, backend="trackio", run=users)
+    training.epoch(monitor)
+    users.finish()
+    training.epoch(monitor)
+    monitor.close()
+    assert [step for step, _ in column(users, "gwa/gwa")] == [0, 1]
+    assert sum(sum(h["values"]) for _, h in column(users, "gwa/scores")) == 2 * BATCHES * BATCH
+
+
+# --- alerts, and what cannot be shown ---------------------------------------------------------------------------------
+
+
+def test_one_alert_says_when_to_stop(tmp_path: Path) -> None:
+    users, training = start_trackio_run("alerts"), Training(lr=0.0)
+    monitor = training.watch(tmp_path, backend="trackio", run=users, early_stop=EarlyStop(patience=1, warmup=0))
+    for _ in range(4):
+        training.epoch(monitor)
+    monitor.close()
+    users.finish()
+    (alert,) = trackio.Api().alerts("alerts", run=users.name)
+    assert (alert["title"], alert["level"], alert["step"]) == ("GWA: stop", "warn", 1)
+    for part in ("Best epoch: 0", "no improvement", *monitor.alert.caveats):
+        assert part in alert["text"]
+    assert column(users, "gwa/best_epoch") == [(3, 0)]
+    assert column(users, "gwa/best_value") == [(3, monitor.history[0].stable_gwa)]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_none_arrive_as_they_are(tmp_path: Path, value: float) -> None:
+    users = start_trackio_run("numbers")
+    report = AlignmentSummary.from_scores([0.1, 0.2, 0.4]).report().model_copy(update={"gwa": value})
+    TrackioBackend(users, "gwa", owned=False).write(report)
+    users.finish()
+    assert column(users, "gwa/gwa")[0][1] == pytest.approx(value, nan_ok=True)
+
+
+def test_a_run_without_a_best_epoch_leaves_no_row() -> None:
+    users = start_trackio_run("nothing")
+    backend = TrackioBackend(users, "gwa", owned=False)
+    backend.write(CloseRecord(epochs=0, steps=0, best_epoch=None, best_value=math.nan, faults={}))
+    users.finish()
+    assert rows_of(users) == []

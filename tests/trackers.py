@@ -1,0 +1,443 @@
+"""Real trackers: how the tests start them, log to them as a user would, and read back what they hold."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar, NamedTuple
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+import wandb
+from mlflow import MlflowClient
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+import gwa_logging
+from gwa_logging import Monitor
+from gwa_logging.types import EPOCH_KEYS, QUANTILES, STEP_KEYS, AnyRecord, EpochReport, IntervalRecord
+
+FOLDER = TemporaryDirectory(prefix="gwa_logging-tests-")
+"""For what is made once, in each test process: an empty database of MLflow, Trackio's folder."""
+
+os.environ |= {"TRACKIO_DIR": f"{FOLDER.name}/trackio", "HF_HUB_OFFLINE": "1"}  # Trackio reads them when it is imported
+import trackio  # noqa: E402
+from trackio.sqlite_storage import SQLiteStorage  # noqa: E402
+
+BATCHES, BATCH = 7, 8
+INTERVAL_KEYS = (*STEP_KEYS, *QUANTILES)
+
+Series = list[tuple[int, float]]
+"""Steps and values of a metric, in the order in which the tracker holds them."""
+
+
+class Training:
+    """A classifier of random samples, always the same ones in the same order."""
+
+    def __init__(self, lr: float = 0.1) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+        self.batches = [(torch.randn(BATCH, 5), torch.randint(0, 3, (BATCH,))) for _ in range(BATCHES)]
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=lr)
+
+    def watch(self, directory: Path, **options: Any) -> Monitor:
+        options = {"log_every_n_steps": 3, "early_stop": None} | options
+        return gwa_logging.watch(self.model, directory=directory / "gwa", **options)
+
+    def step(self, index: int) -> None:
+        x, y = self.batches[index % BATCHES]
+        self.optimizer.zero_grad()
+        nn.functional.cross_entropy(self.model(x), y).backward()
+        self.optimizer.step()
+
+    def epoch(self, monitor: Monitor, each_step: Callable[[], Any] = int) -> EpochReport:
+        for index in range(BATCHES):
+            self.step(index)
+            each_step()
+        return monitor.end_epoch()
+
+
+def run_of(monitor: Monitor, backend: str) -> Any:
+    """The run of a backend, as it would be given to `watch(run=)`."""
+    (run,) = (d.backend.run for d in monitor._deliveries if d.backend.name == backend)
+    return run
+
+
+def numbers_in(records: list[AnyRecord]) -> dict[str, Series]:
+    """What a tracker should hold of a journal, by metric key without the prefix."""
+    found: dict[str, Series] = {}
+    for record in records:
+        if isinstance(record, IntervalRecord | EpochReport):
+            step = record.step if isinstance(record, IntervalRecord) else record.epoch
+            for key, value in record.metrics.items():
+                found.setdefault(key, []).append((step, float(value)))
+    return found
+
+
+def totals_in(records: list[AnyRecord]) -> Series:
+    """The number of samples in each histogram of a journal."""
+    return [(r.step, r.histogram.total) for r in records if isinstance(r, IntervalRecord)]
+
+
+# --- any tracker ------------------------------------------------------------------------------------------------------
+
+
+class Held(NamedTuple):
+    """What a tracker holds of one run."""
+
+    numbers: dict[str, Series]
+    totals: Series
+    """The number of samples in each histogram; empty where the tracker has no histograms."""
+    alerts: list[str]
+    users: Series
+    """The user's own metric, "user/loss"."""
+
+
+class Tracker:
+    """A tracker, and what its users do with it."""
+
+    backend: str
+    precision: type = float
+    """In which it keeps numbers."""
+
+    def set_up(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        """Points the tracker to a folder, as a user does by the environment."""
+
+    def start(self) -> Any:
+        """Starts a run as a user does, and gives it in a form that `watch(run=)` takes."""
+        raise NotImplementedError
+
+    def log(self, run: Any, value: float) -> None:
+        """Logs the user's metric, at the next of the user's steps."""
+        raise NotImplementedError
+
+    def end(self, run: Any) -> None:
+        """Ends the run as a user does."""
+        raise NotImplementedError
+
+    def ended(self, run: Any) -> bool:
+        """Whether the run has ended."""
+        raise NotImplementedError
+
+    def read(self, run: Any) -> Held:
+        """What is stored at this moment."""
+        raise NotImplementedError
+
+
+class OnMlflow(Tracker):
+    """MLflow in a database of its own."""
+
+    backend = "mlflow"
+
+    def set_up(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        self.client = new_database(folder, patch)
+        self.steps = count()
+
+    def start(self) -> str:
+        experiment = self.client.get_experiment_by_name("gwa").experiment_id
+        return str(self.client.create_run(experiment).info.run_id)
+
+    def log(self, run: str, value: float) -> None:
+        mlflow.log_metric("user/loss", value, step=next(self.steps), run_id=run)
+
+    def end(self, run: str) -> None:
+        self.client.set_terminated(run)
+
+    def ended(self, run: str) -> bool:
+        return bool(self.client.get_run(run).info.status != "RUNNING")
+
+    def read(self, run: str) -> Held:
+        data = self.client.get_run(run).data
+        keys = [key.removeprefix("gwa/") for key in data.metrics if key.startswith("gwa/")]
+        of = {key: list(series(self.client, run, f"gwa/{key}").items()) for key in keys}
+        alerts = [data.tags["gwa.alert"]] if "gwa.alert" in data.tags else []
+        return Held(of, [], alerts, list(series(self.client, run, "user/loss").items()))
+
+
+class OnMlflowServer(OnMlflow):
+    """MLflow on a server on loopback: one for all, from the first `set_up` until `stop`."""
+
+    server: ClassVar["Server | None"] = None
+
+    def set_up(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        if OnMlflowServer.server is None:
+            OnMlflowServer.server = Server(folder)
+            OnMlflowServer.server.start()
+        self.client = point_mlflow_to(f"http://{OnMlflowServer.server.address}", patch)
+        if self.client.get_experiment_by_name("gwa") is None:
+            self.client.create_experiment("gwa")
+        self.steps = count()
+
+    @classmethod
+    def stop(cls) -> None:
+        if OnMlflowServer.server is not None:
+            OnMlflowServer.server.stop()
+            OnMlflowServer.server = None
+
+
+class OnWandb(Tracker):
+    """Offline W&B. Reading it ends every run of it in this process."""
+
+    backend = "wandb"
+
+    def set_up(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        for key, value in {"MODE": "offline", "DIR": folder, "SILENT": "true", "CONSOLE": "off"}.items():
+            patch.setenv(f"WANDB_{key}", str(value))
+        self.folder = folder
+
+    def start(self) -> wandb.Run:
+        return start_run(self.folder)
+
+    def log(self, run: wandb.Run, value: float) -> None:
+        run.log({"user/loss": value})
+
+    def end(self, run: wandb.Run) -> None:
+        run.finish()
+
+    def ended(self, run: wandb.Run) -> bool:
+        return bool(run._is_finished)
+
+    def read(self, run: wandb.Run) -> Held:
+        disk = read_back(folder_of(run))
+        axes = {"gwa/step": (*INTERVAL_KEYS, "scores.values"), "gwa/epoch": tuple(EPOCH_KEYS)}
+        of = {key: disk.column(axis, f"gwa/{key}") for axis, keys in axes.items() for key in keys}
+        totals = [(step, sum(values)) for step, values in of.pop("scores.values")]
+        users = [(step, value) for value, step in disk.column("user/loss", "_step")]
+        return Held(of, totals, [alert["text"] for alert in disk.alerts], users)
+
+
+class OnTensorBoard(Tracker):
+    """Event files, read by TensorBoard's own reader."""
+
+    backend = "tensorboard"
+    precision = np.float32
+
+    def set_up(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        self.folder = folder
+        self.steps = count()
+
+    def start(self) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(self.folder / "runs")
+
+    def log(self, run: Any, value: float) -> None:
+        run.add_scalar("user/loss", value, next(self.steps))
+
+    def end(self, run: Any) -> None:
+        run.close()
+
+    def ended(self, run: Any) -> bool:
+        return getattr(run, "file_writer", None) is None
+
+    def read(self, run: Any) -> Held:
+        folder = Path(getattr(run, "log_dir", run))
+        ours, users = (read_events(path) for path in (folder / "gwa", folder))
+        of = {
+            tag.removeprefix("gwa/"): [(event.step, event.value) for event in ours.Scalars(tag)]
+            for tag in ours.Tags()["scalars"]
+        }
+        totals = [(e.step, sum(e.histogram_value.bucket)) for e in events_of(ours.Histograms, "gwa/scores")]
+        alerts = [e.tensor_proto.string_val[0].decode() for e in events_of(ours.Tensors, "gwa/alert")]
+        return Held(of, totals, alerts, [(e.step, e.value) for e in events_of(users.Scalars, "user/loss")])
+
+
+class OnTrackio(Tracker):
+    """Trackio's local store, one for the process."""
+
+    backend = "trackio"
+    projects: ClassVar = count()
+
+    def start(self) -> Any:
+        return start_trackio_run(f"users-{next(self.projects)}")
+
+    def log(self, run: Any, value: float) -> None:
+        run.log({"user/loss": value})
+
+    def end(self, run: Any) -> None:
+        run.finish()
+
+    def ended(self, run: Any) -> bool:
+        return bool(run._stop_flag.is_set())
+
+    def read(self, run: Any) -> Held:
+        of: dict[str, Series] = {}
+        for row in rows_of(run):
+            for key, value in row.items():
+                of.setdefault(key, []).append((row["step"], value))
+        totals = [(step, sum(histogram["values"])) for step, histogram in of.pop("gwa/scores", [])]
+        alerts = [alert["text"] for alert in trackio.Api().alerts(run.project, run=run.name)]
+        ours = {key.removeprefix("gwa/"): values for key, values in of.items() if key.startswith("gwa/")}
+        return Held(ours, totals, alerts, of.get("user/loss", []))
+
+
+# --- MLflow -----------------------------------------------------------------------------------------------------------
+
+
+@cache
+def empty_database() -> Path:
+    """Making one takes seconds, so the tests copy it."""
+    path = Path(FOLDER.name) / "template.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+def point_mlflow_to(uri: str, monkeypatch: pytest.MonkeyPatch, experiment: str = "gwa") -> MlflowClient:
+    """As a user may do it: by the environment."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", experiment)
+    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
+    return MlflowClient(uri)
+
+
+def new_database(folder: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    shutil.copy(empty_database(), folder / "mlflow.db")
+    client = point_mlflow_to(f"sqlite:///{folder / 'mlflow.db'}", monkeypatch)
+    client.create_experiment("gwa", artifact_location=(folder / "artifacts").as_uri())
+    return client
+
+
+def series(client: MlflowClient, run_id: str, key: str) -> dict[int, float]:
+    """Step to value of a metric that has one value a step."""
+    history = client.get_metric_history(run_id, key)
+    values = {metric.step: metric.value for metric in history}
+    assert len(values) == len(history), f"{key} has several values in one step"
+    return values
+
+
+class Server:
+    """`mlflow server` on loopback; can be stopped and started again on the same data and port."""
+
+    def __init__(self, folder: Path) -> None:
+        shutil.copy(empty_database(), folder / "server.db")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        host, port = self.address.split(":")
+        quiet = {
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "DO_NOT_TRACK": "true",
+        }
+        command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", port, "--workers", "1"]
+        command += ["--backend-store-uri", f"sqlite:///{self._folder / 'server.db'}"]
+        command += ["--artifacts-destination", str(self._folder / "artifacts")]
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")} | quiet
+        with (self._folder / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                command, env=environment, cwd=self._folder, stdout=log, stderr=log, start_new_session=True
+            )
+        deadline = time.monotonic() + 60
+        while not self._answers():
+            assert self._process.poll() is None, (self._folder / "server.log").read_text()
+            assert time.monotonic() < deadline, (self._folder / "server.log").read_text()
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://{self.address}/health", timeout=1) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            assert self._process is not None
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(0.05)
+            return False
+
+    def stop(self) -> None:
+        if self._process:
+            os.killpg(self._process.pid, 15)
+            self._process.wait(20)
+            self._process = None
+
+
+# --- W&B --------------------------------------------------------------------------------------------------------------
+
+
+def start_run(directory: Path, **options: Any) -> wandb.Run:
+    """An offline run that is not the active one, so that tests cannot get at each other's."""
+    settings = wandb.Settings(silent=True, console="off", x_disable_stats=True)
+    return wandb.init(**{"mode": "offline", "dir": directory, "settings": settings, "reinit": "create_new"} | options)
+
+
+class OnDisk(NamedTuple):
+    """An offline run, read back."""
+
+    history: list[dict[str, Any]]
+    alerts: list[dict[str, Any]]
+    metrics: dict[str, dict[str, Any]]
+    summary: dict[str, Any]
+    config: dict[str, Any]
+
+    def column(self, *keys: str) -> list[Any]:
+        """The values of these keys in the rows that have the first, in order; tuples if there are several."""
+        rows = [tuple(row[key] for key in keys) for row in self.history if keys[0] in row]
+        return rows if len(keys) > 1 else [row[0] for row in rows]
+
+
+def read_back(folder: str) -> OnDisk:
+    """Reads the folder of an offline run, after everything has been written to it."""
+    wandb.teardown()  # finish() alone can come back before the last rows are on disk
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", folder]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    records = [json.loads(line) for line in lines]
+    of = {kind: [r[kind] for r in records if r["type"] == kind] for kind in {r["type"] for r in records}}
+    summary: dict[str, Any] = {}
+    config: dict[str, Any] = {}
+    for record in of.get("summary", []):
+        summary |= record["update"]
+    for record in of.get("config", []):
+        config |= record["update"]
+    return OnDisk(
+        history=[record["item"] for record in of.get("history", [])],
+        alerts=of.get("alert", []),
+        metrics={record.get("name", record.get("glob_name")): record for record in of.get("metric", [])},
+        summary=summary,
+        config=config,
+    )
+
+
+def folder_of(run: wandb.Run) -> str:
+    return str(run.settings.sync_dir)
+
+
+# --- TensorBoard and Trackio ------------------------------------------------------------------------------------------
+
+
+def read_events(folder: Path) -> EventAccumulator:
+    """Everything in the event files of one folder."""
+    return EventAccumulator(str(folder), size_guidance={"scalars": 0, "histograms": 0, "tensors": 0}).Reload()
+
+
+def events_of(events: Callable[[str], list[Any]], tag: str) -> list[Any]:
+    """The events of a tag; none if there is no such tag."""
+    try:
+        return events(tag)
+    except KeyError:
+        return []
+
+
+def start_trackio_run(project: str) -> trackio.Run:
+    """As a user does, but not the active one when this returns, so that tests cannot get at each other's."""
+    run = trackio.init(project, auto_log_cpu=False, auto_log_gpu=False)
+    trackio.context_vars.current_run.set(None)
+    return run
+
+
+def rows_of(run: trackio.Run) -> list[dict[str, Any]]:
+    """The rows that Trackio has stored of a run, in order."""
+    return SQLiteStorage.get_logs(run.project, run.name, run_id=run.id)
