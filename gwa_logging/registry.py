@@ -61,6 +61,7 @@ _JAX_MODELS = {
     "equinox._module.Module",
     "haiku._src.transform.Transformed",
     "haiku._src.transform.TransformedWithState",
+    "keras.src.models.model.Model",
 }
 
 
@@ -83,6 +84,6 @@ def find_adapter(model: Any) -> Any:
         return import_room("gwa_logging.integrations.jax", "jax", "jax")
     hint = " (the class; pass an instance)" if isinstance(model, type) else ""
     raise InvalidInputError(
-        "model: expected a torch.nn.Module, a model of Flax, Equinox or Haiku, or a JAX function, found "
+        "model: expected a torch.nn.Module, a model of Flax, Equinox, Haiku or Keras, or a JAX function, found "
         f"{type(model).__module__}.{type(model).__qualname__}{hint}"
     )

@@ -10,7 +10,7 @@ from gwa_logging.integrations.jax.library import Library
 from gwa_logging.integrations.jax.probe import Call, Discovery, apart, makers, places
 from gwa_logging.registry import import_room
 
-_LIBRARIES = {"flax.linen": "Linen", "flax.nnx": "NNX", "equinox": "Equinox", "haiku": "Haiku"}
+_LIBRARIES = {"flax.linen": "Linen", "flax.nnx": "NNX", "equinox": "Equinox", "haiku": "Haiku", "keras": "Keras"}
 
 
 def library_of(model: Any) -> Library:
