@@ -39,8 +39,8 @@ class Keras(Library):
         self.name = model.name
         if keras.backend.backend() != "jax":
             raise InvalidInputError(
-                f"model: a Keras model on the {keras.backend.backend()!r} backend, of which GWA is not taken; set KERAS_BACKEND=jax "
-                "before keras is imported"
+                f"model: a Keras model on the {keras.backend.backend()!r} backend, of which GWA is not taken; set "
+                "KERAS_BACKEND=jax before keras is imported"
             )
 
     def run(self, session: Session, fun: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
