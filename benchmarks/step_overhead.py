@@ -1,11 +1,13 @@
 """What `watch` costs a training step: bare and watched steps in turn, in one process.
 
-    python benchmarks/step_overhead.py [--seconds 30] [--json FILE]
+    python benchmarks/step_overhead.py [--seconds 30] [--rows JAX] [--json FILE]
 
-Three copies of a model take turns step by step: bare, watched, and bare again. The second bare one against the first is
+Copies of a model take turns step by step: bare, watched, and bare again. The second bare one against the first is
 the noise floor of this machine. Everything is on in the watched one: scores at every step, a histogram every 50 steps,
-the journal on disk. Overheads are medians over pairs of neighbouring steps, with the middle half of the bootstrap medians;
-the mean is given as well, since the work at every 50th step does not show in a median.
+the journal on disk. In JAX there is a fourth one, which does it as the paper's authors do: the model sows its embeddings, and
+the scores come in closed form from logits, labels and the head's weight; they are only kept, without histograms or a journal.
+Overheads are medians over pairs of neighbouring steps, with the 95 % interval of their bootstrap; the mean is given as well,
+since the work at every 50th step does not show in a median.
 """
 
 import argparse
@@ -25,6 +27,7 @@ from torch import nn
 import gwa_logging
 
 Step = Callable[[], None]
+Steps = dict[str, Step]  # by name: "bare", "watched", "again" and, in JAX, "published"
 
 
 def mlp() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
@@ -42,12 +45,12 @@ def cnn() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     return model, torch.randn(64, 3, 32, 32), torch.randint(0, 100, (64,))
 
 
-def torch_steps(make: Callable[[], Any], compiled: bool, directory: str) -> tuple[list[Step], gwa_logging.Monitor]:
+def torch_steps(make: Callable[[], Any], compiled: bool, directory: str) -> tuple[Steps, gwa_logging.Monitor]:
     """Training steps of three copies of a model, of which the second is watched."""
     torch.manual_seed(0)
     model, x, y = make()
-    models = [model, copy.deepcopy(model), copy.deepcopy(model)]
-    monitor = gwa_logging.watch(models[1], directory=directory)
+    models = {"bare": model, "watched": copy.deepcopy(model), "again": copy.deepcopy(model)}
+    monitor = gwa_logging.watch(models["watched"], directory=directory)
 
     def step_of(net: nn.Module) -> Step:
         run = torch.compile(net, fullgraph=True) if compiled else net
@@ -61,88 +64,142 @@ def torch_steps(make: Callable[[], Any], compiled: bool, directory: str) -> tupl
 
         return step
 
-    return [step_of(net) for net in models], monitor
+    return {name: step_of(net) for name, net in models.items()}, monitor
 
 
-def jax_steps(directory: str) -> tuple[list[Step], gwa_logging.Monitor]:
-    """The same MLP in JAX, larger: jitted steps with and without the probe."""
+def jax_body(kind: str) -> Any:
+    """A function of images [B, H, W, C] that makes the embeddings; called inside of a compact Linen module."""
+    import jax
+    from flax import linen
+
+    def mlp(x: jax.Array) -> jax.Array:
+        x = x.reshape(len(x), -1)
+        for _ in range(2):
+            x = linen.relu(linen.Dense(512)(x))
+        return x
+
+    def cnn(x: jax.Array) -> jax.Array:
+        for width in (32, 64, 64):
+            x = linen.max_pool(linen.relu(linen.Conv(width, (3, 3))(x)), (2, 2), (2, 2))
+        return x.reshape(len(x), -1)
+
+    def vit(x: jax.Array) -> jax.Array:
+        x = linen.Conv(128, (4, 4), (4, 4))(x)
+        x = x.reshape(len(x), -1, 128)
+        x = x + linen.Embed(x.shape[1], 128)(np.arange(x.shape[1]))
+        for _ in range(4):
+            x = x + linen.MultiHeadDotProductAttention(4)(linen.LayerNorm()(x))
+            x = x + linen.Dense(128)(linen.gelu(linen.Dense(512)(linen.LayerNorm()(x))))
+        return linen.LayerNorm()(x).mean(1)
+
+    return {"mlp": mlp, "cnn": cnn, "vit": vit}[kind]
+
+
+def jax_steps(kind: str, shape: tuple[int, ...], classes: int, directory: str) -> tuple[Steps, gwa_logging.Monitor]:
+    """Jitted, donated steps: bare, watched, and the published way."""
     import jax
     import jax.numpy as jnp
     import optax
     from flax import linen
 
-    model = linen.Sequential([linen.Dense(512), linen.relu, linen.Dense(512), linen.relu, linen.Dense(10)])
-    x, y = jax.random.normal(jax.random.key(0), (512, 512)), jax.random.randint(jax.random.key(1), (512,), 0, 10)
+    class Net(linen.Module):
+        sows: bool = False
+
+        @linen.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            h = jax_body(kind)(x)
+            if self.sows:
+                self.sow("intermediates", "embeddings", h)
+            return linen.Dense(classes, name="head")(h)
+
+    model, sowing = Net(), Net(sows=True)
+    x = jax.random.normal(jax.random.key(0), shape)
+    y = jax.random.randint(jax.random.key(1), shape[:1], 0, classes)
     start = model.init(jax.random.key(2), x)
     monitor = gwa_logging.watch(model, directory=directory)
+    kept: list[jax.Array] = []
 
     def loss(params: Any) -> jax.Array:
         return optax.softmax_cross_entropy_with_integer_labels(model.apply(params, x), y).mean()
 
+    def loss_and_sown(params: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        z, sown = sowing.apply(params, x, mutable="intermediates")
+        loss = optax.softmax_cross_entropy_with_integer_labels(z, y).mean()
+        return loss, (z, sown["intermediates"]["embeddings"][0])
+
     def descended(params: Any, grads: Any) -> Any:
         return jax.tree.map(lambda p, g: p - 1e-3 * g, params, grads)
 
-    @jax.jit
-    def bare(params: Any) -> tuple[Any, jax.Array]:
+    def bare(params: Any) -> tuple[Any, jax.Array, None]:
         value, grads = jax.value_and_grad(loss)(params)
-        return descended(params, grads), value
+        return descended(params, grads), value, None
 
-    @jax.jit
     def watched(params: Any) -> tuple[Any, jax.Array, jax.Array]:
         (value, scores), grads = monitor.value_and_grad(loss)(params)
         return descended(params, grads), value, scores
 
-    states = [jax.tree.map(jnp.array, start) for _ in range(3)]
+    def published(params: Any) -> tuple[Any, jax.Array, jax.Array]:
+        (value, (z, h)), grads = jax.value_and_grad(loss_and_sown, has_aux=True)(params)
+        kernel = params["params"]["head"]["kernel"]
+        direction = jax.nn.one_hot(y, classes) - jax.nn.softmax(z)
+        norms = [jnp.linalg.norm(direction, axis=1), jnp.linalg.norm(h, axis=1), jnp.linalg.norm(kernel)]
+        scores = ((direction @ kernel.T) * h).sum(1) / (norms[0] * norms[1] * norms[2])
+        return descended(params, grads), value, scores
 
-    def bare_step(i: int) -> Step:
+    def step_of(run: Any, take: Callable[[Any], None]) -> Step:
+        state, jitted = jax.tree.map(jnp.array, start), jax.jit(run, donate_argnums=0)
+
         def step() -> None:
-            states[i], value = bare(states[i])
+            nonlocal state
+            state, value, scores = jitted(state)
+            take(scores)
             value.block_until_ready()
 
         return step
 
-    def watched_step() -> None:
-        states[1], value, scores = watched(states[1])
-        monitor.update(scores)
-        value.block_until_ready()
+    steps = {
+        "bare": step_of(bare, lambda _: None),
+        "watched": step_of(watched, monitor.update),
+        "published": step_of(published, kept.append),
+        "again": step_of(bare, lambda _: None),
+    }
+    return steps, monitor
 
-    return [bare_step(0), watched_step, bare_step(2)], monitor
 
-
-def measure(steps: list[Step], seconds: float) -> np.ndarray:
-    """Seconds, float [rounds, 3]: the steps in turn, their order turned round every other time."""
+def measure(steps: Steps, seconds: float) -> dict[str, np.ndarray]:
+    """Seconds, float [rounds], of each step: in turn, their order turned round every other time."""
     for _ in range(10):
-        for step in steps:
+        for step in steps.values():
             step()
-    rows: list[list[float]] = []
+    rows: list[dict[str, float]] = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(rows) < 20:
-        row = [0.0] * len(steps)
-        for i in (0, 1, 2) if len(rows) % 2 else (2, 1, 0):
+        row = {}
+        for name in steps if len(rows) % 2 else reversed(steps):
             begin = time.perf_counter()
-            steps[i]()
-            row[i] = time.perf_counter() - begin
+            steps[name]()
+            row[name] = time.perf_counter() - begin
         rows.append(row)
-    return np.array(rows)
+    return {name: np.array([row[name] for row in rows]) for name in steps}
 
 
-def overhead(times: np.ndarray, column: int) -> dict[str, float]:
+def overhead(times: dict[str, np.ndarray], name: str) -> dict[str, float]:
     """Per cent over the bare step: median of pairs with its interval, and of means."""
-    bare = times[:, 0] if column == 2 else (times[:, 0] + times[:, 2]) / 2
-    percent = 100 * (times[:, column] - bare) / np.median(bare)
+    bare = times["bare"] if name == "again" else (times["bare"] + times["again"]) / 2
+    percent = 100 * (times[name] - bare) / np.median(bare)
     rng = np.random.default_rng(0)
     medians = [np.median(rng.choice(percent, len(percent))) for _ in range(500)]
     low, high = np.percentile(medians, [2.5, 97.5])
-    calm = times[
-        (times < 3 * np.median(times, axis=0)).all(axis=1)
-    ]  # without the moments when the machine was elsewhere
-    mean = 100 * (calm[:, column].mean() / (calm[:, 0].mean() if column == 2 else calm[:, ::2].mean()) - 1)
+    # Without the moments when the machine was elsewhere.
+    calm = np.logical_and.reduce([column < 3 * np.median(column) for column in times.values()])
+    mean = 100 * (times[name][calm].mean() / bare[calm].mean() - 1)
     return {"median": float(np.median(percent)), "low": float(low), "high": float(high), "mean": float(mean)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=30.0, help="per row")
+    parser.add_argument("--rows", default="", help="only the rows whose name holds this")
     parser.add_argument("--json", help="where to write the numbers")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -152,27 +209,26 @@ def main() -> None:
         "PyTorch CNN": lambda: torch_steps(cnn, False, directory),
         "PyTorch MLP, compiled": lambda: torch_steps(mlp, True, directory),
         "PyTorch CNN, compiled": lambda: torch_steps(cnn, True, directory),
-        "JAX MLP, jitted": lambda: jax_steps(directory),
+        "JAX MLP": lambda: jax_steps("mlp", (512, 16, 16, 2), 10, directory),
+        "JAX CNN": lambda: jax_steps("cnn", (64, 32, 32, 3), 100, directory),
+        "JAX ViT": lambda: jax_steps("vit", (16, 32, 32, 3), 1000, directory),
     }
     print(f"{platform.machine()}, {os.cpu_count()} CPUs, PyTorch {torch.__version__} with one thread\n")
-    print(f"{'':24}{'bare step':>10}  {'watched':>26}  {'same against same':>26}")
+    print(f"{'':24}{'bare step':>10}  {'watched':>28}  {'bare against bare':>28}  {'published scheme':>28}")
     results = {}
-    for name, make in rows.items():
+    for name, make in ((n, m) for n, m in rows.items() if args.rows in n):
         steps, monitor = make()
         times = measure(steps, args.seconds)
         monitor.close()
         assert monitor.history[0].count > 0, "the watched step was not seen"
-        row = {
-            "bare_ms": float(1e3 * np.median(times[:, 0])),
-            "watched": overhead(times, 1),
-            "noise": overhead(times, 2),
-        }
-        results[name] = row
+        row = {other: overhead(times, other) for other in ("watched", "again", "published") if other in times}
+        bare = float(1e3 * np.median(times["bare"]))
+        results[name] = {"bare_ms": bare, **row}
         cells = [
-            f"{o['median']:+.1f} % [{o['low']:+.1f}, {o['high']:+.1f}] {o['mean']:+.1f} %"
-            for o in (row["watched"], row["noise"])
+            f"{o['median']:+.1f} % [{o['low']:+.1f}, {o['high']:+.1f}] {o['mean']:+.1f} %".rjust(28)
+            for o in row.values()
         ]
-        print(f"{name:24}{row['bare_ms']:>7.2f} ms  {cells[0]:>28}  {cells[1]:>28}", flush=True)
+        print(f"{name:24}{bare:>7.2f} ms", *cells, sep="  ", flush=True)
     print("\nmedian over pairs [95 % interval], then the mean")
     if args.json:
         with open(args.json, "w") as file:  # noqa: PTH123
