@@ -65,7 +65,7 @@ class TensorBoardBackend:
             self._add(record.epoch, *self._scalars(record.metrics))
         elif isinstance(record, StopAlert):
             best = {"best_epoch": record.best_epoch, "best_value": record.best_value, "stop_epoch": record.epoch}
-            self._add(record.epoch, self._text("alert", _alert_text(record)), *self._scalars(best))
+            self._add(record.epoch, self._text("alert", _markdown(record)), *self._scalars(best))
         elif isinstance(record, RunRecord):
             self._add(0, self._text("head", record.head))
         elif isinstance(record, CloseRecord) and record.best_epoch is not None:
@@ -95,15 +95,16 @@ class TensorBoardBackend:
 
     def _histogram(self, key: str, record: IntervalRecord) -> Summary.Value:
         counts, edges = record.histogram.to_display(DISPLAY_BINS, record.display_limit)
-        # TensorBoard leaves out the empty bins at both ends, and takes the outer edges of the others from min and max.
-        occupied = np.flatnonzero(counts)
+        # Without the empty bins at both ends: TensorBoard spreads what it is given over the width of its picture, in few
+        # bins. It takes the outer edges from min and max.
+        first, last = np.flatnonzero(counts)[[0, -1]]
         histogram = HistogramProto(
-            min=edges[occupied[0]],
-            max=edges[occupied[-1] + 1],
+            min=edges[first],
+            max=edges[last + 1],
             num=record.count,
             sum=record.mean * record.count,
-            bucket_limit=edges[1:].tolist(),
-            bucket=counts.tolist(),
+            bucket_limit=edges[first + 1 : last + 2].tolist(),
+            bucket=counts[first : last + 1].tolist(),
         )
         return Summary.Value(tag=f"{self._prefix}/{key}", histo=histogram)
 
@@ -124,12 +125,6 @@ def _log_directory(run: Any) -> str:
     return path
 
 
-def _alert_text(alert: StopAlert) -> str:
-    """What TensorBoard shows as Markdown."""
-    lines = [
-        f"**{alert.message}**\n",
-        f"- best epoch: {alert.best_epoch}, {alert.statistic} = {alert.best_value:.4g}; now {alert.value:.4g}",
-        f"- reason: {alert.reason.value}",
-        *(f"- but: {caveat}" for caveat in alert.caveats),
-    ]
-    return "\n".join(lines)
+def _markdown(alert: StopAlert) -> str:
+    """What TensorBoard shows: the sentence, and below it what speaks against it."""
+    return "\n".join([f"**{alert.message}**\n", *(f"- but: {caveat}" for caveat in alert.caveats)])

@@ -70,8 +70,8 @@ class TrackioBackend:
         elif isinstance(record, EpochReport):
             self._log(record.epoch, record.metrics)
         elif isinstance(record, StopAlert):
-            text, warn = _alert_text(record), trackio.AlertLevel.WARN
-            self.run.alert(title=ALERT_TITLE, text=text, level=warn, step=record.epoch)
+            text = "\n".join([record.message, *(f"But: {caveat}." for caveat in record.caveats)])
+            self.run.alert(title=ALERT_TITLE, text=text, level=trackio.AlertLevel.WARN, step=record.epoch)
         elif isinstance(record, CloseRecord):
             if record.best_epoch is not None:
                 self._log(record.epochs - 1, {"best_epoch": record.best_epoch, "best_value": record.best_value})
@@ -107,13 +107,3 @@ def _checked(run: Any) -> Run:
             f"{type(run).__module__}.{type(run).__qualname__}"
         )
     return run
-
-
-def _alert_text(alert: StopAlert) -> str:
-    lines = [
-        alert.message,
-        f"Best epoch: {alert.best_epoch}, {alert.statistic} = {alert.best_value:.4g}; now {alert.value:.4g}.",
-        f"Reason: {alert.reason.value}.",
-        *(f"But: {caveat}." for caveat in alert.caveats),
-    ]
-    return "\n".join(lines)

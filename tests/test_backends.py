@@ -1,5 +1,8 @@
 """One contract for every backend, with the real tracker behind it: the same intervals in, the same numbers out."""
 
+import csv
+import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,10 +12,10 @@ from typing import Any, NamedTuple
 import pytest
 import wandb
 
-from gwa_logging import EarlyStop, Monitor
+from gwa_logging import EarlyStop, InvalidInputError, Monitor
 from gwa_logging.integrations import picture
 from gwa_logging.journal import read_journal
-from gwa_logging.registry import open_backend
+from gwa_logging.registry import BACKENDS, open_backend
 from gwa_logging.types import EPOCH_KEYS, AnyRecord, RunContext, StopAlert
 from tests.trackers import (
     BATCH,
@@ -149,7 +152,7 @@ def test_a_run_that_we_started_has_ended_after_close(alone, name: str) -> None:
 
 @pytest.fixture(scope="module")
 def visits(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained]:
-    """A training with each tracker in the user's run, to which the user logs before, at each step, and after."""
+    """A training with each tracker in the user's run, to which the user logs before, now and then, and after."""
     done: dict[str, Trained] = {}
 
     def train(name: str) -> Trained:
@@ -167,7 +170,7 @@ def _train_as_guest(tracker: Tracker, folder: Path) -> Trained:
         tracker.log(run, 0.5)
         monitor = training.watch(folder, backend=tracker.backend, run=run)
         for _ in range(EPOCHS):
-            training.epoch(monitor, each_step=lambda: tracker.log(run, 0.5))
+            training.epoch(monitor, each_step=lambda index: index % 3 or tracker.log(run, 0.5))
             tracker.log(run, 0.25)
         monitor.close()
         ended = tracker.ended(run)
@@ -178,7 +181,7 @@ def _train_as_guest(tracker: Tracker, folder: Path) -> Trained:
 
 @pytest.mark.parametrize("name", TRACKERS)
 def test_the_users_rows_are_there_with_their_own_steps_and_nothing_else(visits, name: str) -> None:
-    values = [0.5, *[*[0.5] * BATCHES, 0.25] * EPOCHS, 0.125]
+    values = [0.5, *[*[0.5] * len(range(0, BATCHES, 3)), 0.25] * EPOCHS, 0.125]
     assert visits(name).held.users == list(enumerate(values))
 
 
@@ -276,3 +279,56 @@ def test_each_of_several_backends_gets_all_the_numbers(together, name: str) -> N
     assert {key: trained.held.numbers.get(key) for key in expected} == expected
     assert name not in WITH_HISTOGRAMS or trained.held.totals == totals_in(trained.records)
     assert trained.monitor.faults == {}
+
+
+# --- the example of the page ------------------------------------------------------------------------------------------
+
+
+PAGE = (Path(__file__).parents[1] / "docs" / "backends.md").read_text(encoding="utf-8")
+(EXAMPLE,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+(GROUP,) = re.findall(r'entry-points\."([^"]+)"', PAGE)
+
+
+def in_csv(file: Path, prefix: str) -> dict[str, Series]:
+    found: dict[str, Series] = {}
+    with file.open(newline="") as lines:
+        for key, step, value in csv.reader(lines):
+            found.setdefault(key.removeprefix(f"{prefix}/"), []).append((int(step), float(value)))
+    return found
+
+
+def test_the_example_of_the_page_gets_all_the_numbers_as_an_object(tmp_path: Path) -> None:
+    names: dict[str, Any] = {}
+    exec(EXAMPLE, names)
+    training = Training()
+    monitor = training.watch(tmp_path, backend=names["CsvBackend"](tmp_path / "scores.csv"))
+    training.epoch(monitor)
+    monitor.close()
+    assert in_csv(tmp_path / "scores.csv", "gwa") == numbers_in(read_journal(monitor.journal)[0])
+
+
+@pytest.mark.parametrize("run", [None, "named.csv"])
+def test_the_example_of_the_page_can_be_installed_and_named(tmp_path: Path, monkeypatch, run: str | None) -> None:
+    site = tmp_path / "site"
+    (site / "csv_backend-1.0.dist-info").mkdir(parents=True)
+    (site / "csv_backend-1.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: csv-backend\nVersion: 1.0\n"
+    )
+    (site / "csv_backend-1.0.dist-info" / "entry_points.txt").write_text(f"[{GROUP}]\ncsv = gwa_csv_backend\n")
+    (site / "gwa_csv_backend.py").write_text(EXAMPLE)
+    monkeypatch.syspath_prepend(site)
+    monkeypatch.setitem(sys.modules, "gwa_csv_backend", None)  # so that it is forgotten afterwards
+    del sys.modules["gwa_csv_backend"]
+    training = Training()
+    monitor = training.watch(tmp_path, backend=["local", "csv"], name="mine", run=run and {"csv": str(tmp_path / run)})
+    training.epoch(monitor)
+    monitor.close()
+    file = tmp_path / run if run else monitor.journal.parent / "scores.csv"
+    assert in_csv(file, "mine") == numbers_in(read_journal(monitor.journal)[0])
+    with pytest.raises(InvalidInputError, match=r"there are 'local', 'wandb', .*'csv'"):
+        training.watch(tmp_path, backend="nonsense")
+
+
+def test_the_page_shows_every_backend() -> None:
+    (names,) = re.findall(r"\| `backend=` \|(.*)\|", PAGE)
+    assert set(re.findall(r'"(\w+)"', names)) == set(BACKENDS)

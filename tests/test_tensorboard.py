@@ -9,15 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 import gwa_logging
-from gwa_logging import AlignmentSummary, BackendError, EarlyStop, InvalidInputError
+from gwa_logging import AlignmentSummary, BackendError, InvalidInputError
 from gwa_logging.integrations.tensorboard import TensorBoardBackend, open_backend
 from gwa_logging.journal import read_journal
 from gwa_logging.types import CloseRecord, IntervalRecord, RunContext, StopAlert, StopReason
-from tests.trackers import EventAccumulator, Training, read_events, totals_in
+from tests.trackers import EventAccumulator, Training, events_of, read_events, totals_in
 
 ALERT = StopAlert(
     epoch=7,
@@ -125,30 +126,17 @@ def test_a_tensorboard_that_is_looking_goes_on_seeing_what_the_user_logs(tmp_pat
 # --- what is in it ----------------------------------------------------------------------------------------------------
 
 
-def test_tensorboard_draws_the_bins_that_the_display_has(tmp_path: Path) -> None:
-    """Of a histogram, TensorBoard shows the occupied bins, the outer edges of which it takes from min and max."""
+def test_the_bins_are_those_of_the_display_without_the_empty_ones_at_both_ends(tmp_path: Path) -> None:
     record = interval([-0.21, -0.2, 0.1, 0.11, 0.3])
     open_in(tmp_path).write(record)
     (event,) = read_events(tmp_path / "gwa").Histograms("gwa/scores")
     shown = event.histogram_value
     counts, edges = record.histogram.to_display(64, 0.5)
     first, last = np.flatnonzero(counts)[[0, -1]]
-    assert shown.bucket == counts.tolist()
-    assert shown.bucket_limit == edges[1:].tolist()
+    assert shown.bucket == counts[first : last + 1].tolist()
+    assert shown.bucket_limit == edges[first + 1 : last + 2].tolist()
     assert (shown.min, shown.max) == (edges[first], edges[last + 1])
     assert (shown.num, shown.sum) == (5, pytest.approx(0.1))
-
-
-@pytest.mark.parametrize("limit", [0.05, 1.0])
-def test_no_bin_is_backwards_wherever_the_scores_lie(tmp_path: Path, limit: float) -> None:
-    backend, generator = open_in(tmp_path), np.random.default_rng(0)
-    for step in range(20):
-        backend.write(interval(generator.normal(0.02, 0.03, 50).clip(-1, 1).tolist(), step, limit))
-    for event in read_events(tmp_path / "gwa").Histograms("gwa/scores"):
-        shown = event.histogram_value
-        occupied = np.flatnonzero(shown.bucket)
-        inner = shown.bucket_limit[occupied[0] : occupied[-1]]
-        assert (np.diff([shown.min, *inner, shown.max]) > 0).all()
 
 
 def test_an_interval_without_a_score_leaves_no_event(tmp_path: Path) -> None:
@@ -177,8 +165,7 @@ def test_the_alert_is_a_text_and_the_best_epoch_a_number(tmp_path: Path) -> None
     (event,) = events.Tensors("gwa/alert")
     text = event.tensor_proto.string_val[0].decode()
     assert event.step == 7
-    for part in ("**stop now**", "best epoch: 2, stable = 0.5; now 0.25", "no improvement", *ALERT.caveats):
-        assert part in text
+    assert text == "**stop now**\n\n- but: the epochs are small\n- but: the labels may be clean"
     numbers = {key: [(e.step, e.value) for e in events.Scalars(f"gwa/{key}")] for key in ("stop_epoch", "best_epoch")}
     assert numbers == {"stop_epoch": [(7, 7.0)], "best_epoch": [(7, 2.0), (8, 2.0)]}
 
@@ -199,27 +186,25 @@ def test_a_run_without_a_best_epoch_names_none(tmp_path: Path) -> None:
 # --- outages ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+)  # TensorBoard's own thread dies of it
 def test_a_disk_that_fails_for_a_while_costs_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training = Training()
-    monitor = training.watch(tmp_path, backend="tensorboard", run=tmp_path / "runs", early_stop=EarlyStop())
+    monitor = training.watch(tmp_path, backend="tensorboard", run=tmp_path / "runs")
     training.epoch(monitor)
     assert monitor.flush(30)
-    folder = tmp_path / "runs" / "gwa"
     with monkeypatch.context() as patch:
-        patch.setattr(TensorBoardBackend, "_open", _refuse)
-        monitor._deliveries[0].backend._file.close()
+        patch.setattr(RecordWriter, "write", _refuse)
         training.epoch(monitor)
         assert not monitor.flush(0.2)
     training.epoch(monitor)
     monitor.close()
     assert list(monitor.faults) == ["backend tensorboard"]
     records, _ = read_journal(monitor.journal)
-    held = [event for file in sorted(folder.iterdir()) for event in histograms_of(file)]
+    files = sorted((tmp_path / "runs" / "gwa").iterdir(), key=lambda file: int(file.name.rpartition(".")[2]))
+    held = [event for file in files for event in events_of(read_events(file).Histograms, "gwa/scores")]
     assert [(e.step, sum(e.histogram_value.bucket)) for e in held] == totals_in(records)
-
-
-def histograms_of(file: Path) -> list[Any]:
-    return read_events(file).Histograms("gwa/scores")
 
 
 def _refuse(*_: Any) -> None:

@@ -62,10 +62,10 @@ class Training:
         nn.functional.cross_entropy(self.model(x), y).backward()
         self.optimizer.step()
 
-    def epoch(self, monitor: Monitor, each_step: Callable[[], Any] = int) -> EpochReport:
+    def epoch(self, monitor: Monitor, each_step: Callable[[int], Any] = int) -> EpochReport:
         for index in range(BATCHES):
             self.step(index)
-            each_step()
+            each_step(index)
         return monitor.end_epoch()
 
 
