@@ -285,27 +285,37 @@ class Tapping:
         embeddings = _after(weight_norm, embeddings)
         if not self._is_wide:
             return self._at(layer(embeddings), embeddings, bias, weight_norm)
-        embeddings, opened = _whole_batch(_opened, _unopened, self._probe, embeddings, weight_norm)
+        embeddings, opened = _whole_batch(_opened, _unopened, self._probe, (embeddings,), (weight_norm,))
         return _closed(layer(embeddings), opened)
 
     def marked(self, logits: Array, embeddings: Array, weight: Array, bias: Array | None) -> Array:
         return self._at(logits, embeddings, bias, _size(weight)) if self._path == HAND_WRITTEN else logits
 
-    def _at(self, *arrays: Array | None) -> Array:
-        return _whole_batch(_probed, lambda logits, *_: logits, self._probe, *arrays)  # type: ignore[no-any-return]
+    def _at(self, logits: Array, embeddings: Array, bias: Array | None, weight_norm: Array) -> Array:
+        rows, shared = (logits, embeddings), (bias, weight_norm)
+        return _whole_batch(_probed, lambda logits, *_: logits, self._probe, rows, shared)  # type: ignore[no-any-return]
 
 
 def _unopened(embeddings: Array, weight_norm: Array) -> tuple[Array, Array]:
     return embeddings, jnp.zeros(embeddings.shape[:-1], jnp.float32)
 
 
-def _whole_batch(probed: Callable[..., Any], unprobed: Callable[..., Any], probe: Array, *arrays: Array | None) -> Any:
+def _whole_batch(
+    probed: Callable[..., Any],
+    unprobed: Callable[..., Any],
+    probe: Array,
+    arrays: tuple[Array | None, ...],
+    shared: tuple[Array | None, ...] = (),
+) -> Any:
     """An identity with the probe, also inside of a vmap that the probe itself is not mapped by: there it waits for the batch.
 
-    A vmap would give each row the whole probe, and add up their cotangents. Its rule gives the whole batch the probe.
+    A vmap would give each row the whole probe, and add up their cotangents. Its rule gives the whole batch the probe. What is
+    shared by all rows may be mapped by it too, as in an ensemble: then every row has its own.
     """
-    if arrays[0] is not None and arrays[0].shape[:-1] == probe.shape:
-        return probed(*arrays, probe)
+    rows_here = arrays[0].shape[:-1]  # type: ignore[union-attr]  # only a bias may be missing
+    if rows_here == probe.shape:
+        return probed(*arrays, *shared, probe)
+    arrays += jax.tree.map(lambda one: jnp.broadcast_to(one, (*rows_here, *one.shape)), shared)
 
     @jax.custom_batching.custom_vmap
     def row(probe: Array, arrays: tuple[Array | None, ...]) -> Any:
@@ -316,7 +326,7 @@ def _whole_batch(probed: Callable[..., Any], unprobed: Callable[..., Any], probe
         def whole(array: Array, is_batched: bool) -> Array:
             return array if is_batched else jnp.broadcast_to(array, (size, *array.shape))
 
-        out = _whole_batch(probed, unprobed, probe, *jax.tree.map(whole, arrays, in_batched[1]))
+        out = _whole_batch(probed, unprobed, probe, jax.tree.map(whole, arrays, in_batched[1]))
         return out, jax.tree.map(lambda _: True, out)
 
     return row(probe, arrays)
