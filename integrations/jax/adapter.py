@@ -95,6 +95,7 @@ class JaxAdapter:
         """See `Monitor.value_and_grad`."""
 
         def with_scores(*args: Any, **kwargs: Any) -> tuple[tuple[Any, Any], Any]:
+            args, kwargs = self._library.positional(fun, args, kwargs)  # type: ignore[assignment]
             head, is_inner = find_head(self._library, self._wanted, fun, args, kwargs, has_aux)
             self._tell(head)
 

@@ -38,6 +38,12 @@ class Library:
         """A function that runs the model in evaluation, and its arguments; traced only, never run."""
         return self.model, inputs
 
+    def positional(
+        self, fun: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> tuple[Sequence[Any], dict[str, Any]]:
+        """The arguments as the library's own value_and_grad would call the loss with them."""
+        return args, kwargs
+
     def value_and_grad(
         self, fun: Callable[..., Any], argnums: Any, has_aux: bool, options: dict[str, Any]
     ) -> Callable[..., tuple[Any, Array, Any]]:

@@ -4,6 +4,7 @@ For the time of a trace each of them is of a subclass that tells the session; th
 parameters, the graph and the gradients are the user's.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -51,18 +52,29 @@ class NNX(Library):
     def forward(self, inputs: Sequence[Any]) -> tuple[Callable[..., Any], Sequence[Any]]:
         return (lambda model, *inputs: model(*inputs)), (self.model, *inputs)
 
+    def positional(
+        self, fun: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> tuple[Sequence[Any], dict[str, Any]]:
+        """NNX puts keywords in their places by the signature, which a function of (probe, *args) no longer tells."""
+        if not kwargs:
+            return args, kwargs
+        bound = inspect.signature(fun).bind(*args, **kwargs)
+        bound.apply_defaults()
+        return bound.args, bound.kwargs
+
     def value_and_grad(
         self, fun: Callable[..., Any], argnums: Any, has_aux: bool, options: dict[str, Any]
     ) -> Callable[..., tuple[Any, Array, Any]]:
         one = isinstance(argnums, int | nnx.DiffState)
 
-        def later(n: Any) -> Any:
-            return nnx.DiffState(1 + n.argnum, n.filter) if isinstance(n, nnx.DiffState) else 1 + n
-
-        shifted = (0, *map(later, (argnums,) if one else argnums))
-        gradient = nnx.value_and_grad(fun, argnums=shifted, has_aux=has_aux, **options)
+        def later(n: Any, count: int) -> Any:
+            if isinstance(n, nnx.DiffState):
+                return nnx.DiffState(later(n.argnum, count), n.filter)
+            return 1 + n if n >= 0 else 1 + n + count
 
         def differentiated(probe: Array, *args: Any, **kwargs: Any) -> tuple[Any, Array, Any]:
+            shifted = (0, *(later(n, len(args)) for n in ((argnums,) if one else argnums)))
+            gradient = nnx.value_and_grad(fun, argnums=shifted, has_aux=has_aux, **options)
             value, (scores, *grads) = gradient(probe, *args, **kwargs)
             return value, scores, grads[0] if one else tuple(grads)
 
