@@ -1,4 +1,4 @@
-"""The command line: `gwa-logging report DIR`, `gwa-logging heads package.module:factory`."""
+"""The command line: `gwa-logging report`, `gwa-logging replay`, `gwa-logging heads`."""
 
 import argparse
 import importlib
@@ -9,6 +9,7 @@ from typing import Any
 from gwa_logging import __version__, registry
 from gwa_logging.errors import GwaError, InvalidInputError
 from gwa_logging.journal import FILE_NAME
+from gwa_logging.replay import NEW, journals_of, replay
 from gwa_logging.report import REPORT_NAME, write_report
 
 
@@ -23,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     try:
-        arguments.run(arguments)
+        arguments.run_command(arguments)
     except (GwaError, OSError) as error:
         print("gwa-logging:", *str(error).splitlines(), file=sys.stderr)
         return 2
@@ -42,7 +43,18 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "directory", type=Path, metavar="DIR", help="a run's folder; or a folder of runs, for the run written to last"
     )
-    report.set_defaults(run=_report)
+    report.set_defaults(run_command=_report)
+    replay = commands.add_parser(
+        "replay",
+        help="send to a tracker what it has missed of a run",
+        description="Sends the records of a run's journal that a tracker does not have. A second time sends nothing.",
+    )
+    replay.add_argument("directory", type=Path, metavar="DIR", help="the run's folder, with journal.jsonl in it")
+    replay.add_argument("--backend", required=True, metavar="NAME", help="wandb, mlflow, tensorboard, trackio, ...")
+    replay.add_argument(
+        "--run", metavar="ID", help=f"the tracker's run; without it the one that was logged to; {NEW!r} starts one"
+    )
+    replay.set_defaults(run_command=_replay)
     heads = commands.add_parser(
         "heads",
         help="show which layer of a model is taken for its classifier head, and why",
@@ -55,13 +67,30 @@ def _parser() -> argparse.ArgumentParser:
         "and an example input: (model, input)",
     )
     heads.add_argument("--head", metavar="PATH", help="as head= of watch(): the dotted path of a layer")
-    heads.set_defaults(run=_heads)
+    heads.set_defaults(run_command=_heads)
     return parser
 
 
 def _report(arguments: argparse.Namespace) -> None:
     """Writes the page and prints its path, and nothing else, on stdout."""
     print(write_report(_run_folder(arguments.directory)))
+
+
+def _replay(arguments: argparse.Namespace) -> None:
+    """Sends what is missing, and says for each journal of the run what it did."""
+    folder, run = arguments.directory, arguments.run
+    if not (folder / FILE_NAME).exists():
+        _run_folder(folder)  # says what is wrong if there is none
+        raise InvalidInputError(
+            f"{str(folder)!r} is a folder of runs: name one of them: "
+            f"{', '.join(sorted(path.parent.name for path in folder.glob(f'*/{FILE_NAME}')))}"
+        )
+    for journal in journals_of(folder):
+        done = replay(journal, arguments.backend, run)
+        run = run and done.place.run  # a new one is for the other heads too
+        skipped = f", {done.skipped} lines of the journal skipped" if done.skipped else ""
+        where = done.place.url or done.place.run or arguments.backend
+        print(f"{journal}: sent {done.sent}, {done.had} were there{skipped}; {where}")
 
 
 def _heads(arguments: argparse.Namespace) -> None:

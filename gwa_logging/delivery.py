@@ -3,6 +3,9 @@
 A backend is fed from the journal, one record after the other, from where it last stopped. So the journal is the queue:
 it cannot fill the memory, keeps the order, and a tracker that was away catches up when it is back. A record that a
 backend does not take is tried again with a growing pause; nothing raises into training and nothing waits for a tracker.
+
+Each backend has a thread of its own, so that one that hangs holds nothing but itself. For a backend that must not write
+beside the user, the training thread stands still meanwhile, and loses patience soon.
 """
 
 from threading import Event, Thread
@@ -13,11 +16,12 @@ from gwa_logging.journal import Journal, JournalReader
 from gwa_logging.types import Backend
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds between two tries
-RECORDS_PER_NOTICE = 8  # on the training thread, so that catching up never holds a step for long
+RECORDS_PER_NOTICE = 8  # while the training thread stands still, so that catching up never holds a step for long
+PATIENCE = 0.02  # seconds that the training thread stands still; a backend that takes longer is not waited for again
 
 
 class Delivery:
-    """Feeds one backend, from a thread of its own or on the training thread, as the backend asks.
+    """Feeds one backend.
 
     Attributes:
         backend: the backend.
@@ -30,41 +34,41 @@ class Delivery:
         self._reader = JournalReader(journal.path)
         self._faults = faults
         self._pause, self._not_before = FIRST_PAUSE, 0.0
-        self._news, self._closing, self._done = Event(), Event(), Event()
-        self._thread: Thread | None = None
-        if backend.threaded:
-            self._thread = Thread(target=self._work, name=f"gwa_logging {backend.name}", daemon=True)
-            self._thread.start()
+        self._news, self._rested, self._closing, self._done = Event(), Event(), Event(), Event()
+        self._rested.set()
+        Thread(target=self._work, name=f"gwa_logging {backend.name}", daemon=True).start()
 
     def notify(self) -> None:
-        """Says that the journal has grown. Never raises; takes microseconds, plus `write` of an unthreaded backend."""
-        if self._thread:
+        """Says that the journal has grown. Never raises; takes microseconds, or, if the backend must not write beside the
+        user, its `write`, `PATIENCE` at most.
+        """
+        if self.backend.threaded:
             self._news.set()
-        else:
-            self._drain(RECORDS_PER_NOTICE)
+        elif self._rested.is_set():  # otherwise it still hangs in the last one
+            self._rested.clear()
+            self._news.set()
+            self._rested.wait(PATIENCE)
 
     def wait(self, deadline: float) -> bool:
         """Waits until the backend has everything, at most until `deadline` on the monotonic clock."""
         while (left := deadline - monotonic()) > 0:
-            if not self._thread:
-                self._drain()
+            self.notify()
             if not self._reader.behind():
                 return True
-            self._news.set()
             self._closing.wait(min(left, 0.01))
         return False
 
     def close(self, deadline: float) -> bool:
         """Delivers what is left and closes the backend, at most until `deadline`; whether it managed to."""
-        if self._thread:
-            self._closing.set()
-            self._news.set()
-            self._done.wait(max(0.0, deadline - monotonic()))
-            return self._done.is_set() and not self._reader.behind()
-        self._not_before = 0.0
-        self._drain()
-        self._close_backend()
-        return not self._reader.behind()
+        self._closing.set()
+        self._news.set()
+        self._done.wait(max(0.0, deadline - monotonic()))
+        return self._done.is_set() and not self._reader.behind()
+
+    @property
+    def left(self) -> int:
+        """How many records the backend has not taken."""
+        return self._reader.count()
 
     def _drain(self, limit: int | None = None) -> None:
         """Writes what is new. Stops at the first record that is not taken."""
@@ -91,13 +95,18 @@ class Delivery:
 
     def _work(self) -> None:
         while not self._closing.is_set():
-            self._news.wait(max(0.0, self._not_before - monotonic()) or None)
+            self._news.wait(self._next_try())
             self._news.clear()
-            self._drain()
-            if self._reader.behind():  # not taken: wait for the pause to pass, or for closing
-                self._closing.wait(max(0.0, self._not_before - monotonic()))
-                self._news.set()
+            if not self._closing.is_set():
+                self._drain(None if self.backend.threaded else RECORDS_PER_NOTICE)
+            self._rested.set()
         self._not_before = 0.0
         self._drain()
         self._close_backend()
         self._done.set()
+
+    def _next_try(self) -> float | None:
+        """Seconds until a record that was not taken may be tried again; None if news must come first."""
+        if self.backend.threaded and self._reader.behind():
+            return max(0.0, self._not_before - monotonic())
+        return None

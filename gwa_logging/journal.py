@@ -5,19 +5,27 @@ One record per line, written in one piece and flushed; synced to disk at the end
 is skipped and counted, never fatal.
 """
 
+import json
 import os
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Lock
+from typing import BinaryIO
 
 from pydantic import ValidationError
 
-from gwa_logging.errors import BackendError
+from gwa_logging.errors import BackendError, InvalidInputError
 from gwa_logging.faults import Faults
-from gwa_logging.types import RECORDS, AnyRecord
+from gwa_logging.types import JOURNAL_VERSION, RECORDS, AnyRecord
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
 
 FILE_NAME = "journal.jsonl"
+_LONGEST_FIRST_LINE = 1 << 20  # bytes
 _HELD_BACK = 10_000  # lines kept in memory while the disk takes none
 
 
@@ -28,7 +36,7 @@ class Journal:
         """Creates the file, and its folder.
 
         Raises:
-            BackendError: the folder cannot be written.
+            BackendError: the folder cannot be written, or another process writes this journal.
         """
         self.path = path
         self._faults = faults
@@ -38,6 +46,7 @@ class Journal:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab", buffering=0)
+            lock(self._file)
         except OSError as error:
             raise BackendError(
                 f"directory={str(path.parent)!r} cannot be written ({error.strerror}); "
@@ -85,9 +94,21 @@ class JournalReader:
     """
 
     def __init__(self, path: Path) -> None:
+        """Begins at the beginning.
+
+        Raises:
+            InvalidInputError: the journal is of another version.
+        """
+        check_version(path)
         self.path = path
         self.skipped = 0
         self._offset = 0
+
+    def __iter__(self) -> Iterator[AnyRecord]:
+        """Reads the rest, one record at a time."""
+        while found := self.peek():
+            record, self._offset = found
+            yield record
 
     def peek(self) -> tuple[AnyRecord, int] | None:
         """The next record and the position after it; None at the end. Does not move on: see `advance`."""
@@ -104,21 +125,69 @@ class JournalReader:
 
     def behind(self) -> bool:
         """Whether there may be more to read. Changes nothing, so any thread may ask."""
-        return self._offset < self.path.stat().st_size
+        try:
+            return self._offset < self.path.stat().st_size
+        except FileNotFoundError:  # somebody has deleted the run's folder: nothing will ever come from it
+            return False
+
+    def count(self) -> int:
+        """How many lines are still to be read. Changes nothing."""
+        if not self.behind():
+            return 0
+        with self.path.open("rb") as file:
+            file.seek(self._offset)
+            return sum(1 for line in file if line.strip())
 
     def advance(self, position: int) -> None:
         """Moves on to a position that `peek` gave."""
         self._offset = position
 
 
+def lock(file: BinaryIO) -> None:
+    """Keeps other processes off a journal until the file is closed, or this process ends in whatever way.
+
+    Raises:
+        BackendError: another process has it.
+    """
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise BackendError(
+            f"{file.name}: another process is writing this journal; wait until that run has ended, and give a run that you "
+            "start a directory= of its own"
+        ) from None
+    except OSError:  # a file system that has no locks, such as some network folders: then nobody can be kept off
+        return
+
+
+def check_version(path: Path) -> None:
+    """Looks at a journal's first line, if it is a whole one.
+
+    Raises:
+        InvalidInputError: it was written by a version of gwa_logging whose journals are of another form.
+    """
+    with path.open("rb") as file:
+        line = file.readline(_LONGEST_FIRST_LINE)
+    try:
+        first = json.loads(line)
+    except ValueError:  # torn or foreign: will be skipped and counted
+        return
+    version = first.get("version", JOURNAL_VERSION) if isinstance(first, dict) else JOURNAL_VERSION
+    if version != JOURNAL_VERSION:
+        raise InvalidInputError(
+            f"{path}: the journal is of version {version!r}, this gwa_logging reads version {JOURNAL_VERSION}; take the "
+            "gwa_logging that the run was watched with, or a newer one"
+        )
+
+
 def read_journal(path: Path) -> tuple[list[AnyRecord], int]:
-    """All records of a journal, and how many lines were skipped because they were torn or not ours."""
+    """All records of a journal, and how many lines were skipped because they were torn or not ours.
+
+    Raises:
+        InvalidInputError: the journal is of another version.
+    """
     reader = JournalReader(path)
-    return list(_records(reader)), reader.skipped
-
-
-def _records(reader: JournalReader) -> Iterator[AnyRecord]:
-    while found := reader.peek():
-        record, position = found
-        reader.advance(position)
-        yield record
+    return list(reader), reader.skipped

@@ -29,6 +29,7 @@ from gwa_logging.types import (
     Backend,
     CloseRecord,
     EpochReport,
+    RunPlace,
     RunRecord,
     StopAlert,
     Suspect,
@@ -76,6 +77,7 @@ class Monitor:
                 head=adapter.head,
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
                 settings=self._settings.plain(),
+                places={backend.name: getattr(backend, "place", RunPlace()) for backend in backends},
             )
         )
         if self._journal is not None:
@@ -411,10 +413,11 @@ class Monitor:
         deadline = monotonic() + CLOSE_WITHIN
         for delivery in self._deliveries:
             if not delivery.close(deadline):
+                name, folder = delivery.backend.name, self.journal and self.journal.parent
                 logger.warning(
-                    "gwa_logging: backend %s did not take everything in time; it is all in %s",
-                    delivery.backend.name,
-                    self.journal,
+                    "gwa_logging: backend %s has not taken everything in time: %d records are left. Send them with: "
+                    "gwa-logging replay %s --backend %s",
+                    *(name, delivery.left, folder, name),
                 )
         if self._journal is not None:
             self._journal.close()

@@ -39,8 +39,29 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class RunPlace(Record):
+    """Where a tracker's run is.
+
+    Attributes:
+        run: what `watch(run=)` and `gwa-logging replay --run` take to find it again; None if it cannot be found again.
+        url: where to look at it, or None.
+    """
+
+    run: str | None = None
+    url: str | None = None
+
+
 class RunRecord(Record):
-    """The first line of a journal: what is being watched, and how."""
+    """The first line of a journal: what is being watched, and how.
+
+    Attributes:
+        version: of the journal's form.
+        name: prefix of every metric key.
+        head: which head was chosen, and why.
+        created: ISO 8601, UTC.
+        settings: arguments of `watch`.
+        places: the trackers' runs, by backend.
+    """
 
     kind: Literal["run"] = "run"
     version: int = JOURNAL_VERSION
@@ -48,6 +69,7 @@ class RunRecord(Record):
     head: str
     created: str
     settings: dict[str, Any]
+    places: dict[str, RunPlace] = Field(default_factory=dict)
 
 
 class IntervalRecord(Record):
@@ -311,6 +333,22 @@ class RunContext(NamedTuple):
     directory: Path
 
 
+class Held(NamedTuple):
+    """What a tracker's run holds already.
+
+    Attributes:
+        step: of the last interval, from 0; -1 if there is none.
+        epoch: the last one with a report, from 0; -1 if there is none.
+        alert: the epoch of the last stop alert; -1 if there is none.
+        closed: whether it has what a CloseRecord says.
+    """
+
+    step: int = -1
+    epoch: int = -1
+    alert: int = -1
+    closed: bool = False
+
+
 class Backend(Protocol):
     """What a tracker does: it writes records, nothing else.
 
@@ -322,8 +360,16 @@ class Backend(Protocol):
     run: Any
     """The tracker's run, in a form that its `open_backend` takes as the user's."""
 
+    place: RunPlace
+    """The same as text, for the journal."""
+
     threaded: bool
-    """True: written by a worker thread of its own. False: on the training thread, so `write` must take microseconds."""
+    """True: written whenever there is news. False: only while the training thread waits for it, a few milliseconds at most,
+    because something would go wrong if the user wrote at the same time; so `write` should take about a millisecond."""
+
+    def held(self) -> Held:
+        """What the run has of ours already; for `gwa-logging replay`, which sends what comes after that."""
+        ...
 
     def write(self, record: AnyRecord) -> None:
         """Writes one record. Raising means that it was not written: it is counted, kept in the journal, tried again."""

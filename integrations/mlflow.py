@@ -29,11 +29,22 @@ from mlflow.entities import Metric, Run, RunTag
 from gwa_logging.errors import BackendError, InvalidInputError, MissingDependencyError
 from gwa_logging.integrations.picture import PictureSeries
 from gwa_logging.journal import FILE_NAME
-from gwa_logging.types import AnyRecord, CloseRecord, EpochReport, IntervalRecord, RunContext, RunRecord, StopAlert
+from gwa_logging.types import (
+    AnyRecord,
+    CloseRecord,
+    EpochReport,
+    Held,
+    IntervalRecord,
+    RunContext,
+    RunPlace,
+    RunRecord,
+    StopAlert,
+)
 
 logger = logging.getLogger("gwa_logging")
 
 CONNECT_WITHIN = 2.0  # seconds, for each address of a server: it may have two, IPv4 and IPv6
+ANSWER_WITHIN = 2.0  # seconds
 PICTURE_TRIES = 3  # so many pictures in a row may fail; then there are no more
 
 
@@ -67,8 +78,6 @@ def open_backend(context: RunContext) -> "MlflowBackend":
 class MlflowBackend:
     """Writes into one run. See `gwa_logging.types.Backend`."""
 
-    url: str
-    """The run's page on the server, or the tracking URI and the run's id; without passwords."""
     name = "mlflow"
     threaded = True
     """A write takes 10 to 100 ms, and minutes while the server is away."""
@@ -76,9 +85,9 @@ class MlflowBackend:
     def __init__(self, client: MlflowClient, run: Run, context: RunContext, own: "_OwnRun | None" = None) -> None:
         """Writes into `run`; `own` is given if nobody else does, and is ended by `close`."""
         address, page = _masked(client.tracking_uri), f"/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
-        self.url = address.rstrip("/") + page if address.startswith("http") else f"{address} {run.info.run_id}"
         self._client = client
         self.run = self._run_id = str(run.info.run_id)
+        self.place = RunPlace(run=self.run, url=address.rstrip("/") + page if address.startswith("http") else None)
         self._prefix = context.name
         self._directory = context.directory
         self._own = own
@@ -97,6 +106,22 @@ class MlflowBackend:
             self._line, self._timestamp = line, int(time() * 1000)
         with _without_passwords():
             self._write(record)
+
+    def held(self) -> Held:
+        """What the run has of ours. Waits for the server.
+
+        Raises:
+            BackendError: MLflow does not answer.
+        """
+        with _without_passwords():
+            data = self._client.get_run(self._run_id).data
+            alert = int(data.tags.get(f"{self._prefix}.alert.epoch", -1))
+            closed = f"{self._prefix}/best_epoch" in data.metrics
+            return Held(self._last_step("step_mean"), self._last_step("mean"), alert, closed)
+
+    def _last_step(self, key: str) -> int:
+        history = self._client.get_metric_history(self._run_id, f"{self._prefix}/{key}")
+        return max((metric.step for metric in history), default=-1)
 
     def close(self) -> None:
         """Ends the run if it is ours; adds the journal and the report to it, in a folder of the name that metrics have.
@@ -221,7 +246,12 @@ def _knock(uri: str) -> None:
             return
         if getproxies().keys() & {scheme, "all"} and not proxy_bypass(host):
             return
-        socket.create_connection((host, port or (443 if scheme == "https" else 80)), timeout=CONNECT_WITHIN).close()
+        with socket.create_connection((host, port or (443 if scheme == "https" else 80)), CONNECT_WITHIN) as line:
+            if scheme == "http":  # whatever it answers: a server that hangs takes connections, and answers nothing
+                line.settimeout(ANSWER_WITHIN)
+                line.sendall(f"HEAD /health HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+                if not line.recv(1):
+                    raise ConnectionError("it hangs up")
     except (OSError, ValueError) as error:  # ValueError: a port that is none
         raise BackendError(
             f"backend='mlflow': nothing answers at {_masked(uri)} ({error}). Start the server, or choose another "

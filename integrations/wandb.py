@@ -11,7 +11,13 @@ wins; hence two rules that lose nothing:
 On a run that we started, and in W&B's shared mode, which has no such steps, every record is a row of its own.
 """
 
+import json
+import sys
 from collections import deque
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from shutil import rmtree
+from subprocess import PIPE, Popen
 from typing import Any
 
 import wandb
@@ -25,8 +31,10 @@ from gwa_logging.types import (
     AnyRecord,
     CloseRecord,
     EpochReport,
+    Held,
     IntervalRecord,
     RunContext,
+    RunPlace,
     RunRecord,
     StopAlert,
 )
@@ -38,18 +46,24 @@ HISTOGRAM_SUBKEYS = ("", "._type", ".bins", ".values")
 
 
 def open_backend(context: RunContext) -> "WandbBackend":
-    """Takes the user's run, or the active one; if there is neither, starts one of its own.
+    """Takes the user's run, or the active one; if there is neither, starts one of its own. A run id (or
+    `[entity/]project/id`) is taken up again, as W&B resumes it, and finished on close.
 
     Raises:
         InvalidInputError: `run=` is not a run of W&B, or one that is finished.
-        BackendError: no run can be started, or the active one does not answer.
+        BackendError: no run can be started or resumed, or the active one does not answer.
     """
-    run = wandb.run if context.run is None else _checked(context.run)
+    wanted = wandb.run if context.run is None else context.run
+    named: dict[str, Any] = _named(wanted) if isinstance(wanted, str) else {}
+    run = None if named or wanted is None else _checked(wanted)
     owned = run is None
     try:
         if run is None:
             # Not a plain init(): that hands out any run that is active, and we would finish it.
-            run = wandb.init(reinit="create_new")
+            run = wandb.init(reinit="create_new", **named)
+        if named and run.offline and len(_folders(run)) < 2:
+            _discard(run)
+            raise LookupError(f"run={wanted!r} is not in {run.settings.wandb_dir}")  # offline, W&B believes any id
         _define_metrics(run, context.name)
         _warm_up()
     except Exception as error:  # whatever wandb raises here: nothing could ever be logged
@@ -77,11 +91,36 @@ class WandbBackend:
         self._guest = None if owned or stepless else _Guest(run, prefix)
 
     @property
-    def url(self) -> str | None:
-        """Where to look at the run: its page; if it is offline, its folder; None if W&B is disabled."""
+    def place(self) -> RunPlace:
+        """The run's path, and its page; if it is offline, its folder. Nothing if W&B is disabled."""
         if self.run.disabled:
-            return None
-        return str(self.run.settings.sync_dir) if self.run.offline else self.run.url
+            return RunPlace()
+        return RunPlace(run=self.run.path, url=str(self.run.settings.sync_dir) if self.run.offline else self.run.url)
+
+    def held(self) -> Held:
+        """What the run has of ours: by its history on the server, or, if it is offline, by what W&B has put on disk.
+
+        Raises:
+            BackendError: what is on disk cannot be read.
+        """
+        keys = [f"{self._prefix}/{key}" for key in ("step", "epoch", "stop_epoch")]
+        found = dict.fromkeys(keys, -1)
+        for row in self._rows(*keys):
+            found |= {key: max(found[key], int(row[key])) for key in keys if key in row}
+        step, epoch, alert = (found[key] for key in keys)
+        return Held(step, epoch, alert)
+
+    def _rows(self, step: str, epoch: str, alert: str) -> Iterator[Mapping[str, Any]]:
+        """Rows of the history, and of the summary what is only there: the rest of it can be ahead of the history."""
+        if self.run.offline:
+            for folder in _folders(self.run):
+                for kind, row in _rows_in(folder):
+                    yield row if kind == "history" else {alert: row.get(alert, -1)}
+        else:
+            run = wandb.Api().run(self.run.path)
+            yield {alert: run.summary.get(alert, -1)}  # type: ignore[no-untyped-call]
+            yield from run.scan_history(keys=[step])
+            yield from run.scan_history(keys=[epoch])
 
     def write(self, record: AnyRecord) -> None:
         """Writes one record. Takes about a millisecond; does not wait for the network.
@@ -212,6 +251,41 @@ def _checked(run: Any) -> wandb.Run:
     if _finished(run):
         raise InvalidInputError(f"run={run.id!r}: this run is finished; pass one that is going on, or none")
     return run
+
+
+def _named(run: str) -> dict[str, Any]:
+    """What W&B must be told to resume a run of this id or path."""
+    parts = run.strip("/").split("/")
+    if len(parts) > 3 or not all(parts):
+        raise InvalidInputError(f"run={run!r}: expected a run id, or [entity/]project/id")
+    return dict(zip(("id", "project", "entity"), reversed(parts), strict=False)) | {"resume": "must"}
+
+
+def _folders(run: wandb.Run) -> list[Path]:
+    """Where W&B has put this run on disk: a folder for each time that it was taken up."""
+    return sorted(Path(run.settings.wandb_dir).glob(f"*run-*-{run.id}"))
+
+
+def _discard(run: wandb.Run) -> None:
+    run.finish()
+    rmtree(run.settings.sync_dir)
+
+
+def _rows_in(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of an offline run's history, and the changes of its summary."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
+    with Popen(command, stdout=PIPE, stderr=PIPE, text=True) as reading:
+        assert reading.stdout is not None
+        assert reading.stderr is not None
+        for line in reading.stdout:
+            record = json.loads(line)
+            if record["type"] == "history":
+                yield "history", record["history"]["item"]
+            elif record["type"] == "summary":
+                yield "summary", record["summary"].get("update", {})
+        error = reading.stderr.read()
+    if reading.returncode:
+        raise BackendError(f"what W&B has put into {folder} cannot be read: {error.strip()[-300:]}")
 
 
 def _finished(run: wandb.Run) -> bool:

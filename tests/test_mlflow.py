@@ -557,7 +557,7 @@ def test_on_a_server_nan_arrives_and_the_url_leads_to_the_runs_page(
     backend = open_backend(where)
     backend.write(epoch_report(gwa=-math.inf))
     assert math.isnan(series(client, where.run, "gwa/gwa")[0])
-    assert backend.url == f"http://***@{server.address}/#/experiments/{experiment}/runs/{where.run}"
+    assert backend.place.url == f"http://***@{server.address}/#/experiments/{experiment}/runs/{where.run}"
 
 
 def test_a_server_gets_everything_once_though_it_was_away_for_a_while(

@@ -21,7 +21,7 @@ from gwa_logging.integrations.wandb import WandbBackend, open_backend
 from gwa_logging.journal import read_journal
 from gwa_logging.types import EpochReport, IntervalRecord, RunContext, StopAlert
 from tests import trackers
-from tests.trackers import BATCH, BATCHES, OnDisk, folder_of, read_back, start_run
+from tests.trackers import BATCH, BATCHES, OnDisk, OnWandb, folder_of, read_back, run_of, start_run
 
 EPOCHS = 6
 SAMPLES = EPOCHS * BATCHES * BATCH
@@ -283,7 +283,7 @@ def test_the_active_run_is_taken_and_left_running(tmp_path: Path) -> None:
     assert wandb.run is run
     backend = open_backend(RunContext(name="gwa", run=None, directory=tmp_path))
     backend.close()
-    assert backend.url == folder_of(run)
+    assert backend.place.url == folder_of(run)
     run.log({"still": "open"})
     run.finish()
     assert read_back(folder_of(run)).column("still") == ["open"]
@@ -356,10 +356,34 @@ def test_a_run_that_ends_before_close_costs_neither_time_nor_training(
         assert "finished before monitor.close()" in caplog.text
 
 
-@pytest.mark.parametrize("wrong", ["a run id", 7, object(), wandb.Run])
+@pytest.mark.parametrize("wrong", [7, object(), wandb.Run])
 def test_a_run_of_a_wrong_type_is_named(tmp_path: Path, wrong: Any) -> None:
     with pytest.raises(InvalidInputError, match=r"run=.*expected a wandb\.Run"):
         Training().watch(tmp_path, run=wrong)
+
+
+def test_a_run_id_takes_the_run_up_again_and_finishes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    OnWandb().set_up(tmp_path, monkeypatch)
+    first = start_run(tmp_path, project="digits")
+    first.log({"user/loss": 1.0})
+    first.finish()
+    for wanted in (first.id, f"digits/{first.id}"):
+        monitor = Training().watch(tmp_path, run=wanted, backend="wandb")
+        again = run_of(monitor, "wandb")
+        monitor.close()
+        assert again.id == first.id
+        assert again._is_finished
+    wandb.teardown()
+
+
+@pytest.mark.parametrize(("wanted", "said"), [("nowhere1", "is not in"), ("a/b/c/d", "expected a run id")])
+def test_a_run_id_that_there_is_not_is_an_error_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: str, said: str
+) -> None:
+    OnWandb().set_up(tmp_path, monkeypatch)
+    with pytest.raises(GwaError, match=f"run='{wanted}'.*{said}"):
+        Training().watch(tmp_path, run=wanted, backend="wandb")
+    assert not list(tmp_path.glob("wandb/offline-run-*"))
 
 
 def test_a_finished_run_is_refused_at_once(tmp_path: Path) -> None:
@@ -384,7 +408,7 @@ def test_a_disabled_run_swallows_everything(tmp_path: Path) -> None:
     monitor.close()
     assert monitor.alert is not None
     assert monitor.faults == {}
-    assert open_backend(RunContext(name="gwa", run=run, directory=tmp_path)).url is None
+    assert open_backend(RunContext(name="gwa", run=run, directory=tmp_path)).place.url is None
 
 
 # --- shared mode, which needs a server --------------------------------------------------------------------------------

@@ -135,6 +135,10 @@ class Tracker:
         """What is stored at this moment."""
         raise NotImplementedError
 
+    def read_again(self, run: str) -> Held:
+        """The same, of a run that is named as `gwa-logging replay` names it."""
+        return self.read(run)
+
 
 class OnMlflow(Tracker):
     """MLflow in a database of its own."""
@@ -210,7 +214,17 @@ class OnWandb(Tracker):
         return bool(run._is_finished)
 
     def read(self, run: wandb.Run) -> Held:
-        disk = read_back(folder_of(run))
+        return self._held(read_back(folder_of(run)))
+
+    def read_again(self, run: str) -> Held:
+        """Offline, W&B puts a run into a folder each time that it is taken up."""
+        folders = sorted((self.folder / "wandb").glob(f"offline-run-*-{run.rpartition('/')[2]}"))
+        parts = [self._held(read_back(str(folder))) for folder in folders]
+        numbers = {key: [pair for part in parts for pair in part.numbers.get(key, [])] for key in parts[0].numbers}
+        return Held(numbers, *([item for part in parts for item in part[i]] for i in (1, 2, 3)))  # type: ignore[misc]
+
+    @staticmethod
+    def _held(disk: "OnDisk") -> Held:
         axes = {"gwa/step": (*INTERVAL_KEYS, "scores.values"), "gwa/epoch": tuple(EPOCH_KEYS)}
         of = {key: disk.column(axis, f"gwa/{key}") for axis, keys in axes.items() for key in keys}
         totals = [(step, sum(values)) for step, values in of.pop("scores.values")]
@@ -358,9 +372,15 @@ class Server:
                 self._process.wait(0.05)
             return False
 
+    def signal(self, number: int) -> None:
+        """To all of its processes."""
+        assert self._process is not None
+        os.killpg(self._process.pid, number)
+
     def stop(self) -> None:
         if self._process:
-            os.killpg(self._process.pid, 15)
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, 15)
             self._process.wait(20)
             self._process = None
 

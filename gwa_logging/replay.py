@@ -1,0 +1,122 @@
+"""Sends what a tracker has missed, from a run's journal: after an outage, a crash, or a run that was not tracked at all.
+
+The tracker is asked what it has. Records come to it in order, so everything after the last one that it has is missing;
+nothing is kept on the side, and sending twice sends nothing the second time.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from gwa_logging import registry
+from gwa_logging.errors import BackendError, InvalidInputError
+from gwa_logging.journal import FILE_NAME, JournalReader, lock
+from gwa_logging.types import (
+    AnyRecord,
+    Backend,
+    CloseRecord,
+    EpochReport,
+    Held,
+    IntervalRecord,
+    RunContext,
+    RunPlace,
+    RunRecord,
+    StopAlert,
+)
+
+NEW = "new"
+"""In place of a run: one that is started for it."""
+
+
+class Replayed(NamedTuple):
+    """What a replay did.
+
+    Attributes:
+        sent: intervals, epochs and alerts that were missing and are in the tracker now.
+        had: intervals, epochs and alerts that the tracker had.
+        skipped: lines of the journal that were torn or not ours.
+        place: the tracker's run.
+    """
+
+    sent: int
+    had: int
+    skipped: int
+    place: RunPlace
+
+
+def replay(journal: Path, backend: str, run: str | None = None) -> Replayed:
+    """Sends what is missing to a tracker's run.
+
+    Args:
+        journal: a run's journal.jsonl, which no process is writing any more.
+        backend: "wandb", "mlflow", ... as in `watch`.
+        run: the tracker's run: what `watch(run=)` takes as text; None for the one that the journal was written for; "new" to
+            start one.
+
+    Raises:
+        InvalidInputError: the journal is empty or of another version, or no run is known and none was given.
+        BackendError: the tracker cannot be used, stops taking records, or a process is still writing the journal.
+    """
+    if backend == "local":
+        raise InvalidInputError("backend='local': that is the journal itself; name a tracker")
+    with journal.open("rb") as file:
+        lock(file)
+        reader = JournalReader(journal)
+        first = next((record for record in reader if isinstance(record, RunRecord)), None)
+        if first is None:
+            raise InvalidInputError(f"{journal}: there is no run in it (lines skipped: {reader.skipped})")
+        context = RunContext(first.name, _wanted(first, backend, run), journal.parent)
+        tracker = registry.open_backend(backend, context)
+        assert tracker is not None  # it is not "local"
+        return _send(JournalReader(journal), tracker)
+
+
+def _wanted(first: RunRecord, backend: str, run: str | None) -> str | None:
+    """The run to take; None to start one."""
+    known = first.places.get(backend, RunPlace()).run
+    if run is None and known is None:
+        raise InvalidInputError(
+            f"this journal was not written for a run of {backend} that could be found again: give --run ID, or --run {NEW}"
+        )
+    return None if run == NEW else run or known
+
+
+def _send(reader: JournalReader, tracker: Backend) -> Replayed:
+    sent = had = 0
+    problem: Exception | None = None
+    try:
+        held = tracker.held()
+        for record in reader:
+            is_in, counts = _is_in(held, record), not isinstance(record, RunRecord | CloseRecord)
+            if not is_in:
+                tracker.write(record)
+            sent, had = sent + (counts and not is_in), had + (counts and is_in)
+    except Exception as error:  # noqa: BLE001 - whatever a tracker raises; raised again below
+        problem = error
+    try:
+        tracker.close()
+    except Exception as error:  # noqa: BLE001 - as above; the first one says more
+        problem = problem or error
+    if problem is not None:
+        raise BackendError(
+            f"backend {tracker.name}: {sent} missing records were sent, then: {type(problem).__name__}: {problem}. "
+            "Replay again to go on"
+        ) from problem
+    return Replayed(sent, had, reader.skipped, tracker.place)
+
+
+def _is_in(held: Held, record: AnyRecord) -> bool:
+    """Whether the tracker has this record. The first one says the same every time."""
+    if isinstance(record, IntervalRecord):
+        return record.step <= held.step
+    if isinstance(record, EpochReport):
+        return record.epoch <= held.epoch
+    if isinstance(record, StopAlert):
+        return record.epoch <= held.alert
+    return isinstance(record, CloseRecord) and held.closed
+
+
+def journals_of(folder: Path) -> Iterator[Path]:
+    """The journals of one run: its own, and those of the further heads that were watched beside it."""
+    yield folder / FILE_NAME
+    yield from sorted(path for path in folder.glob(f"**/{FILE_NAME}") if path.parent != folder)

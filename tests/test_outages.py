@@ -1,0 +1,365 @@
+"""Trackers that die, hang, fail and come back while a real process trains: nothing is lost, nothing comes twice."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import pytest
+import wandb
+
+from gwa_logging.journal import FILE_NAME, read_journal
+from gwa_logging.replay import replay
+from tests.trackers import (
+    FOLDER,
+    OnMlflowServer,
+    OnTensorBoard,
+    OnTrackio,
+    OnWandb,
+    Tracker,
+    empty_database,
+    numbers_in,
+    point_mlflow_to,
+    totals_in,
+)
+from tests.trainer import STEPS
+
+ROOT = Path(__file__).parents[1]
+
+
+class Child:
+    """A `tests.trainer` in a process of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        # MLflow would try for four minutes, and wait two for an answer; here it gives up sooner, as a user can set.
+        impatient = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "3"}
+        without_parents_core = {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.trainer"],
+            env=without_parents_core | impatient | {"PYTHONPATH": str(ROOT)},
+            cwd=folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=(folder / "trainer.log").open("wb"),
+            text=True,
+        )
+        self.folder = folder
+
+    def do(self, command: str, *arguments: Any) -> dict[str, Any]:
+        """Has a command done, and gives its answer."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps([command, *arguments]) + "\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("ANSWER "):
+                answer = json.loads(line.removeprefix("ANSWER "))
+                assert "error" not in answer or command == "start", answer
+                return answer  # type: ignore[no-any-return]
+        raise AssertionError((self.folder / "trainer.log").read_text()[-3000:])
+
+    def end(self) -> str:
+        """Lets the process end; gives its log."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        assert self.process.wait(30) == 0, (self.folder / "trainer.log").read_text()[-3000:]
+        return (self.folder / "trainer.log").read_text()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(30)
+
+    def descendants(self, name: str) -> list[int]:
+        """Processes of a name that this one has started, or that those have."""
+        parents: dict[int, tuple[int, str]] = {}
+        for status in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                pid, _, rest = status.read_text().partition(" ")
+            except OSError:  # it has ended meanwhile
+                continue
+            command, _, rest = rest.rpartition(") ")
+            parents[int(pid)] = int(rest.split()[1]), command.strip("(")
+        found, grown = {self.process.pid}, True
+        while grown:
+            more = {pid for pid, (parent, _) in parents.items() if parent in found} - found
+            found, grown = found | more, bool(more)
+        return [pid for pid in found if name in parents.get(pid, (0, ""))[1]]
+
+
+class Proxy:
+    """Between the trainer and a server: passes everything on, or answers as it is told to.
+
+    Attributes:
+        mode: "pass", "fail" (status 500), or "slow" (5 s for each call).
+    """
+
+    def __init__(self, target: str) -> None:
+        self.mode, self.released = "pass", Event()
+        proxy = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def answer(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                if proxy.mode == "slow":
+                    proxy.released.wait(5)
+                status, kind, text = 500, "text/plain", b"out of order"
+                if proxy.mode != "fail":
+                    headers = {k: v for k, v in self.headers.items() if k.lower() in ("content-type", "accept")}
+                    request = Request(f"http://{target}{self.path}", body or None, headers, method=self.command)
+                    try:
+                        with urlopen(request, timeout=30) as reply:
+                            status, kind, text = reply.status, reply.headers.get("Content-Type"), reply.read()
+                    except HTTPError as error:
+                        status, kind, text = error.code, error.headers.get("Content-Type"), error.read()
+                self.send_response(status)
+                self.send_header("Content-Type", kind)
+                self.send_header("Content-Length", str(len(text)))
+                self.end_headers()
+                self.wfile.write(text)
+
+            do_GET = do_POST = do_PUT = do_PATCH = do_HEAD = answer  # noqa: N815
+
+            def log_message(self, *arguments: Any) -> None:
+                """Not on stderr."""
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.address = f"127.0.0.1:{self._server.server_address[1]}"
+        Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class Outage:
+    """A tracker, a trainer that logs to it, and what must hold afterwards."""
+
+    def __init__(self, tracker: Tracker, folder: Path, run: str | None) -> None:
+        self.tracker, self.run = tracker, run
+        self.child = Child(folder)
+        started = self.child.do("start", str(folder), tracker.backend, run)
+        assert "error" not in started, started
+        self.journal = Path(started["journal"])
+
+    def close(self) -> dict[str, Any]:
+        """Closes the monitor; checks that no step has waited, and that there is an end to waiting."""
+        closed = self.child.do("close")
+        assert closed["took"] < 12
+        assert closed["waits"][-2] < 0.05, closed["waits"][-5:]  # of more than a hundred; one may be the machine's
+        return closed
+
+    def replayed(self) -> None:
+        """Replays, after which the tracker has everything once; again, and it still has."""
+        for _ in range(2):
+            run = replay(self.journal, self.tracker.backend, self.run).place.run
+            assert run is not None
+            self.check(run)
+
+    def check(self, run: str) -> None:
+        records, _ = read_journal(self.journal)
+        held = self.tracker.read_again(run)
+        expected = {
+            key: [(step, float(self.tracker.precision(value))) for step, value in values]
+            for key, values in numbers_in(records).items()
+        }
+        assert {key: held.numbers.get(key) for key in expected} == expected
+        assert not held.totals or held.totals == totals_in(records)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _clean() -> Iterator[None]:
+    yield
+    wandb.teardown()
+    OnMlflowServer.stop()
+
+
+@pytest.fixture
+def mlflow_outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Outage, Proxy]]:
+    """A trainer that logs through a proxy to a server."""
+    tracker = OnMlflowServer()
+    empty_database()
+    tracker.set_up(Path(FOLDER.name), monkeypatch)
+    server = OnMlflowServer.server
+    assert server is not None
+    proxy = Proxy(server.address)
+    with monkeypatch.context() as through:
+        point_mlflow_to(f"http://{proxy.address}", through)
+        outage = Outage(tracker, tmp_path, tracker.start())
+    yield outage, proxy
+    outage.child.kill()
+    proxy.stop()
+
+
+@pytest.mark.parametrize("mode", ["fail", "slow"])
+def test_a_server_that_fails_or_is_slow_and_recovers_has_everything_by_itself(mlflow_outage, mode: str) -> None:
+    outage, proxy = mlflow_outage
+    outage.child.do("epoch")
+    proxy.mode = mode
+    for _ in range(2):
+        outage.child.do("epoch")
+    proxy.mode = "pass"
+    proxy.released.set()
+    outage.child.do("epoch")
+    assert outage.child.do("flush", 60)["done"]
+    closed = outage.close()
+    assert (closed["faults"].get("backend mlflow", 0) > 0) == (mode == "fail")
+    outage.child.end()
+    outage.check(outage.run)
+
+
+def test_a_server_that_stays_slow_is_left_behind_and_the_rest_is_replayed(mlflow_outage) -> None:
+    outage, proxy = mlflow_outage
+    outage.child.do("epoch")
+    proxy.mode = "slow"
+    outage.child.do("epoch")
+    outage.close()
+    log = outage.child.end()
+    assert re.search(r"\d+ records are left. Send them with: gwa-logging replay \S+ --backend mlflow", log)
+    outage.replayed()
+
+
+@pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_server_that_is_killed_or_stopped_and_comes_back_has_everything_by_itself(mlflow_outage, way) -> None:
+    outage, _ = mlflow_outage
+    server = OnMlflowServer.server
+    assert server is not None
+    outage.child.do("epoch")
+    server.signal(way)
+    for _ in range(2):
+        outage.child.do("epoch")
+    if way == signal.SIGKILL:
+        server.stop()
+        server.start()
+    else:
+        server.signal(signal.SIGCONT)
+    outage.child.do("epoch")
+    assert outage.child.do("flush", 60)["done"]
+    outage.close()
+    outage.child.end()
+    outage.check(outage.run)
+
+
+def test_a_server_that_does_not_come_back_is_replayed_to(mlflow_outage) -> None:
+    outage, _ = mlflow_outage
+    server = OnMlflowServer.server
+    assert server is not None
+    outage.child.do("epoch")
+    server.signal(signal.SIGKILL)
+    outage.child.do("epoch")
+    closed = outage.close()
+    assert closed["faults"]["backend mlflow"] >= 1
+    outage.child.end()
+    server.stop()
+    server.start()
+    outage.replayed()
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["dead", "stopped"])
+def test_a_server_that_does_not_answer_at_the_start_is_an_error_within_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: bool
+) -> None:
+    tracker = OnMlflowServer()
+    tracker.set_up(Path(FOLDER.name), monkeypatch)
+    server = OnMlflowServer.server
+    assert server is not None
+    if stopped:
+        server.signal(signal.SIGSTOP)
+    else:
+        point_mlflow_to("http://127.0.0.1:9", monkeypatch)
+    child = Child(tmp_path)
+    child.do("flush", 0) if False else None
+    begin = time.monotonic()
+    answer = child.do("start", str(tmp_path), "mlflow", None)
+    took = time.monotonic() - begin
+    server.signal(signal.SIGCONT)
+    child.kill()
+    assert re.search("BackendError.*nothing answers at", answer["error"])
+    assert took < 5 + 15  # the imports of the child
+
+
+ANY = {"MLflow server": OnMlflowServer, "W&B": OnWandb, "TensorBoard": OnTensorBoard, "Trackio": OnTrackio}
+
+
+@pytest.mark.parametrize("name", ANY)
+def test_after_kill_9_of_the_trainer_in_mid_epoch_a_replay_brings_what_is_missing(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = ANY[name]()
+    tracker.set_up(Path(FOLDER.name) if name == "MLflow server" else tmp_path, monkeypatch)
+    outage = Outage(tracker, tmp_path, None)
+    outage.child.do("epoch")
+    outage.child.do("steps", STEPS // 2)
+    outage.child.kill()
+    with outage.journal.open("ab") as file:
+        file.write(b'{"kind":"interval","step":99')  # as if it had died while writing
+    outage.replayed()
+
+
+def test_after_the_death_of_wandb_core_training_ends_and_a_replay_brings_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = OnWandb()
+    tracker.set_up(tmp_path, monkeypatch)
+    outage = Outage(tracker, tmp_path, None)
+    outage.child.do("epoch")
+    (core,) = outage.child.descendants("wandb-core")
+    os.kill(core, signal.SIGKILL)
+    for _ in range(2):
+        outage.child.do("epoch")
+    closed = outage.close()
+    assert closed["faults"]["backend wandb"] >= 1
+    outage.child.kill()
+    outage.replayed()
+
+
+def test_a_wandb_core_that_hangs_holds_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker = OnWandb()
+    tracker.set_up(tmp_path, monkeypatch)
+    outage = Outage(tracker, tmp_path, None)
+    outage.child.do("epoch")
+    (core,) = outage.child.descendants("wandb-core")
+    os.kill(core, signal.SIGSTOP)
+    for _ in range(8):  # enough to fill the socket
+        outage.child.do("epoch")
+    outage.close()
+    outage.child.kill()
+    os.kill(core, signal.SIGKILL)
+    outage.replayed()
+
+
+def test_a_full_disk_under_the_journal_loses_nothing_once_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = OnTensorBoard()
+    tracker.set_up(tmp_path, monkeypatch)
+    child = Child(tmp_path)
+    journal = Path(child.do("start", str(tmp_path), "local", None)["journal"])
+    child.do("epoch")
+    child.do("limit_files", 100)
+    faults = child.do("epoch")["faults"]
+    assert faults["journal"] >= STEPS
+    assert "records lost" not in faults
+    child.do("limit_files", None)
+    child.do("epoch")
+    child.do("close")
+    child.end()
+    records, skipped = read_journal(journal)
+    assert [r.step for r in records if r.kind == "interval"] == list(range(3 * STEPS))
+    assert [r.epoch for r in records if r.kind == "epoch"] == [0, 1, 2]
+    assert skipped <= 1  # the line that was torn when the disk was full
+    assert journal.name == FILE_NAME
+    done = replay(journal, "tensorboard", str(tmp_path / "runs"))
+    assert done.sent == 3 * STEPS + 3

@@ -1,0 +1,244 @@
+"""Replay: exactly what is missing, and nothing the second time."""
+
+import json
+import multiprocessing
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import wandb
+
+from gwa_logging import BackendError, EarlyStop, InvalidInputError
+from gwa_logging.cli import main
+from gwa_logging.faults import Faults
+from gwa_logging.journal import FILE_NAME, Journal, read_journal
+from gwa_logging.replay import replay
+from gwa_logging.types import AnyRecord
+from tests.trackers import (
+    OnMlflow,
+    OnMlflowServer,
+    OnTensorBoard,
+    OnTrackio,
+    OnWandb,
+    Tracker,
+    Training,
+    new_database,
+    numbers_in,
+    totals_in,
+)
+
+EPOCHS = 4
+TRACKERS = {
+    "MLflow": OnMlflow,
+    "MLflow server": OnMlflowServer,
+    "W&B": OnWandb,
+    "TensorBoard": OnTensorBoard,
+    "Trackio": OnTrackio,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _clean() -> Iterator[None]:
+    yield
+    wandb.teardown()
+    OnMlflowServer.stop()
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was only recorded, with an alert in the last epoch but one."""
+    training = Training()
+    with training.watch(
+        tmp_path_factory.mktemp("recorded"), early_stop=EarlyStop(warmup=0, patience=EPOCHS - 2, min_delta=1.0)
+    ) as monitor:
+        for _ in range(EPOCHS):
+            training.epoch(monitor)
+        assert monitor.alert is not None
+        assert monitor.alert.epoch == EPOCHS - 2
+    return monitor.journal.parent
+
+
+@pytest.fixture
+def folder(recorded: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(recorded, tmp_path / "run"))
+
+
+def cut(folder: Path, share: float) -> Path:
+    """A copy of a journal that ends early, in the middle of a line, as after kill -9."""
+    text = (folder / FILE_NAME).read_bytes()
+    other = folder.parent / "cut" / FILE_NAME
+    other.parent.mkdir()
+    other.write_bytes(text[: int(share * len(text))])
+    return other
+
+
+def check(tracker: Tracker, run: str, records: list[AnyRecord]) -> None:
+    """The tracker holds the numbers of these records, each once, in order."""
+    held = tracker.read_again(run)
+    expected = {k: [(step, float(tracker.precision(v))) for step, v in s] for k, s in numbers_in(records).items()}
+    assert {key: held.numbers.get(key) for key in expected} == expected
+    assert held.totals == (totals_in(records) if held.totals else [])
+    assert len(held.alerts) == sum(record.kind == "alert" for record in records)
+
+
+@pytest.mark.parametrize("name", TRACKERS)
+def test_what_is_missing_is_sent_once_and_nothing_the_second_time(name: str, folder: Path, monkeypatch) -> None:
+    tracker = TRACKERS[name]()
+    tracker.set_up(folder.parent, monkeypatch)
+    half = cut(folder, 0.6)
+    first = replay(half, tracker.backend, "new")
+    run = first.place.run
+    assert run is not None
+    check(tracker, run, read_journal(half)[0])
+
+    records = read_journal(folder / FILE_NAME)[0]
+    counted = [record for record in records if record.kind not in ("run", "close")]
+    rest = replay(folder / FILE_NAME, tracker.backend, run)
+    assert (rest.sent, rest.had, rest.skipped) == (len(counted) - first.sent, first.sent, 0)
+    check(tracker, run, records)
+
+    again = replay(folder / FILE_NAME, tracker.backend, run)
+    assert (again.sent, again.had) == (0, len(counted))
+    check(tracker, run, records)
+
+
+def test_the_run_that_was_logged_to_is_found_without_naming_it(tmp_path: Path, monkeypatch, capsys) -> None:
+    client = new_database(tmp_path, monkeypatch)
+    training = Training()
+    with training.watch(tmp_path, backend="mlflow") as monitor:
+        training.epoch(monitor)
+    (run,) = client.search_runs([client.get_experiment_by_name("gwa").experiment_id])
+    assert main(["replay", str(monitor.journal.parent), "--backend", "mlflow"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"sent 0, 4 were there", said)
+    assert run.info.run_id in said
+
+
+def test_the_heads_beside_the_first_go_to_the_same_run(tmp_path: Path, monkeypatch, capsys) -> None:
+    client = new_database(tmp_path, monkeypatch)
+    training = Training()
+    with training.watch(tmp_path, head=["2", "0"]) as monitor:
+        training.step(0)
+        monitor.end_epoch()
+    assert main(["replay", str(monitor.journal.parent), "--backend", "mlflow", "--run", "new"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    (run,) = client.search_runs([client.get_experiment_by_name("gwa").experiment_id])
+    assert {"gwa/mean", "gwa/0/mean"} <= run.data.metrics.keys()
+
+
+def test_a_tracker_that_stops_taking_records_is_an_error_and_the_next_replay_goes_on(
+    folder: Path, monkeypatch, capsys
+) -> None:
+    tracker = OnMlflow()
+    tracker.set_up(folder.parent, monkeypatch)
+    run = tracker.start()
+    records = read_journal(folder / FILE_NAME)[0]
+
+    from gwa_logging.integrations.mlflow import MlflowBackend
+
+    write = MlflowBackend.write
+    with monkeypatch.context() as broken:
+
+        def failing(self: MlflowBackend, record: AnyRecord) -> None:
+            if getattr(record, "step", 0) > 10:
+                raise ConnectionError("gone away")
+            write(self, record)
+
+        broken.setattr(MlflowBackend, "write", failing)
+        assert main(["replay", str(folder), "--backend", "mlflow", "--run", run]) == 2
+    said = capsys.readouterr().err
+    assert "gone away" in said
+    assert "Replay again to go on" in said
+    assert main(["replay", str(folder), "--backend", "mlflow", "--run", run]) == 0
+    check(tracker, run, records)
+
+
+def test_torn_and_foreign_lines_are_skipped_and_told(folder: Path, monkeypatch, capsys) -> None:
+    tracker = OnMlflow()
+    tracker.set_up(folder.parent, monkeypatch)
+    path = folder / FILE_NAME
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:3], b'{"kind": "stranger"}\n', lines[3][:40] + b"\n", *lines[4:]]))
+    assert main(["replay", str(folder), "--backend", "mlflow", "--run", "new"]) == 0
+    said = capsys.readouterr().out
+    assert "2 lines of the journal skipped" in said
+    check(tracker, re.search(r"[0-9a-f]{32}", said)[0], read_journal(path)[0])
+
+
+@pytest.mark.parametrize(
+    ("backend", "run", "said"),
+    [
+        ("local", "new", "that is the journal itself"),
+        ("nonsense", "new", "there is no such backend"),
+        ("mlflow", "0123456789abcdef0123456789abcdef", "refuses.*0123456789abcdef"),
+        ("mlflow", None, "give --run ID, or --run new"),
+    ],
+)
+def test_a_wrong_backend_or_run_is_named(
+    folder: Path, monkeypatch, capsys, backend: str, run: str | None, said: str
+) -> None:
+    new_database(folder.parent, monkeypatch)
+    command = ["replay", str(folder), "--backend", backend, *(["--run", run] if run else [])]
+    assert main(command) == 2
+    assert re.search(said, capsys.readouterr().err)
+
+
+def test_an_empty_journal_one_of_another_version_and_a_folder_of_runs_are_refused(folder: Path, capsys) -> None:
+    def refused(directory: Path, said: str) -> None:
+        assert main(["replay", str(directory), "--backend", "tensorboard", "--run", str(folder.parent / "tb")]) == 2
+        assert re.search(said, capsys.readouterr().err)
+
+    shutil.copytree(folder, folder.parent / "another run")
+    refused(folder.parent, "is a folder of runs.*another run, run")
+    refused(folder.parent / "nowhere", "is not a folder")
+    path = folder / FILE_NAME
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([json.dumps(json.loads(lines[0]) | {"version": 2, "new": []}) + "\n", *lines[1:]]))
+    refused(folder, r"of version 2.*reads version 1")
+    path.write_text("")
+    refused(folder, "no run in it")
+    assert not (folder.parent / "tb").exists()
+
+
+def _hold(path: Path, ready, done) -> None:
+    journal = Journal(path, Faults())
+    ready.set()
+    done.wait(30)
+    journal.close()
+
+
+def test_a_journal_belongs_to_one_process(folder: Path) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    ready, done = spawn.Event(), spawn.Event()
+    other = spawn.Process(target=_hold, args=(folder / FILE_NAME, ready, done))
+    other.start()
+    assert ready.wait(30)
+    with pytest.raises(BackendError, match="another process is writing this journal"):
+        Journal(folder / FILE_NAME, Faults())
+    with pytest.raises(BackendError, match="another process is writing this journal"):
+        replay(folder / FILE_NAME, "tensorboard", str(folder.parent / "tb"))
+    done.set()
+    other.join(30)
+    Journal(folder / FILE_NAME, Faults()).close()
+
+
+def test_a_killed_writer_leaves_the_journal_free(folder: Path) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    ready, never = spawn.Event(), spawn.Event()
+    other = spawn.Process(target=_hold, args=(folder / FILE_NAME, ready, never))
+    other.start()
+    assert ready.wait(30)
+    other.kill()
+    other.join(30)
+    Journal(folder / FILE_NAME, Faults()).close()
+
+
+def test_a_journal_of_the_future_is_not_reported_on_either(folder: Path) -> None:
+    from gwa_logging.report import write_report
+
+    path = folder / FILE_NAME
+    path.write_text(path.read_text().replace('"version":1', '"version":7', 1))
+    with pytest.raises(InvalidInputError, match="of version 7"):
+        write_report(folder)

@@ -1,0 +1,82 @@
+"""A training in a process of its own, which does what it is told, a line at a time; run by test_outages.py.
+
+Every line on stdin is a command with its arguments as JSON, every line on stdout its answer. So the test decides what happens
+between two steps of the training, and nobody sleeps.
+"""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.trackers import BATCHES, Training
+
+STEPS = BATCHES * 5
+
+
+class Trainer:
+    """Trains; keeps how long each step has waited for gwa_logging to tell its backends."""
+
+    def __init__(self, directory: str, backend: str, run: str | None) -> None:
+        self.training = Training()
+        begin = time.monotonic()
+        self.monitor = self.training.watch(Path(directory), backend=backend, run=run, log_every_n_steps=1)
+        self.watch_took = time.monotonic() - begin
+        self.waits: list[float] = []
+        self._notify = self.monitor._notify
+        self.monitor._notify = self._timed  # type: ignore[method-assign]
+
+    def _timed(self) -> None:
+        begin = time.perf_counter()
+        self._notify()
+        self.waits.append(time.perf_counter() - begin)
+
+    def start(self) -> dict[str, Any]:
+        return {"journal": str(self.monitor.journal), "took": self.watch_took}
+
+    def steps(self, n: int) -> dict[str, Any]:
+        for index in range(n):
+            self.training.step(index)
+        return {"faults": self.monitor.faults}
+
+    def epoch(self) -> dict[str, Any]:
+        self.steps(STEPS)
+        self.monitor.end_epoch()
+        return {"faults": self.monitor.faults}
+
+    def flush(self, timeout: float) -> dict[str, Any]:
+        return {"done": self.monitor.flush(timeout)}
+
+    def limit_files(self, more: int | None) -> dict[str, Any]:
+        """As a quota does: files cannot grow past what the journal has now, and a few bytes; None takes that back."""
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        assert self.monitor.journal is not None
+        soft = hard if more is None else self.monitor.journal.stat().st_size + more
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        return {}
+
+    def close(self) -> dict[str, Any]:
+        begin = time.monotonic()
+        self.monitor.close()
+        return {"took": time.monotonic() - begin, "faults": self.monitor.faults, "waits": sorted(self.waits)}
+
+
+def main() -> None:
+    trainer = None
+    for line in sys.stdin:
+        command, *arguments = json.loads(line)
+        try:
+            if command == "start":
+                trainer = Trainer(*arguments)
+                arguments = []
+            answer = getattr(trainer, command)(*arguments)
+        except Exception as error:  # noqa: BLE001 - told to the test
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        sys.stdout.write(f"ANSWER {json.dumps(answer)}\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
