@@ -1,6 +1,7 @@
 """watch(): the one way in."""
 
 import atexit
+import re
 import secrets
 import weakref
 from collections.abc import Callable
@@ -107,10 +108,11 @@ def _open(room: Any, model: Any, settings: WatchSettings, folder: Path, *, besid
     adapter = room.attach(model, settings, faults)
     backends: list[Backend] = []
     try:
-        name = f"{settings.name}/{adapter.path}" if beside else settings.name
+        path = re.sub(r"[^\w.-]", "_", adapter.path)  # of modules that people may call what they like, "/" or "%" too
+        name = f"{settings.name}/{path}" if beside else settings.name
         journal = None
         if adapter.writes:
-            folder = folder / adapter.path if beside else folder
+            folder = folder / path if beside else folder
             journal = Journal(folder / FILE_NAME, faults)
             for wanted in settings.backend:
                 opened = registry.open_backend(wanted, RunContext(name, settings.run_of(wanted), folder))

@@ -127,3 +127,22 @@ def test_a_wrong_list_of_heads_is_named_and_leaves_nothing_behind(head, error, s
         gwa_logging.watch(model, head=head)
     assert not model.head._forward_hooks
     assert "forward" not in model.head.__dict__
+
+
+def test_a_head_whose_name_leads_elsewhere_stays_in_the_runs_folder(tmp_path):
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(8, 5)
+            self.add_module("/aux %", nn.Linear(8, 5))  # torch takes any name without a dot; parents are joined by one
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.head(x), self._modules["/aux %"](x)
+
+    model = Named()
+    with gwa_logging.watch(model, head=["head", model._modules["/aux %"]], directory=tmp_path / "runs") as monitor:
+        train(model, monitor, epochs=1)
+        (other,) = monitor.heads.values()
+    assert other.journal.parent == monitor.journal.parent / "_aux__"
+    assert {path.name for path in tmp_path.iterdir()} == {"runs"}
+    assert read_journal(other.journal)[0][0].name == "gwa/_aux__"
