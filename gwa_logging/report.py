@@ -99,6 +99,9 @@ def _facts(story: Story, folder: str) -> Iterator[tuple[str, str]]:
     yield "Folder", folder
     if story.run:
         yield "Head", story.run.head
+        for tracker, place in story.run.places.items():
+            if place.url or place.run:
+                yield f"Run in {tracker}", _Link(place.url or place.run)
 
 
 def _plain(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -111,8 +114,17 @@ def _plain(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, st
             yield prefix + key, plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False)
 
 
+class _Link(str):
+    """An address, which the page makes a link if it is one of the web."""
+
+
 def _pairs(pairs: Iterable[tuple[str, object]]) -> str:
-    return "<dl>" + "".join(f"<div><dt>{escape(k)}<dd>{escape(str(v))}</div>" for k, v in pairs) + "</dl>"
+    def shown(value: object) -> str:
+        text = escape(str(value))
+        is_link = isinstance(value, _Link) and value.startswith(("http://", "https://"))
+        return f'<a href="{text}" rel="noreferrer">{text}</a>' if is_link else text
+
+    return "<dl>" + "".join(f"<div><dt>{escape(k)}<dd>{shown(v)}</div>" for k, v in pairs) + "</dl>"
 
 
 _COLUMNS = {
@@ -250,7 +262,7 @@ header { border-left:4px solid var(--best); padding-left:20px } header.alert { b
 p { margin:8px 0 } header p, .prose p { max-width:72ch } .eyebrow { color:var(--muted); font-size:14px; margin:0 }
 h1 { font-size:clamp(24px,4vw,34px); line-height:1.2; margin:2px 0 12px; letter-spacing:-.01em; text-wrap:balance }
 h2 { font-size:20px; line-height:1.3; margin:44px 0 8px }
-figure { margin:0 } figure > div { height:440px } #epochs { height:640px }
+a { color:var(--stable) } figure { margin:0 } figure > div { height:440px } #epochs { height:640px }
 figcaption { display:flex; flex-wrap:wrap; gap:4px 22px; color:var(--muted); font-size:14px }
 figcaption i { display:inline-block; width:20px; height:3px; margin-right:7px; vertical-align:middle; background:var(--c) }
 .hollow { width:9px; height:9px; border:1.5px solid var(--gwa); border-radius:50% }

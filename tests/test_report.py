@@ -26,6 +26,7 @@ from gwa_logging.types import (
     CloseRecord,
     EpochReport,
     IntervalRecord,
+    RunPlace,
     RunRecord,
     StopAlert,
     StopReason,
@@ -187,6 +188,19 @@ def test_header_says_run_head_time_and_length(run):
         assert said in page.text
     assert "None." in page.text  # no faults
     assert "not closed" not in page.text
+
+
+@pytest.mark.parametrize(
+    ("url", "links"),
+    [("https://wandb.ai/me/p/runs/a", True), ("/runs/offline-run-1", False), ("javascript:alert(1)", False)],
+)
+def test_header_leads_to_the_trackers_run(tmp_path, url, links):
+    run = RUN.model_copy(update={"places": {"wandb": RunPlace(run="me/p/a", url=url), "trackio": RunPlace()}})
+    page = page_of(tmp_path, run, interval(0), epoch(0))
+    assert "Run in wandb" in page.text
+    assert url in page.text
+    assert "Run in trackio" not in page.text
+    assert [a["href"] for tag, a in page.elements if tag == "a"] == ([url] if links else [])
 
 
 def test_heatmap_covers_every_step_and_its_columns_add_up_to_one(run):
@@ -380,7 +394,13 @@ def test_nothing_can_be_sent_to_a_cloud_from_the_page(run):
 
 
 def test_hostile_names_are_shown_as_text(tmp_path):
-    run = RunRecord(name=HOSTILE, head=HOSTILE, created=HOSTILE, settings={HOSTILE: HOSTILE, "list": [HOSTILE]})
+    run = RunRecord(
+        name=HOSTILE,
+        head=HOSTILE,
+        created=HOSTILE,
+        settings={HOSTILE: HOSTILE, "list": [HOSTILE]},
+        places={HOSTILE: RunPlace(url=f"https://{HOSTILE}")},
+    )
     alert = StopAlert(
         epoch=0,
         best_epoch=0,
@@ -396,7 +416,7 @@ def test_hostile_names_are_shown_as_text(tmp_path):
     hostile = page_of(folder, run, *records)
     harmless = page_of(
         tmp_path / "harmless",
-        RUN.model_copy(update={"settings": {"a": "b", "list": []}}),
+        RUN.model_copy(update={"settings": {"a": "b", "list": []}, "places": {"a": RunPlace(url="https://a")}}),
         *records[:2],
         alert,
         closed(a=1),
