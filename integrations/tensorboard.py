@@ -13,6 +13,7 @@ from time import time
 from typing import Any
 
 import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
 from tensorboard.plugins.text.summary_v2 import text_pb
@@ -20,7 +21,17 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from gwa_logging.errors import BackendError, InvalidInputError
 from gwa_logging.histogram import DISPLAY_BINS
-from gwa_logging.types import AnyRecord, CloseRecord, EpochReport, IntervalRecord, RunContext, RunRecord, StopAlert
+from gwa_logging.types import (
+    AnyRecord,
+    CloseRecord,
+    EpochReport,
+    Held,
+    IntervalRecord,
+    RunContext,
+    RunPlace,
+    RunRecord,
+    StopAlert,
+)
 
 
 def open_backend(context: RunContext) -> "TensorBoardBackend":
@@ -53,24 +64,41 @@ class TensorBoardBackend:
     def __init__(self, log_directory: str, prefix: str) -> None:
         """Opens an event file in the folder `prefix` of `log_directory`."""
         self.run = log_directory
+        where = log_directory if "://" in log_directory else os.path.abspath(log_directory)  # noqa: PTH100 - a text
+        self.place = RunPlace(run=where)
         self._prefix = prefix
+        self._folder = os.path.join(where, prefix)  # noqa: PTH118 - it may be an address, gs://
         self._file: EventFileWriter | None = self._open()
+
+    def held(self) -> Held:
+        """What the event files in our folder hold. Reads them."""
+        events = EventAccumulator(self._folder, size_guidance={SCALARS: 0}).Reload()
+        tags = events.Tags()[SCALARS]
+
+        def steps(key: str) -> list[int]:
+            tag = f"{self._prefix}/{key}"
+            return [event.step for event in events.Scalars(tag)] if tag in tags else []
+
+        alerts = steps("stop_epoch")
+        step, epoch, alert = (max(found, default=-1) for found in (steps("step_mean"), steps("mean"), alerts))
+        closed = len(steps("best_epoch")) > len(alerts)  # each alert names the best epoch, and so does the end
+        return Held(step=step, epoch=epoch, alert=alert, closed=closed)
 
     def write(self, record: AnyRecord) -> None:
         """Writes one record, and has the file hold it before it returns."""
         if isinstance(record, IntervalRecord):
             if record.count:
-                self._add(record.step, self._histogram("scores", record), *self._scalars(record.metrics))
+                self._add(record, record.step, self._histogram("scores", record), *self._scalars(record.metrics))
         elif isinstance(record, EpochReport):
-            self._add(record.epoch, *self._scalars(record.metrics))
+            self._add(record, record.epoch, *self._scalars(record.metrics))
         elif isinstance(record, StopAlert):
             best = {"best_epoch": record.best_epoch, "best_value": record.best_value, "stop_epoch": record.epoch}
-            self._add(record.epoch, self._text("alert", _markdown(record)), *self._scalars(best))
+            self._add(record, record.epoch, self._text("alert", _markdown(record)), *self._scalars(best))
         elif isinstance(record, RunRecord):
-            self._add(0, self._text("head", record.head))
+            self._add(record, 0, self._text("head", record.head))
         elif isinstance(record, CloseRecord) and record.best_epoch is not None:
             best = {"best_epoch": record.best_epoch, "best_value": record.best_value}
-            self._add(record.epochs - 1, *self._scalars(best))
+            self._add(record, record.epochs - 1, *self._scalars(best))
 
     def close(self) -> None:
         """Closes the event file."""
@@ -78,12 +106,13 @@ class TensorBoardBackend:
             self._file.close()
 
     def _open(self) -> EventFileWriter:
-        return EventFileWriter(os.path.join(self.run, self._prefix))  # noqa: PTH118 - it may be an address, gs://
+        return EventFileWriter(self._folder)
 
-    def _add(self, step: int, *values: Summary.Value) -> None:
+    def _add(self, record: AnyRecord, step: int, *values: Summary.Value) -> None:
         """Adds one event. A file that has failed stays as it is; the next try begins another."""
         file, self._file = self._file or self._open(), None
-        file.add_event(Event(step=step, wall_time=time(), summary=Summary(value=values)))
+        when = getattr(record, "time", 0.0) or time()  # a record that is sent later may know when it happened
+        file.add_event(Event(step=step, wall_time=when, summary=Summary(value=values)))
         file.flush()
         self._file = file
 

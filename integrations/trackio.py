@@ -15,11 +15,22 @@ from typing import Any
 import trackio
 from trackio import context_vars
 from trackio.run import Run
+from trackio.sqlite_storage import SQLiteStorage
 from trackio.utils import TRACKIO_DIR
 
 from gwa_logging.errors import BackendError, InvalidInputError
 from gwa_logging.histogram import DISPLAY_BINS
-from gwa_logging.types import AnyRecord, CloseRecord, EpochReport, IntervalRecord, RunContext, RunRecord, StopAlert
+from gwa_logging.types import (
+    AnyRecord,
+    CloseRecord,
+    EpochReport,
+    Held,
+    IntervalRecord,
+    RunContext,
+    RunPlace,
+    RunRecord,
+    StopAlert,
+)
 
 ALERT_TITLE = "GWA: stop"
 
@@ -27,24 +38,25 @@ ALERT_TITLE = "GWA: stop"
 def open_backend(context: RunContext) -> "TrackioBackend":
     """Takes the user's run, or the active one; if there is neither, starts one of its own, in the project `<name>`.
 
+    A text, "project/run", names a run in Trackio's folder that has ended; it is taken up again, and finished on close.
+
     Raises:
-        InvalidInputError: `run=` is not a run of Trackio.
-        BackendError: no run can be started, or Trackio's folder cannot be written.
+        InvalidInputError: `run=` is neither a run of Trackio nor such a text.
+        BackendError: no run can be started or taken up, or Trackio's folder cannot be written.
     """
-    run = context_vars.current_run.get() if context.run is None else _checked(context.run)
-    owned = run is None
+    wanted = context_vars.current_run.get() if context.run is None else _checked(context.run)
+    path, users = (wanted, None) if isinstance(wanted, str) else (None, wanted)
     try:
-        if run is None or run.url is None:  # stored here, not sent to a server
+        if users is None or users.url is None:  # stored here, not sent to a server
             _knock()
-        if run is None:
-            run = _start(context.name)
+        run = users or (_resume(path) if path else _start(context.name))
         _ = run._next_step  # other versions may have it under another name
     except Exception as error:  # whatever trackio raises here: nothing could ever be logged
         raise BackendError(
             f"backend='trackio': there is no run to log to ({type(error).__name__}: {error}). Set TRACKIO_DIR to a "
             "folder that can be written, or pass run=trackio.init(project=...)"
         ) from error
-    return TrackioBackend(run, context.name, owned=owned)
+    return TrackioBackend(run, context.name, owned=users is None)
 
 
 class TrackioBackend:
@@ -58,8 +70,25 @@ class TrackioBackend:
     def __init__(self, run: Run, prefix: str, *, owned: bool) -> None:
         """Writes into `run` under `prefix`; `owned` says that nobody else does, and that `close` finishes it."""
         self.run = run
+        self.place = RunPlace(run=f"{run.project}/{run.name}") if run.url is None else RunPlace(url=_page(run.url))
         self._prefix = prefix
         self._owned = owned
+
+    def held(self) -> Held:
+        """What Trackio has stored of ours; nothing if it is not stored here."""
+        where, name, run_id = self.run.project, self.run.name, self.run.id
+        steps: dict[str, list[int]] = {"step_mean": [], "mean": [], "best_epoch": []}
+        for row in SQLiteStorage.get_logs(where, name, run_id=run_id, scalar_only=True):
+            for key, found in steps.items():
+                if f"{self._prefix}/{key}" in row:
+                    found.append(row["step"])
+        alerts = SQLiteStorage.get_alerts(where, name, run_id=run_id)
+        return Held(
+            step=max(steps["step_mean"], default=-1),
+            epoch=max(steps["mean"], default=-1),
+            alert=max((alert["step"] for alert in alerts if alert["title"] == ALERT_TITLE), default=-1),
+            closed=bool(steps["best_epoch"]),
+        )
 
     def write(self, record: AnyRecord) -> None:
         """Hands one record to Trackio."""
@@ -89,21 +118,33 @@ class TrackioBackend:
         self.run._next_step = users
 
 
+def _page(url: str) -> str:
+    """Where to look at a run that is sent to a server, or to a Space, which has only a name."""
+    return url if "://" in url else f"https://huggingface.co/spaces/{url}"
+
+
 def _knock() -> None:
     """Looks whether Trackio could store anything: it would only warn, after a while."""
     TRACKIO_DIR.mkdir(parents=True, exist_ok=True)
     TemporaryFile(dir=TRACKIO_DIR).close()
 
 
-def _start(project: str) -> Run:
+def _start(project: str, **options: Any) -> Run:
     """A run of our own. Not the active one: the user's `trackio.init` would finish it, and `trackio.log` write into it."""
-    return copy_context().run(trackio.init, project, embed=False, auto_log_gpu=False, auto_log_cpu=False)
+    return copy_context().run(trackio.init, project, embed=False, auto_log_gpu=False, auto_log_cpu=False, **options)
 
 
-def _checked(run: Any) -> Run:
-    if not isinstance(run, Run):
+def _resume(path: str) -> Run:
+    project, _, name = path.partition("/")
+    run = _start(project, name=name, resume="must")
+    run.config |= SQLiteStorage.get_run_config(project, name, run_id=run.id) or {}  # or Trackio would forget it
+    return run
+
+
+def _checked(run: Any) -> Run | str:
+    if not isinstance(run, Run | str) or (isinstance(run, str) and not all(run.partition("/"))):
         raise InvalidInputError(
-            f"run={run!r}: expected a run of Trackio, as trackio.init() returns it, found "
+            f"run={run!r}: expected a run of Trackio, as trackio.init() returns it, or 'project/run', found "
             f"{type(run).__module__}.{type(run).__qualname__}"
         )
     return run

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ import gwa_logging
 from gwa_logging import AlignmentSummary, BackendError, InvalidInputError
 from gwa_logging.integrations.tensorboard import TensorBoardBackend, open_backend
 from gwa_logging.journal import read_journal
-from gwa_logging.types import CloseRecord, IntervalRecord, RunContext, StopAlert, StopReason
+from gwa_logging.types import CloseRecord, Held, IntervalRecord, RunContext, StopAlert, StopReason
 from tests.trackers import EventAccumulator, Training, events_of, read_events, totals_in
 
 ALERT = StopAlert(
@@ -60,6 +61,17 @@ def test_without_a_run_the_events_are_beside_the_journal_in_a_folder_of_the_name
     monitor.close()
     (file,) = tmp_path.rglob("events.out.tfevents.*")
     assert file.parent == monitor.journal.parent / "gwa"
+
+
+def test_a_folder_is_found_again_though_the_user_has_gone_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = open_in(tmp_path, "runs")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert (backend.run, backend.place.run) == ("runs", str(tmp_path / "runs"))
+    backend.write(ALERT)
+    assert backend.held() == open_in(tmp_path, backend.place.run).held() == Held(alert=7)
 
 
 @pytest.mark.parametrize("form", [str, Path, SummaryWriter, lambda folder: SimpleNamespace(logdir=str(folder))])
@@ -139,6 +151,19 @@ def test_the_bins_are_those_of_the_display_without_the_empty_ones_at_both_ends(t
     assert (shown.num, shown.sum) == (5, pytest.approx(0.1))
 
 
+def test_a_record_that_knows_its_time_keeps_it(tmp_path: Path) -> None:
+    class Timed(IntervalRecord):
+        time: float = 0.0
+
+    backend = open_in(tmp_path)
+    values = interval([0.1, 0.2]).model_dump()
+    backend.write(Timed(**values | {"time": 1_700_000_000.0}))
+    backend.write(Timed(**values | {"step": 1, "time": 0.0}))
+    first, second = read_events(tmp_path / "gwa").Scalars("gwa/q50")
+    assert first.wall_time == 1_700_000_000.0
+    assert second.wall_time == pytest.approx(time.time(), abs=60)
+
+
 def test_an_interval_without_a_score_leaves_no_event(tmp_path: Path) -> None:
     backend = open_in(tmp_path)
     for step, scores in enumerate(([math.nan], [0.1, -0.2], [math.nan])):
@@ -181,6 +206,21 @@ def test_a_run_without_a_best_epoch_names_none(tmp_path: Path) -> None:
     backend = open_in(tmp_path)
     backend.write(CloseRecord(epochs=0, steps=0, best_epoch=None, best_value=math.nan, faults={}))
     assert read_events(tmp_path / "gwa").Tags()["scalars"] == []
+
+
+def test_a_later_backend_knows_what_the_folder_holds(tmp_path: Path) -> None:
+    first = open_in(tmp_path)
+    assert first.held() == Held(step=-1, epoch=-1, alert=-1)
+    for step in (0, 20, 40):
+        first.write(interval([0.1, 0.2], step))
+    first.write(AlignmentSummary.from_scores([0.1, 0.2, 0.4]).report(epoch=3))
+    first.write(ALERT)
+    first.close()
+    second = open_in(tmp_path / "elsewhere", first.place.run)
+    assert second.held() == Held(step=40, epoch=3, alert=7, closed=False)
+    second.write(CloseRecord(epochs=8, steps=41, best_epoch=2, best_value=0.5, faults={}))
+    assert second.held() == Held(step=40, epoch=3, alert=7, closed=True)
+    assert open_in(tmp_path, name="other").held() == Held()
 
 
 # --- outages ----------------------------------------------------------------------------------------------------------

@@ -8,18 +8,32 @@ from threading import Thread
 from typing import Any
 
 import pytest
-from trackio import context_vars
 
-from gwa_logging import AlignmentSummary, EarlyStop, InvalidInputError
-from gwa_logging.integrations.trackio import TrackioBackend, open_backend
-from gwa_logging.types import CloseRecord, RunContext
 from tests.trackers import BATCH, BATCHES, Training, rows_of, run_of, start_trackio_run, trackio
+
+# isort: split
+# After the above, which says where Trackio stores: Trackio asks when it is imported.
+from trackio.context_vars import current_run
+
+from gwa_logging import AlignmentSummary, BackendError, EarlyStop, InvalidInputError
+from gwa_logging.integrations.trackio import TrackioBackend, open_backend
+from gwa_logging.types import CloseRecord, Held, RunContext, RunPlace, StopAlert, StopReason
+
+ALERT = StopAlert(
+    epoch=7,
+    best_epoch=2,
+    statistic="stable",
+    value=0.25,
+    best_value=0.5,
+    reason=StopReason.NO_IMPROVEMENT,
+    message="stop now",
+)
 
 
 @pytest.fixture(autouse=True)
 def _no_active_run() -> Any:
     yield
-    context_vars.current_run.set(None)
+    current_run.set(None)
 
 
 def column(run: Any, key: str) -> list[tuple[int, Any]]:
@@ -33,12 +47,12 @@ def test_a_run_of_our_own_is_never_the_active_one(tmp_path: Path) -> None:
     training = Training()
     monitor = training.watch(tmp_path, backend="trackio", name="own.run")
     own = run_of(monitor, "trackio")
-    assert context_vars.current_run.get() is None
+    assert current_run.get() is None
     users = trackio.init("the-user", auto_log_cpu=False)  # would end the active run
     training.epoch(monitor)
     trackio.log({"loss": 1.0})
     monitor.close()
-    assert context_vars.current_run.get() is users
+    assert current_run.get() is users
     trackio.finish()
     assert (own.project, own._cpu_monitor, own._gpu_monitor) == ("own.run", None, None)
     assert [step for step, _ in column(own, "own.run/gwa")] == [0]
@@ -77,7 +91,7 @@ def test_a_run_can_be_given_to_a_thread_in_which_it_is_not_active(tmp_path: Path
 
     def work() -> None:
         try:
-            assert context_vars.current_run.get() is None
+            assert current_run.get() is None
             training = Training()
             monitor = training.watch(tmp_path, backend="trackio", run=users)
             training.epoch(monitor)
@@ -95,7 +109,9 @@ def test_a_run_can_be_given_to_a_thread_in_which_it_is_not_active(tmp_path: Path
 
 @pytest.mark.parametrize("wrong", ["a run", 7, object(), trackio.Run])
 def test_a_run_of_a_wrong_type_is_named(tmp_path: Path, wrong: Any) -> None:
-    with pytest.raises(InvalidInputError, match=r"run=.*expected a run of Trackio, as trackio\.init\(\) returns it"):
+    with pytest.raises(
+        InvalidInputError, match=r"run=.*expected a run of Trackio, as trackio\.init\(\) returns it, or 'project/run'"
+    ):
         Training().watch(tmp_path, backend="trackio", run=wrong)
 
 
@@ -114,6 +130,38 @@ def test_a_folder_that_cannot_be_written_is_an_error_at_once_and_no_silent_loss(
     )
     assert "backend='trackio': there is no run to log to (FileExistsError" in done.stdout
     assert "Set TRACKIO_DIR" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("url", "page"),
+    [("http://127.0.0.1:9", "http://127.0.0.1:9"), ("me/space", "https://huggingface.co/spaces/me/space")],
+)
+def test_of_a_run_that_is_not_stored_here_the_page_is_told(url: str, page: str) -> None:
+    run = start_trackio_run("pages")
+    run.finish()
+    run.url = url
+    assert TrackioBackend(run, "gwa", owned=False).place == RunPlace(url=page)
+
+
+def test_a_run_can_be_taken_up_again_by_its_path_and_keeps_its_config(tmp_path: Path) -> None:
+    users = trackio.init("taken-up", config={"lr": 0.1}, auto_log_cpu=False)
+    first = open_backend(RunContext("gwa", users, tmp_path))
+    first.write(AlignmentSummary.from_scores([0.1, 0.2, 0.4]).report(epoch=3))
+    first.write(ALERT)
+    trackio.finish()
+    assert first.held() == Held(epoch=3, alert=7)
+    second = open_backend(RunContext("gwa", first.place.run, tmp_path))
+    assert second.held() == Held(epoch=3, alert=7)
+    second.write(CloseRecord(epochs=8, steps=41, best_epoch=2, best_value=0.5, faults={}))
+    second.close()
+    assert second.held() == Held(epoch=3, alert=7, closed=True)
+    (stored,) = trackio.Api().runs("taken-up")
+    assert (stored.id, stored.config["lr"]) == (users.id, 0.1)
+
+
+def test_a_path_that_leads_nowhere_is_an_error_that_names_it(tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match=r"Run 'nobody' does not exist in project 'nowhere'"):
+        open_backend(RunContext("gwa", "nowhere/nobody", tmp_path))
 
 
 # --- the user's rows and steps ----------------------------------------------------------------------------------------

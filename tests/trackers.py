@@ -286,6 +286,11 @@ class OnTrackio(Tracker):
     def ended(self, run: Any) -> bool:
         return bool(run._stop_flag.is_set())
 
+    def read_again(self, run: str) -> Held:
+        project, _, name = run.partition("/")
+        (found,) = (other for other in trackio.Api().runs(project) if other.name == name)
+        return self.read(found)
+
     def read(self, run: Any) -> Held:
         of: dict[str, Series] = {}
         for row in rows_of(run):
