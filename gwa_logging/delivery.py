@@ -13,11 +13,26 @@ from time import monotonic
 
 from gwa_logging.faults import Faults
 from gwa_logging.journal import Journal, JournalReader
-from gwa_logging.types import Backend
+from gwa_logging.types import AnyRecord, Backend
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds between two tries
 RECORDS_PER_NOTICE = 8  # while the training thread stands still, so that catching up never holds a step for long
+RECORDS_PER_CALL = 100  # for a backend that takes many at once
 PATIENCE = 0.02  # seconds that the training thread stands still; a backend that takes longer is not waited for again
+
+
+def batch_of(backend: Backend) -> int:
+    """How many records a backend takes at once."""
+    return RECORDS_PER_CALL if hasattr(backend, "write_many") else 1
+
+
+def send(backend: Backend, records: list[AnyRecord]) -> None:
+    """Writes records, `batch_of(backend)` at most."""
+    if len(records) > 1:
+        backend.write_many(records)  # type: ignore[attr-defined]  # not every backend has it
+    else:
+        for record in records:
+            backend.write(record)
 
 
 class Delivery:
@@ -75,11 +90,11 @@ class Delivery:
         if monotonic() < self._not_before:
             return
         try:
-            while limit != 0 and (found := self._reader.peek()):
-                record, position = found
-                self.backend.write(record)
+            while limit != 0 and (found := self._reader.peek(batch_of(self.backend)))[0]:
+                records, position = found
+                send(self.backend, records)
                 self._reader.advance(position)
-                self.delivered += 1
+                self.delivered += len(records)
                 self._pause = FIRST_PAUSE
                 limit = None if limit is None else limit - 1
         except Exception as error:  # noqa: BLE001 - whatever a tracker raises must not reach training

@@ -11,13 +11,14 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Lock
+from time import time
 from typing import BinaryIO
 
 from pydantic import ValidationError
 
 from gwa_logging.errors import BackendError, InvalidInputError
 from gwa_logging.faults import Faults
-from gwa_logging.types import JOURNAL_VERSION, RECORDS, AnyRecord
+from gwa_logging.types import JOURNAL_VERSION, RECORDS, AnyRecord, TimedRecord
 
 try:
     import fcntl
@@ -54,7 +55,9 @@ class Journal:
             ) from error
 
     def append(self, record: AnyRecord, *, sync: bool = False) -> None:
-        """Writes one record; `sync` waits until the disk has it. Never raises."""
+        """Writes one record, with the time; `sync` waits until the disk has it. Never raises."""
+        if isinstance(record, TimedRecord):
+            record = record.model_copy(update={"time": time()})
         with self._lock:
             self._waiting.append(record.model_dump_json().encode() + b"\n")
             try:
@@ -106,22 +109,29 @@ class JournalReader:
 
     def __iter__(self) -> Iterator[AnyRecord]:
         """Reads the rest, one record at a time."""
-        while found := self.peek():
-            record, self._offset = found
-            yield record
+        while records := self.take():
+            yield from records
 
-    def peek(self) -> tuple[AnyRecord, int] | None:
-        """The next record and the position after it; None at the end. Does not move on: see `advance`."""
+    def take(self, limit: int = 1) -> list[AnyRecord]:
+        """The next records, `limit` at most; moves on."""
+        records, self._offset = self.peek(limit)
+        return records
+
+    def peek(self, limit: int = 1) -> tuple[list[AnyRecord], int]:
+        """The next records, `limit` at most, and the position after them; none at the end. Does not move on: see `advance`."""
+        records: list[AnyRecord] = []
         with self.path.open("rb") as file:
-            file.seek(self._offset)
-            while (line := file.readline()).endswith(b"\n"):
-                if line.strip():
-                    try:
-                        return RECORDS.validate_json(line), file.tell()
-                    except ValidationError:
-                        self.skipped += 1
-                self._offset = file.tell()
-        return None
+            position = file.seek(self._offset)
+            while len(records) < limit and (line := file.readline()).endswith(b"\n"):
+                try:
+                    records += [RECORDS.validate_json(line)] if line.strip() else []
+                except ValidationError:
+                    if records:  # the line is left for the next time, so that it is skipped only once
+                        break
+                    self.skipped += 1
+                position = file.tell()
+                self._offset = self._offset if records else position
+        return records, position
 
     def behind(self) -> bool:
         """Whether there may be more to read. Changes nothing, so any thread may ask."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gwa_logging import registry
+from gwa_logging.delivery import batch_of, send
 from gwa_logging.errors import BackendError, InvalidInputError
 from gwa_logging.journal import FILE_NAME, JournalReader, lock
 from gwa_logging.types import (
@@ -86,11 +87,11 @@ def _send(reader: JournalReader, tracker: Backend) -> Replayed:
     problem: Exception | None = None
     try:
         held = tracker.held()
-        for record in reader:
-            is_in, counts = _is_in(held, record), not isinstance(record, RunRecord | CloseRecord)
-            if not is_in:
-                tracker.write(record)
-            sent, had = sent + (counts and not is_in), had + (counts and is_in)
+        while records := reader.take(batch_of(tracker)):
+            missing = [record for record in records if not _is_in(held, record)]
+            send(tracker, missing)
+            sent += _counted(missing)
+            had += _counted(records) - _counted(missing)
     except Exception as error:  # noqa: BLE001 - whatever a tracker raises; raised again below
         problem = error
     try:
@@ -114,6 +115,10 @@ def _is_in(held: Held, record: AnyRecord) -> bool:
     if isinstance(record, StopAlert):
         return record.epoch <= held.alert
     return isinstance(record, CloseRecord) and held.closed
+
+
+def _counted(records: list[AnyRecord]) -> int:
+    return sum(not isinstance(record, RunRecord | CloseRecord) for record in records)
 
 
 def journals_of(folder: Path) -> Iterator[Path]:

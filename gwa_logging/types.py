@@ -72,7 +72,17 @@ class RunRecord(Record):
     places: dict[str, RunPlace] = Field(default_factory=dict)
 
 
-class IntervalRecord(Record):
+class TimedRecord(Record):
+    """Something that happened at a time.
+
+    Attributes:
+        time: when it was written into the journal, in seconds since 1970 (UTC); 0 in what was not read from a journal.
+    """
+
+    time: float = 0.0
+
+
+class IntervalRecord(TimedRecord):
     """The scores of the training steps since the last interval.
 
     Attributes:
@@ -131,7 +141,7 @@ class IntervalRecord(Record):
         )
 
 
-class EpochReport(Record):
+class EpochReport(TimedRecord):
     """What the scores of one epoch say.
 
     Attributes:
@@ -190,7 +200,7 @@ class StopReason(StrEnum):
     """The statistic has not exceeded its best for `patience` epochs."""
 
 
-class StopAlert(Record):
+class StopAlert(TimedRecord):
     """GWA says that training should stop.
 
     Attributes:
@@ -214,7 +224,7 @@ class StopAlert(Record):
     caveats: tuple[str, ...] = ()
 
 
-class CloseRecord(Record):
+class CloseRecord(TimedRecord):
     """The last line of a journal that was closed: how the run went.
 
     Attributes:
@@ -372,7 +382,11 @@ class Backend(Protocol):
         ...
 
     def write(self, record: AnyRecord) -> None:
-        """Writes one record. Raising means that it was not written: it is counted, kept in the journal, tried again."""
+        """Writes one record. Raising means that it was not written: it is counted, kept in the journal, tried again.
+
+        A backend may also have `write_many(records)`, of the same meaning for a list, if its tracker takes many at once and
+        drops what it has already: then it catches up so.
+        """
         ...
 
     def close(self) -> None:

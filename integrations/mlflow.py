@@ -12,12 +12,11 @@ import math
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from queue import SimpleQueue
 from threading import Thread
-from time import time
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -45,6 +44,7 @@ logger = logging.getLogger("gwa_logging")
 
 CONNECT_WITHIN = 2.0  # seconds, for each address of a server: it may have two, IPv4 and IPv6
 ANSWER_WITHIN = 2.0  # seconds
+METRICS_PER_CALL = 1000  # MLflow's limit
 PICTURE_TRIES = 3  # so many pictures in a row may fail; then there are no more
 
 
@@ -91,7 +91,7 @@ class MlflowBackend:
         self._prefix = context.name
         self._directory = context.directory
         self._own = own
-        self._line, self._timestamp = "", 0  # of the record at hand, written or still to be tried again
+        self._begun = False
         self._pictures = PictureSeries()
         self._picture_tries = PICTURE_TRIES
 
@@ -101,11 +101,26 @@ class MlflowBackend:
         Raises:
             BackendError: MLflow has not taken it.
         """
-        line = record.model_dump_json()
-        if line != self._line:
-            self._line, self._timestamp = line, int(time() * 1000)
+        self.write_many([record])
+
+    def write_many(self, records: Sequence[AnyRecord]) -> None:
+        """Writes records in as few calls as MLflow allows; what `write` says holds for all of them together.
+
+        Raises:
+            BackendError: MLflow has not taken them all.
+        """
+        self._begun = True
         with _without_passwords():
-            self._write(record)
+            metrics = [metric for record in records for metric in self._metrics(record)]
+            for start in range(0, len(metrics), METRICS_PER_CALL):
+                part = metrics[start : start + METRICS_PER_CALL]
+                self._client.log_batch(self._run_id, metrics=part, synchronous=True)
+            for record in records:
+                self._tag(record)
+        # Nothing below raises, so an interval that is written again has not been added yet.
+        for record in records:
+            if self._pictures_of(record):
+                self._show(record)
 
     def held(self) -> Held:
         """What the run has of ours. Waits for the server.
@@ -132,8 +147,8 @@ class MlflowBackend:
         with _without_passwords():
             # The run first: its end must not wait for uploads, and a run that has ended still takes files.
             if self._own:
-                self._own.end(self._client, "FINISHED" if self._line else "FAILED")
-            if not self._line:  # watch() has failed, before the first record
+                self._own.end(self._client, "FINISHED" if self._begun else "FAILED")
+            if not self._begun:  # watch() has failed, before the first record
                 return
             self._client.log_artifact(self._run_id, str(self._directory / FILE_NAME), self._prefix)
             try:
@@ -143,43 +158,45 @@ class MlflowBackend:
             except MissingDependencyError as error:
                 logger.info("gwa_logging: no report.html for MLflow: %s", error)
 
-    def _write(self, record: AnyRecord) -> None:
-        if isinstance(record, IntervalRecord):
-            if record.count:
-                self._log(record.step, record.metrics)
-            # Nothing below raises, so an interval that is written again has not been added yet.
-            if self._pictures.add(record):
-                self._show(record.step)
+    def _metrics(self, record: AnyRecord) -> list[Metric]:
+        """What a record has for MLflow's charts. Infinities become NaN: MLflow would make them 1.8e308."""
+        if isinstance(record, IntervalRecord) and record.count:
+            step, values = record.step, record.metrics
         elif isinstance(record, EpochReport):
-            self._log(record.epoch, record.metrics)
-            if self._pictures.news and self._pictures.rested:
-                self._show(record.step)
-        elif isinstance(record, StopAlert):
-            self._tag("alert", f"stop: {record.message}", epoch=record.epoch, best_epoch=record.best_epoch)
-        elif isinstance(record, RunRecord):
-            self._tag("head", record.head)
-        elif isinstance(record, CloseRecord):
-            if record.best_epoch is not None:
-                self._log(record.epochs - 1, {"best_epoch": record.best_epoch, "best_value": record.best_value})
-            if self._pictures.news:
-                self._show(record.steps - 1)
-
-    def _log(self, step: int, values: dict[str, float]) -> None:
-        """Writes the values of one step in one call. Infinities become NaN: MLflow would make them 1.8e308."""
+            step, values = record.epoch, record.metrics
+        elif isinstance(record, CloseRecord) and record.best_epoch is not None:
+            step, values = record.epochs - 1, {"best_epoch": record.best_epoch, "best_value": record.best_value}
+        else:
+            return []
         finite = {key: float(value) if math.isfinite(value) else math.nan for key, value in values.items()}
-        metrics = [Metric(f"{self._prefix}/{key}", finite[key], self._timestamp, int(step)) for key in finite]
-        self._client.log_batch(self._run_id, metrics=metrics, synchronous=True)
+        return [Metric(f"{self._prefix}/{key}", finite[key], int(1000 * record.time), step) for key in finite]
 
-    def _tag(self, name: str, text: str, **details: object) -> None:
-        values = {name: text} | {f"{name}.{key}": str(value) for key, value in details.items()}
-        tags = [RunTag(f"{self._prefix}.{key}", value) for key, value in values.items()]
+    def _tag(self, record: AnyRecord) -> None:
+        if isinstance(record, StopAlert):
+            text = f"stop: {record.message}"
+            values = {"alert": text, "alert.epoch": record.epoch, "alert.best_epoch": record.best_epoch}
+        elif isinstance(record, RunRecord):
+            values = {"head": record.head}
+        else:
+            return
+        tags = [RunTag(f"{self._prefix}.{key}", str(value)) for key, value in values.items()]
         self._client.log_batch(self._run_id, tags=tags, synchronous=True)
 
-    def _show(self, step: int) -> None:
+    def _pictures_of(self, record: AnyRecord) -> bool:
+        """Adds an interval to the pictures; whether it is time for one."""
+        if isinstance(record, IntervalRecord):
+            return self._pictures.add(record)
+        if isinstance(record, EpochReport):
+            return self._pictures.news and self._pictures.rested
+        return isinstance(record, CloseRecord) and self._pictures.news
+
+    def _show(self, record: AnyRecord) -> None:
         """Adds a picture. Files are often not allowed where numbers are; that must not hold the numbers up."""
         if not self._picture_tries:
             return
-        key, timestamp = f"{self._prefix}/scores", self._timestamp
+        assert isinstance(record, IntervalRecord | EpochReport | CloseRecord)
+        step = record.steps - 1 if isinstance(record, CloseRecord) else record.step
+        key, timestamp = f"{self._prefix}/scores", int(1000 * record.time)
         try:
             image = self._pictures.draw()
             self._client.log_image(self._run_id, image, key=key, step=step, timestamp=timestamp, synchronous=True)

@@ -5,10 +5,13 @@ import multiprocessing
 import re
 import shutil
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import wandb
+from mlflow import MlflowClient
 
 from gwa_logging import BackendError, EarlyStop, InvalidInputError
 from gwa_logging.cli import main
@@ -136,17 +139,16 @@ def test_a_tracker_that_stops_taking_records_is_an_error_and_the_next_replay_goe
     run = tracker.start()
     records = read_journal(folder / FILE_NAME)[0]
 
-    from gwa_logging.integrations.mlflow import MlflowBackend
-
-    write = MlflowBackend.write
+    log, calls = MlflowClient.log_batch, count()
     with monkeypatch.context() as broken:
+        broken.setattr("gwa_logging.delivery.RECORDS_PER_CALL", 3)
 
-        def failing(self: MlflowBackend, record: AnyRecord) -> None:
-            if getattr(record, "step", 0) > 10:
+        def failing(self: MlflowClient, *arguments: Any, **options: Any) -> None:
+            if next(calls) == 4:
                 raise ConnectionError("gone away")
-            write(self, record)
+            log(self, *arguments, **options)
 
-        broken.setattr(MlflowBackend, "write", failing)
+        broken.setattr(MlflowClient, "log_batch", failing)
         assert main(["replay", str(folder), "--backend", "mlflow", "--run", run]) == 2
     said = capsys.readouterr().err
     assert "gone away" in said

@@ -10,8 +10,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-HEAVY = ("torch", "jax", "flax", "wandb", "mlflow", "matplotlib", "plotly", "pandas", "scipy", "tqdm")
-ADAPTERS, BACKENDS = ("torch", "jax"), ("wandb", "mlflow")
+HEAVY = (
+    "torch",
+    "jax",
+    "flax",
+    "wandb",
+    "mlflow",
+    "tensorboard",
+    "trackio",
+    "matplotlib",
+    "plotly",
+    "pandas",
+    "scipy",
+    "tqdm",
+)
+ADAPTERS, BACKENDS = ("torch", "jax"), ("wandb", "mlflow", "tensorboard", "trackio")
 
 
 def loaded_by(code: str) -> set[str]:

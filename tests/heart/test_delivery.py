@@ -112,3 +112,45 @@ def test_closing_tries_once_more_in_spite_of_the_pause(journal, faults):
     tracker.away = False
     assert delivery.close(monotonic() + 1)
     assert tracker.taken == ["a"]
+
+
+def test_a_backend_that_takes_many_at_once_catches_up_in_few_calls_and_in_order(journal, faults, monkeypatch):
+    monkeypatch.setattr(delivery_module, "FIRST_PAUSE", 0.01)
+
+    class Wholesale(Tracker):
+        calls = 0
+
+        def write_many(self, records) -> None:
+            self.calls += 1
+            if self.away:
+                raise ConnectionError("tracker is away")
+            for record in records:
+                self.taken.append(record.name)
+
+    tracker = Wholesale(threaded=True)
+    tracker.away = True
+    delivery = Delivery(tracker, journal, faults)
+    names = [str(i) for i in range(250)]
+    write(journal, *names)
+    delivery.notify()
+    assert not delivery.wait(monotonic() + 0.1)
+    tried, tracker.away = tracker.calls, False
+    assert delivery.wait(monotonic() + 5)
+    assert tracker.taken == names
+    assert tracker.calls - tried <= 4
+    assert delivery.left == 0
+
+
+@pytest.mark.parametrize("threaded", [True, False])
+def test_a_tracker_that_hangs_is_left_behind_and_counted(journal, faults, threaded):
+    tracker = Tracker(threaded)
+    tracker.free.clear()
+    delivery = Delivery(tracker, journal, faults)
+    write(journal, "a", "b", "c")
+    start = monotonic()
+    for _ in range(100):
+        delivery.notify()
+    assert monotonic() - start < 100 * delivery_module.PATIENCE / 2  # only the first one waits
+    assert not delivery.close(monotonic() + 0.1)
+    assert delivery.left == 3
+    tracker.free.set()

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from time import time
 
 import pandas
 import pytest
@@ -31,10 +32,14 @@ def interval(step: int, scores=(0.1, 0.2, -0.1)) -> IntervalRecord:
 def test_what_was_written_is_read_back(tmp_path):
     journal = Journal(tmp_path / "run" / "journal.jsonl", Faults())
     report = AlignmentSummary.from_scores([0.1, 0.2, 0.4]).report(epoch=3, step=40)
-    written = [interval(0), report, interval(1)]
+    written, before = [interval(0), report, interval(1)], time()
     for record in written:
         journal.append(record)
-    assert read_journal(journal.path) == (written, 0)
+    records, skipped = read_journal(journal.path)
+    assert [record.model_copy(update={"time": 0.0}) for record in records] == written
+    times = [record.time for record in records]
+    assert before <= times[0] <= times[1] <= times[2] <= time()
+    assert skipped == 0
 
 
 def test_undefined_numbers_are_null_in_the_file_and_nan_in_python(tmp_path):
@@ -70,9 +75,9 @@ def test_a_torn_last_line_is_left_alone_until_it_is_whole(tmp_path):
     line = interval(7).model_dump_json().encode()
     path.write_bytes(line[:40])
     reader = JournalReader(path)
-    assert reader.peek() is None
+    assert reader.peek() == ([], 0)
     path.write_bytes(line + b"\n")
-    assert reader.peek()[0].step == 7
+    assert [record.step for record in reader.take()] == [7]
 
 
 def test_a_reader_stays_at_a_record_until_it_is_told_to_go_on(tmp_path):
@@ -83,8 +88,22 @@ def test_a_reader_stays_at_a_record_until_it_is_told_to_go_on(tmp_path):
     first, position = reader.peek()
     assert reader.peek()[0] == first
     reader.advance(position)
-    assert reader.peek()[0].step == 1
+    assert [record.step for record in reader.peek(9)[0]] == [1]
     assert reader.behind()
+    assert reader.count() == 1
+
+
+@pytest.mark.parametrize("limit", [1, 2, 9])
+def test_a_line_is_skipped_and_counted_once_however_often_one_looks(tmp_path, limit):
+    lines = [interval(step).model_dump_json() for step in range(4)]
+    path = tmp_path / "journal.jsonl"
+    path.write_text("\n".join(["stranger", lines[0], lines[1], "", "{}", lines[2], "torn {", lines[3]]) + "\n")
+    reader, steps = JournalReader(path), []
+    while records := reader.peek(limit)[0]:
+        assert reader.peek(limit)[0] == records
+        steps += [record.step for record in reader.take(limit)]
+    assert steps == [0, 1, 2, 3]
+    assert reader.skipped == 3
 
 
 def test_a_full_disk_is_counted_and_what_it_did_not_take_follows_later(tmp_path):

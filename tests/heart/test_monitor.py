@@ -93,7 +93,7 @@ def test_the_alert_fires_once_and_training_goes_on(model):
         train(model, 2)
     assert len(monitor.history) == 6
     assert alerts == [monitor.alert]
-    assert records(monitor, "alert") == alerts
+    assert [alert.model_copy(update={"time": 0.0}) for alert in records(monitor, "alert")] == alerts
     assert (monitor.alert.epoch, monitor.alert.best_epoch, monitor.alert.statistic) == (2, 0, "stable")
     assert monitor.alert.reason is StopReason.NO_IMPROVEMENT
     assert monitor.alert.best_value == monitor.history[0].stable_gwa
