@@ -167,7 +167,8 @@ def jax_steps(kind: str, shape: tuple[int, ...], classes: int, directory: str) -
 
 
 def measure(steps: Steps, seconds: float) -> dict[str, np.ndarray]:
-    """Seconds, float [rounds], of each step: in turn, their order turned round every other time."""
+    """Seconds, float [rounds], of each step: in turn, in another order each time."""
+    rng = np.random.default_rng(0)
     for _ in range(10):
         for step in steps.values():
             step()
@@ -175,7 +176,7 @@ def measure(steps: Steps, seconds: float) -> dict[str, np.ndarray]:
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(rows) < 20:
         row = {}
-        for name in steps if len(rows) % 2 else reversed(steps):
+        for name in rng.permutation(list(steps)):
             begin = time.perf_counter()
             steps[name]()
             row[name] = time.perf_counter() - begin

@@ -100,7 +100,7 @@ def test_scores_equal_those_of_the_published_code(published, case):
 
 
 @pytest.mark.parametrize("has_aux", [False, True])
-@pytest.mark.parametrize("argnums", [0, (0,), (0, 1), -2])
+@pytest.mark.parametrize("argnums", [0, (0,), (0, 1), -3])
 def test_value_and_gradients_are_bit_identical_to_those_of_jax(argnums, has_aux):
     model, (x, y) = MLP(), data()
     params = model.init(jax.random.key(0), x)
@@ -111,7 +111,6 @@ def test_value_and_gradients_are_bit_identical_to_those_of_jax(argnums, has_aux)
         return (loss, z) if has_aux else loss
 
     arguments = (params, x, y)
-    argnums = 0 if argnums == -2 else argnums
     want = jax.jit(jax.value_and_grad(loss_fn, argnums=argnums, has_aux=has_aux))(*arguments)
     with gwa_logging.watch(model) as monitor:
         (value, _), grads = jax.jit(monitor.value_and_grad(loss_fn, argnums=argnums, has_aux=has_aux))(*arguments)
