@@ -40,6 +40,11 @@ def attach(model: Any, settings: WatchSettings, faults: Faults) -> "JaxAdapter":
     )
 
 
+def _is_traced() -> bool:
+    """Whether somebody is tracing at the moment, such as jit."""
+    return isinstance(jnp.zeros(()), jax.core.Tracer)
+
+
 def _explicit_mesh(scores: Any) -> Mesh | None:
     """The mesh of scores that are sharded over explicit axes."""
     mesh = getattr(getattr(scores, "sharding", None), "mesh", None)
@@ -94,10 +99,22 @@ class JaxAdapter:
     ) -> Callable[..., Any]:
         """See `Monitor.value_and_grad`."""
 
+        is_jitted = False
+
         def with_scores(*args: Any, **kwargs: Any) -> tuple[tuple[Any, Any], Any]:
+            nonlocal is_jitted
+            if is_jitted and not _is_traced():
+                return jitted(*args, **kwargs)  # type: ignore[no-any-return]
             args, kwargs = self._library.positional(fun, args, kwargs)  # type: ignore[assignment]
-            head, is_inner = find_head(self._library, self._wanted, fun, args, kwargs, has_aux)
+            head, is_inner, is_jitted = find_head(self._library, self._wanted, fun, args, kwargs, has_aux)
             self._tell(head)
+            if is_inner and not _is_traced():
+                if is_jitted:
+                    return jitted(*args, **kwargs)  # type: ignore[no-any-return]
+                raise InvalidInputError(
+                    f"value_and_grad: the loss runs {head.path!r} inside of a function that is jitted or checkpointed, and "
+                    "JAX would compile that anew at every step. Jit the whole step: jax.jit(monitor.value_and_grad(loss))"
+                )
 
             def probed(probe: Any, *args: Any, **kwargs: Any) -> Any:
                 with apart() if is_inner else nullcontext():
@@ -107,6 +124,7 @@ class JaxAdapter:
             value, scores, grads = differentiated(head.probe(), *args, **kwargs)
             return (value, scores), grads
 
+        jitted = self._library.jit(with_scores)  # for a loss that is jitted itself, in a step that is not
         return with_scores
 
     def _tell(self, head: Call) -> None:

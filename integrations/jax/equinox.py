@@ -37,6 +37,9 @@ class Equinox(Library):
         with entered(session):
             return fun(*map(heard, args), **{key: heard(value) for key, value in kwargs.items()})
 
+    def jit(self, fun: Callable[..., Any]) -> Callable[..., Any]:
+        return eqx.filter_jit(fun)
+
     def forward(self, inputs: Sequence[Any]) -> tuple[Callable[..., Any], Sequence[Any]]:
         return (lambda model, *inputs: model(*inputs)), (self.model, *inputs)
 

@@ -25,10 +25,17 @@ def library_of(model: Any) -> Library:
 
 
 class Head(NamedTuple):
-    """The head's call, and whether an inner function, such as one that is jitted, makes it."""
+    """The head's call, and where it is made.
+
+    Attributes:
+        call: what runs.
+        is_inner: an inner function makes it, which is jitted, checkpointed or the like.
+        is_jitted: everything that was traced is one jitted function.
+    """
 
     call: Call
     is_inner: bool
+    is_jitted: bool
 
 
 def find_head(
@@ -73,7 +80,8 @@ def _choose(jaxpr: Any, calls: list[Call], wanted: str | None, what: str, name: 
                 f"{found[0].path!r} runs in a loop (lax.scan, lax.map, fori_loop) inside of {what}, once for each part "
                 "of the batch; a head must run once. Take value_and_grad of the loss of one part, and loop over that"
             )
-        return Head(found[0], bool(around))
+        primitives = [equation.primitive.name for equation in jaxpr.eqns]
+        return Head(found[0], bool(around), primitives in (["jit"], ["pjit"]))
     if not found:
         problem = (
             f"head={wanted!r}: {what} runs no such layer of {name}."

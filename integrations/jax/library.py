@@ -34,6 +34,10 @@ class Library:
         """The same, inside of an abstract trace, where nothing of the user's may be changed."""
         return self.run(session, fun, args, kwargs)
 
+    def jit(self, fun: Callable[..., Any]) -> Callable[..., Any]:
+        """Jits a function of the model, as the library has it."""
+        return jax.jit(fun)
+
     def forward(self, inputs: Sequence[Any]) -> tuple[Callable[..., Any], Sequence[Any]]:
         """A function that runs the model in evaluation, and its arguments; traced only, never run."""
         return self.model, inputs

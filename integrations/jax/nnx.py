@@ -49,6 +49,9 @@ class NNX(Library):
 
         return self.run(session, fun, [copied(v) for v in args], {k: copied(v) for k, v in kwargs.items()})
 
+    def jit(self, fun: Callable[..., Any]) -> Callable[..., Any]:
+        return nnx.jit(fun)  # type: ignore[no-any-return]
+
     def forward(self, inputs: Sequence[Any]) -> tuple[Callable[..., Any], Sequence[Any]]:
         return (lambda model, *inputs: model(*inputs)), (self.model, *inputs)
 

@@ -189,6 +189,39 @@ def test_inner_transformations_are_looked_into(wrap):
     np.testing.assert_allclose(scores, one_at_a_time(loss_fn, params, x, y, "head", "kernel"), atol=1e-6)
 
 
+def test_a_loss_that_is_jitted_itself_needs_no_jit_around_the_step_and_is_traced_once():
+    model, (x, y) = MLP(), data()
+    params, traced = model.init(jax.random.key(0), x), []
+
+    @jax.jit
+    def loss_fn(p, x, y):
+        traced.append(None)
+        return LOSSES["cross-entropy"](model.apply(p, x), y).mean()
+
+    want = jax.value_and_grad(loss_fn)(params, x, y)
+    with gwa_logging.watch(model) as monitor:
+        step = monitor.value_and_grad(loss_fn)
+        (value, scores), grads = step(params, x, y)
+        times = len(traced)
+        for _ in range(3):
+            assert jnp.array_equal(step(params, x, y)[0][1], scores)
+    assert len(traced) == times
+    np.testing.assert_allclose(scores, one_at_a_time(loss_fn, params, x, y, "head", "kernel"), atol=1e-6)
+    for a, b in zip(jax.tree.leaves((value, grads)), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_an_inner_jit_in_a_step_that_is_not_jitted_is_refused_because_it_would_be_compiled_at_every_step():
+    model, (x, y) = MLP(), data()
+    params, apply = model.init(jax.random.key(0), x), jax.jit(model.apply)
+
+    def loss_fn(p, x, y):
+        return LOSSES["cross-entropy"](apply(p, x), y).mean() + 0.0
+
+    with gwa_logging.watch(model) as monitor, pytest.raises(InvalidInputError, match=r"Jit the whole step: jax\.jit"):
+        monitor.value_and_grad(loss_fn)(params, x, y)
+
+
 def test_a_teacher_of_another_class_is_not_taken_for_the_watched_model():
     model, teacher, (x, y) = MLP(), WithSetup(), data()
     params, taught = model.init(jax.random.key(0), x), teacher.init(jax.random.key(1), x)
