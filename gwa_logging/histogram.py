@@ -60,7 +60,7 @@ class Histogram(BaseModel):
         if not occupied.size:
             return cls()
         first, last = int(occupied[0]), int(occupied[-1])
-        return cls(first=first, counts=tuple(int(n) for n in dense[first : last + 1]))
+        return cls(first=first, counts=tuple(dense[first : last + 1].tolist()))
 
     def dense(self) -> npt.NDArray[np.int64]:
         """int64 [512]: the count of every bin."""

@@ -78,9 +78,6 @@ class WandbBackend:
     """Writes into one run. See `gwa_logging.types.Backend`."""
 
     name = "wandb"
-    threaded = False
-    """W&B is written on the training thread: on another one the user's `log` could come between looking at the step
-    and logging, and an interval would be counted twice. A write takes about a millisecond."""
 
     def __init__(self, run: wandb.Run, prefix: str, *, owned: bool) -> None:
         """Writes into `run` under `prefix`; `owned` says that nobody else does, and that `close` finishes it."""
@@ -89,6 +86,9 @@ class WandbBackend:
         self._owned = owned
         stepless = run.settings.mode == "shared" or run.disabled
         self._guest = None if owned or stepless else _Guest(run, prefix)
+        # As a guest, while the training thread waits: otherwise the user's `log` could come between looking at the step and
+        # logging, and an interval would be counted twice. A write takes about a millisecond.
+        self.threaded = self._guest is None
 
     @property
     def place(self) -> RunPlace:
