@@ -24,7 +24,6 @@ from tests.trackers import (
     FOLDER,
     OnMlflowServer,
     OnTensorBoard,
-    OnTrackio,
     OnWandb,
     Tracker,
     empty_database,
@@ -280,7 +279,6 @@ def test_a_server_that_does_not_answer_at_the_start_is_an_error_within_seconds(
     else:
         point_mlflow_to("http://127.0.0.1:9", monkeypatch)
     child = Child(tmp_path)
-    child.do("flush", 0) if False else None
     begin = time.monotonic()
     answer = child.do("start", str(tmp_path), "mlflow", None)
     took = time.monotonic() - begin
@@ -290,7 +288,8 @@ def test_a_server_that_does_not_answer_at_the_start_is_an_error_within_seconds(
     assert took < 5 + 15  # the imports of the child
 
 
-ANY = {"MLflow server": OnMlflowServer, "W&B": OnWandb, "TensorBoard": OnTensorBoard, "Trackio": OnTrackio}
+# Not Trackio: killed within its first half second, it has stored nothing, not even that there is a run.
+ANY = {"MLflow server": OnMlflowServer, "W&B": OnWandb, "TensorBoard": OnTensorBoard}
 
 
 @pytest.mark.parametrize("name", ANY)
@@ -332,7 +331,7 @@ def test_a_wandb_core_that_hangs_holds_no_step(tmp_path: Path, monkeypatch: pyte
     outage.child.do("epoch")
     (core,) = outage.child.descendants("wandb-core")
     os.kill(core, signal.SIGSTOP)
-    for _ in range(8):  # enough to fill the socket
+    for _ in range(5):  # enough to fill the socket
         outage.child.do("epoch")
     outage.close()
     outage.child.kill()

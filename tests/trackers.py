@@ -32,7 +32,8 @@ from gwa_logging.types import EPOCH_KEYS, QUANTILES, STEP_KEYS, AnyRecord, Epoch
 FOLDER = TemporaryDirectory(prefix="gwa_logging-tests-")
 """For what is made once, in each test process: an empty database of MLflow, Trackio's folder."""
 
-os.environ |= {"TRACKIO_DIR": f"{FOLDER.name}/trackio", "HF_HUB_OFFLINE": "1"}  # Trackio reads them when it is imported
+if "gwa_logging-tests-" not in os.environ.get("TRACKIO_DIR", ""):  # a process of a test's own uses the test's
+    os.environ |= {"TRACKIO_DIR": f"{FOLDER.name}/trackio", "HF_HUB_OFFLINE": "1"}  # read when Trackio is imported
 import trackio  # noqa: E402
 from trackio.sqlite_storage import SQLiteStorage  # noqa: E402
 
