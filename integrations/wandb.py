@@ -18,7 +18,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from shutil import rmtree
 from subprocess import PIPE, Popen
+from threading import Lock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import wandb
 
@@ -40,6 +42,9 @@ from gwa_logging.types import (
 )
 
 ALERT_TITLE = "GWA: stop"
+
+_locks: WeakKeyDictionary[wandb.Run, Lock] = WeakKeyDictionary()
+"""Several heads write into one run, each from a thread of its own; nobody may log between another's look at the step and its log."""
 
 HISTOGRAM_SUBKEYS = ("", "._type", ".bins", ".values")
 """W&B stores a histogram under these, and looks each of them up by itself."""
@@ -84,6 +89,7 @@ class WandbBackend:
         self.run = run
         self._prefix = prefix
         self._owned = owned
+        self._lock = _locks.setdefault(run, Lock())
         stepless = run.settings.mode == "shared" or run.disabled
         self._guest = None if owned or stepless else _Guest(run, prefix)
         # As a guest, while the training thread waits: otherwise the user's `log` could come between looking at the step and
@@ -128,6 +134,10 @@ class WandbBackend:
         Raises:
             BackendError: the run is finished.
         """
+        with self._lock:
+            self._write(record)
+
+    def _write(self, record: AnyRecord) -> None:
         if _finished(self.run):
             raise BackendError("the W&B run was finished before monitor.close(): close the monitor first")
         if isinstance(record, IntervalRecord | EpochReport):
@@ -146,12 +156,13 @@ class WandbBackend:
 
     def close(self) -> None:
         """Writes what is left; finishes the run if it is ours. Does nothing to a run that is finished already."""
-        if _finished(self.run):
-            return
-        if self._guest:
-            self._guest.drain()
-        if self._owned:
-            self.run.finish()
+        with self._lock:
+            if _finished(self.run):
+                return
+            if self._guest:
+                self._guest.drain()
+            if self._owned:
+                self.run.finish()
 
     def _log(self, record: IntervalRecord | EpochReport) -> None:
         if self._guest:

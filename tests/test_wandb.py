@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any, NamedTuple
 
 import pytest
@@ -360,6 +360,38 @@ def test_a_run_that_ends_before_close_costs_neither_time_nor_training(
 def test_a_run_of_a_wrong_type_is_named(tmp_path: Path, wrong: Any) -> None:
     with pytest.raises(InvalidInputError, match=r"run=.*expected a wandb\.Run"):
         Training().watch(tmp_path, run=wrong)
+
+
+def test_two_heads_never_write_into_one_run_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, records = start_run(tmp_path), read_journal(_journal(tmp_path))[0]
+    owner, guest = (WandbBackend(run, name, owned=name == "gwa") for name in ("gwa", "gwa/other"))
+    (interval, *_) = (record for record in records if isinstance(record, IntervalRecord))
+    inside, go_on, log = Event(), Event(), run.log
+
+    def slow(*arguments: Any, **options: Any) -> None:
+        inside.set()
+        go_on.wait(10)
+        log(*arguments, **options)
+
+    monkeypatch.setattr(run, "log", slow)
+    threads = [Thread(target=backend.write, args=(interval,)) for backend in (owner, guest)]
+    threads[0].start()
+    assert inside.wait(10)
+    inside.clear()
+    threads[1].start()
+    assert not inside.wait(0.2)  # the guest waits for the owner
+    go_on.set()
+    assert inside.wait(10)
+    for thread in threads:
+        thread.join(10)
+    run.finish()
+
+
+def _journal(folder: Path) -> Path:
+    training = Training()
+    with training.watch(folder, backend="local") as monitor:
+        training.step(0)
+    return monitor.journal
 
 
 def test_a_run_id_takes_the_run_up_again_and_finishes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
