@@ -47,7 +47,7 @@ def watch(
         backend: where to send: "wandb", "mlflow", "tensorboard", "trackio", "local" (only the journal and the report), a
             list of them, the name of an entry point in the group `gwa_logging.backends`, or an object with `write` and
             `close`.
-        run: a `wandb.Run`, an MLflow run or run id, a TensorBoard log directory or SummaryWriter, or a `trackio.Run`; with
+        run: a run of W&B, MLflow or Trackio, or its id, a TensorBoard log directory or SummaryWriter; with
             several backends a dict of them, by backend. None takes the active one; if there is none, one is started, and
             finished on close.
         head: the classifier head: a dotted path, or the module itself. None finds it. Of a list (PyTorch), the first one is

@@ -44,7 +44,7 @@ from gwa_logging.types import (
 ALERT_TITLE = "GWA: stop"
 
 _locks: WeakKeyDictionary[wandb.Run, Lock] = WeakKeyDictionary()
-"""Several heads write into one run, each from a thread of its own; nobody may log between another's look at the step and its log."""
+"""Several heads write into one run, each from a thread of its own; each looks at the step and logs undisturbed."""
 
 HISTOGRAM_SUBKEYS = ("", "._type", ".bins", ".values")
 """W&B stores a histogram under these, and looks each of them up by itself."""
