@@ -198,6 +198,7 @@ class OnWandb(Tracker):
     backend = "wandb"
 
     def set_up(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        wandb.teardown()  # a session that another test has begun would keep the environment of then
         for key, value in {"MODE": "offline", "DIR": folder, "SILENT": "true", "CONSOLE": "off"}.items():
             patch.setenv(f"WANDB_{key}", str(value))
         self.folder = folder
