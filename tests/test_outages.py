@@ -209,12 +209,15 @@ def test_a_server_that_fails_or_is_slow_and_recovers_has_everything_by_itself(ml
     proxy.mode = mode
     for _ in range(2):
         outage.child.do("epoch")
+    if mode == "fail":  # until MLflow has given up once; whether a slow one has depends on the moment
+        deadline = time.monotonic() + 30
+        while not outage.child.do("steps", 1)["faults"].get("backend mlflow"):
+            assert time.monotonic() < deadline
     proxy.mode = "pass"
     proxy.released.set()
     outage.child.do("epoch")
     assert outage.child.do("flush", 60)["done"]
-    closed = outage.close()
-    assert (closed["faults"].get("backend mlflow", 0) > 0) == (mode == "fail")
+    outage.close()
     outage.child.end()
     outage.check(outage.run)
 
