@@ -9,7 +9,8 @@ A record is one event: it is in the file as a whole or not at all. TensorBoard k
 
 import os
 from os import PathLike
-from time import time
+from pathlib import Path
+from time import sleep, time
 from typing import Any
 
 import numpy as np
@@ -106,6 +107,9 @@ class TensorBoardBackend:
             self._file.close()
 
     def _open(self) -> EventFileWriter:
+        # Event files are read in the order of their names, which begin with the second; in one, the order would be by chance.
+        while list(Path(self._folder).glob(f"events.out.tfevents.{int(time()):010}.*")):
+            sleep(0.02)
         return EventFileWriter(self._folder)
 
     def _add(self, record: AnyRecord, step: int, *values: Summary.Value) -> None:

@@ -266,3 +266,13 @@ def test_neither_torch_nor_tensorflow_is_needed(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("[]\n", "")
     assert read_events(tmp_path / "gwa").Scalars("gwa/best_value")[0].value == 1.0
+
+
+def test_what_is_written_later_is_read_later_however_soon_it_comes(tmp_path: Path) -> None:
+    for step in range(4):  # each in a file of its own, as a replay has it
+        backend = open_backend(RunContext("gwa", str(tmp_path), tmp_path))
+        backend.write(interval([0.1, 0.2], step))
+        backend.close()
+    seconds = sorted(path.name.split(".")[3] for path in (tmp_path / "gwa").iterdir())
+    assert len(set(seconds)) == len(seconds) == 4
+    assert [event.step for event in read_events(tmp_path / "gwa").Scalars("gwa/step_mean")] == [0, 1, 2, 3]
