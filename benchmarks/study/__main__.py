@@ -1,0 +1,24 @@
+"""The study's command line: see the package."""
+
+import argparse
+from pathlib import Path
+
+from benchmarks.study.schedule import train_all
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.study")
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("train", help="train the grid; resumable")
+    command.add_argument("--data", type=Path, required=True, help="Fashion-MNIST as .npz: x_train, y_train, ...")
+    command.add_argument("--runs", type=Path, default=Path("study_runs"), help="where each run's file goes")
+    command.add_argument("--workers", type=int, default=2)
+    command.add_argument("--minutes", type=float, default=1e6, help="start no run after this time")
+    command.add_argument("--only", default="", help="only runs whose name holds this")
+    command.set_defaults(call=lambda a: train_all(a.data, a.runs, a.workers, a.minutes, a.only))
+    args = parser.parse_args()
+    args.call(args)
+
+
+if __name__ == "__main__":
+    main()
