@@ -37,6 +37,7 @@ _LOOKS = {
 _HEAT = 6  # colours of the heatmap, from --heat-0 to --heat-5
 _PANELS = (
     ("GWA", "gwa", "--gwa", ".4~g"),
+    ("separation", "separation", "--separation", ".4~g"),
     ("stable GWA", "stable_gwa", "--stable", ".4~g"),
     ("mean", "mean", "--mean", ".4~g"),
     ("negative", "negative_fraction", "--mean", ".1%"),
@@ -148,12 +149,12 @@ def score_figure(story: Story) -> dict[str, Any]:
 
 
 def epoch_figure(story: Story) -> dict[str, Any]:
-    """A panel each for GWA, stable GWA, the mean and the share of negative scores, over the same epochs."""
+    """A panel each for GWA, separation, stable GWA, the mean and the share of negative scores, over the same epochs."""
     epochs = story.epochs
     x = [r.epoch for r in epochs]
     first, last = x[0] - 0.5, x[-1] + 0.5
     lines = _mark_lines([(m, m.report.epoch) for m in marks(story)], (first + last) / 2, 6)
-    layout = _layout(640, 62, hovermode="x unified", hoversubplots="axis", **lines)
+    layout = _layout(780, 62, hovermode="x unified", hoversubplots="axis", **lines)
     layout["xaxis"] = {**_whole_numbers("epoch", first, last), "anchor": f"y{len(_PANELS)}"}
     layout["xaxis"]["unifiedhovertitle"] = {"text": "epoch %{x}"}
     size = 5 if len(epochs) <= 60 else 3

@@ -49,7 +49,7 @@ class Monitor:
     Attributes:
         journal: path of the run's journal, in whose folder the report goes too; None in a process that does not write.
         history: reports of the epochs so far.
-        alert: the StopAlert, or None while there is none.
+        alert: the StopAlert that stands, or None. A clearly better epoch takes it back.
         heads: monitors of the further heads that are watched beside this one, by path. They follow its epochs.
     """
 
@@ -197,14 +197,17 @@ class Monitor:
                 f"{self._adapter.nothing_seen()}"
             )
         report = summary.report(epoch=len(self.history), step=self._intervals.steps - 1)
-        alert = None
+        alert, withdrawn = None, False
         if partial:
             report = report.model_copy(update={"notes": (*report.notes, "closed before the end of the epoch")})
         else:
-            report, alert = self._rule.judge(report)
+            report, alert, withdrawn = self._rule.judge(report, self.history)
         self.history.append(report)
         self._intervals.begin_epoch(len(self.history))
         self._write(report, sync=True)
+        if withdrawn and self.alert:
+            logger.info("gwa_logging: epoch %s is clearly better: the stop alert is taken back", report.epoch)
+            self.alert = None
         if alert and self._settings.early_stop:
             self.alert = alert
             logger.warning("gwa_logging: %s", alert.message)
@@ -231,7 +234,7 @@ class Monitor:
 
     @property
     def should_stop(self) -> bool:
-        """Whether the stop alert has fired."""
+        """Whether a stop alert stands."""
         return self.alert is not None
 
     def epochs(self, n: int) -> Iterator[int]:
@@ -261,7 +264,7 @@ class Monitor:
                     self.end_epoch()
                 report = self.history[-1]
                 if bar is not None:
-                    bar.set_postfix(gwa=f"{report.gwa:.3g}", stable=f"{report.stable_gwa:.3g}", refresh=False)
+                    bar.set_postfix(gwa=f"{report.gwa:.3g}", separation=f"{report.separation:.3g}", refresh=False)
                     bar.update()
                 if self.alert and self._rule.settings.action == "stop":
                     break

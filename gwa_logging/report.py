@@ -129,6 +129,7 @@ def _pairs(pairs: Iterable[tuple[str, object]]) -> str:
 
 _COLUMNS = {
     "GWA": "gwa",
+    "separation": "separation",
     "stable GWA": "stable_gwa",
     "mean": "mean",
     "std": "std",
@@ -229,7 +230,8 @@ _SCORES = """
 
 _GWA = """
 <figure><figcaption>{undefined}</figcaption>
-<div id="epochs" role="img" aria-label="GWA, stable GWA, mean score and share of negative scores by epoch"></div></figure>"""
+<div id="epochs" role="img"
+aria-label="GWA, separation, stable GWA, mean score and share of negative scores by epoch"></div></figure>"""
 
 _UNDEFINED = """
 <span><i class="hollow"></i>GWA is undefined here: {:,} of {:,} epochs (where out of range, shown at the edge)</span>"""
@@ -243,18 +245,20 @@ other way.</p>
 what the rest teaches, and often they are wrong. While the network memorises them, the humps draw together.</p>
 <p>GWA is the mean score divided by (excess kurtosis + 1.2). Two humps take that denominator to zero and below; then GWA
 is undefined (in brackets in the table) and says nothing. Stable GWA divides by (excess kurtosis + 3), which is never
-below 1. The size of the scores depends on the number of classes, so compare within a run. Epochs and steps count from
-0.</p>"""
+below 1. Separation is how well the scores fall into two groups, the largest share of their variance that lies between the
+two sides of a threshold: it rises while the samples that disagree stand out, and falls while they are memorised. The size
+of the scores depends on the number of classes, so compare within a run. Epochs and steps count from 0.</p>"""
 
 _CSS = """
 :root { --page:#fbfbf9; --card:#fff; --ink:#1b1f24; --muted:#5a626c; --rule:#c6cbd1; --grid:#e9eaea; --zero:#1b1f2477;
   --shade:#6d4fc416; --heat-0:#f1f5fa; --heat-1:#c5d8ed; --heat-2:#83afdb; --heat-3:#3f7fc1; --heat-4:#174f8f;
-  --heat-5:#082347; --median:#e8630a; --gwa:#6d4fc4; --stable:#0b6fb8; --mean:#8b929b; --negative:#b0451f;
+  --heat-5:#082347; --median:#e8630a; --gwa:#6d4fc4; --stable:#0b6fb8; --separation:#0b7a6f; --mean:#8b929b; --negative:#b0451f;
   --best:#1e7d3c; --alert:#c22a2a; }
 @media screen and (prefers-color-scheme: dark) { :root:not(.paper) { --page:#14171b; --card:#1e232a; --ink:#e8e8e4;
   --muted:#a0a8b2; --rule:#4a525d; --grid:#272c34; --zero:#e8e8e477; --shade:#b39dff20; --heat-0:#192633;
   --heat-1:#1d4468; --heat-2:#2a6ea8; --heat-3:#57a0dd; --heat-4:#a5d0f4; --heat-5:#f5fbff; --median:#ff9d4d;
-  --gwa:#b39dff; --stable:#5db4f5; --mean:#8d959f; --negative:#f0926b; --best:#63cf82; --alert:#ff8080; } }
+  --gwa:#b39dff; --stable:#5db4f5; --separation:#4fcfc0; --mean:#8d959f; --negative:#f0926b; --best:#63cf82;
+  --alert:#ff8080; } }
 * { box-sizing:border-box }
 body { margin:0; background:var(--page); color:var(--ink); font:16px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif }
 main { max-width:1160px; margin:0 auto; padding:40px 24px 72px }
@@ -262,7 +266,7 @@ header { border-left:4px solid var(--best); padding-left:20px } header.alert { b
 p { margin:8px 0 } header p, .prose p { max-width:72ch } .eyebrow { color:var(--muted); font-size:14px; margin:0 }
 h1 { font-size:clamp(24px,4vw,34px); line-height:1.2; margin:2px 0 12px; letter-spacing:-.01em; text-wrap:balance }
 h2 { font-size:20px; line-height:1.3; margin:44px 0 8px }
-a { color:var(--stable) } figure { margin:0 } figure > div { height:440px } #epochs { height:640px }
+a { color:var(--stable) } figure { margin:0 } figure > div { height:440px } #epochs { height:780px }
 figcaption { display:flex; flex-wrap:wrap; gap:4px 22px; color:var(--muted); font-size:14px }
 figcaption i { display:inline-block; width:20px; height:3px; margin-right:7px; vertical-align:middle; background:var(--c) }
 .hollow { width:9px; height:9px; border:1.5px solid var(--gwa); border-radius:50% }

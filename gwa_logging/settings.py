@@ -26,19 +26,24 @@ class EarlyStop(Settings):
     """When to say that training should stop.
 
     Attributes:
-        statistic: what is watched: "stable" (mean / (excess kurtosis + 3), no pole), "gwa" (as published) or "mean".
+        statistic: what is watched: "separation" (of the scores into two groups: the one that proved best, see
+            `docs/study.md`), "stable" (mean / (excess kurtosis + 3)), "gwa" (as published) or "mean".
         regime: "scratch" looks for the maximum; "finetune" for the maximum after the first minimum.
         warmup: epochs that are not looked at: a share (below 1) of the epochs planned by `Monitor.epochs`, or a
-            number of epochs. A share of an unknown plan counts as one epoch.
-        patience: epochs without a new best until the alert; at least 1.
-        min_delta: by how much a value must exceed the best to be a new best; dimensionless, at least 0.
+            number of epochs. A share of an unknown plan counts as one epoch. On small data sets that are learnt by heart
+            within a few epochs, a number such as 2 is better.
+        patience: epochs in a row that are clearly below the best until the alert; at least 1.
+        drop: how far below the best is clearly below, as a share of it, in [0, 1). With 0 every epoch without a new best
+            costs patience.
+        min_delta: by how many of its standard errors a value must exceed the best to be a new best; at least 0.
         action: "alert" tells; "stop" also ends `Monitor.epochs`.
     """
 
-    statistic: Literal["stable", "gwa", "mean"] = "stable"
+    statistic: Literal["separation", "stable", "gwa", "mean"] = "separation"
     regime: Literal["scratch", "finetune"] = "scratch"
     warmup: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     patience: int = Field(default=5, ge=1)
+    drop: float = Field(default=0.05, ge=0, lt=1)
     min_delta: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     action: Literal["alert", "stop"] = "alert"
 

@@ -27,6 +27,7 @@ from gwa_logging.alignment import (
     gwa_from_moments,
     is_constant,
 )
+from gwa_logging.estimates import estimate
 from gwa_logging.histogram import BINS, EDGES, Histogram
 from gwa_logging.types import EpochReport, score_quantiles
 
@@ -193,6 +194,7 @@ class AlignmentSummary:
             excess_kurtosis=kurtosis,
             gwa=gwa_from_moments(self.mean, kurtosis, GWA_BETA),
             stable_gwa=gwa_from_moments(self.mean, kurtosis, STABLE_BETA),
+            separation=math.nan if self.constant else estimate("separation", histogram).value,
             negative_fraction=histogram.negative_fraction,
             quantiles=score_quantiles(histogram, self.minimum, self.maximum),
             histogram=histogram,
@@ -214,7 +216,7 @@ class AlignmentSummary:
         elif not defined:
             yield (
                 f"two-humped scores (excess kurtosis {self.excess_kurtosis:.3g}): the published GWA is at or beyond "
-                "its pole and says nothing; look at stable GWA"
+                "its pole and says nothing; look at the separation and at stable GWA"
             )
         if 0 < self.count < FEW_SAMPLES:
             yield f"only {self.count} samples: kurtosis and GWA are rough"

@@ -21,7 +21,7 @@ QUANTILES = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95}
 
 STEP_KEYS = {"step_mean": "mean", "negative_fraction": "negative_fraction"}
 EPOCH_KEYS = {"gwa": "gwa", "stable": "stable_gwa"} | {
-    k: k for k in ("mean", "std", "excess_kurtosis", "excluded", "count")
+    k: k for k in ("separation", "mean", "std", "excess_kurtosis", "excluded", "count")
 }
 """What trackers receive of an IntervalRecord, besides its quantiles, and of an EpochReport: metric key to attribute."""
 
@@ -152,7 +152,9 @@ class EpochReport(TimedRecord):
         mean, std: of the scores, dimensionless; the spread is the population's (divided by count).
         skewness, excess_kurtosis: biased, as in SciPy's default; excess kurtosis is 0 for a normal distribution.
         gwa: mean / (excess kurtosis + 1.2), as published, even beyond its pole. NaN where the kurtosis is undefined.
-        stable_gwa: mean / (excess kurtosis + 3), which has no pole; the stop alert watches this one.
+        stable_gwa: mean / (excess kurtosis + 3), which has no pole.
+        separation: how well the scores fall into two groups, in (0, 1), which is what the stop alert watches; see
+            `gwa_logging.estimates`. NaN if there is no spread.
         negative_fraction: share of scores below zero, in [0, 1].
         quantiles: scores at q05, q25, q50, q75 and q95, right to within a bin of the histogram.
         histogram: distribution of the scores.
@@ -172,6 +174,7 @@ class EpochReport(TimedRecord):
     excess_kurtosis: Number
     gwa: Number
     stable_gwa: Number
+    separation: Number = math.nan
     negative_fraction: Number
     quantiles: dict[str, Number]
     histogram: Histogram
@@ -188,7 +191,7 @@ class EpochReport(TimedRecord):
         """One readable line."""
         doubt = "" if self.gwa_defined else " (undefined)"
         return (
-            f"epoch {self.epoch}: GWA {self.gwa:.4g}{doubt}, stable {self.stable_gwa:.4g}, mean {self.mean:.4g}, "
+            f"epoch {self.epoch}: GWA {self.gwa:.4g}{doubt}, separation {self.separation:.4g}, mean {self.mean:.4g}, "
             f"{self.negative_fraction:.1%} negative, {self.count} samples{', best so far' if self.is_best else ''}"
         )
 
@@ -196,8 +199,12 @@ class EpochReport(TimedRecord):
 class StopReason(StrEnum):
     """Why a stop alert fired."""
 
+    DECLINE = "decline"
+    """The statistic has been clearly below its best (by the rule's `drop`) for `patience` epochs."""
     NO_IMPROVEMENT = "no improvement"
-    """The statistic has not exceeded its best for `patience` epochs."""
+    """The statistic has not exceeded its best for `patience` epochs (a rule without `drop`)."""
+    UNDEFINED = "undefined"
+    """The statistic has been undefined for `patience` epochs: NaN losses, dead features, or scores that are all equal."""
 
 
 class StopAlert(TimedRecord):
@@ -205,8 +212,8 @@ class StopAlert(TimedRecord):
 
     Attributes:
         epoch: when it fired, from 0.
-        best_epoch: the epoch to go back to.
-        statistic: what was watched: "stable", "gwa" or "mean".
+        best_epoch: the epoch to go back to; -1 if there has been none.
+        statistic: what was watched: "separation", "stable", "gwa" or "mean".
         value, best_value: of that statistic at `epoch` and at `best_epoch`.
         reason: why.
         message: the same in a sentence.

@@ -54,7 +54,8 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that was only recorded, with an alert in the last epoch but one."""
     training = Training()
     with training.watch(
-        tmp_path_factory.mktemp("recorded"), early_stop=EarlyStop(warmup=0, patience=EPOCHS - 2, min_delta=1.0)
+        tmp_path_factory.mktemp("recorded"),
+        early_stop=EarlyStop(warmup=0, patience=EPOCHS - 2, min_delta=1e9, drop=0),
     ) as monitor:
         for _ in range(EPOCHS):
             training.epoch(monitor)

@@ -81,7 +81,7 @@ def train(directory: Path, epochs: int = 4, **options: Any) -> Monitor:
     x, y = torch.randn(96, 8), torch.randint(0, 3, (96,))
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    rule = EarlyStop(patience=1, warmup=0, min_delta=1.0)  # nothing exceeds the first epoch by so much
+    rule = EarlyStop(patience=1, warmup=0, min_delta=1e9, drop=0)  # nothing exceeds the first epoch by so much
     monitor = gwa_logging.watch(model, directory=directory, log_every_n_steps=2, early_stop=rule, **options)
     for _ in monitor.epochs(epochs):
         for rows in torch.arange(96).split(16):
@@ -155,17 +155,18 @@ def test_table_holds_the_numbers_of_the_history(run):
     rows = page.rows[1:]
     assert len(rows) == len(monitor.history) == 4
     for row, report in zip(rows, monitor.history, strict=True):
-        shown = [number(cell) for cell in row[1:6]]
-        wanted = [report.gwa, report.stable_gwa, report.mean, report.std, report.excess_kurtosis]
+        shown = [number(cell) for cell in row[1:7]]
+        wanted = [report.gwa, report.separation, report.stable_gwa, report.mean, report.std, report.excess_kurtosis]
         assert shown == pytest.approx(wanted, rel=2e-2, abs=1e-3)
         assert row[0] == str(report.epoch)
-        assert float(row[6].removesuffix(" %")) == pytest.approx(100 * report.negative_fraction, abs=0.051)
-        assert row[7:9] == [f"{report.count:,}", f"{report.excluded:,}"]
-        assert row[9].endswith("; ".join(report.notes))
+        assert float(row[7].removesuffix(" %")) == pytest.approx(100 * report.negative_fraction, abs=0.051)
+        assert row[8:10] == [f"{report.count:,}", f"{report.excluded:,}"]
+        assert row[10].endswith("; ".join(report.notes))
 
 
 def test_table_columns_stand_under_their_names(run):
-    names = ["epoch", "GWA", "stable GWA", "mean", "std", "excess kurtosis", "negative", "samples", "excluded", "notes"]
+    counts = ["negative", "samples", "excluded", "notes"]
+    names = ["epoch", "GWA", "separation", "stable GWA", "mean", "std", "excess kurtosis", *counts]
     assert run[1].rows[0] == names
 
 
@@ -175,8 +176,8 @@ def test_alert_is_named_in_headline_table_and_figures(run):
     assert alert is not None
     assert f"Stop alert in epoch {alert.epoch}; best epoch {alert.best_epoch}" in page.text
     assert alert.message in page.text
-    assert page.rows[1 + alert.epoch][9].startswith("alert")
-    assert page.rows[1 + alert.best_epoch][9].startswith("best")
+    assert page.rows[1 + alert.epoch][10].startswith("alert")
+    assert page.rows[1 + alert.best_epoch][10].startswith("best")
     for figure in page.figures.values():
         labels = [label["text"] for label in figure["layout"]["annotations"]]
         assert labels[-2:] == [f"alert: epoch {alert.epoch}", f"best: epoch {alert.best_epoch}"]
@@ -217,9 +218,10 @@ def test_heatmap_covers_every_step_and_its_columns_add_up_to_one(run):
 def test_second_figure_holds_the_history(run):
     monitor, page, _ = run
     by_axis = {trace["yaxis"]: trace["y"] for trace in page.figures["epochs"]["data"] if "yaxis" in trace}
-    assert by_axis["y2"] == pytest.approx([r.stable_gwa for r in monitor.history], rel=1e-5)
-    assert by_axis["y3"] == pytest.approx([r.mean for r in monitor.history], rel=1e-5)
-    assert by_axis["y4"] == pytest.approx([r.negative_fraction for r in monitor.history], rel=1e-5)
+    assert by_axis["y2"] == pytest.approx([r.separation for r in monitor.history], rel=1e-5)
+    assert by_axis["y3"] == pytest.approx([r.stable_gwa for r in monitor.history], rel=1e-5)
+    assert by_axis["y4"] == pytest.approx([r.mean for r in monitor.history], rel=1e-5)
+    assert by_axis["y5"] == pytest.approx([r.negative_fraction for r in monitor.history], rel=1e-5)
 
 
 def test_undefined_gwa_is_hollow_bracketed_and_explained(tmp_path):
@@ -265,7 +267,7 @@ def test_epoch_better_than_the_alerts_best_is_told(tmp_path):
     records = [epoch(0, is_best=True), epoch(1), StopAlert(epoch=1, best_epoch=0, **alert), epoch(2, is_best=True)]
     page = page_of(tmp_path, RUN, *records, closed())
     assert "Stop alert in epoch 1; best epoch 0; epoch 2 was better since" in page.text
-    assert page.rows[3][9].startswith("better since")
+    assert page.rows[3][10].startswith("better since")
 
 
 @pytest.mark.parametrize(
@@ -329,7 +331,7 @@ def test_run_that_went_back_counts_as_seen_last(tmp_path):
     ]
     page = page_of(tmp_path, RUN, *records)
     assert [row[0] for row in page.rows[1:]] == ["0", "1"]
-    assert page.rows[2][7] == "1"
+    assert page.rows[2][8] == "1"
     assert page.figures["scores"]["data"][0]["x"] == [0, 1, 2]
 
 
@@ -512,7 +514,7 @@ def test_chromium_draws_both_figures_without_an_error_or_a_request(run, tmp_path
     assert not asked
     assert drawn.count('class="main-svg"') >= 2
     assert re.search(r'<image[^>]*xlink:href="data:image/png', drawn)  # the heatmap's cells
-    assert drawn.count('class="js-line"') == 5  # the median and four panels
+    assert drawn.count('class="js-line"') == 6  # the median and five panels
     best = {"dark": "rgb(99, 207, 130)", "light": "rgb(30, 125, 60)"}  # --best of each palette
     assert [colour in drawn for colour in best.values()] == [scheme == name for name in best]
 

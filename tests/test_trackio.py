@@ -199,7 +199,7 @@ def test_what_comes_after_the_users_finish_is_stored_all_the_same(tmp_path: Path
 
 def test_one_alert_says_when_to_stop(tmp_path: Path) -> None:
     users, training = start_trackio_run("alerts"), Training(lr=0.0)
-    monitor = training.watch(tmp_path, backend="trackio", run=users, early_stop=EarlyStop(patience=1, warmup=0))
+    monitor = training.watch(tmp_path, backend="trackio", run=users, early_stop=EarlyStop(patience=1, warmup=0, drop=0))
     for _ in range(4):
         training.epoch(monitor)
     monitor.close()
@@ -211,7 +211,7 @@ def test_one_alert_says_when_to_stop(tmp_path: Path) -> None:
     assert caveats == [f"But: {caveat}." for caveat in monitor.alert.caveats]
     assert caveats  # so few samples are always worth one
     assert column(users, "gwa/best_epoch") == [(3, 0)]
-    assert column(users, "gwa/best_value") == [(3, monitor.history[0].stable_gwa)]
+    assert column(users, "gwa/best_value") == [(3, monitor.history[0].separation)]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -303,7 +303,7 @@ def test_no_way_to_start_a_run_is_an_error_that_says_what_to_do(
 
 def test_one_alert_says_when_to_stop_and_the_summary_keeps_the_best_epoch(tmp_path: Path) -> None:
     run, training = start_run(tmp_path), Training(lr=0.0)
-    monitor = training.watch(tmp_path, run=run, early_stop=EarlyStop(patience=1, warmup=0))
+    monitor = training.watch(tmp_path, run=run, early_stop=EarlyStop(patience=1, warmup=0, drop=0))
     for _ in range(5):
         training.epoch(monitor)
     monitor.close()
@@ -328,8 +328,8 @@ def test_a_run_without_an_alert_keeps_its_best_epoch_too(tmp_path: Path) -> None
     monitor.close()
     run.finish()
     disk = read_back(folder_of(run))
-    best = max(monitor.history, key=lambda report: report.stable_gwa)
-    assert (disk.summary["gwa/best_epoch"], disk.summary["gwa/best_value"]) == (best.epoch, best.stable_gwa)
+    best = max(monitor.history, key=lambda report: report.separation)
+    assert (disk.summary["gwa/best_epoch"], disk.summary["gwa/best_value"]) == (best.epoch, best.separation)
     assert "gwa/stop_epoch" not in disk.summary
     assert disk.alerts == []
 
@@ -437,7 +437,7 @@ def test_a_dead_active_run_is_an_error_at_the_start(tmp_path: Path) -> None:
 
 def test_a_disabled_run_swallows_everything(tmp_path: Path) -> None:
     run, training = start_run(tmp_path, mode="disabled"), Training(lr=0.0)
-    monitor = training.watch(tmp_path, run=run, early_stop=EarlyStop(patience=1, warmup=0))
+    monitor = training.watch(tmp_path, run=run, early_stop=EarlyStop(patience=1, warmup=0, drop=0))
     for _ in range(3):
         training.epoch(monitor)
     monitor.close()
@@ -513,7 +513,7 @@ def test_in_shared_mode_every_record_is_a_row_and_the_run_goes_on(
 HISTOGRAM = ("scores", "scores._type", "scores.bins", "scores.values")
 AXES = {
     "step": (*HISTOGRAM, "step_mean", "negative_fraction", "q05", "q25", "q50", "q75", "q95"),
-    "epoch": ("gwa", "stable", "mean", "std", "excess_kurtosis", "excluded", "count"),
+    "epoch": ("gwa", "stable", "separation", "mean", "std", "excess_kurtosis", "excluded", "count"),
 }
 
 

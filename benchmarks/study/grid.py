@@ -15,10 +15,16 @@ class Data(NamedTuple):
 
 
 class Noise(NamedTuple):
-    """Wrong labels: which share, and whether a class is mistaken for any other one or always for the same one."""
+    """Wrong labels.
+
+    Attributes:
+        share: probability that a label is wrong.
+        by_class: False: any class is mistaken for any other. True: every other class is mistaken for the next one, and the
+            rest are right, as is usual for class-dependent ("asymmetric") noise; so half as many labels are wrong.
+    """
 
     share: float
-    paired: bool = False
+    by_class: bool = False
 
 
 class Recipe(NamedTuple):
@@ -37,9 +43,8 @@ NOISE = {
     "10 %": Noise(0.1),
     "20 %": Noise(0.2),
     "40 %": Noise(0.4),
-    "10 % paired": Noise(0.1, True),
-    "20 % paired": Noise(0.2, True),
-    "40 % paired": Noise(0.4, True),
+    "20 % by class": Noise(0.2, True),
+    "40 % by class": Noise(0.4, True),
 }
 NETS = ("mlp", "cnn", "resnet", "vit")
 RECIPES = {
@@ -82,12 +87,16 @@ class Run(NamedTuple):
         return (sum(list(f).index(v) for f, v in factors) + NETS.index(self.net)) % 2 == 0
 
 
+def _cells(seed: int) -> list[Run]:
+    cells = [Run(*cell, seed) for cell in product(DATA, NOISE, NETS, RECIPES)]
+    return [cells[index] for index in np.random.default_rng(seed).permutation(len(cells))]
+
+
 def grid() -> list[Run]:
-    """All runs, shuffled, so that any beginning of the list is balanced; a held-out run follows its full one."""
-    cells = [Run(*cell) for cell in product(DATA, NOISE, NETS, RECIPES, SEEDS)]
+    """All runs, seed by seed, each shuffled, so that any part of it is balanced; a held-out run follows its full one."""
     runs = []
-    for index in np.random.default_rng(0).permutation(len(cells)):
-        run = cells[index]
+    cells = [cell for seed in SEEDS for cell in _cells(seed)]
+    for run in cells:
         runs += [run, run._replace(part="held-out")]
         if NOISE[run.noise].share and run.seed == 0 and run.data in CLEANLAB_ON[0] and run.recipe in CLEANLAB_ON[1]:
             runs.append(run._replace(part="folds"))

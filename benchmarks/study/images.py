@@ -59,7 +59,8 @@ def load(run: Run, fashion: Path, device: torch.device, held_out: slice | None =
 
     rng = np.random.default_rng([run.seed, 17, list(NOISE).index(run.noise)])
     wrong = rng.random(data.images) < noise.share
-    shift = np.ones_like(labels) if noise.paired else rng.integers(1, CLASSES, data.images)
+    shift = 1 - labels % 2 if noise.by_class else rng.integers(1, CLASSES, data.images)
+    wrong &= shift > 0
     noisy = np.where(wrong, (labels + shift) % CLASSES, labels)
 
     mean, spread = images.mean(), images.std()

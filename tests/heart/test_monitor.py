@@ -83,7 +83,7 @@ def test_an_epoch_closed_by_the_loop_itself_is_not_closed_twice(model):
 
 
 def patient(action: str) -> EarlyStop:
-    return EarlyStop(patience=2, warmup=0, min_delta=10.0, action=action)  # nothing ever improves by 10
+    return EarlyStop(patience=2, warmup=0, min_delta=1e9, drop=0, action=action)  # nothing ever improves by so much
 
 
 def test_the_alert_fires_once_and_training_goes_on(model):
@@ -94,10 +94,10 @@ def test_the_alert_fires_once_and_training_goes_on(model):
     assert len(monitor.history) == 6
     assert alerts == [monitor.alert]
     assert [alert.model_copy(update={"time": 0.0}) for alert in records(monitor, "alert")] == alerts
-    assert (monitor.alert.epoch, monitor.alert.best_epoch, monitor.alert.statistic) == (2, 0, "stable")
+    assert (monitor.alert.epoch, monitor.alert.best_epoch, monitor.alert.statistic) == (2, 0, "separation")
     assert monitor.alert.reason is StopReason.NO_IMPROVEMENT
-    assert monitor.alert.best_value == monitor.history[0].stable_gwa
-    assert monitor.alert.value == monitor.history[2].stable_gwa
+    assert monitor.alert.best_value == monitor.history[0].separation
+    assert monitor.alert.value == monitor.history[2].separation
     assert monitor.should_stop
 
 
@@ -106,6 +106,25 @@ def test_the_action_stop_ends_the_epochs(model):
     for _ in monitor.epochs(6):
         train(model, 2)
     assert len(monitor.history) == 3
+
+
+def test_a_clearly_better_epoch_takes_the_alert_back(model, caplog):
+    caplog.set_level("INFO")
+    rng = np.random.default_rng(0)
+    alerts = []
+    rule = EarlyStop(warmup=0, patience=1)
+    monitor = gwa_logging.watch(model, early_stop=rule, on_alert=alerts.append)
+    standing = []
+    for distance in (4, 1, 1, 8, 1):
+        groups = rng.standard_normal(2000) + distance * (rng.random(2000) < 0.7)
+        monitor.update(torch.tensor(0.05 * groups))
+        monitor.end_epoch()
+        standing.append(monitor.should_stop)
+    assert standing == [False, True, True, False, True]
+    assert [(alert.epoch, alert.best_epoch) for alert in alerts] == [(1, 0), (4, 3)]
+    assert [(r.epoch, r.best_epoch) for r in records(monitor, "alert")] == [(1, 0), (4, 3)]
+    assert monitor.alert == alerts[1]
+    assert "epoch 3 is clearly better" in caplog.text
 
 
 def test_no_stop_rule_no_alert_but_still_a_best_epoch(model):
@@ -303,9 +322,9 @@ def test_a_report_reads_as_one_line(model):
 
 
 def test_an_undefined_epoch_neither_improves_nor_stops(model):
-    monitor = gwa_logging.watch(model, early_stop=EarlyStop(warmup=0, patience=1))
-    for value in ([0.1, 0.2, 0.4], [0.3, 0.3, 0.3], [0.1, 0.2, 0.4]):
+    monitor = gwa_logging.watch(model, early_stop=EarlyStop(warmup=0, patience=2, drop=0))
+    for value in ([0.1, 0.2, 0.4], [0.3, 0.3, 0.3], [0.1, 0.2, 0.4], [0.1, 0.2, 0.4]):
         monitor.update(torch.tensor(value))
         monitor.end_epoch()
     assert math.isnan(monitor.history[1].gwa)
-    assert monitor.alert.epoch == 2
+    assert monitor.alert.epoch == 3

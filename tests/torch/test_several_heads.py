@@ -58,7 +58,7 @@ def test_each_head_has_the_scores_that_it_would_have_alone():
 
 def test_the_alert_follows_the_first_head():
     model = Distilled()
-    rule = gwa_logging.EarlyStop(warmup=0, patience=1, min_delta=10.0)
+    rule = gwa_logging.EarlyStop(warmup=0, patience=1, min_delta=1e9, drop=0)
     with gwa_logging.watch(model, head=["head_dist", "head"], early_stop=rule) as monitor:
         train(model, monitor)
     assert monitor.alert is not None
