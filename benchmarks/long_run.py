@@ -3,6 +3,8 @@
     python -m benchmarks.long_run [--intervals 100000]
 
 Every training step of a small MLP is an interval. Then everything is replayed to TensorBoard and to MLflow on sqlite.
+Sending to MLflow holds no records: with 10,000 intervals memory grew by 80 MB in the first 2,000, then not at all, and by 30 MB
+at the close, which makes the report.
 """
 
 import argparse

@@ -178,7 +178,23 @@ def epoch_figure(story: Story) -> dict[str, Any]:
     hollow["customdata"] = [_rounded(r.gwa) for r in beyond]
     hollow["marker"] = {"symbol": "circle-open", "color": "--gwa", "size": size + 2}
     data.insert(1, {**hollow, "hovertemplate": "GWA %{customdata:.4~g}, undefined<extra></extra>"})
+    layout["shapes"] += [
+        {"type": "rect", "x0": a - 0.5, "x1": b + 0.5, "yref": "y domain", "fillcolor": "--shade", "layer": "below"}
+        | {"line": {"width": 0}}
+        for a, b in _stretches([r.epoch for r in epochs if not r.gwa_defined])
+    ]
     return {"data": data, "layout": layout}
+
+
+def _stretches(epochs: Sequence[int]) -> list[tuple[int, int]]:
+    """The first and last of each stretch of ascending epochs that follow each other without a gap."""
+    stretches: list[tuple[int, int]] = []
+    for epoch in epochs:
+        if stretches and epoch == stretches[-1][1] + 1:
+            stretches[-1] = (stretches[-1][0], epoch)
+        else:
+            stretches.append((epoch, epoch))
+    return stretches
 
 
 def _rounded(value: float) -> float | None:

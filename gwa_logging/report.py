@@ -234,7 +234,7 @@ _GWA = """
 aria-label="GWA, separation, stable GWA, mean score and share of negative scores by epoch"></div></figure>"""
 
 _UNDEFINED = """
-<span><i class="hollow"></i>GWA is undefined here: {:,} of {:,} epochs (where out of range, shown at the edge)</span>"""
+<span><i class="hollow"></i>GWA is undefined here: {:,} of {:,} epochs (shaded; where out of range, at the edge)</span>"""
 
 _HOW_TO_READ = """
 <p>Each training sample has a score from &minus;1 to 1: the cosine between the step that its gradient asks for and the

@@ -232,6 +232,8 @@ def test_undefined_gwa_is_hollow_bracketed_and_explained(tmp_path):
     assert hollow["x"] == [1]
     low, high = page.figures["epochs"]["layout"]["yaxis1"]["range"]
     assert low < hollow["y"][0] < high
+    shaded = [shape for shape in page.figures["epochs"]["layout"]["shapes"] if shape.get("fillcolor") == "--shade"]
+    assert [(shape["x0"], shape["x1"], shape["yref"]) for shape in shaded] == [(0.5, 1.5, "y domain")]
     assert page.rows[2][1].startswith("(")
     assert "GWA is undefined here: 1 of 3 epochs" in page.text
     assert "undefined here" not in page_of(tmp_path / "defined", RUN, epoch(0), closed()).text
