@@ -42,6 +42,11 @@ def _in_transform() -> bool:
     return torch._C._functorch.maybe_current_level() is not None
 
 
+def _is_exporting() -> bool:
+    """Whether torch.export is tracing. Up to 2.11 the compiler answers `torch.compiler.is_exporting()` with True always."""
+    return bool(getattr(torch.compiler, "_is_exporting_flag", False))
+
+
 class LogitsProbe(torch.autograd.Function):
     """Identity on the logits. The gradient of `leaf`, float32 [rows, 2], is defined as (score, 1) per row."""
 
@@ -150,7 +155,7 @@ class HeadProbe:
         if not isinstance(embeddings, Tensor) or not embeddings.requires_grad:
             return None
         if torch.compiler.is_compiling():
-            if torch.compiler.is_exporting() or _in_transform() or is_split(module.weight):
+            if _is_exporting() or _in_transform() or is_split(module.weight):
                 return None
             leaf = self._leaf(embeddings.numel() // self.layer.features)
             if leaf is None:
@@ -167,7 +172,7 @@ class HeadProbe:
         if not self.enabled or not isinstance(logits, Tensor) or not logits.requires_grad:
             return None
         if torch.compiler.is_compiling():
-            if torch.compiler.is_exporting() or _in_transform():
+            if _is_exporting() or _in_transform():
                 return None
             return self._trace(module, _input(args, kwargs), logits)
         self.listen(module, _input(args, kwargs), logits)
