@@ -1,240 +1,288 @@
-"""What `watch` costs a training step: bare and watched steps in turn, in one process.
+"""The training steps of the benchmark in PyTorch, bare, watched, and with everything else that one could log instead."""
 
-    python benchmarks/step_overhead.py [--seconds 30] [--rows JAX] [--json FILE]
-
-Copies of a model take turns step by step: bare, watched, and bare again. The second bare one against the first is
-the noise floor of this machine. Everything is on in the watched one: scores at every step, a histogram every 50 steps,
-the journal on disk. In JAX there is a fourth one, which does it as the paper's authors do: the model sows its embeddings, and
-the scores come in closed form from logits, labels and the head's weight; they are only kept, without histograms or a journal.
-Overheads are medians over pairs of neighbouring steps, with the 95 % interval of their bootstrap; the mean is given as well,
-since the work at every 50th step does not show in a median.
-"""
-
-import argparse
-import copy
-import json
+import importlib.util
 import os
-import platform
-import tempfile
-import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import gwa_logging
+from benchmarks.gpu import Block
+from benchmarks.measuring import Group, Step
 
-Step = Callable[[], None]
-Steps = dict[str, Step]  # by name: "bare", "watched", "again" and, in JAX, "published"
+PER_SAMPLE_BYTES = 500e6
+"""Per-sample gradients of a head, B x C x D, are only made up to here."""
+
+BACKENDS = {"wandb": "wandb", "mlflow": "mlflow", "tensorboard": "tensorboard", "trackio": "trackio"}
 
 
-def mlp() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+class Work(NamedTuple):
+    """A model, the path of its head, and a batch."""
+
+    model: nn.Module
+    head: str
+    x: Tensor
+    y: Tensor
+
+    @property
+    def product_bytes(self) -> int:
+        """Of the per-sample gradients of its head."""
+        return 4 * len(self.y) * self.model.get_submodule(self.head).weight.numel()  # type: ignore[operator,union-attr]
+
+
+def mlp() -> Work:
     """About 1.5 ms a step on one core."""
     model = nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
-    return model, torch.randn(128, 128), torch.randint(0, 10, (128,))
+    return Work(model, "4", torch.randn(128, 128), torch.randint(0, 10, (128,)))
 
 
-def cnn() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+def cnn() -> Work:
     """About 50 ms a step on one core."""
     layers: list[nn.Module] = []
     for inputs, outputs in ((3, 32), (32, 64), (64, 64)):
         layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 16, 100))
-    return model, torch.randn(64, 3, 32, 32), torch.randint(0, 100, (64,))
+    return Work(model, "10", torch.randn(64, 3, 32, 32), torch.randint(0, 100, (64,)))
 
 
-def torch_steps(make: Callable[[], Any], compiled: bool, directory: str) -> tuple[Steps, gwa_logging.Monitor]:
-    """Training steps of three copies of a model, of which the second is watched."""
-    torch.manual_seed(0)
-    model, x, y = make()
-    models = {"bare": model, "watched": copy.deepcopy(model), "again": copy.deepcopy(model)}
-    monitor = gwa_logging.watch(models["watched"], directory=directory)
+class Vit(nn.Module):
+    """Blocks of ViT-S on images of 32 x 32 in patches of 4."""
 
-    def step_of(net: nn.Module) -> Step:
-        run = torch.compile(net, fullgraph=True) if compiled else net
-        optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
+    def __init__(self, layers: int = 4, width: int = 384) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 4, 4)
+        self.places = nn.Parameter(0.02 * torch.randn(1, 64, width))
+        self.body = nn.Sequential(*(Block(width, 6) for _ in range(layers)), nn.LayerNorm(width))
+        self.head = nn.Linear(width, 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(self.patches(x).flatten(2).transpose(1, 2) + self.places).mean(1))  # type: ignore[no-any-return]
+
+
+def vit() -> Work:
+    """Four blocks of ViT-S; more classes than features."""
+    return Work(Vit(), "head", torch.randn(4, 3, 32, 32), torch.randint(0, 1000, (4,)))
+
+
+def tokens(words: int) -> Work:
+    """128 tokens before a head of so many words."""
+    width = 128
+    model = nn.Sequential(
+        nn.Embedding(1024, width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, words, bias=False)
+    )
+    return Work(model, "3", torch.randint(0, 1024, (128,)), torch.randint(0, words, (128,)))
+
+
+def many_classes() -> Work:
+    """128 samples before a head of 21,843 classes."""
+    model = nn.Sequential(nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 21_843))
+    return Work(model, "2", torch.randn(128, 256), torch.randint(0, 21_843, (128,)))
+
+
+WORKS: dict[str, Callable[[], Work]] = {
+    "MLP": mlp,
+    "CNN": cnn,
+    "ViT-S blocks": vit,
+    "32k words": lambda: tokens(32_000),
+    "128k words": lambda: tokens(128_000),
+    "21,843 classes": many_classes,
+}
+
+
+def published_scores(logits: Tensor, embeddings: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The published closed form: from labels, for cross-entropy, with the B x C x D product taken apart."""
+    direction = F.one_hot(labels, logits.shape[1]).to(logits.dtype) - logits.softmax(1)
+    product = ((direction @ weight) * embeddings).sum(1)
+    return product / (direction.norm(dim=1) * embeddings.norm(dim=1) * weight.norm())
+
+
+class Peers:
+    """Builds the training step of each peer, and ends what it began."""
+
+    def __init__(self, make: Callable[[], Work], compiled: bool, directory: str, backends: bool) -> None:
+        self.make = make
+        self.compiled = compiled
+        self.directory = directory
+        self.backends = backends
+        self.wandb_run: Any = None
+        self.monitors: list[gwa_logging.Monitor] = []
+
+    def group(self) -> Group:
+        """All steps that this model is asked to make. A peer that is missing says why."""
+        steps: dict[str, Step] = {"bare": self._step(), "again": self._step()}
+        missing: dict[str, str] = {}
+        steps["watched"] = self._watched()
+        steps["watched, ledger"] = self._watched(num_samples=1_000_000)
+        steps["published form"] = self._published()
+        if not self.compiled:
+            if self.backends:
+                for backend in BACKENDS:
+                    steps[f"watched, {backend}"] = self._watched(backend=backend)
+            for every in (1000, 100, 1):  # at 1 every step logs
+                steps[f"wandb.watch, {every}"] = self._wandb_watch(every)
+            if self.make().product_bytes > PER_SAMPLE_BYTES:
+                missing["torch.func"] = missing["BackPACK"] = "B x C x D is too large"
+            else:
+                steps["torch.func"] = self._per_sample()
+                if importlib.util.find_spec("backpack"):
+                    steps["BackPACK"] = self._backpack()
+                else:
+                    missing["BackPACK"] = "not installed"
+        return Group(steps, self._check, missing)
+
+    def _check(self) -> None:
+        if self.wandb_run is not None:
+            import wandb
+
+            self.wandb_run.finish()
+            wandb.run = None
+        for monitor in self.monitors:
+            monitor.close()
+            assert monitor.history, "a watched step was not seen"
+            assert not monitor.faults, monitor.faults
+
+    def _work(self) -> Work:
+        torch.manual_seed(0)
+        return self.make()
+
+    def _step(
+        self, work: Work | None = None, before: Step | None = None, after: Callable[[Tensor], None] | None = None
+    ) -> Step:
+        """A training step.
+
+        Args:
+            before: called before it.
+            after: called with the logits once the optimizer has stepped.
+        """
+        model, _, x, y = work if work is not None else self._work()
+        run = torch.compile(model, fullgraph=True) if self.compiled else model
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
         criterion = nn.CrossEntropyLoss()
 
         def step() -> None:
-            criterion(run(x), y).backward()
+            if before is not None:
+                before()
+            logits = run(x)
+            criterion(logits, y).backward()
             optimizer.step()
+            if after is not None:
+                after(logits)
             optimizer.zero_grad()
 
         return step
 
-    return {name: step_of(net) for name, net in models.items()}, monitor
+    def _watched(self, **settings: Any) -> Step:
+        work = self._work()
+        monitor = gwa_logging.watch(work.model, head=work.head, directory=self.directory, **settings)
+        self.monitors.append(monitor)
+        ids = torch.arange(len(work.y)) * 1000
+        return self._step(work, before=(lambda: monitor.tag(ids)) if "num_samples" in settings else None)
 
+    def _published(self) -> Step:
+        work = self._work()
+        head = work.model.get_submodule(work.head)
+        kept: list[Tensor] = []
 
-def jax_body(kind: str) -> Any:
-    """A function of images [B, H, W, C] that makes the embeddings; called inside of a compact Linen module."""
-    import jax
-    from flax import linen
+        class Returning(nn.Module):
+            """The model returns its embeddings as well, as the published code has it."""
 
-    def mlp(x: jax.Array) -> jax.Array:
-        x = x.reshape(len(x), -1)
-        for _ in range(2):
-            x = linen.relu(linen.Dense(512)(x))
-        return x
+            def __init__(self) -> None:
+                super().__init__()
+                self.model = work.model
+                self.seen: Any = None
+                head.register_forward_pre_hook(self._see)
 
-    def cnn(x: jax.Array) -> jax.Array:
-        for width in (32, 64, 64):
-            x = linen.max_pool(linen.relu(linen.Conv(width, (3, 3))(x)), (2, 2), (2, 2))
-        return x.reshape(len(x), -1)
+            def _see(self, module: nn.Module, args: Any) -> None:
+                self.seen = args[0]
 
-    def vit(x: jax.Array) -> jax.Array:
-        x = linen.Conv(128, (4, 4), (4, 4))(x)
-        x = x.reshape(len(x), -1, 128)
-        x = x + linen.Embed(x.shape[1], 128)(np.arange(x.shape[1]))
-        for _ in range(4):
-            x = x + linen.MultiHeadDotProductAttention(4)(linen.LayerNorm()(x))
-            x = x + linen.Dense(128)(linen.gelu(linen.Dense(512)(linen.LayerNorm()(x))))
-        return linen.LayerNorm()(x).mean(1)
+            def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+                logits = self.model(x)
+                return logits, self.seen
 
-    return {"mlp": mlp, "cnn": cnn, "vit": vit}[kind]
-
-
-def jax_steps(kind: str, shape: tuple[int, ...], classes: int, directory: str) -> tuple[Steps, gwa_logging.Monitor]:
-    """Jitted, donated steps: bare, watched, and the published way."""
-    import jax
-    import jax.numpy as jnp
-    import optax
-    from flax import linen
-
-    class Net(linen.Module):
-        sows: bool = False
-
-        @linen.compact
-        def __call__(self, x: jax.Array) -> jax.Array:
-            h = jax_body(kind)(x)
-            if self.sows:
-                self.sow("intermediates", "embeddings", h)
-            return linen.Dense(classes, name="head")(h)
-
-    model, sowing = Net(), Net(sows=True)
-    x = jax.random.normal(jax.random.key(0), shape)
-    y = jax.random.randint(jax.random.key(1), shape[:1], 0, classes)
-    start = model.init(jax.random.key(2), x)
-    monitor = gwa_logging.watch(model, directory=directory)
-    kept: list[jax.Array] = []
-
-    def loss(params: Any) -> jax.Array:
-        return optax.softmax_cross_entropy_with_integer_labels(model.apply(params, x), y).mean()
-
-    def loss_and_sown(params: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        z, sown = sowing.apply(params, x, mutable="intermediates")
-        loss = optax.softmax_cross_entropy_with_integer_labels(z, y).mean()
-        return loss, (z, sown["intermediates"]["embeddings"][0])
-
-    def descended(params: Any, grads: Any) -> Any:
-        return jax.tree.map(lambda p, g: p - 1e-3 * g, params, grads)
-
-    def bare(params: Any) -> tuple[Any, jax.Array, None]:
-        value, grads = jax.value_and_grad(loss)(params)
-        return descended(params, grads), value, None
-
-    def watched(params: Any) -> tuple[Any, jax.Array, jax.Array]:
-        (value, scores), grads = monitor.value_and_grad(loss)(params)
-        return descended(params, grads), value, scores
-
-    def published(params: Any) -> tuple[Any, jax.Array, jax.Array]:
-        (value, (z, h)), grads = jax.value_and_grad(loss_and_sown, has_aux=True)(params)
-        kernel = params["params"]["head"]["kernel"]
-        direction = jax.nn.one_hot(y, classes) - jax.nn.softmax(z)
-        norms = [jnp.linalg.norm(direction, axis=1), jnp.linalg.norm(h, axis=1), jnp.linalg.norm(kernel)]
-        scores = ((direction @ kernel.T) * h).sum(1) / (norms[0] * norms[1] * norms[2])
-        return descended(params, grads), value, scores
-
-    def step_of(run: Any, take: Callable[[Any], None]) -> Step:
-        state, jitted = jax.tree.map(jnp.array, start), jax.jit(run, donate_argnums=0)
+        returning = Returning()
+        run = torch.compile(returning) if self.compiled else returning
+        score = torch.compile(published_scores) if self.compiled else published_scores
+        optimizer = torch.optim.SGD(work.model.parameters(), lr=1e-3, momentum=0.9)
+        criterion = nn.CrossEntropyLoss()
 
         def step() -> None:
-            nonlocal state
-            state, value, scores = jitted(state)
-            take(scores)
-            value.block_until_ready()
+            logits, h = run(work.x)
+            criterion(logits, work.y).backward()
+            optimizer.step()
+            with torch.no_grad():
+                kept.append(score(logits.detach(), h.detach(), head.weight.detach(), work.y))
+            optimizer.zero_grad()
 
         return step
 
-    steps = {
-        "bare": step_of(bare, lambda _: None),
-        "watched": step_of(watched, monitor.update),
-        "published": step_of(published, kept.append),
-        "again": step_of(bare, lambda _: None),
+    def _wandb_watch(self, every: int) -> Step:
+        import wandb
+
+        work = self._work()
+        if self.wandb_run is None:
+            # One for all: the hooks log to the active run, whatever run they are asked of. A plain init() would hand out ours.
+            options = {"mode": "offline", "dir": self.directory}
+            self.wandb_run = wandb.run = wandb.init(project="bench", reinit="create_new", **options)
+        self.wandb_run.watch(work.model, log="gradients", log_freq=every)
+        return self._step(work)
+
+    def _per_sample(self) -> Step:
+        """Per-sample gradients of the head alone, which is the least that one can ask of torch.func."""
+        from torch.func import grad, vmap
+
+        work = self._work()
+        head = work.model.get_submodule(work.head)
+        kept: list[Tensor] = []
+        seen: list[Tensor] = []
+        head.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+
+        def loss(weight: Tensor, bias: Tensor | None, h: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(F.linear(h, weight, bias), y)
+
+        gradients = vmap(grad(loss), (None, None, 0, 0))
+
+        def after(_: Tensor) -> None:
+            weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
+            grads = gradients(weight, bias, seen.pop(), work.y)
+            kept.append(-(grads * weight).sum((1, 2)) / (grads.flatten(1).norm(dim=1) * weight.norm()))
+
+        return self._step(work, after=after)
+
+    def _backpack(self) -> Step:
+        """The same by BackPACK, on the head and the loss alone."""
+        from backpack import backpack, extend
+        from backpack.extensions import BatchGrad
+
+        work = self._work()
+        head = extend(work.model.get_submodule(work.head))
+        criterion = extend(nn.CrossEntropyLoss())
+        optimizer = torch.optim.SGD(work.model.parameters(), lr=1e-3, momentum=0.9)
+        kept: list[Tensor] = []
+
+        def step() -> None:
+            with backpack(BatchGrad()):
+                criterion(work.model(work.x), work.y).backward()
+            optimizer.step()
+            weight, grads = head.weight.detach(), head.weight.grad_batch
+            kept.append(-(grads * weight).sum((1, 2)) / (grads.flatten(1).norm(dim=1) * weight.norm()))
+            optimizer.zero_grad()
+
+        return step
+
+
+def groups(directory: str, names: list[str]) -> dict[str, Callable[[], Group]]:
+    """Each model, eager and compiled, by name."""
+    os.environ.setdefault("WANDB_MODE", "offline")
+    os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{directory}/mlflow.db")
+    os.environ.setdefault("TRACKIO_DIR", f"{directory}/trackio")
+    return {
+        f"PyTorch {name}{', compiled' * compiled}": Peers(
+            WORKS[name], compiled, directory, backends=name in ("MLP", "CNN")
+        ).group
+        for compiled in (False, True)
+        for name in names
     }
-    return steps, monitor
-
-
-def measure(steps: Steps, seconds: float) -> dict[str, np.ndarray]:
-    """Seconds, float [rounds], of each step: in turn, in another order each time."""
-    rng = np.random.default_rng(0)
-    for _ in range(10):
-        for step in steps.values():
-            step()
-    rows: list[dict[str, float]] = []
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(rows) < 20:
-        row = {}
-        for name in rng.permutation(list(steps)):
-            begin = time.perf_counter()
-            steps[name]()
-            row[name] = time.perf_counter() - begin
-        rows.append(row)
-    return {name: np.array([row[name] for row in rows]) for name in steps}
-
-
-def overhead(times: dict[str, np.ndarray], name: str) -> dict[str, float]:
-    """Per cent over the bare step: median of pairs with its interval, and of means."""
-    bare = times["bare"] if name == "again" else (times["bare"] + times["again"]) / 2
-    percent = 100 * (times[name] - bare) / np.median(bare)
-    rng = np.random.default_rng(0)
-    medians = [np.median(rng.choice(percent, len(percent))) for _ in range(500)]
-    low, high = np.percentile(medians, [2.5, 97.5])
-    # Without the moments when the machine was elsewhere.
-    calm = np.logical_and.reduce([column < 3 * np.median(column) for column in times.values()])
-    mean = 100 * (times[name][calm].mean() / bare[calm].mean() - 1)
-    return {"median": float(np.median(percent)), "low": float(low), "high": float(high), "mean": float(mean)}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=30.0, help="per row")
-    parser.add_argument("--rows", default="", help="only the rows whose name holds this")
-    parser.add_argument("--json", help="where to write the numbers")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    directory = tempfile.mkdtemp()
-    rows = {
-        "PyTorch MLP": lambda: torch_steps(mlp, False, directory),
-        "PyTorch CNN": lambda: torch_steps(cnn, False, directory),
-        "PyTorch MLP, compiled": lambda: torch_steps(mlp, True, directory),
-        "PyTorch CNN, compiled": lambda: torch_steps(cnn, True, directory),
-        "JAX MLP": lambda: jax_steps("mlp", (512, 16, 16, 2), 10, directory),
-        "JAX CNN": lambda: jax_steps("cnn", (64, 32, 32, 3), 100, directory),
-        "JAX ViT": lambda: jax_steps("vit", (16, 32, 32, 3), 1000, directory),
-    }
-    print(f"{platform.machine()}, {os.cpu_count()} CPUs, PyTorch {torch.__version__} with one thread\n")
-    print(f"{'':24}{'bare step':>10}  {'watched':>28}  {'bare against bare':>28}  {'published scheme':>28}")
-    results = {}
-    for name, make in ((n, m) for n, m in rows.items() if args.rows in n):
-        steps, monitor = make()
-        times = measure(steps, args.seconds)
-        monitor.close()
-        assert monitor.history[0].count > 0, "the watched step was not seen"
-        row = {other: overhead(times, other) for other in ("watched", "again", "published") if other in times}
-        bare = float(1e3 * np.median(times["bare"]))
-        results[name] = {"bare_ms": bare, **row}
-        cells = [
-            f"{o['median']:+.1f} % [{o['low']:+.1f}, {o['high']:+.1f}] {o['mean']:+.1f} %".rjust(28)
-            for o in row.values()
-        ]
-        print(f"{name:24}{bare:>7.2f} ms", *cells, sep="  ", flush=True)
-    print("\nmedian over pairs [95 % interval], then the mean")
-    if args.json:
-        with open(args.json, "w") as file:  # noqa: PTH123
-            json.dump(results, file, indent=1)
-
-
-if __name__ == "__main__":
-    main()
