@@ -6,10 +6,10 @@
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
-import shutil
 import tempfile
 import time
 from datetime import UTC, datetime
@@ -93,20 +93,18 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     here = machine()
     print(here)
-    directory = tempfile.mkdtemp()
     # Of the time, two minutes are the compilers' and a minute is that of scoring and scale; the rest is shared by 18 groups.
     seconds = 0.1 if args.tiny else max(2.0, 60 * (args.minutes - 4.5) / 21)
-    try:
+    docs = args.docs.resolve()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory, contextlib.chdir(directory):
         results = {"machine": here, "groups": measured_groups(args, directory, seconds)}
         if args.only:
             return
         results["scoring"] = scoring.measure(0.1 if args.tiny else 8.0, args.tiny)
         results["scale"] = scale.measure(60, (1, 2)) if args.tiny else scale.measure(1000)
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
     if not args.tiny:
         RESULTS.write_text(json.dumps(results, indent=1))
-    print(page.write(results, args.docs))
+    print(page.write(results, docs))
 
 
 if __name__ == "__main__":

@@ -24,9 +24,14 @@ NAMES = {
     "again": "bare against bare (noise)",
 }
 
+DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
+
 PERIODS = {"wandb.watch, 1000": 1000, "wandb.watch, 100": 100}
 EVERY = 50
 """Steps between two of our histograms."""
+
+
+SCORING = ("ours", "ours, compiled", "published, factored", "published, product")
 
 
 def mean_of(name: str, group: dict[str, Any]) -> float:
@@ -55,7 +60,7 @@ def cheapest(group: dict[str, Any]) -> tuple[str, float]:
 
 def number(value: float, digits: int = 1) -> str:
     """With a sign; a dash for what is not known."""
-    return "–" if math.isnan(value) else f"{value:+.{digits}f}".replace("-", "−")
+    return DASH if math.isnan(value) else f"{value:+.{digits}f}".replace("-", MINUS)
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -78,11 +83,11 @@ def steps_table(groups: dict[str, Any]) -> str:
                         first,
                         shown,
                         f"{number(row['median'])} % {interval}",
-                        f"{number(mean_of(name, group))} %".replace("– %", "–"),
+                        f"{number(mean_of(name, group))} %".replace(f"{DASH} %", DASH),
                     ]
                 )
             elif name in group["missing"]:
-                rows.append([first, shown, group["missing"][name], "–"])
+                rows.append([first, shown, group["missing"][name], DASH])
             else:
                 continue
             first = ""
@@ -148,8 +153,8 @@ def gpu_section() -> str:
     text = (
         f"{machine['device']}, PyTorch {machine['torch']}. B = 256, bfloat16 autocast; `python benchmarks/gpu.py`.\n\n"
         + table(["step", "bare", "watched", "with ledger", "bare against bare", "watched, mean"], rows)
-        + "\n\nKernel launches of a step; places where the host waited for the device in 50 steps, a flush among them; and the peak "
-        "of device memory:\n\n"
+        + "\n\nKernel launches of a step; places where the host waited for the device in 50 steps, a flush among them; and the "
+        "peak of device memory:\n\n"
         + table(["step", "launches, bare", "watched", "ledger", "waits", "peak, bare", "watched, more"], counts)
     )
     if "sizes" in results.get("scoring", {}) or "copy_gb_per_s" in results.get("scoring", {}):
@@ -175,8 +180,9 @@ def scale_section(scale: dict[str, Any]) -> str:
     ends = ", ".join(f"{p['ranks']}: {p['measured']['end_epoch_ms']:.1f} ms" for p in scale["points"])
     merging = ", ".join(f"{world}: {ms:.1f} ms" for world, ms in scale["merging_ms"].items())
     large, long = scale["large"], scale["long"]
-    return f"""Nothing that a rank keeps, sends or writes depends on the length of an epoch, but for the journal, which grows with the number
-of intervals: one line of {scale["line_bytes"]:,.0f} bytes for each. After 10,000 intervals they become twice as long whenever the run does.
+    return f"""Nothing that a rank keeps, sends or writes depends on the length of an epoch, but for the journal, which grows
+with the number of intervals: one line of {scale["line_bytes"]:,.0f} bytes for each. After 10,000 intervals they become twice as
+long whenever the run does.
 
 {table(["ranks", "what", "measured", "model"], rows)}
 
@@ -185,13 +191,14 @@ of intervals: one line of {scale["line_bytes"]:,.0f} bytes for each. After 10,00
 The model at 1,024 ranks and 1e9 samples an epoch, 256 of them a step on each rank, which makes {large["steps"]:,.0f} steps:
 
 - a step: no communication, no wait, nothing to the host but {large["to_host_bytes"] / 1e3:,.0f} KB over the whole epoch;
-- an epoch: each rank sends {large["sent_bytes"]:,.0f} bytes once and receives {large["received_bytes"] / 1e6:.1f} MB, and merges them
-  in the time above;
-- the journal: rank 0 alone writes, {large["intervals_per_epoch"]:.0f} intervals and {large["journal_bytes_per_epoch"] / 1e3:,.0f} KB an epoch at
-  first; a run of 1,000 such epochs, {1000 * large["steps"]:,.0f} steps, writes {long["journal_bytes"] / 1e6:,.0f} MB;
+- an epoch: each rank sends {large["sent_bytes"]:,.0f} bytes once and receives {large["received_bytes"] / 1e6:.1f} MB,
+  and merges them in the time above;
+- the journal: rank 0 alone writes, {large["intervals_per_epoch"]:.0f} intervals and
+  {large["journal_bytes_per_epoch"] / 1e3:,.0f} KB an epoch at first; a run of 1,000 such epochs,
+  {1000 * large["steps"]:,.0f} steps, writes {long["journal_bytes"] / 1e6:,.0f} MB;
 - the queue: a record waits in the journal, not in memory, until a tracker takes it;
-- the ledger, if it is asked for: 8 bytes a sample on every rank, here {large["ledger_bytes"] / 1e9:.0f} GB. At this size it is not to be
-  had: give `num_samples` for a part of the data, or leave it out."""
+- the ledger, if it is asked for: 8 bytes a sample on every rank, here {large["ledger_bytes"] / 1e9:.0f} GB, which are
+  added up over the ranks where suspects or a state are asked for. At this size, leave it out."""
 
 
 def picture(groups: dict[str, Any], path: Path) -> None:
@@ -235,12 +242,12 @@ def write(results: dict[str, Any], docs: Path = DOCS) -> Path:
     """Writes the page and its picture; where the page is."""
     picture(results["groups"], docs / "images" / "performance.png")
     machine, scoring = results["machine"], results["scoring"]
-    product = {size: row["product_rows"] for size, row in scoring["sizes"].items()}
+    product = ", ".join(f"{row['product_rows']} rows ({size})" for size, row in scoring["sizes"].items())
     text = f"""# Performance
 
 This page is made by `make bench`, figures and all: {machine["date"]}, {machine["cpu"]}, {machine["cpus"]} CPUs,
-{machine["system"]}, Python {machine["python"]}, PyTorch {machine["torch"]} on one thread, JAX {machine["jax"]}. Load when it began:
-{machine["load"]:.2f}.
+{machine["system"]}, Python {machine["python"]}, PyTorch {machine["torch"]} on one thread, JAX {machine["jax"]}.
+Load of the machine when it began: {machine["load"]:.2f}.
 
 ## What is added to a step
 
@@ -258,19 +265,18 @@ otherwise.
 {steps_table(results["groups"])}
 
 `published form`: scores in closed form from labels, logits and embeddings at every step, kept in a list; the B x C x D product
-is taken apart, as in the published JAX code, which is the cheaper way. `torch.func` and `BackPACK` make the per-sample gradients of
-the head alone and score them. W&B is offline, and logs nothing else.
+is taken apart, as in the published JAX code, which is the cheaper way. `torch.func` and `BackPACK` make the per-sample
+gradients of the head alone and score them. W&B is offline, and logs nothing else.
 
 ## The scoring alone
 
-One thread; a copy of 256 MB reads and writes {scoring["copy_gb_per_s"]:.1f} GB/s. The limit is the time to read once what the score is made of
-(delta, z, h, W; with more classes than features delta, dL/dh, h, W) at that speed; reading alone is faster than copying, so a
-ratio can be below one, and the smallest size lives in the cache.
+One thread; a copy of 256 MB reads and writes {scoring["copy_gb_per_s"]:.1f} GB/s. The limit is the time to read once what
+the score is made of (delta, z, h, W; with more classes than features delta, dL/dh, h, W) at that speed; reading alone is faster
+than copying, so a ratio can be below one, and the smallest size lives in the cache.
 
-{scoring_table(scoring["sizes"], ("ours", "ours, compiled", "published, factored", "published, product"))}
+{scoring_table(scoring["sizes"], SCORING)}
 
-`published, product` writes the B x C x D product out; it was timed on {", ".join(f"{rows} rows ({size})" for size, rows in product.items())}
-and scaled, being proportional to the rows.
+`published, product` writes the B x C x D product out; it was timed on {product} and scaled, being proportional to the rows.
 
 ## On a GPU
 

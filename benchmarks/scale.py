@@ -2,8 +2,8 @@
 
     python -m benchmarks.scale [--steps 2000] [--json FILE]
 
-Each process trains a small watched MLP, with a ledger; at the end of its epoch the ranks' summaries are gathered and merged. What
-one rank's merging of 1,024 summaries takes is measured in one process, since merging needs no network.
+Each process trains a small watched MLP, with a ledger; at the end of its epoch the ranks' summaries are gathered and merged.
+What one rank's merging of 1,024 summaries takes is measured in one process, since merging needs no network.
 """
 
 import argparse

@@ -8,7 +8,6 @@ from gwa_logging.faults import Faults
 from gwa_logging.summary import AlignmentSummary
 from gwa_logging.types import Adapter, IntervalRecord, Snapshot
 
-
 STEADY = 10_000
 """How many intervals a run writes before they begin to grow."""
 
