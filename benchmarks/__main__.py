@@ -57,7 +57,7 @@ def measured_groups(args: argparse.Namespace, directory: str, seconds: float) ->
         begin = time.perf_counter()
         group = make()
         share = 1.0 if ", compiled" in name or name.startswith("JAX") else 1.5
-        taken = measure(group.steps, share * seconds, 1 if args.tiny else 5, 2 if args.tiny else 10)
+        taken = measure(group.steps, share * seconds, 1 if args.tiny else 3, 2 if args.tiny else 10)
         group.check()
         rows = overheads(taken)
         results[name] = {
