@@ -1,6 +1,6 @@
 """What `gwa_logging` costs, beside what else one could log: measures, and writes docs/performance.md and its picture.
 
-    python -m benchmarks [--minutes 12] [--only PyTorch MLP] [--tiny] [--docs DIR]
+    python -m benchmarks [--minutes 10] [--only PyTorch MLP] [--tiny] [--docs DIR]
 
 `--tiny` runs everything for a moment, so that a test can show that it runs. `--page` only writes the page anew.
 """
@@ -79,7 +79,7 @@ def measured_groups(args: argparse.Namespace, directory: str, seconds: float) ->
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=12.0, help="about so long in all")
+    parser.add_argument("--minutes", type=float, default=10.0, help="about so long in all")
     parser.add_argument(
         "--only", nargs="+", default=[], help="only groups whose name holds one of these; the page stays"
     )
