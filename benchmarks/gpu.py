@@ -403,11 +403,16 @@ def published_product(batch: Scored) -> Tensor:
     return torch.cat(pieces) / batch.weight.norm()
 
 
+def published_scores(logits: Tensor, embeddings: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The published closed form with the product taken apart: one more multiplication by the head's weight."""
+    direction = F.one_hot(labels, logits.shape[1]).to(logits.dtype) - logits.softmax(1)
+    product = ((direction @ weight) * embeddings).sum(1)
+    return product / (direction.norm(dim=1) * embeddings.norm(dim=1) * weight.norm())
+
+
 def published_factored(batch: Scored) -> Tensor:
-    """The same with the product taken apart: one more multiplication by the head's weight."""
-    direction = F.one_hot(batch.labels, batch.logits.shape[1]).float() - batch.logits.softmax(1)
-    product = ((direction @ batch.weight) * batch.embeddings).sum(1)
-    return product / (direction.norm(dim=1) * batch.embeddings.norm(dim=1) * batch.weight.norm())
+    """That of one batch."""
+    return published_scores(batch.logits, batch.embeddings, batch.weight, batch.labels)
 
 
 def copy_bandwidth(device: torch.device, tiny: bool) -> float:

@@ -8,10 +8,23 @@ from gwa_logging.faults import Faults
 from gwa_logging.summary import AlignmentSummary
 from gwa_logging.types import Adapter, IntervalRecord, Snapshot
 
+STEADY = 10_000
+"""How many intervals a run writes before they begin to grow."""
+
+
+def interval_at(step: int, every: int) -> int:
+    """How many steps an interval has: `every`, and twice as many whenever the run has become twice as long.
+
+    The first 10,000 intervals are of `every` steps; then each doubling of the run's length adds 5,000 more, so that a run of
+    any length writes a bounded journal: 1e9 steps with `every` = 50 are 65,000 intervals, 65 MB. It depends on the
+    step alone, so a resumed run goes on as it would have.
+    """
+    return every << (step // (every * STEADY)).bit_length()
+
 
 class Intervals:
     """Counts steps; has the device's summary taken at the first step and then at every n-th, and writes it down once it
-    has come to the host.
+    has come to the host. In a very long run n grows: see `interval_at`.
 
     Attributes:
         steps: training steps so far.
@@ -20,13 +33,22 @@ class Intervals:
         display_limit: half-width of the range that histograms are shown in; grows only.
     """
 
-    def __init__(self, adapter: Adapter, every: int, write: Callable[[IntervalRecord], None], faults: Faults) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        every: int,
+        write: Callable[[IntervalRecord], None],
+        faults: Faults,
+        *,
+        grow: bool = True,
+    ) -> None:
         self.steps = 0
         self.epoch = 0
         self.summary = AlignmentSummary()
         self.display_limit = 0.001
         self._adapter = adapter
         self._every = every
+        self._grow = grow
         self._write = write
         self._faults = faults
         self._pending: deque[tuple[int, int, Snapshot]] = deque()
@@ -35,6 +57,8 @@ class Intervals:
     def step(self) -> bool:
         """Notes a training step; whether anything was written. Does not wait for the device."""
         due = self.steps % self._every == 0
+        if due and self._grow:
+            due = self.steps % interval_at(self.steps, self._every) == 0
         self.steps += 1
         if due:
             self._take()

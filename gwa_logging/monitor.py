@@ -70,7 +70,10 @@ class Monitor:
 
     def _start(self, name: str, adapter: Adapter, backends: list[Backend]) -> None:
         self._adapter = adapter
-        self._intervals = Intervals(adapter, self._settings.log_every_n_steps, self._write, self._faults)
+        # A window closes where an interval ends, so there the intervals must stay as short as they were asked for.
+        grow = self._settings.samples_per_epoch is None
+        every = self._settings.log_every_n_steps
+        self._intervals = Intervals(adapter, every, self._write, self._faults, grow=grow)
         self._write(
             RunRecord(
                 name=name,

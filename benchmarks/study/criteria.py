@@ -46,9 +46,7 @@ def by_rule(series: Series, **rule: Any) -> Pick:
     return Pick(state.best_epoch if state.best_epoch >= 0 else planned - 1, planned - 1, False)
 
 
-def best_with_patience(
-    values: npt.NDArray[np.float64], skipped: float = 0.0, patience: int | None = PATIENCE
-) -> Pick:
+def best_with_patience(values: npt.NDArray[np.float64], skipped: float = 0.0, patience: int | None = PATIENCE) -> Pick:
     """The maximum; training ends after `patience` epochs without a new one, or never (None)."""
     last = len(values) - 1
     best, waited = -1, 0

@@ -129,7 +129,15 @@ def regret_table(cases: list[Case]) -> str:
             false,
         ]
         rows.append([_bold(name, cell) for cell in cells])
-    head = ["criterion", "mean regret [95 %]", "90 % below", "worst", "accuracy against held out", "trained", "false alarms"]
+    head = [
+        "criterion",
+        "mean regret [95 %]",
+        "90 % below",
+        "worst",
+        "accuracy against held out",
+        "trained",
+        "false alarms",
+    ]
     return table(head, rows)
 
 
@@ -164,7 +172,12 @@ def suspect_table(cases: list[Case]) -> str:
     for name, (auroc, precision) in sorted(suspects(cases).items(), key=lambda item: -float(item[1][0].mean())):
         low, high = interval(auroc)
         rows.append(
-            [NAMES[name], f"{auroc.mean():.4f} [{low:.4f}, {high:.4f}]", f"{auroc.min():.3f}", f"{precision.mean():.3f}"]
+            [
+                NAMES[name],
+                f"{auroc.mean():.4f} [{low:.4f}, {high:.4f}]",
+                f"{auroc.min():.3f}",
+                f"{precision.mean():.3f}",
+            ]
         )
     return table(["score", "mean AUROC [95 %]", "worst", "precision at the number of wrong labels"], rows)
 
@@ -204,7 +217,9 @@ def plots(cases: list[Case], directory: Path) -> None:
         axes.plot([v.regret.mean()], [y], "o", color=colour, markersize=6)
         axes.plot([np.percentile(v.regret, 90)], [y], "|", color=colour, markersize=9)
     axes.set_yticks(range(len(every)), list(reversed(every)))
-    axes.set_xlabel(f"test accuracy lost against the best epoch, points; dot: mean with 95 %, bar: 90 % of {len(cases)} runs")
+    axes.set_xlabel(
+        f"test accuracy lost against the best epoch, points; dot: mean with 95 %, bar: 90 % of {len(cases)} runs"
+    )
     axes.grid(axis="x", color="#e2e8f0")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -241,7 +256,9 @@ def write_page(runs: Path) -> Path:
     choosing = [case for case in cases if case.run.for_choosing]
     reporting = [case for case in cases if not case.run.for_choosing]
     if not choosing or not reporting:
-        raise SystemExit(f"{runs}: expected runs of both halves of the grid; python -m benchmarks.study train makes them")
+        raise SystemExit(
+            f"{runs}: expected runs of both halves of the grid; python -m benchmarks.study train makes them"
+        )
     plots(reporting, DOCS / "images")
     text = (HERE / "page.md").read_text()
     wanted = len([run for run in grid() if run.part == "full"])

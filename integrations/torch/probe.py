@@ -293,7 +293,8 @@ class _Pass:
         self.logits_version = self.logits._version
         bias = module.bias
         if isinstance(bias, Tensor):
-            self.bias = bias.detach().clone() if is_distributed() else bias.detach()  # sharding frees it after the pass
+            # Sharding frees it after the pass. Else it is kept as it is: it lies before the logits in the graph, not after.
+            self.bias = bias.detach().clone() if is_distributed() else bias
             self.versions += self.bias._version
 
     def all_arrived(self, delta: Tensor) -> None:

@@ -1,0 +1,292 @@
+"""The page about performance, docs/performance.md, and its picture: made from the numbers and from nothing else."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parent.parent / "docs"
+GPU = Path(__file__).parent / "gpu.json"
+
+NAMES = {
+    "watched": "gwa_logging",
+    "watched, ledger": "gwa_logging, ledger",
+    "watched, wandb": "gwa_logging, W&B",
+    "watched, mlflow": "gwa_logging, MLflow",
+    "watched, tensorboard": "gwa_logging, TensorBoard",
+    "watched, trackio": "gwa_logging, Trackio",
+    "published form": "published form",
+    "wandb.watch, 1000": "wandb.watch, default (log_freq=1000)",
+    "wandb.watch, 100": "wandb.watch, log_freq=100",
+    "wandb.watch, 1": "wandb.watch, a step that logs",
+    "torch.func": "torch.func, head's per-sample gradients",
+    "BackPACK": "BackPACK, head's per-sample gradients",
+    "again": "bare against bare (noise)",
+}
+
+DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
+
+PERIODS = {"wandb.watch, 1000": 1000, "wandb.watch, 100": 100}
+EVERY = 50
+"""Steps between two of our histograms."""
+
+
+SCORING = ("ours", "ours, compiled", "published, factored", "published, product")
+
+
+def mean_of(name: str, group: dict[str, Any]) -> float:
+    """Per cent, on average over the steps.
+
+    Not known (NaN) if no whole period was seen of something that comes at every n-th step; but for wandb.watch, where a step
+    that logs was timed for itself.
+    """
+    row = group["steps"][name]
+    if name == "again" or name.startswith(("published", "torch.func", "BackPACK", "wandb.watch, 1 ")):
+        return float(row["mean"])
+    if name in PERIODS and "wandb.watch, 1" in group["steps"]:
+        logging = group["steps"]["wandb.watch, 1"]["median"]
+        return float(row["median"] + (logging - row["median"]) / PERIODS[name])
+    return float(row["mean"]) if group["rounds"] >= EVERY or name == "wandb.watch, 1" else math.nan
+
+
+def cheapest(group: dict[str, Any]) -> tuple[str, float]:
+    """The cheapest of the other ways of one group, by its mean."""
+    peers = [name for name in group["steps"] if not name.startswith(("watched", "again", "wandb.watch, 1"))]
+    peers += [name for name in PERIODS if name in group["steps"]]
+    costs = {name: mean_of(name, group) for name in peers}
+    name = min(costs, key=lambda each: costs[each])
+    return name, costs[name]
+
+
+def number(value: float, digits: int = 1) -> str:
+    """With a sign; a dash for what is not known."""
+    return DASH if math.isnan(value) else f"{value:+.{digits}f}".replace("-", MINUS)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """In Markdown."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def steps_table(groups: dict[str, Any]) -> str:
+    """All groups, one row for each step."""
+    rows = []
+    for title, group in groups.items():
+        first = f"**{title}**, {group['bare_ms']:.1f} ms, {group['rounds']:,} rounds"
+        for name, shown in NAMES.items():
+            if name in group["steps"]:
+                row = group["steps"][name]
+                interval = f"[{number(row['low'])}, {number(row['high'])}]"
+                rows.append(
+                    [
+                        first,
+                        shown,
+                        f"{number(row['median'])} % {interval}",
+                        f"{number(mean_of(name, group))} %".replace(f"{DASH} %", DASH),
+                    ]
+                )
+            elif name in group["missing"]:
+                rows.append([first, shown, group["missing"][name], DASH])
+            else:
+                continue
+            first = ""
+    return table(["bare step", "what is added", "median [95 % interval]", "mean"], rows)
+
+
+def scoring_table(sizes: dict[str, Any], ways: tuple[str, ...], unit: str = "us") -> str:
+    """The scoring alone."""
+    rows = []
+    for size, row in sizes.items():
+        ours = row["ours"][unit]
+        cells = [f"{row[way][unit]:,.0f} µs ({row[way][unit] / ours:.1f}x)" for way in ways if unit in row[way]]
+        rows.append([size, f"{row['limit_us']:,.0f} µs", f"{ours / row['limit_us']:.2f}", *cells])
+    return table(["B x D x C", "limit", "ours / limit", *(f"{way} (x ours)" for way in ways)], rows)
+
+
+def targets(results: dict[str, Any]) -> str:
+    """What was promised, and what was measured."""
+    groups, rows = results["groups"], []
+    for title, group in groups.items():
+        watched, noise = group["steps"]["watched"], group["steps"]["again"]
+        limit = 8.0 if "MLP" in title and title.startswith("PyTorch") else 1.0
+        if group["bare_ms"] < 40 and limit == 1.0:
+            continue  # nothing was promised
+        met = "yes" if watched["median"] <= limit else "within the noise" if watched["low"] <= limit else "no"
+        noise_cell = f"[{number(noise['low'])}, {number(noise['high'])}]"
+        rows.append([title, f"{number(watched['median'])} %", f"+{limit:.0f} %", met, noise_cell])
+    first = table(["step", "watched, median", "at most", "met", "noise, 95 % interval"], rows)
+    rows = []
+    for title, group in groups.items():
+        name, cost = cheapest(group)
+        mean = mean_of("watched", group)
+        ours = group["steps"]["watched"]["median"] if math.isnan(mean) else mean
+        low, high = group["steps"]["again"]["low"], group["steps"]["again"]["high"]
+        verdict = "yes" if ours <= cost else "within the noise" if ours - cost <= max(high - low, 0.5) else "no"
+        rows.append([title, f"{number(ours)} %", f"{NAMES[name]}: {number(cost)} %", verdict])
+    second = table(["step", "watched, mean", "cheapest peer, mean", "ours is cheaper"], rows)
+    return f"{first}\n\n{second}"
+
+
+def gpu_section() -> str:
+    """From the numbers of `benchmarks/gpu.py`, if there are any."""
+    if not GPU.exists():
+        return "These rows are not measured yet: `python benchmarks/gpu.py --json benchmarks/gpu.json` on a machine with a GPU."
+    results = json.loads(GPU.read_text())
+    machine = results.pop("machine")
+    rows, counts = [], []
+    for part, row in results.items():
+        if part == "scoring" or "error" in row:
+            continue
+        cells = [f"{number(row[name]['median'], 2)} % [{number(row[name]['low'], 2)}, {number(row[name]['high'], 2)}]"
+                 for name in ("watched", "ledger", "again")]  # fmt: skip
+        rows.append([part, f"{row['bare_ms']:.1f} ms", *cells, f"{number(row['watched']['mean'], 2)} %"])
+        checked, launched = row["checked"], row["launches"]
+        waits = {name: len(found["synchronisations"]) for name, found in checked.items()}
+        peak = checked["watched"]["peak_mb"] - checked["bare"]["peak_mb"]
+        counts.append([
+            part, f"{launched['bare']['launches']:.1f}", f"{launched['watched']['launches']:.1f}",
+            f"{launched['ledger']['launches']:.1f}", ", ".join(f"{name} {n}" for name, n in waits.items()),
+            f"{checked['bare']['peak_mb']:,.1f} MB", f"{number(peak, 2)} MB",
+        ])  # fmt: skip
+    failed = [f"{part}: {row['error']}" for part, row in results.items() if "error" in row]
+    text = (
+        f"{machine['device']}, PyTorch {machine['torch']}. B = 256, bfloat16 autocast; `python benchmarks/gpu.py`.\n\n"
+        + table(["step", "bare", "watched", "with ledger", "bare against bare", "watched, mean"], rows)
+        + "\n\nKernel launches of a step; places where the host waited for the device in 50 steps, a flush among them; and the "
+        "peak of device memory:\n\n"
+        + table(["step", "launches, bare", "watched", "ledger", "waits", "peak, bare", "watched, more"], counts)
+    )
+    if "sizes" in results.get("scoring", {}) or "copy_gb_per_s" in results.get("scoring", {}):
+        scoring = results["scoring"]
+        sizes = {size: row for size, row in scoring.items() if isinstance(row, dict)}
+        ways = ("ours", "ours, compiled", "published, factored")
+        text += f"\n\nThe scoring alone, as the device sees it; a copy does {scoring['copy_gb_per_s']:,.0f} GB/s:\n\n"
+        text += scoring_table(sizes, ways, "device_us" if "device_us" in next(iter(sizes.values()))["ours"] else "us")
+    return text + "".join(f"\n\nNot measured: {line}" for line in failed)
+
+
+def scale_section(scale: dict[str, Any]) -> str:
+    """The cost model."""
+    rows = []
+    for point in scale["points"]:
+        for name in ("sent_bytes", "received_bytes", "ledger_bytes"):
+            rows.append([str(point["ranks"]), name.replace("_", " ") + " of a rank", f"{point['measured'][name]:,.0f}",
+                         f"{point['model'][name]:,.0f}"])  # fmt: skip
+        lines = f"{point['measured']['intervals']}", f"{point['model']['intervals_per_epoch']:.0f}"
+        rows.append([str(point["ranks"]), "intervals in the journal", *lines])
+        journal = f"{point['measured']['journal_bytes']:,.0f}", f"{point['model']['journal_bytes']:,.0f}"
+        rows.append([str(point["ranks"]), "bytes of intervals in the journal", *journal])
+    ends = ", ".join(f"{p['ranks']}: {p['measured']['end_epoch_ms']:.1f} ms" for p in scale["points"])
+    merging = ", ".join(f"{world}: {ms:.1f} ms" for world, ms in scale["merging_ms"].items())
+    large, long = scale["large"], scale["long"]
+    return f"""Nothing that a rank keeps, sends or writes depends on the length of an epoch, but for the journal, which grows
+with the number of intervals: one line of {scale["line_bytes"]:,.0f} bytes for each. After 10,000 intervals they become twice as
+long whenever the run does.
+
+{table(["ranks", "what", "measured", "model"], rows)}
+
+`end_epoch` on a rank, median, by ranks (gloo, this machine): {ends}. Merging of so many summaries on one rank: {merging}.
+
+The model at 1,024 ranks and 1e9 samples an epoch, 256 of them a step on each rank, which makes {large["steps"]:,.0f} steps:
+
+- a step: no communication, no wait, nothing to the host but {large["to_host_bytes"] / 1e3:,.0f} KB over the whole epoch;
+- an epoch: each rank sends {large["sent_bytes"]:,.0f} bytes once and receives {large["received_bytes"] / 1e6:.1f} MB,
+  and merges them in the time above;
+- the journal: rank 0 alone writes, {large["intervals_per_epoch"]:.0f} intervals and
+  {large["journal_bytes_per_epoch"] / 1e3:,.0f} KB an epoch at first; a run of 1,000 such epochs,
+  {1000 * large["steps"]:,.0f} steps, writes {long["journal_bytes"] / 1e6:,.0f} MB;
+- the queue: a record waits in the journal, not in memory, until a tracker takes it;
+- the ledger, if it is asked for: 8 bytes a sample on every rank, here {large["ledger_bytes"] / 1e9:.0f} GB, which are
+  added up over the ranks where suspects or a state are asked for. At this size, leave it out."""
+
+
+def picture(groups: dict[str, Any], path: Path) -> None:
+    """Overheads of all steps, one panel for each group."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    columns = 3
+    figure, axes = plt.subplots(
+        -(-len(groups) // columns), columns, figsize=(15, 2.6 * -(-len(groups) // columns)), squeeze=False
+    )
+    for axis in axes.flat[len(groups) :]:
+        axis.remove()
+    for axis, (title, group) in zip(axes.flat, groups.items(), strict=False):
+        names = [name for name in reversed(NAMES) if name in group["steps"] and name != "wandb.watch, 1"]
+        values = [group["steps"][name]["median"] for name in names]
+        errors = [
+            [max(0.0, group["steps"][name]["median"] - group["steps"][name]["low"]) for name in names],
+            [max(0.0, group["steps"][name]["high"] - group["steps"][name]["median"]) for name in names],
+        ]
+        colors = ["#1f6fb4" if n.startswith("watched") else "#999999" if n == "again" else "#d9822b" for n in names]
+        axis.barh(range(len(names)), values, xerr=errors, color=colors, error_kw={"elinewidth": 1})
+        axis.set_yticks(range(len(names)), [NAMES[name].split(", head's")[0] for name in names], fontsize=7)
+        axis.set_xscale("symlog", linthresh=1)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.axvline(1, color="#2a8a3e", linewidth=0.8, linestyle="--")
+        axis.tick_params(axis="x", labelsize=7)
+        axis.set_title(f"{title}, {group['bare_ms']:.1f} ms", fontsize=9)
+    figure.supxlabel(
+        "% over the bare step, median with its 95 % interval (linear to 1 %, then logarithmic)", fontsize=9
+    )
+    figure.tight_layout()
+    path.parent.mkdir(exist_ok=True, parents=True)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def write(results: dict[str, Any], docs: Path = DOCS) -> Path:
+    """Writes the page and its picture; where the page is."""
+    picture(results["groups"], docs / "images" / "performance.png")
+    machine, scoring = results["machine"], results["scoring"]
+    product = ", ".join(f"{row['product_rows']} rows ({size})" for size, row in scoring["sizes"].items())
+    text = f"""# Performance
+
+This page is made by `make bench`, figures and all: {machine["date"]}, {machine["cpu"]}, {machine["cpus"]} CPUs,
+{machine["system"]}, Python {machine["python"]}, PyTorch {machine["torch"]} on one thread, JAX {machine["jax"]}.
+Load of the machine when it began: {machine["load"]:.2f}.
+
+## What is added to a step
+
+Copies of one model take turns step by step, in another order each round, in one process; overheads are relative to the bare
+step of the same round, of which there are two: one against the other is the noise of the machine. A step under 20 ms runs three
+times in its turn, and the first time is not counted: so it finds the caches as in training. Everything is on: scores at
+every step, a histogram every 50, the journal on disk. The mean holds what comes at every n-th step only; it is left out where
+fewer than 50 rounds were run (the comparison then takes the median: a histogram in 50 steps is some 10 µs a step), and for
+wandb.watch it is put together from a step that logs and one that does not. Below zero is noise, or a compiler that fuses
+otherwise.
+
+![Overheads of all steps](images/performance.png)
+
+{targets(results)}
+
+{steps_table(results["groups"])}
+
+`published form`: scores in closed form from labels, logits and embeddings at every step, kept in a list; the B x C x D product
+is taken apart, as in the published JAX code, which is the cheaper way. `torch.func` and `BackPACK` make the per-sample
+gradients of the head alone and score them. W&B is offline, and logs nothing else.
+
+## The scoring alone
+
+One thread; a copy of 256 MB reads and writes {scoring["copy_gb_per_s"]:.1f} GB/s. The limit is the time to read once what
+the score is made of (delta, z, h, W; with more classes than features delta, dL/dh, h, W) at that speed; reading alone is faster
+than copying, so a ratio can be below one, and the smallest size lives in the cache.
+
+{scoring_table(scoring["sizes"], SCORING)}
+
+`published, product` writes the B x C x D product out; it was timed on {product} and scaled, being proportional to the rows.
+
+## On a GPU
+
+{gpu_section()}
+
+## At scale
+
+{scale_section(results["scale"])}
+"""
+    path = docs / "performance.md"
+    path.write_text(text)
+    return path
