@@ -34,7 +34,8 @@ GWA_BETA = 1.2
 
 STABLE_BETA = 3.0
 """The constant of the stable statistic. Excess kurtosis is at least -2, so any beta above 2 leaves no pole; with 3 the
-denominator is Pearson's kurtosis, which is at least 1: the stable statistic is never larger than the mean."""
+denominator is Pearson's kurtosis, which is at least 1: the stable statistic is never larger than the mean. Which value above
+2 makes little difference (`docs/study.md`)."""
 
 GWA_MIN_DENOMINATOR = 0.1
 """Below this, the published denominator is not clearly positive: a change of 0.1 in the kurtosis would at least double

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from benchmarks.study.page import write_page
 from benchmarks.study.schedule import train_all
 
 
@@ -16,6 +17,9 @@ def main() -> None:
     command.add_argument("--minutes", type=float, default=1e6, help="start no run after this time")
     command.add_argument("--only", default="", help="only runs whose name holds this")
     command.set_defaults(call=lambda a: train_all(a.data, a.runs, a.workers, a.minutes, a.only))
+    command = commands.add_parser("page", help="write docs/study.md from the runs that are there")
+    command.add_argument("--runs", type=Path, default=Path("study_runs"))
+    command.set_defaults(call=lambda a: print(write_page(a.runs)))
     args = parser.parse_args()
     args.call(args)
 

@@ -197,8 +197,7 @@ def cleanlab_table(cases: list[Case]) -> str:
         )
         words = method.replace("_", " ")
         rows.append([f"cleanlab, {words}", f"{auroc.mean():.4f}", f"{auroc.min():.3f}", f"{precision.mean():.3f}"])
-    head = table([f"score ({len(some)} cells)", "mean AUROC", "worst", "precision"], rows)
-    return head
+    return table([f"score ({len(some)} cells)", "mean AUROC", "worst", "precision"], rows)
 
 
 def plots(cases: list[Case], directory: Path) -> None:
