@@ -13,15 +13,17 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 import numpy as np
+import numpy.typing as npt
 
-from gwa_logging import samples
 from gwa_logging.delivery import Delivery
-from gwa_logging.early_stop import StopRule, StopState
+from gwa_logging.early_stop import StopRule
 from gwa_logging.errors import InvalidInputError, NoObservationsError
 from gwa_logging.faults import Faults
 from gwa_logging.intervals import Intervals
 from gwa_logging.journal import Journal
+from gwa_logging.samples import LedgerReader, Samples
 from gwa_logging.settings import EarlyStop, WatchSettings
+from gwa_logging.state import HeadShape, MonitorState
 from gwa_logging.summary import AlignmentSummary
 from gwa_logging.types import (
     Adapter,
@@ -33,6 +35,7 @@ from gwa_logging.types import (
     RunRecord,
     StopAlert,
     Suspect,
+    SuspectsRecord,
 )
 
 logger = logging.getLogger("gwa_logging")
@@ -40,7 +43,8 @@ logger = logging.getLogger("gwa_logging")
 CLOSE_WITHIN = 10.0
 """Seconds that `close` gives the backends."""
 
-STATE_VERSION = 1
+SUSPECTS = 100
+"""How many suspects are written down without being asked for."""
 
 
 class Monitor:
@@ -66,11 +70,15 @@ class Monitor:
         self._deliveries: list[Delivery] = []
         self._adapter: Adapter
         self._intervals: Intervals
+        self._ledger: LedgerReader
+        self._suspects_of = -1  # how many epochs there were when they were written down last
+        self._expected: HeadShape | None = None  # the head of a loaded state, while the present one is not known
         self._closed = False
 
     def _start(self, name: str, adapter: Adapter, backends: list[Backend]) -> None:
         self._adapter = adapter
         self._intervals = Intervals(adapter, self._settings.log_every_n_steps, self._write, self._faults)
+        self._ledger = LedgerReader(adapter, self._settings.num_samples, self._settings.labels, self._faults)
         self._write(
             RunRecord(
                 name=name,
@@ -93,31 +101,40 @@ class Monitor:
 
     # --- training steps -------------------------------------------------------------------------------------------
 
-    def update(self, scores: Any, sample_ids: Any = None) -> None:
+    def update(self, scores: Any, sample_ids: Any = None, *, weights: Any = None, predicted: Any = None) -> None:
         """Takes the scores of one training step (JAX, and PyTorch loops that make their own). Does not wait for them.
 
         Args:
             scores: float [...] on the device, as `value_and_grad` returns them; values that are not finite are
                 samples without a score. In JAX also a `gwa_logging.integrations.jax.AlignmentState`, for loops inside of scan.
-            sample_ids: int [batch] into the ledger (`watch(num_samples=)`), or None.
+            sample_ids: int [batch] into the ledger (`watch(num_samples=)`), or None; of mixed samples int [batch, m], see `tag`.
+            weights: the shares of mixed samples, see `tag`.
+            predicted: int [batch], the classes that the model predicts, for the list of suspects; such as `logits.argmax(-1)`
+                out of the loss's aux.
 
         Raises:
             InvalidInputError: scores or ids of a wrong type, shape or dtype, or a tracer (call it outside jit).
         """
+        if sample_ids is None and not (weights is None and predicted is None):
+            raise InvalidInputError("weights and predicted are entered by sample id: update(scores, sample_ids, ...)")
         if not self._closed:
-            self._adapter.observe(scores, sample_ids)
+            self._adapter.observe(scores, None if sample_ids is None else Samples(sample_ids, weights, predicted))
 
-    def tag(self, sample_ids: Any) -> None:
+    def tag(self, sample_ids: Any, weights: Any = None) -> None:
         """Says which samples the next forward pass is about (PyTorch).
+
+        Where inputs are mixed out of several samples (mixup, CutMix), say which and how much of each; its score is shared out by
+        these weights: `tag(torch.stack([ids, ids[order]], 1), weights=(lam, 1 - lam))`.
 
         Where the head's pass is itself repeated in the backward pass (reentrant checkpointing of the whole model), of several
         passes before one backward only the last keeps its ids.
 
         Args:
-            sample_ids: int [batch] into the ledger (`watch(num_samples=)`).
+            sample_ids: int [batch] into the ledger (`watch(num_samples=)`); of mixed samples int [batch, m]. On any device.
+            weights: float [m], the same for every sample of the batch, or [batch, m]; at least 0.
         """
         for monitor in (self, *self.heads.values()):
-            monitor._adapter.tag(sample_ids)
+            monitor._adapter.tag(Samples(sample_ids, weights))
 
     def value_and_grad(
         self, fun: Any, argnums: int | tuple[int, ...] = 0, has_aux: bool = False, **options: Any
@@ -161,11 +178,13 @@ class Monitor:
         with self._lock:
             if self._closed:
                 return
+            if self._expected is not None:
+                self._compare_heads(self._expected)
             if self._intervals.step():
                 self._notify()
-            window = self._settings.samples_per_epoch
-            if window is not None and self._intervals.summary.seen >= window:
-                self.end_epoch()
+                window = self._settings.samples_per_epoch
+                if window is not None and self._intervals.summary.seen >= window:
+                    self.end_epoch()
 
     # --- epochs ---------------------------------------------------------------------------------------------------
 
@@ -209,6 +228,7 @@ class Monitor:
             self.alert = alert
             logger.warning("gwa_logging: %s", alert.message)
             self._write(alert, sync=True)
+            self._write_suspects()
             self._call_back(alert)
         self._notify()
         return report
@@ -265,13 +285,15 @@ class Monitor:
                     bar.update()
                 if self.alert and self._rule.settings.action == "stop":
                     break
+            for monitor in (self, *self.heads.values()):  # here are all processes; in `close` there may be one
+                monitor._write_suspects()
         finally:
             if bar is not None:
                 bar.close()
 
     # --- results and state ----------------------------------------------------------------------------------------
 
-    def suspects(self, k: int = 100) -> list[Suspect]:
+    def suspects(self, k: int = SUSPECTS) -> list[Suspect]:
         """The k training samples that are most probably mislabelled, most suspect first. Waits for the device.
 
         Of several processes, each must call it: the ledger is added up over them.
@@ -279,77 +301,146 @@ class Monitor:
         Raises:
             InvalidInputError: there is no ledger: `watch(..., num_samples=N)`.
         """
-        if self._settings.num_samples is None:
-            raise InvalidInputError(
-                "suspects(): there is no ledger: watch(..., num_samples=<size of the training set>)"
-            )
         with self._lock:
-            sums, seen = self._adapter.ledger()
-        strays = int(seen[-1])
-        if strays:
-            self._faults.record(
-                "sample ids",
-                f"{strays} ids were not in [0, {len(seen) - 1}), or not as many as their samples, and were left out",
-            )
-        return samples.suspects(sums[:-1], seen[:-1], k)
+            return self._ledger.suspects(k)[0]
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on later: plain JSON-able values and NumPy arrays. Waits for the device.
+    def label_quality(self) -> npt.NDArray[np.float64]:
+        """How well each training sample's label is borne out, as cleanlab's label quality scores are: lower is more suspect.
 
-        Of several processes, each must call it if there is a ledger, which is added up over them; of an epoch in progress the
-        state holds this process's samples only, so save it at an epoch's end.
-        """
-        with self._lock:
-            self._gather()
-            summary = self._intervals.summary
-            state: dict[str, Any] = {
-                "version": STATE_VERSION,
-                "step": self._intervals.steps,
-                "display_limit": self._intervals.display_limit,
-                "stop_state": list(self._rule.state),
-                "history": [report.model_dump(mode="json") for report in self.history],
-                "alert": self.alert.model_dump(mode="json") if self.alert else None,
-                "epoch_summary": {name: getattr(summary, name) for name in AlignmentSummary.__slots__},
-            }
-            if self._settings.num_samples is not None:
-                state["ledger"] = list(self._adapter.ledger())
-            state["heads"] = {path: other.state_dict() for path, other in self.heads.items()}
-            return state
+        For `cleanlab.rank.find_top_issues(monitor.label_quality(), top=100)`, or a `label_score` column of your own. Waits for
+        the device. Of several processes, each must call it.
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a `state_dict`. Nothing is changed if the state does not fit.
+        Returns:
+            float64 [num_samples], in [0, 1]: (mean score + 1) / 2; NaN for samples never seen, which sorting puts last.
 
         Raises:
-            InvalidInputError: the state is of another version, or its ledger of another size.
+            InvalidInputError: there is no ledger: `watch(..., num_samples=N)`.
         """
+        with self._lock:
+            return np.clip((self._ledger.read("label_quality()").means + 1) / 2, 0, 1)
+
+    def log_suspects(self, k: int = SUSPECTS, images: Any = None) -> list[Suspect]:
+        """Writes the k most suspect samples into the journal, suspects.csv in the run's folder, and the trackers.
+
+        That is done without asking, for 100 of them, at the stop alert, after `epochs`, and, of a single process, on `close`.
+        Waits for the device. Of several processes, each must call it.
+
+        Args:
+            k: how many; the journal holds them all in one line.
+            images: what gives a sample's picture by its id, `images[id]`: an array, or a data set whose items begin with the
+                picture. See `gwa_logging.thumbnail.thumbnail`; one that fails is counted, and its suspect goes without.
+
+        Returns:
+            The suspects, as `suspects` does.
+
+        Raises:
+            InvalidInputError: there is no ledger: `watch(..., num_samples=N)`.
+        """
+        with self._lock:
+            if self._closed:
+                raise InvalidInputError("log_suspects(): this monitor is closed; call it before close()")
+            self._gather()
+            found, scored = self._ledger.suspects(k, images)
+            step, epoch = self._intervals.steps - 1, self._intervals.epoch
+            if self._journal is not None:
+                record = SuspectsRecord(step=step, epoch=epoch, samples=scored, suspects=tuple(found))
+                self._write(record, sync=True)
+                self._write_csv(record)
+            self._suspects_of = len(self.history)
+        self._notify()
+        return found
+
+    def _write_csv(self, record: SuspectsRecord) -> None:
+        assert self.journal is not None
         try:
-            if state["version"] != STATE_VERSION:
-                raise InvalidInputError(f"state: expected version {STATE_VERSION}, found {state['version']!r}")
-            summary = AlignmentSummary(**state["epoch_summary"])
-            history = [EpochReport.model_validate(report) for report in state["history"]]
-            alert = StopAlert.model_validate(state["alert"]) if state["alert"] else None
-            stop_state = StopState(*state["stop_state"])
-            others = {path: state["heads"][path] for path in self.heads}
-            step, limit, ledger = int(state["step"]), float(state["display_limit"]), state.get("ledger")
-        except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, InvalidInputError):
-                raise
-            raise InvalidInputError(f"state: not a state_dict() of a monitor ({error!r})") from error
-        size = None if ledger is None else len(ledger[0]) - 1
-        if size != self._settings.num_samples:
-            raise InvalidInputError(
-                f"state: its ledger is of size {size}, watch(num_samples={self._settings.num_samples})"
-            )
-        for path, other in others.items():
-            self.heads[path].load_state_dict(other)
+            (self.journal.parent / "suspects.csv").write_text(record.csv(), encoding="utf-8")
+        except OSError as error:
+            self._faults.record("suspects.csv", error.strerror)
+
+    def _write_suspects(self) -> None:
+        """Writes suspects if there is a ledger, and an epoch since they were written last: which all processes see alike."""
+        if self._settings.num_samples is None or self._suspects_of == len(self.history):
+            return
+        try:
+            self.log_suspects()
+        except Exception as error:  # noqa: BLE001 - nobody has asked for it; training goes on
+            self._faults.record("suspects", f"{type(error).__name__}: {error}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on later, also in the middle of an epoch: JSON-able values, and the ledger's arrays, as
+        tensors in PyTorch (`torch.save` and `torch.load` take it) and as NumPy in JAX. Waits for the device.
+
+        Of several processes, each must call it, and all get the state of all of them together, but for their own step.
+        """
+        with self._lock:
+            heads = {path: other.state_dict() for path, other in self.heads.items()}
+            taken, interval = self._intervals.hold()
+            self._notify()
+            epoch = self._intervals.summary
+            return MonitorState(
+                head=HeadShape.of(self._adapter),
+                processes=self._adapter.processes,
+                step=self._intervals.steps,
+                taken=taken,
+                display_limit=self._intervals.display_limit,
+                planned=self._rule.planned,
+                stop=self._rule.state,
+                history=self.history,
+                alert=self.alert,
+                epoch=self._adapter.reduce(epoch) if epoch.seen else epoch,
+                interval=interval,
+                ledger=None if self._settings.num_samples is None else self._adapter.ledger(),
+                heads=heads,
+            ).plain(self._adapter)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a `state_dict`, in a monitor that has just been made. Nothing is changed if the state does not fit.
+
+        Steps and epochs count on. The journal is a new one, and begins where the state ends. A tracker's run that goes on
+        (`watch(run=)`) is asked what it has of the steps after the state, if the earlier run went on after it was saved: it is
+        not sent again.
+
+        Of several processes, each must call it, with the state of any of them.
+
+        Raises:
+            InvalidInputError: the state is of another version, head or number of processes, or its ledger of another size.
+        """
+        mine = self._fitting(state)
+        others = {path: other._fitting(mine.heads[path]) for path, other in self.heads.items()}
+        self._go_on(mine)
+        for path, other in self.heads.items():
+            other._go_on(others[path])
+
+    def _fitting(self, state: Any) -> MonitorState:
+        read = MonitorState.from_plain(state)
+        read.check(self._adapter, self._settings.num_samples, set(self.heads))
+        return read
+
+    def _go_on(self, state: MonitorState) -> None:
         with self._lock:
             self._gather()
-            if ledger is not None:
-                self._adapter.load_ledger(np.asarray(ledger[0]), np.asarray(ledger[1]))
-            self.history, self.alert = history, alert
-            self._rule.state = stop_state
+            if state.ledger is not None:
+                self._adapter.load_ledger(state.ledger)
+            self.history, self.alert = state.history, state.alert
+            self._rule.state, self._rule.planned = state.stop, state.planned
+            self._expected = None if HeadShape.of(self._adapter) else state.head
             # All processes may load the state of one of them: its samples must count once.
-            self._intervals.go_on(step, len(history), summary if self._adapter.writes else AlignmentSummary(), limit)
+            epoch = state.epoch if self._adapter.writes else AlignmentSummary()
+            self._intervals.go_on(
+                state.step, len(state.history), epoch, state.display_limit, state.taken, state.interval
+            )
+            for delivery in self._deliveries:
+                delivery.go_on()
+
+    def _compare_heads(self, expected: HeadShape) -> None:
+        """Looks at the head as soon as the first step has told which it is."""
+        self._expected, found = None, HeadShape.of(self._adapter)
+        if found is not None and found != expected:
+            self._faults.record(
+                "state",
+                f"it was saved with the head {expected}, this model's is {found}: what was recorded before does not belong to "
+                "what comes now",
+            )
 
     @property
     def faults(self) -> dict[str, int]:
@@ -394,6 +485,8 @@ class Monitor:
                 self._gather()
                 if self._intervals.summary.seen:
                     self._end_epoch(partial=True)
+                if self._adapter.processes == 1:  # of several, the others may be gone
+                    self._write_suspects()
             except Exception as error:  # noqa: BLE001 - closing must go on
                 self._faults.record("close", f"{type(error).__name__}: {error}")
             self._closed = True
