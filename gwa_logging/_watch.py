@@ -93,7 +93,7 @@ def watch(
     subject = room.subject(model)
     _close_previous(subject)
     heads = settings.heads
-    folder = settings.directory / f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+    folder = settings.directory.absolute() / f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
     monitor = _open(room, model, settings.for_head(heads[0]), folder)
     try:
         for other in heads[1:]:

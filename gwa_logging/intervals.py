@@ -66,7 +66,13 @@ class Intervals:
         return self._taken, self._held
 
     def go_on(
-        self, steps: int, epoch: int, summary: AlignmentSummary, display_limit: float, taken: int, held: AlignmentSummary
+        self,
+        steps: int,
+        epoch: int,
+        summary: AlignmentSummary,
+        display_limit: float,
+        taken: int,
+        held: AlignmentSummary,
     ) -> None:
         """Takes up where an earlier run stopped; `taken` and `held` are what `hold` gave."""
         self.steps, self.epoch, self.summary, self.display_limit = steps, epoch, summary, display_limit

@@ -107,7 +107,7 @@ class Monitor:
         Args:
             scores: float [...] on the device, as `value_and_grad` returns them; values that are not finite are
                 samples without a score. In JAX also a `gwa_logging.integrations.jax.AlignmentState`, for loops inside of scan.
-            sample_ids: int [batch] into the ledger (`watch(num_samples=)`), or None; of mixed samples int [batch, m], see `tag`.
+            sample_ids: int [batch] into the ledger (`watch(num_samples=)`), or None; of mixed samples int [batch, m].
             weights: the shares of mixed samples, see `tag`.
             predicted: int [batch], the classes that the model predicts, for the list of suspects; such as `logits.argmax(-1)`
                 out of the loss's aux.
@@ -123,8 +123,8 @@ class Monitor:
     def tag(self, sample_ids: Any, weights: Any = None) -> None:
         """Says which samples the next forward pass is about (PyTorch).
 
-        Where inputs are mixed out of several samples (mixup, CutMix), say which and how much of each; its score is shared out by
-        these weights: `tag(torch.stack([ids, ids[order]], 1), weights=(lam, 1 - lam))`.
+        Where inputs are mixed out of several samples (mixup, CutMix), say which and how much of each; the score is shared out
+        by these weights: `tag(torch.stack([ids, ids[order]], 1), weights=(lam, 1 - lam))`.
 
         Where the head's pass is itself repeated in the backward pass (reentrant checkpointing of the whole model), of several
         passes before one backward only the last keeps its ids.

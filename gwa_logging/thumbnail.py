@@ -39,10 +39,10 @@ def thumbnail(item: Any) -> str:
 
 def _as_bytes(pixels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     if pixels.dtype == np.uint8:
-        return pixels
+        return np.asarray(pixels)
     values = np.nan_to_num(pixels.astype(np.float64), posinf=0.0, neginf=0.0)
     low, high = values.min(), values.max()
-    return np.rint(255 * (values - low) / (high - low if high > low else 1.0)).astype(np.uint8)
+    return np.asarray(255 * (values - low) / (high - low if high > low else 1.0) + 0.5, dtype=np.uint8)
 
 
 def _encoded(pixels: npt.NDArray[np.uint8]) -> bytes:
@@ -56,5 +56,8 @@ def _encoded(pixels: npt.NDArray[np.uint8]) -> bytes:
 
     header = struct.pack(">IIBBBBB", width, height, 8, kind, 0, 0, 0)
     return (
-        b"\x89PNG\r\n\x1a\n" + block(b"IHDR", header) + block(b"IDAT", compress(rows.tobytes(), 9)) + block(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n"
+        + block(b"IHDR", header)
+        + block(b"IDAT", compress(rows.tobytes(), 9))
+        + block(b"IEND", b"")
     )

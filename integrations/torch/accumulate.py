@@ -206,7 +206,7 @@ class Accumulator:
             weights = _moved(samples.weights, device).float()
             weights = (weights if weights.ndim == 1 else weights[:rows]).expand(ids.shape)
             stray |= ~(weights >= 0) | torch.isinf(weights)
-            shares = torch.where(counted[:, None] & (stray | (weights > 0)), torch.where(stray, 1.0, weights), 0.0)
+            shares = torch.where(counted[:, None], torch.where(stray, 1.0, weights), 0.0)
             scores = scores[:, None]
         ids = torch.where(stray, size, ids)
         ledger.sums.index_add_(0, ids.flatten(), (shares * scores).flatten())

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
@@ -79,6 +78,7 @@ class RankAccumulator(Accumulator):
         if is_split(scores):
             counts = _comes_first(scores)
             scores, valid = _whole(scores), None if valid is None else _whole(valid)
+            samples = samples and samples._replace(predicted=None)
             if not counts:
                 return
         super().add_scores(scores, samples, valid)

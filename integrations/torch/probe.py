@@ -24,7 +24,7 @@ from gwa_logging.integrations.torch.accumulate import UNTAGGED, Accumulator, Ter
 from gwa_logging.integrations.torch.distributed import is_distributed, is_freed, is_split
 from gwa_logging.integrations.torch.hooks import Attachment, unchecked
 from gwa_logging.integrations.torch.layers import Linear, norm
-from gwa_logging.samples import Samples
+from gwa_logging.samples import UNKNOWN, Samples
 
 # Leaves are views of a single number: they cost no memory, whatever their length. A gradient does, so the shortest leaf
 # that fits the batch is taken; factors of four keep both the waste and the number of recompilations small.
@@ -59,7 +59,9 @@ class LogitsProbe(torch.autograd.Function):
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
         logits, embeddings, bias, weight_norm = ctx.saved_tensors
         terms = ctx.layer.by_logits(delta, logits, embeddings, bias, weight_norm)
-        predicted = ctx.layer.predicted(logits) if ctx.columns > 2 else None
+        predicted = None
+        if ctx.columns > 2:  # of logits that are split over ranks, nobody has all of a row
+            predicted = torch.full_like(terms.product, UNKNOWN) if is_split(logits) else ctx.layer.predicted(logits)
         return delta, None, None, None, coded(terms, predicted), None
 
 
