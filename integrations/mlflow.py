@@ -210,7 +210,6 @@ class MlflowBackend:
             outlook = "the next will be tried" if self._picture_tries else "there will be no more"
             logger.warning("gwa_logging: backend mlflow: no picture (%s); %s", _masked(repr(error)), outlook)
 
-
     def _list(self, record: SuspectsRecord) -> None:
         """Adds the suspects, as a CSV file, which MLflow shows as a table. See `_show`."""
         try:

@@ -104,7 +104,7 @@ class TrackioBackend:
             text = "\n".join([record.message, *(f"But: {caveat}." for caveat in record.caveats)])
             self.run.alert(title=ALERT_TITLE, text=text, level=trackio.AlertLevel.WARN, step=record.epoch)
         elif isinstance(record, SuspectsRecord):
-            table = trackio.Table(columns=list(record.COLUMNS), data=record.rows())  # type: ignore[no-untyped-call]
+            table = trackio.Table(columns=list(record.COLUMNS), data=record.rows())
             self._log(record.step, {"suspects": table, "suspects_of": record.samples})
         elif isinstance(record, CloseRecord):
             if record.best_epoch is not None:

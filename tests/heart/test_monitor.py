@@ -1,6 +1,5 @@
 """The Monitor: steps, intervals, epochs, the alert, closing. On a real PyTorch model."""
 
-import json
 import math
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import gwa_logging
-from gwa_logging import EarlyStop, GwaError, InvalidInputError, NoObservationsError, StopReason
+from gwa_logging import EarlyStop, InvalidInputError, NoObservationsError, StopReason
 from gwa_logging.journal import read_journal
 
 
