@@ -45,19 +45,26 @@ def cnn() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     return model, torch.randn(64, 3, 32, 32), torch.randint(0, 100, (64,))
 
 
-def torch_steps(make: Callable[[], Any], compiled: bool, directory: str) -> tuple[Steps, gwa_logging.Monitor]:
-    """Training steps of three copies of a model, of which the second is watched."""
+def torch_steps(
+    make: Callable[[], Any], compiled: bool, directory: str, samples: int | None = None
+) -> tuple[Steps, gwa_logging.Monitor]:
+    """Training steps of three copies of a model, of which the second is watched; with a ledger of so many samples."""
     torch.manual_seed(0)
     model, x, y = make()
     models = {"bare": model, "watched": copy.deepcopy(model), "again": copy.deepcopy(model)}
-    monitor = gwa_logging.watch(models["watched"], directory=directory)
+    monitor = gwa_logging.watch(models["watched"], directory=directory, num_samples=samples)
+    ids = torch.randint(0, samples or 1, (len(x),))
 
     def step_of(net: nn.Module) -> Step:
         run = torch.compile(net, fullgraph=True) if compiled else net
         optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
         criterion = nn.CrossEntropyLoss()
 
+        tagged = samples is not None and net is models["watched"]
+
         def step() -> None:
+            if tagged:
+                monitor.tag(ids)
             criterion(run(x), y).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -95,8 +102,10 @@ def jax_body(kind: str) -> Any:
     return {"mlp": mlp, "cnn": cnn, "vit": vit}[kind]
 
 
-def jax_steps(kind: str, shape: tuple[int, ...], classes: int, directory: str) -> tuple[Steps, gwa_logging.Monitor]:
-    """Jitted, donated steps: bare, watched, and the published way."""
+def jax_steps(
+    kind: str, shape: tuple[int, ...], classes: int, directory: str, samples: int | None = None
+) -> tuple[Steps, gwa_logging.Monitor]:
+    """Jitted, donated steps: bare, watched (with a ledger of so many samples), and the published way."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -116,7 +125,8 @@ def jax_steps(kind: str, shape: tuple[int, ...], classes: int, directory: str) -
     x = jax.random.normal(jax.random.key(0), shape)
     y = jax.random.randint(jax.random.key(1), shape[:1], 0, classes)
     start = model.init(jax.random.key(2), x)
-    monitor = gwa_logging.watch(model, directory=directory)
+    monitor = gwa_logging.watch(model, directory=directory, num_samples=samples)
+    ids = None if samples is None else np.random.default_rng(0).integers(0, samples, shape[0])
     kept: list[jax.Array] = []
 
     def loss(params: Any) -> jax.Array:
@@ -159,7 +169,7 @@ def jax_steps(kind: str, shape: tuple[int, ...], classes: int, directory: str) -
 
     steps = {
         "bare": step_of(bare, lambda _: None),
-        "watched": step_of(watched, monitor.update),
+        "watched": step_of(watched, lambda scores: monitor.update(scores, ids)),
         "published": step_of(published, kept.append),
         "again": step_of(bare, lambda _: None),
     }
