@@ -1,7 +1,8 @@
 """Monitor: what `watch` returns. It closes epochs, asks the stop rule, and writes everything into the journal.
 
 The training thread is never kept: a summary travels to the host while training goes on, and is picked up by a later
-step. Only `end_epoch`, `flush`, `suspects`, `state_dict` and `close` wait for the device.
+step. Only `end_epoch`, `flush`, `close`, `state_dict` and what reads the ledger (`suspects`, `log_suspects`, `label_quality`,
+the stop alert) wait for the device.
 """
 
 import logging

@@ -79,7 +79,10 @@ class WatchSettings(Settings):
         given, size = values.get("labels"), values.get("num_samples")
         if given is None:
             return values
-        labels = np.asarray(given)
+        try:
+            labels = np.asarray(given)
+        except Exception as error:  # a tensor on another device, a ragged list
+            raise ValueError(f"labels: expected an array on the host, or a list ({error})") from error
         if labels.ndim != 1 or not labels.size or labels.dtype.kind not in "iu":
             found = f"{labels.dtype} of shape {labels.shape}"
             raise ValueError(f"labels: expected class indices, int [num_samples], found {found}")

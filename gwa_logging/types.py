@@ -441,7 +441,7 @@ class Backend(Protocol):
     because something would go wrong if the user wrote at the same time; so `write` should take about a millisecond."""
 
     def held(self) -> Held:
-        """What the run has of ours already; for `gwa-logging replay`, which sends what comes after that."""
+        """What the run has of ours already: `gwa-logging replay`, and a run that is resumed, send what comes after that."""
         ...
 
     def write(self, record: AnyRecord) -> None:

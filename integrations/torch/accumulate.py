@@ -50,11 +50,13 @@ class Terms(NamedTuple):
         return torch.where(torch.isfinite(self.product + self.delta_norms + seen), scores, NOT_FINITE)
 
 
-def coded(terms: Terms, predicted: Tensor | None = None) -> Tensor:
+def coded(terms: Terms, predicted: Tensor | None = None, columns: int = 2) -> Tensor:
     """float32 [rows, 2 or 3], always finite: (score, 1, predicted class) of each row. Zeros after them are padding."""
     scores = torch.nan_to_num(terms.scores(), nan=_NO_GRADIENT, posinf=_NOT_FINITE, neginf=_DEAD)
-    columns = [scores, torch.ones_like(scores)]
-    return torch.stack(columns if predicted is None else [*columns, predicted.float()], dim=-1)
+    coded = [scores, torch.ones_like(scores)]
+    if columns > 2:
+        coded.append(torch.full_like(scores, UNKNOWN) if predicted is None else predicted.float())
+    return torch.stack(coded, dim=-1)
 
 
 def decoded(rows: Tensor) -> Tensor:

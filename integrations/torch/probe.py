@@ -24,7 +24,7 @@ from gwa_logging.integrations.torch.accumulate import UNTAGGED, Accumulator, Ter
 from gwa_logging.integrations.torch.distributed import is_distributed, is_freed, is_split
 from gwa_logging.integrations.torch.hooks import Attachment, unchecked
 from gwa_logging.integrations.torch.layers import Linear, norm
-from gwa_logging.samples import UNKNOWN, Samples
+from gwa_logging.samples import Samples
 
 # Leaves are views of a single number: they cost no memory, whatever their length. A gradient does, so the shortest leaf
 # that fits the batch is taken; factors of four keep both the waste and the number of recompilations small.
@@ -59,10 +59,9 @@ class LogitsProbe(torch.autograd.Function):
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
         logits, embeddings, bias, weight_norm = ctx.saved_tensors
         terms = ctx.layer.by_logits(delta, logits, embeddings, bias, weight_norm)
-        predicted = None
-        if ctx.columns > 2:  # of logits that are split over ranks, nobody has all of a row
-            predicted = torch.full_like(terms.product, UNKNOWN) if is_split(logits) else ctx.layer.predicted(logits)
-        return delta, None, None, None, coded(terms, predicted), None
+        is_known = ctx.columns > 2 and not is_split(logits)  # of split logits, nobody has all of a row
+        predicted = ctx.layer.predicted(logits) if is_known else None
+        return delta, None, None, None, coded(terms, predicted, ctx.columns), None
 
 
 class InputProbe(torch.autograd.Function):
@@ -77,9 +76,9 @@ class InputProbe(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, kept: Tensor) -> tuple[Tensor | None, ...]:
         embeddings, weight_norm = ctx.saved_tensors
-        delta_norms, *predicted = kept.unbind(1)
+        delta_norms, predicted = kept[:, 0], kept[:, 1] if kept.shape[1] > 1 else None
         terms = ctx.layer.by_input_terms(delta_norms, grad, embeddings, weight_norm)
-        return grad, None, coded(terms, *predicted), None
+        return grad, None, coded(terms, predicted, 1 + kept.shape[1]), None
 
 
 class DeltaProbe(torch.autograd.Function):

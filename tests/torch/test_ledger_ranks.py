@@ -103,7 +103,19 @@ def after_the_epochs() -> list[str]:
     return [record.kind for record in read_journal(monitor.journal)[0]] if monitor.journal else []
 
 
-WORLD = {function.__name__: function for function in (whole, resumed, strays, after_the_epochs)}
+def split() -> tuple[list[Any], dict[str, int]]:
+    """A compiled head that is split by classes: no rank has all logits of a sample."""
+    from tests.torch.test_distributed import Net, by_classes
+
+    model = torch.compile(by_classes(Net()), backend="aot_eager")
+    x, y = training_set()
+    with gwa_logging.watch(model, num_samples=N, early_stop=None) as monitor:
+        monitor.tag(torch.arange(N))
+        F.cross_entropy(model(x), y).backward()
+        return monitor.suspects(N), monitor.faults
+
+
+WORLD = {function.__name__: function for function in (whole, resumed, strays, after_the_epochs, split)}
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +174,17 @@ def test_a_state_of_two_ranks_is_refused_by_one(two: World) -> None:
     with pytest.raises(InvalidInputError, match="saved by 2 processes, this run has 1; go on with as many"):
         monitor.load_state_dict(state)
     assert monitor.history == []
+
+
+def test_of_a_split_head_the_scores_are_entered_once_and_the_class_is_unknown(two: World) -> None:
+    from tests.torch.test_distributed import Net
+
+    x, y = training_set()
+    model = Net()
+    with gwa_logging.watch(model, num_samples=N) as monitor:
+        monitor.tag(torch.arange(N))
+        F.cross_entropy(model(x), y).backward()
+        want = {s.id: (pytest.approx(s.mean_score, abs=1e-6), 1.0, None) for s in monitor.suspects(N)}
+    for suspects, faults in two["split"]:
+        assert {s.id: (s.mean_score, s.times_seen, s.predicted) for s in suspects} == want
+        assert faults == {}
