@@ -117,6 +117,19 @@ def test_a_folder_that_is_gone_costs_the_csv_and_nothing_else(tmp_path):
     assert monitor.faults == {"suspects.csv": 1}
 
 
+def test_a_program_that_changes_its_working_directory_gets_everything_in_the_same_folder(tmp_path, monkeypatch):
+    training = Training()
+    monitor = gwa_logging.watch(training.model, num_samples=N, backend="tensorboard", early_stop=None)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    epoch(training, monitor)
+    monitor.close()
+    assert monitor.faults == {}
+    (folder,) = (tmp_path / "gwa_runs").iterdir()
+    assert {"journal.jsonl", "suspects.csv", "gwa"} <= {path.name for path in folder.iterdir()}
+    assert read_events(folder / "gwa").Tags()["scalars"]
+
+
 def test_a_closed_monitor_writes_none(tmp_path):
     training = Training()
     monitor = watch(training, tmp_path)
