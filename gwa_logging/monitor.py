@@ -269,7 +269,6 @@ class Monitor(Intake):
         with self._lock:
             if self._closed:
                 raise InvalidInputError("log_suspects(): this monitor is closed; call it before close()")
-            self._gather()
             found, scored = self._ledger.suspects(k, images)
             step, epoch = self._intervals.steps - 1, self._intervals.epoch
             if self._journal is not None:
