@@ -116,7 +116,7 @@ class MonitorState(NamedTuple):
                     "heads": dict(state["heads"]),
                 }
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, InvalidInputError):
                 raise
             raise InvalidInputError(f"state: not a state_dict() of a monitor ({error!r})") from error

@@ -230,6 +230,7 @@ WRONG = {
     "nothing": (lambda state: None, "not a state_dict"),
     "history": (changed(history="x"), "not a state_dict"),
     "stop rule": (changed(stop={"unknown": 1}), "not a state_dict"),
+    "a stop rule of old": (changed(stop=[0, 1]), "not a state_dict"),
     "world size": (changed(processes=8), "saved by 8 processes, this run has 1"),
     "further heads": (changed(heads={"head_dist": {}}), r"further heads \['head_dist'\], watched are \[\]"),
     "no ledger": (changed(ledger=None), r"its ledger is of size None, watch\(num_samples=40\)"),
