@@ -73,6 +73,39 @@ def epoch_of_jax(samples: int | None, directory: str) -> tuple[gwa_logging.Monit
     return monitor, train
 
 
+def median_us(call: Callable[[], Any], times: int = 300) -> float:
+    """Microseconds."""
+    return float(1e6 * np.median([timed(call) for _ in range(times)]))
+
+
+def own_operations(samples: int) -> None:
+    """What the ledger adds to a step, each operation by itself and waited for: exact on a busy machine, too."""
+    import jax
+    import jax.numpy as jnp
+
+    from gwa_logging.integrations.jax.accumulate import DeviceLedger, enter
+    from gwa_logging.integrations.torch.accumulate import Accumulator
+    from gwa_logging.samples import Samples
+
+    accumulator, ids, scores = Accumulator(samples), torch.randint(0, samples, (BATCH,)), 0.3 * torch.rand(BATCH)
+    batch = Samples(ids, None, torch.zeros(BATCH, dtype=torch.int64))
+    for classes in (10, 100, 1000):
+        logits = torch.randn(BATCH, classes)
+        took = median_us(lambda logits=logits: logits.argmax(-1))  # type: ignore[misc]
+        print(f"PyTorch, prediction of {BATCH} samples, {classes} classes: {took:.0f} us")
+    print(f"PyTorch, entering them: {median_us(lambda: accumulator._enter(batch, scores)):.0f} us")
+
+    ledger, device_scores = DeviceLedger.empty(samples), jnp.asarray(scores.numpy())
+    device_batch = Samples(ids.numpy().astype(np.int32))
+
+    def entered() -> None:
+        nonlocal ledger
+        ledger = jax.block_until_ready(enter(ledger, device_batch, device_scores))
+
+    entered()
+    print(f"JAX, entering them: {median_us(entered):.0f} us\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=30.0, help="per row of steps")
@@ -80,6 +113,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     directory, samples = tempfile.mkdtemp(), args.samples
+    own_operations(samples)
 
     for name, epoch_of in (("PyTorch", epoch_of_torch), ("JAX", epoch_of_jax)):
         for size in (None, samples):
