@@ -216,6 +216,7 @@ def test_in_the_users_wandb_run_the_table_moves_no_step(tmp_path, monkeypatch):
     assert monitor.flush(30)
     assert run.step == before
     run.log({"user/loss": 0.5})
+    monitor.close()
     folder = folder_of(run)
     tracker.end(run)
     disk = read_back(folder)
