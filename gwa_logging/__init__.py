@@ -2,6 +2,7 @@
 
 from gwa_logging._watch import watch
 from gwa_logging.alignment import GWA_BETA, STABLE_BETA, alignment_scores, gwa
+from gwa_logging.dataset import with_ids
 from gwa_logging.errors import (
     BackendError,
     GwaError,
@@ -36,4 +37,5 @@ __all__ = [
     "alignment_scores",
     "gwa",
     "watch",
+    "with_ids",
 ]

@@ -32,6 +32,7 @@ def watch(
     log_every_n_steps: int = 50,
     samples_per_epoch: int | None = None,
     num_samples: int | None = None,
+    labels: Any = None,
     directory: str | PathLike[str] = "gwa_runs",
     name: str = "gwa",
     **unknown: Never,
@@ -59,7 +60,10 @@ def watch(
             run has become twice as long, so that a run of any length writes a bounded journal; not with samples_per_epoch.
         samples_per_epoch: closes an epoch by itself whenever at least so many samples have been seen; looked at each
             time a histogram is taken. For runs without epochs.
-        num_samples: size of the training set; turns on the per-sample ledger behind `Monitor.suspects`.
+        num_samples: size of the training set, below 2**31; turns on the per-sample ledger behind `Monitor.suspects`: 12 bytes a
+            sample on the device (8 in JAX, if no predictions are given).
+        labels: the samples' class indices, int [num_samples], an array on the host or a list, for the list of suspects;
+            num_samples need not be given then.
         directory: where journals and reports go; each watch makes a folder of its own in it.
         name: prefix of every metric key; letters, digits, "_", "." and "-".
 
@@ -81,6 +85,7 @@ def watch(
         log_every_n_steps=log_every_n_steps,
         samples_per_epoch=samples_per_epoch,
         num_samples=num_samples,
+        labels=labels,
         directory=Path(directory),
         name=name,
         **unknown,
@@ -89,7 +94,7 @@ def watch(
     subject = room.subject(model)
     _close_previous(subject)
     heads = settings.heads
-    folder = settings.directory / f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+    folder = settings.directory.absolute() / f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
     monitor = _open(room, model, settings.for_head(heads[0]), folder)
     try:
         for other in heads[1:]:

@@ -13,7 +13,7 @@ from time import monotonic
 
 from gwa_logging.faults import Faults
 from gwa_logging.journal import Journal, JournalReader
-from gwa_logging.types import AnyRecord, Backend
+from gwa_logging.types import AnyRecord, Backend, Held
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds between two tries
 RECORDS_PER_NOTICE = 8  # while the training thread stands still, so that catching up never holds a step for long
@@ -49,6 +49,7 @@ class Delivery:
         self._reader = JournalReader(journal.path)
         self._faults = faults
         self._pause, self._not_before = FIRST_PAUSE, 0.0
+        self._held: Held | None = Held()  # what the tracker need not be sent; None: it has to be asked
         self._news, self._rested, self._closing, self._done = Event(), Event(), Event(), Event()
         self._rested.set()
         Thread(target=self._work, name=f"gwa_logging {backend.name}", daemon=True).start()
@@ -63,6 +64,12 @@ class Delivery:
             self._rested.clear()
             self._news.set()
             self._rested.wait(PATIENCE)
+
+    def go_on(self) -> None:
+        """Says that the run goes on from an earlier state: what the tracker has already of the steps since then is not sent
+        again.
+        """
+        self._held = None
 
     def wait(self, deadline: float) -> bool:
         """Waits until the backend has everything, at most until `deadline` on the monotonic clock."""
@@ -90,9 +97,15 @@ class Delivery:
         if monotonic() < self._not_before:
             return
         try:
+            held = self._held
+            if held is None:
+                # What an earlier close has written is replaced by what this one will know.
+                self._held = held = getattr(self.backend, "held", Held)()._replace(closed=False)
+                if not self.backend.threaded and not self._closing.is_set():
+                    return  # the training thread may not have waited
             while limit != 0 and (found := self._reader.peek(batch_of(self.backend)))[0]:
                 records, position = found
-                send(self.backend, records)
+                send(self.backend, [record for record in records if not held.has(record)])
                 self._reader.advance(position)
                 self.delivered += len(records)
                 self._pause = FIRST_PAUSE

@@ -53,6 +53,7 @@ class Intervals:
         self._faults = faults
         self._pending: deque[tuple[int, int, Snapshot]] = deque()
         self._taken = 0  # steps that are in the journal or on their way there
+        self._held = AlignmentSummary()  # of the interval in progress, what `hold` has brought to the host
 
     def step(self) -> bool:
         """Notes a training step; whether anything was written. Does not wait for the device."""
@@ -75,10 +76,31 @@ class Intervals:
         self.epoch = epoch
         self.summary = AlignmentSummary()
 
-    def go_on(self, steps: int, epoch: int, summary: AlignmentSummary, display_limit: float) -> None:
-        """Takes up where an earlier run stopped."""
-        self.steps = self._taken = steps
-        self.epoch, self.summary, self.display_limit = epoch, summary, display_limit
+    def hold(self) -> tuple[int, AlignmentSummary]:
+        """Has everything so far on the host, waiting for the device, without ending the interval.
+
+        Returns:
+            How many steps the journal has, and the summary of those after them.
+        """
+        self._collect(wait=True)
+        if self.steps > self._taken:
+            summary = self._adapter.snapshot().result()
+            self._take_in(summary)
+            self._held = self._held.merge(summary)
+        return self._taken, self._held
+
+    def go_on(
+        self,
+        steps: int,
+        epoch: int,
+        summary: AlignmentSummary,
+        display_limit: float,
+        taken: int,
+        held: AlignmentSummary,
+    ) -> None:
+        """Takes up where an earlier run stopped; `taken` and `held` are what `hold` gave."""
+        self.steps, self.epoch, self.summary, self.display_limit = steps, epoch, summary, display_limit
+        self._taken, self._held = taken, held
 
     def _take(self) -> None:
         """Starts moving to the host what the device has gathered."""
@@ -93,7 +115,7 @@ class Intervals:
             written = True
         return written
 
-    def _record(self, step: int, steps: int, summary: AlignmentSummary) -> None:
+    def _take_in(self, summary: AlignmentSummary) -> None:
         self.summary = self.summary.merge(summary)
         if summary.not_finite:
             self._faults.record(
@@ -101,6 +123,10 @@ class Intervals:
                 f"{summary.not_finite} samples had NaN or infinite logits, gradients or scores and were left out",
                 summary.not_finite,
             )
+
+    def _record(self, step: int, steps: int, summary: AlignmentSummary) -> None:
+        self._take_in(summary)
+        summary, self._held = self._held.merge(summary), AlignmentSummary()
         histogram = summary.histogram
         if summary.count:
             self.display_limit = histogram.display_limit(self.display_limit)

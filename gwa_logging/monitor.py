@@ -1,7 +1,8 @@
 """Monitor: what `watch` returns. It closes epochs, asks the stop rule, and writes everything into the journal.
 
 The training thread is never kept: a summary travels to the host while training goes on, and is picked up by a later
-step. Only `end_epoch`, `flush`, `suspects`, `state_dict` and `close` wait for the device.
+step. Only `end_epoch`, `flush`, `close`, `state_dict` and what reads the ledger (`suspects`, `log_suspects`, `label_quality`,
+the stop alert) wait for the device.
 """
 
 import logging
@@ -13,15 +14,18 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 import numpy as np
+import numpy.typing as npt
 
-from gwa_logging import samples
 from gwa_logging.delivery import Delivery
-from gwa_logging.early_stop import StopRule, StopState
+from gwa_logging.early_stop import StopRule
 from gwa_logging.errors import InvalidInputError, NoObservationsError
 from gwa_logging.faults import Faults
+from gwa_logging.intake import Intake
 from gwa_logging.intervals import Intervals
 from gwa_logging.journal import Journal
+from gwa_logging.samples import LedgerReader
 from gwa_logging.settings import EarlyStop, WatchSettings
+from gwa_logging.state import HeadShape, MonitorState
 from gwa_logging.summary import AlignmentSummary
 from gwa_logging.types import (
     Adapter,
@@ -33,6 +37,7 @@ from gwa_logging.types import (
     RunRecord,
     StopAlert,
     Suspect,
+    SuspectsRecord,
 )
 
 logger = logging.getLogger("gwa_logging")
@@ -40,10 +45,11 @@ logger = logging.getLogger("gwa_logging")
 CLOSE_WITHIN = 10.0
 """Seconds that `close` gives the backends."""
 
-STATE_VERSION = 1
+SUSPECTS = 100
+"""How many suspects are written down without being asked for."""
 
 
-class Monitor:
+class Monitor(Intake):
     """Watches one model. Made by `gwa_logging.watch`.
 
     Attributes:
@@ -66,6 +72,9 @@ class Monitor:
         self._deliveries: list[Delivery] = []
         self._adapter: Adapter
         self._intervals: Intervals
+        self._ledger: LedgerReader
+        self._suspects_of = -1  # how many epochs there were when they were written down last
+        self._expected: HeadShape | None = None  # the head of a loaded state, while the present one is not known
         self._closed = False
 
     def _start(self, name: str, adapter: Adapter, backends: list[Backend]) -> None:
@@ -74,6 +83,7 @@ class Monitor:
         grow = self._settings.samples_per_epoch is None
         every = self._settings.log_every_n_steps
         self._intervals = Intervals(adapter, every, self._write, self._faults, grow=grow)
+        self._ledger = LedgerReader(adapter, self._settings.num_samples, self._settings.labels, self._faults)
         self._write(
             RunRecord(
                 name=name,
@@ -96,79 +106,18 @@ class Monitor:
 
     # --- training steps -------------------------------------------------------------------------------------------
 
-    def update(self, scores: Any, sample_ids: Any = None) -> None:
-        """Takes the scores of one training step (JAX, and PyTorch loops that make their own). Does not wait for them.
-
-        Args:
-            scores: float [...] on the device, as `value_and_grad` returns them; values that are not finite are
-                samples without a score. In JAX also a `gwa_logging.integrations.jax.AlignmentState`, for loops inside of scan.
-            sample_ids: int [batch] into the ledger (`watch(num_samples=)`), or None.
-
-        Raises:
-            InvalidInputError: scores or ids of a wrong type, shape or dtype, or a tracer (call it outside jit).
-        """
-        if not self._closed:
-            self._adapter.observe(scores, sample_ids)
-
-    def tag(self, sample_ids: Any) -> None:
-        """Says which samples the next forward pass is about (PyTorch).
-
-        Where the head's pass is itself repeated in the backward pass (reentrant checkpointing of the whole model), of several
-        passes before one backward only the last keeps its ids.
-
-        Args:
-            sample_ids: int [batch] into the ledger (`watch(num_samples=)`).
-        """
-        for monitor in (self, *self.heads.values()):
-            monitor._adapter.tag(sample_ids)
-
-    def value_and_grad(
-        self, fun: Any, argnums: int | tuple[int, ...] = 0, has_aux: bool = False, **options: Any
-    ) -> Any:
-        """Like `jax.value_and_grad`, but the value gains the scores: `(value, scores), grads` (JAX only).
-
-        Args:
-            fun: the loss function, untouched; it must run the watched model.
-            argnums, has_aux: as in `jax.value_and_grad`; with has_aux the first result is `((value, aux), scores)`.
-            options: further arguments of `jax.value_and_grad`.
-
-        Returns:
-            A function of the same arguments; it may be jitted. Scores are float32 [...], one for each row of the
-            head's output.
-
-        Raises:
-            HeadNotFoundError: when it is traced, if `fun` does not run the head once.
-        """
-        make = getattr(self._adapter, "value_and_grad", None)
-        if make is None:
-            raise InvalidInputError(
-                "value_and_grad and grad are for JAX models; this one is PyTorch: call loss.backward() as ever"
-            )
-        return make(fun, argnums=argnums, has_aux=has_aux, **options)
-
-    def grad(self, fun: Any, argnums: int | tuple[int, ...] = 0, has_aux: bool = False, **options: Any) -> Any:
-        """Like `jax.grad`, but the scores come along: `grads, scores`, or `grads, (aux, scores)` (JAX only).
-
-        Arguments, scores and errors are those of `value_and_grad`.
-        """
-        value_and_grad = self.value_and_grad(fun, argnums, has_aux, **options)
-
-        def gradient(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
-            (value, scores), grads = value_and_grad(*args, **kwargs)
-            return grads, ((value[1], scores) if has_aux else scores)
-
-        return gradient
-
     def _on_step(self) -> None:
         """Called by the adapter after each training step that it has seen."""
         with self._lock:
             if self._closed:
                 return
+            if self._expected is not None:
+                self._compare_heads(self._expected)
             if self._intervals.step():
                 self._notify()
-            window = self._settings.samples_per_epoch
-            if window is not None and self._intervals.summary.seen >= window:
-                self.end_epoch()
+                window = self._settings.samples_per_epoch
+                if window is not None and self._intervals.summary.seen >= window:
+                    self.end_epoch()
 
     # --- epochs ---------------------------------------------------------------------------------------------------
 
@@ -215,6 +164,7 @@ class Monitor:
             self.alert = alert
             logger.warning("gwa_logging: %s", alert.message)
             self._write(alert, sync=True)
+            self._write_suspects()
             self._call_back(alert)
         self._notify()
         return report
@@ -271,13 +221,15 @@ class Monitor:
                     bar.update()
                 if self.alert and self._rule.settings.action == "stop":
                     break
+            for monitor in (self, *self.heads.values()):  # here are all processes; in `close` there may be one
+                monitor._write_suspects()
         finally:
             if bar is not None:
                 bar.close()
 
     # --- results and state ----------------------------------------------------------------------------------------
 
-    def suspects(self, k: int = 100) -> list[Suspect]:
+    def suspects(self, k: int = SUSPECTS) -> list[Suspect]:
         """The k training samples that are most probably mislabelled, most suspect first. Waits for the device.
 
         Of several processes, each must call it: the ledger is added up over them.
@@ -285,77 +237,145 @@ class Monitor:
         Raises:
             InvalidInputError: there is no ledger: `watch(..., num_samples=N)`.
         """
-        if self._settings.num_samples is None:
-            raise InvalidInputError(
-                "suspects(): there is no ledger: watch(..., num_samples=<size of the training set>)"
-            )
         with self._lock:
-            sums, seen = self._adapter.ledger()
-        strays = int(seen[-1])
-        if strays:
-            self._faults.record(
-                "sample ids",
-                f"{strays} ids were not in [0, {len(seen) - 1}), or not as many as their samples, and were left out",
-            )
-        return samples.suspects(sums[:-1], seen[:-1], k)
+            return self._ledger.suspects(k)[0]
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on later: plain JSON-able values and NumPy arrays. Waits for the device.
+    def label_quality(self) -> npt.NDArray[np.float64]:
+        """How well each training sample's label is borne out, as cleanlab's label quality scores are: lower is more suspect.
 
-        Of several processes, each must call it if there is a ledger, which is added up over them; of an epoch in progress the
-        state holds this process's samples only, so save it at an epoch's end.
-        """
-        with self._lock:
-            self._gather()
-            summary = self._intervals.summary
-            state: dict[str, Any] = {
-                "version": STATE_VERSION,
-                "step": self._intervals.steps,
-                "display_limit": self._intervals.display_limit,
-                "stop_state": list(self._rule.state),
-                "history": [report.model_dump(mode="json") for report in self.history],
-                "alert": self.alert.model_dump(mode="json") if self.alert else None,
-                "epoch_summary": {name: getattr(summary, name) for name in AlignmentSummary.__slots__},
-            }
-            if self._settings.num_samples is not None:
-                state["ledger"] = list(self._adapter.ledger())
-            state["heads"] = {path: other.state_dict() for path, other in self.heads.items()}
-            return state
+        For `cleanlab.rank.find_top_issues(monitor.label_quality(), top=100)`, or a `label_score` column of your own. Waits for
+        the device. Of several processes, each must call it.
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a `state_dict`. Nothing is changed if the state does not fit.
+        Returns:
+            float64 [num_samples], in [0, 1]: (mean score + 1) / 2; NaN for samples never seen, which sorting puts last.
 
         Raises:
-            InvalidInputError: the state is of another version, or its ledger of another size.
+            InvalidInputError: there is no ledger: `watch(..., num_samples=N)`.
         """
+        with self._lock:
+            return np.clip((self._ledger.read("label_quality()").means + 1) / 2, 0, 1)
+
+    def log_suspects(self, k: int = SUSPECTS, images: Any = None) -> list[Suspect]:
+        """Writes the k most suspect samples into the journal, suspects.csv in the run's folder, and the trackers.
+
+        That is done without asking, for 100 of them, at the stop alert, after `epochs`, and, of a single process, on `close`.
+        Waits for the device. Of several processes, each must call it.
+
+        Args:
+            k: how many; the journal holds them all in one line.
+            images: what gives a sample's picture by its id, `images[id]`: an array, or a data set whose items begin with the
+                picture. See `gwa_logging.thumbnail.thumbnail`; one that fails is counted, and its suspect goes without.
+
+        Returns:
+            The suspects, as `suspects` does.
+
+        Raises:
+            InvalidInputError: there is no ledger: `watch(..., num_samples=N)`.
+        """
+        with self._lock:
+            if self._closed:
+                raise InvalidInputError("log_suspects(): this monitor is closed; call it before close()")
+            found, scored = self._ledger.suspects(k, images)
+            step, epoch = self._intervals.steps - 1, self._intervals.epoch
+            if self._journal is not None:
+                record = SuspectsRecord(step=step, epoch=epoch, samples=scored, suspects=tuple(found))
+                self._write(record, sync=True)
+                self._write_csv(record)
+            self._suspects_of = len(self.history)
+        self._notify()
+        return found
+
+    def _write_csv(self, record: SuspectsRecord) -> None:
+        assert self.journal is not None
         try:
-            if state["version"] != STATE_VERSION:
-                raise InvalidInputError(f"state: expected version {STATE_VERSION}, found {state['version']!r}")
-            summary = AlignmentSummary(**state["epoch_summary"])
-            history = [EpochReport.model_validate(report) for report in state["history"]]
-            alert = StopAlert.model_validate(state["alert"]) if state["alert"] else None
-            stop_state = StopState(*state["stop_state"])
-            others = {path: state["heads"][path] for path in self.heads}
-            step, limit, ledger = int(state["step"]), float(state["display_limit"]), state.get("ledger")
-        except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, InvalidInputError):
-                raise
-            raise InvalidInputError(f"state: not a state_dict() of a monitor ({error!r})") from error
-        size = None if ledger is None else len(ledger[0]) - 1
-        if size != self._settings.num_samples:
-            raise InvalidInputError(
-                f"state: its ledger is of size {size}, watch(num_samples={self._settings.num_samples})"
-            )
-        for path, other in others.items():
-            self.heads[path].load_state_dict(other)
+            (self.journal.parent / "suspects.csv").write_text(record.csv(), encoding="utf-8")
+        except OSError as error:
+            self._faults.record("suspects.csv", error.strerror)
+
+    def _write_suspects(self) -> None:
+        """Writes suspects if there is a ledger, and an epoch since they were written last: which all processes see alike."""
+        if self._settings.num_samples is None or self._suspects_of == len(self.history):
+            return
+        try:
+            self.log_suspects()
+        except Exception as error:  # noqa: BLE001 - nobody has asked for it; training goes on
+            self._faults.record("suspects", f"{type(error).__name__}: {error}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on later, also in the middle of an epoch: JSON-able values, and the ledger's arrays, as
+        tensors in PyTorch (`torch.save` and `torch.load` take it) and as NumPy in JAX. Waits for the device.
+
+        Of several processes, each must call it, and all get the state of all of them together, but for their own step.
+        """
+        with self._lock:
+            heads = {path: other.state_dict() for path, other in self.heads.items()}
+            taken, interval = self._intervals.hold()
+            self._notify()
+            epoch = self._intervals.summary
+            return MonitorState(
+                head=HeadShape.of(self._adapter),
+                processes=self._adapter.processes,
+                step=self._intervals.steps,
+                taken=taken,
+                display_limit=self._intervals.display_limit,
+                planned=self._rule.planned,
+                stop=self._rule.state,
+                history=self.history,
+                alert=self.alert,
+                epoch=self._adapter.reduce(epoch) if epoch.seen else epoch,
+                interval=interval,
+                ledger=None if self._settings.num_samples is None else self._adapter.ledger(),
+                heads=heads,
+            ).plain(self._adapter)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a `state_dict`, in a monitor that has just been made. Nothing is changed if the state does not fit.
+
+        Steps and epochs count on. The journal is a new one, and begins where the state ends. A tracker's run that goes on
+        (`watch(run=)`) is asked what it has of the steps after the state, if the earlier run went on after it was saved: it is
+        not sent again.
+
+        Of several processes, each must call it, with the state of any of them.
+
+        Raises:
+            InvalidInputError: the state is of another version, head or number of processes, or its ledger of another size.
+        """
+        mine = self._fitting(state)
+        others = {path: other._fitting(mine.heads[path]) for path, other in self.heads.items()}
+        self._go_on(mine)
+        for path, other in self.heads.items():
+            other._go_on(others[path])
+
+    def _fitting(self, state: Any) -> MonitorState:
+        read = MonitorState.from_plain(state)
+        read.check(self._adapter, self._settings.num_samples, set(self.heads))
+        return read
+
+    def _go_on(self, state: MonitorState) -> None:
         with self._lock:
             self._gather()
-            if ledger is not None:
-                self._adapter.load_ledger(np.asarray(ledger[0]), np.asarray(ledger[1]))
-            self.history, self.alert = history, alert
-            self._rule.state = stop_state
+            if state.ledger is not None:
+                self._adapter.load_ledger(state.ledger)
+            self.history, self.alert = state.history, state.alert
+            self._rule.state, self._rule.planned = state.stop, state.planned
+            self._expected = None if HeadShape.of(self._adapter) else state.head
             # All processes may load the state of one of them: its samples must count once.
-            self._intervals.go_on(step, len(history), summary if self._adapter.writes else AlignmentSummary(), limit)
+            epoch = state.epoch if self._adapter.writes else AlignmentSummary()
+            self._intervals.go_on(
+                state.step, len(state.history), epoch, state.display_limit, state.taken, state.interval
+            )
+            for delivery in self._deliveries:
+                delivery.go_on()
+
+    def _compare_heads(self, expected: HeadShape) -> None:
+        """Looks at the head as soon as the first step has told which it is."""
+        self._expected, found = None, HeadShape.of(self._adapter)
+        if found is not None and found != expected:
+            self._faults.record(
+                "state",
+                f"it was saved with the head {expected}, this model's is {found}: what was recorded before does not belong to "
+                "what comes now",
+            )
 
     @property
     def faults(self) -> dict[str, int]:
@@ -400,6 +420,8 @@ class Monitor:
                 self._gather()
                 if self._intervals.summary.seen:
                     self._end_epoch(partial=True)
+                if self._adapter.processes == 1:  # of several, the others may be gone
+                    self._write_suspects()
             except Exception as error:  # noqa: BLE001 - closing must go on
                 self._faults.record("close", f"{type(error).__name__}: {error}")
             self._closed = True

@@ -16,13 +16,9 @@ from gwa_logging.types import (
     AnyRecord,
     Backend,
     CloseRecord,
-    EpochReport,
-    Held,
-    IntervalRecord,
     RunContext,
     RunPlace,
     RunRecord,
-    StopAlert,
 )
 
 NEW = "new"
@@ -33,8 +29,8 @@ class Replayed(NamedTuple):
     """What a replay did.
 
     Attributes:
-        sent: intervals, epochs and alerts that were missing and are in the tracker now.
-        had: intervals, epochs and alerts that the tracker had.
+        sent: intervals, epochs, alerts and lists of suspects that were missing and are in the tracker now.
+        had: intervals, epochs, alerts and lists of suspects that the tracker had.
         skipped: lines of the journal that were torn or not ours.
         place: the tracker's run.
     """
@@ -88,7 +84,7 @@ def _send(reader: JournalReader, tracker: Backend) -> Replayed:
     try:
         held = tracker.held()
         while records := reader.take(batch_of(tracker)):
-            missing = [record for record in records if not _is_in(held, record)]
+            missing = [record for record in records if not held.has(record)]
             send(tracker, missing)
             sent += _counted(missing)
             had += _counted(records) - _counted(missing)
@@ -104,17 +100,6 @@ def _send(reader: JournalReader, tracker: Backend) -> Replayed:
             "Replay again to go on"
         ) from problem
     return Replayed(sent, had, reader.skipped, tracker.place)
-
-
-def _is_in(held: Held, record: AnyRecord) -> bool:
-    """Whether the tracker has this record. The first one says the same every time."""
-    if isinstance(record, IntervalRecord):
-        return record.step <= held.step
-    if isinstance(record, EpochReport):
-        return record.epoch <= held.epoch
-    if isinstance(record, StopAlert):
-        return record.epoch <= held.alert
-    return isinstance(record, CloseRecord) and held.closed
 
 
 def _counted(records: list[AnyRecord]) -> int:

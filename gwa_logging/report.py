@@ -20,6 +20,7 @@ from gwa_logging.errors import InvalidInputError, MissingDependencyError
 from gwa_logging.figures import epoch_figure, marks, number, score_figure
 from gwa_logging.journal import FILE_NAME
 from gwa_logging.story import Story, read_story
+from gwa_logging.types import SuspectsRecord
 
 REPORT_NAME = "report.html"
 
@@ -155,6 +156,23 @@ def _table(story: Story) -> str:
     return f'<div class="scroll" tabindex="0"><table>{head}<tbody>{"".join(rows)}</tbody></table></div>'
 
 
+def _suspects(record: SuspectsRecord) -> str:
+    """The most suspect samples, with their pictures if there are any."""
+    digits = _digits(suspect.mean_score for suspect in record.suspects)
+    shown = any(suspect.thumbnail for suspect in record.suspects)
+    rows = []
+    for suspect, (_, _, seen, *classes) in zip(record.suspects, record.rows(), strict=True):
+        cells = [number(suspect.mean_score, digits), f"{seen:,.4g}", *("" if c is None else f"{c}" for c in classes)]
+        picture = f'<img src="data:image/png;base64,{escape(suspect.thumbnail)}" alt="">' if suspect.thumbnail else ""
+        end = f'<td class="picture">{picture}' if shown else ""
+        rows.append(f'<tr><th scope="row">{suspect.id}{"".join(f"<td>{cell}" for cell in cells)}{end}')
+    names = ("sample", "mean score", "times seen", "label", "predicted", *(["picture"] if shown else []))
+    heads = "".join(f'<th scope="col">{name}' for name in names)
+    table = f'<div class="scroll" tabindex="0"><table><thead><tr>{heads}</thead><tbody>{"".join(rows)}</tbody></table></div>'
+    where = f"in epoch {record.epoch}, after step {record.step:,}; {record.samples:,} samples had been scored"
+    return f"<p>Lowest mean score over the run first: {where}.</p>{table}"
+
+
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
@@ -171,6 +189,10 @@ def _page(story: Story, folder: str) -> str:
         undefined = sum(not r.gwa_defined for r in story.epochs)
         gwa = _GWA.format(undefined=_UNDEFINED.format(undefined, len(story.epochs)) if undefined else "")
         numbers = _table(story)
+    suspects = ""
+    if story.suspects and story.suspects.suspects:
+        title = "Samples that are probably mislabelled"
+        suspects = f"<section><h2>{title}</h2>{_suspects(story.suspects)}</section>\n"
     headline, name = _headline(story), story.run.name if story.run else folder
     if story.closed:
         faults = _pairs(story.closed.faults.items()) if story.closed.faults else "<p>None.</p>"
@@ -197,7 +219,7 @@ def _page(story: Story, folder: str) -> str:
 <section><h2>GWA by epoch</h2>{gwa}</section>
 <section class="prose"><h2>How to read this</h2>{_HOW_TO_READ}</section>
 <section><h2>The numbers</h2>{numbers}</section>
-<section><h2>Settings</h2>{_pairs(_plain(story.run.settings if story.run else {}))}</section>
+{suspects}<section><h2>Settings</h2>{_pairs(_plain(story.run.settings if story.run else {}))}</section>
 <section><h2>Faults</h2>{faults}</section>
 </main>
 <script type="application/json" id="figures">{data}</script>
@@ -282,6 +304,7 @@ thead th:first-child, tbody th { position:sticky; left:0; z-index:1; background:
 thead th:first-child { z-index:2 } td i { color:var(--muted); font-style:normal }
 .notes { text-align:left; width:99% } td.notes { color:var(--muted) }
 td.notes div { width:0; min-width:100%; overflow:hidden; text-overflow:ellipsis } td.notes:focus div { white-space:normal }
+.picture img { height:40px; image-rendering:pixelated; vertical-align:middle }
 @media (max-width:640px) { main { padding:20px 16px 48px } header { padding-left:14px } td.notes div { min-width:44ch } }
 @media print { main { padding:0 } body { font-size:13px; --page:#fff } .modebar-container { display:none }
   .prose, figure, tr { break-inside:avoid } h2 { break-after:avoid } .scroll { overflow:visible; max-height:none }

@@ -4,48 +4,175 @@ The adapters add up, on the device and by sample id, every score and how often t
 score over the run is low asks the head, time and again, to move away from where the others have brought it.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from gwa_logging.errors import InvalidInputError
-from gwa_logging.types import Suspect
+from gwa_logging.faults import Faults
+from gwa_logging.thumbnail import thumbnail
+from gwa_logging.types import Adapter, Suspect
+
+UNKNOWN = -1
+"""In place of a predicted class."""
 
 
-def suspects(sums: npt.NDArray[np.float32], seen: npt.NDArray[np.int32], k: int) -> list[Suspect]:
-    """The k samples with the lowest mean score, most suspect first.
+class Samples(NamedTuple):
+    """Which samples a batch is about; arrays of any framework.
 
-    Args:
+    Attributes:
+        ids: int [batch]; or [batch, m] of samples that were mixed out of m each (mixup, CutMix).
+        weights: float [m] or [batch, m], the shares of the mixed ones, at least 0; None if nothing is mixed.
+        predicted: int [batch], the classes that the model predicts; None where unknown.
+    """
+
+    ids: Any
+    weights: Any = None
+    predicted: Any = None
+
+    def check(self, count: int | None, num_samples: int | None) -> None:
+        """Checks what can be checked without waiting for the device.
+
+        Args:
+            count: the number of scores that they go with; None if not known yet.
+            num_samples: size of the ledger; None if there is none.
+
+        Raises:
+            InvalidInputError: there is no ledger, or something has a wrong dtype or shape.
+        """
+        if num_samples is None:
+            raise InvalidInputError(
+                "sample_ids were given, but there is no ledger: watch(..., num_samples=<size of the training set>)"
+            )
+        dtype, shape = _kind(self.ids)
+        mixed = self.weights is not None
+        if "int" not in dtype or shape is None or len(shape) != 1 + mixed:
+            wanted = "[batch, m] with weights" if mixed else "[batch], or [batch, m] and weights of mixed samples"
+            raise InvalidInputError(f"sample_ids: expected an integer array {wanted}, found {dtype} of shape {shape}")
+        if count is not None and shape[0] != count:
+            raise InvalidInputError(f"sample_ids: expected {count}, one for each score, found {shape[0]}")
+        if mixed:
+            found = np.shape(self.weights) if isinstance(self.weights, list | tuple) else _kind(self.weights)[1]
+            if found not in (shape, shape[1:]):
+                raise InvalidInputError(
+                    f"weights: expected {shape[1:]}, the same for every sample, or {shape}, as sample_ids, found {found}"
+                )
+        dtype, found = _kind(self.predicted)
+        if self.predicted is not None and ("int" not in dtype or found != shape[:1]):
+            raise InvalidInputError(f"predicted: expected integers {shape[:1]}, found {dtype} of shape {found}")
+
+
+def _kind(array: Any) -> tuple[str, tuple[int, ...] | None]:
+    shape = getattr(array, "shape", None)
+    return str(getattr(array, "dtype", type(array).__name__)), None if shape is None else tuple(shape)
+
+
+class Ledger(NamedTuple):
+    """What the adapters have added up, on the host.
+
+    Attributes:
         sums: float32 [num_samples], sum of a sample's scores.
-        seen: int32 [num_samples], how often it was scored; samples never seen are left out.
-        k: how many to return at most; at least 1.
+        seen: float32 [num_samples], how often it was scored; of mixed samples, the sum of its shares.
+        predicted: int32 [num_samples], the class predicted when it was last seen; `UNKNOWN` where not known.
+        strays: scores whose ids were out of range, or not as many as the samples, or whose weights were negative or NaN.
+        untagged: samples that came without an id.
     """
-    if k < 1:
-        raise InvalidInputError(f"k={k}: expected at least 1, the number of suspects wanted")
-    ids = np.flatnonzero(seen)
-    means = sums[ids].astype(np.float64) / seen[ids]
-    order = np.argsort(means, kind="stable")[:k]
-    return [Suspect(id=int(ids[i]), mean_score=float(means[i]), times_seen=int(seen[ids[i]])) for i in order]
 
+    sums: npt.NDArray[np.float32]
+    seen: npt.NDArray[np.float32]
+    predicted: npt.NDArray[np.int32]
+    strays: int = 0
+    untagged: int = 0
 
-def check_sample_ids(sample_ids: Any, count: int | None, num_samples: int | None) -> None:
-    """Checks what can be checked of sample ids without waiting for the device.
+    @property
+    def means(self) -> npt.NDArray[np.float64]:
+        """float64 [num_samples]: mean scores; NaN of samples never seen."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            means = self.sums.astype(np.float64) / self.seen
+        return np.where(self.seen > 0, means, np.nan)
 
-    Args:
-        sample_ids: int [count], an array of any framework.
-        count: the number of samples that they go with; None if not known yet.
-        num_samples: size of the ledger; None if there is none.
-    """
-    if num_samples is None:
-        raise InvalidInputError(
-            "sample_ids were given, but there is no ledger: watch(..., num_samples=<size of the training set>)"
+    def merge(self, other: "Ledger") -> "Ledger":
+        """What two processes have seen together; where both know a prediction, the other's is taken."""
+        return Ledger(
+            self.sums + other.sums,
+            self.seen + other.seen,
+            np.where(other.predicted == UNKNOWN, self.predicted, other.predicted),
+            self.strays + other.strays,
+            self.untagged + other.untagged,
         )
-    dtype, shape = (
-        str(getattr(sample_ids, "dtype", type(sample_ids).__name__)),
-        getattr(sample_ids, "shape", None),
-    )
-    if "int" not in dtype or shape is None or len(shape) != 1:
-        raise InvalidInputError(f"sample_ids: expected an integer array [batch], found {dtype} of shape {shape}")
-    if count is not None and shape[0] != count:
-        raise InvalidInputError(f"sample_ids: expected {count}, one for each score, found {shape[0]}")
+
+
+class LedgerReader:
+    """Reads the ledger for the monitor, and says what went into it wrongly."""
+
+    def __init__(
+        self, adapter: Adapter, num_samples: int | None, labels: npt.NDArray[np.int64] | None, faults: Faults
+    ) -> None:
+        self._adapter = adapter
+        self._num_samples = num_samples
+        self._labels = labels
+        self._faults = faults
+        self._told = (0, 0)  # strays, untagged
+
+    def read(self, what: str) -> Ledger:
+        """The ledger of all processes, each of which must call this. Waits for the device.
+
+        Raises:
+            InvalidInputError: there is none.
+        """
+        if self._num_samples is None:
+            raise InvalidInputError(f"{what}: there is no ledger: watch(..., num_samples=<size of the training set>)")
+        ledger: Ledger = self._adapter.ledger()
+        strays, untagged = (max(0, now - told) for now, told in zip(ledger[-2:], self._told, strict=True))
+        self._told = (ledger.strays, ledger.untagged)
+        if strays:
+            self._faults.record(
+                "sample ids",
+                f"{strays} ids were not in [0, {self._num_samples}), not as many as their samples, or weighted by a negative "
+                "number or NaN, and were left out",
+                strays,
+            )
+        if untagged:
+            self._faults.record(
+                "samples without ids",
+                f"{untagged} samples came without an id, and are not in the ledger: call tag(ids) before each forward pass, "
+                "or update(scores, ids)",
+                untagged,
+            )
+        return ledger
+
+    def suspects(self, k: int, images: Any = None) -> tuple[list[Suspect], int]:
+        """The k samples with the lowest mean score, most suspect first, and how many have been scored at all."""
+        if k < 1:
+            raise InvalidInputError(f"k={k}: expected at least 1, the number of suspects wanted")
+        ledger = self.read("suspects()")
+        found = [self._suspect(ledger, int(i), images) for i in lowest(ledger.means, k)]
+        return found, int(np.count_nonzero(ledger.seen))
+
+    def _suspect(self, ledger: Ledger, sample: int, images: Any) -> Suspect:
+        known = int(ledger.predicted[sample])
+        return Suspect(
+            id=sample,
+            mean_score=float(ledger.sums[sample]) / float(ledger.seen[sample]),
+            times_seen=float(ledger.seen[sample]),
+            label=None if self._labels is None else int(self._labels[sample]),
+            predicted=None if known == UNKNOWN else known,
+            thumbnail=None if images is None else self._thumbnail(images, sample),
+        )
+
+    def _thumbnail(self, images: Any, sample: int) -> str | None:
+        try:
+            return thumbnail(images[sample])
+        except Exception as error:  # noqa: BLE001 - the user's data set may raise anything, and the numbers must not suffer
+            self._faults.record("thumbnails", f"sample {sample}: {type(error).__name__}: {error}")
+            return None
+
+
+def lowest(means: npt.NDArray[np.float64], k: int) -> npt.NDArray[np.intp]:
+    """Indices of the k lowest means, lowest first, ties by index; NaN is left out."""
+    seen = np.flatnonzero(~np.isnan(means))
+    if k < seen.size:  # so that of ten million only a few are sorted
+        bound = np.partition(means[seen], k - 1)[k - 1]
+        seen = seen[means[seen] <= bound]
+    return seen[np.argsort(means[seen], kind="stable")[:k]]

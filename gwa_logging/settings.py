@@ -5,6 +5,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from gwa_logging.errors import InvalidInputError
@@ -58,7 +59,8 @@ class WatchSettings(Settings):
     on_alert: Callable[..., Any] | None = None
     log_every_n_steps: int = Field(default=50, ge=1)
     samples_per_epoch: int | None = Field(default=None, ge=1)
-    num_samples: int | None = Field(default=None, ge=1)
+    num_samples: int | None = Field(default=None, ge=1, lt=2**31)
+    labels: Any = None
     directory: Path = Path("gwa_runs")
     name: str = Field(default="gwa", pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=64)
 
@@ -75,6 +77,23 @@ class WatchSettings(Settings):
         if not backends:
             raise ValueError("expected at least one backend; 'local' keeps only the journal and the report")
         return backends
+
+    @model_validator(mode="before")
+    @classmethod
+    def _labels(cls, values: dict[str, Any]) -> dict[str, Any]:
+        given, size = values.get("labels"), values.get("num_samples")
+        if given is None:
+            return values
+        try:
+            labels = np.asarray(given)
+        except Exception as error:  # a tensor on another device, a ragged list
+            raise ValueError(f"labels: expected an array on the host, or a list ({error})") from error
+        if labels.ndim != 1 or not labels.size or labels.dtype.kind not in "iu":
+            found = f"{labels.dtype} of shape {labels.shape}"
+            raise ValueError(f"labels: expected class indices, int [num_samples], found {found}")
+        if size not in (None, labels.size):
+            raise ValueError(f"labels: expected num_samples={size} of them, found {labels.size}")
+        return {**values, "labels": labels, "num_samples": labels.size}
 
     @model_validator(mode="after")
     def _runs(self) -> Self:
@@ -118,6 +137,7 @@ class WatchSettings(Settings):
             "early_stop": self.early_stop.model_dump() if self.early_stop else None,
             "log_every_n_steps": self.log_every_n_steps,
             "samples_per_epoch": self.samples_per_epoch,
+            "num_samples": self.num_samples,
         }
 
 

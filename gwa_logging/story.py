@@ -6,7 +6,7 @@ from typing import NamedTuple, TypeVar
 
 from gwa_logging.errors import InvalidInputError
 from gwa_logging.journal import FILE_NAME, read_journal
-from gwa_logging.types import CloseRecord, EpochReport, IntervalRecord, RunRecord, StopAlert
+from gwa_logging.types import CloseRecord, EpochReport, IntervalRecord, RunRecord, StopAlert, SuspectsRecord
 
 _R = TypeVar("_R")
 
@@ -18,6 +18,7 @@ class Story(NamedTuple):
     intervals: list[IntervalRecord]
     epochs: list[EpochReport]
     alert: StopAlert | None
+    suspects: SuspectsRecord | None
     closed: CloseRecord | None
     skipped: int
     unfinished: bool
@@ -50,11 +51,13 @@ def read_story(journal: Path) -> Story:
             f"{where}: its {FILE_NAME} holds no record (lines skipped: {skipped}); report on a run that has begun"
         )
     alerts = [r for r in records if isinstance(r, StopAlert)]
+    suspects = [r for r in records if isinstance(r, SuspectsRecord)]
     return Story(
         run=next((r for r in records if isinstance(r, RunRecord)), None),
         intervals=_as_seen_last((r for r in records if isinstance(r, IntervalRecord)), lambda r: r.step),
         epochs=_as_seen_last((r for r in records if isinstance(r, EpochReport)), lambda r: r.epoch),
         alert=alerts[-1] if alerts else None,
+        suspects=suspects[-1] if suspects else None,
         closed=next((r for r in records if isinstance(r, CloseRecord)), None),
         skipped=skipped,
         unfinished=unfinished,

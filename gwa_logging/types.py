@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, TypeAdapter
@@ -247,26 +247,61 @@ class CloseRecord(TimedRecord):
     faults: dict[str, int]
 
 
-AnyRecord = RunRecord | IntervalRecord | EpochReport | StopAlert | CloseRecord
-RECORDS: TypeAdapter[AnyRecord] = TypeAdapter(Annotated[AnyRecord, Field(discriminator="kind")])
-"""Reads any record from its JSON line."""
-
-
 class Suspect(Record):
     """A training sample that is probably mislabelled.
 
     Attributes:
         id: the sample's id.
         mean_score: its mean score over the run, dimensionless; the lower, the more suspect.
-        times_seen: how often it was scored.
-        label, predicted: class indices; None where unknown.
+        times_seen: how often it was scored: a whole number, but for mixed samples (mixup), whose shares are added up.
+        label: its class index, from `watch(labels=)`; None where unknown.
+        predicted: the class that the head gave most to when the sample was last seen; None where unknown. Of several
+            processes, the last time on the one of the highest rank that has seen it.
+        thumbnail: a PNG in base64, at most 64 pixels wide and high; None if there is none.
     """
 
     id: int
     mean_score: float
-    times_seen: int
+    times_seen: float
     label: int | None = None
     predicted: int | None = None
+    thumbnail: str | None = None
+
+
+class SuspectsRecord(TimedRecord):
+    """The samples that were most suspect at some moment of the run.
+
+    Attributes:
+        step: index of the last training step until then.
+        epoch: the epoch in progress, or that has just been closed.
+        samples: how many samples have been scored.
+        suspects: the most suspect first.
+    """
+
+    kind: Literal["suspects"] = "suspects"
+    step: int
+    epoch: int
+    samples: int
+    suspects: tuple[Suspect, ...]
+
+    COLUMNS: ClassVar = ("id", "mean_score", "times_seen", "label", "predicted")
+
+    def rows(self) -> list[list[float | int | None]]:
+        """The suspects' `COLUMNS`; whole numbers as int."""
+        return [
+            [s.id, s.mean_score, int(s.times_seen) if s.times_seen.is_integer() else s.times_seen, s.label, s.predicted]
+            for s in self.suspects
+        ]
+
+    def csv(self) -> str:
+        """The table as CSV, with a line of headings; unknown is empty."""
+        lines = [",".join("" if value is None else str(value) for value in row) for row in self.rows()]
+        return "\n".join([",".join(self.COLUMNS), *lines, ""])
+
+
+AnyRecord = RunRecord | IntervalRecord | EpochReport | StopAlert | SuspectsRecord | CloseRecord
+RECORDS: TypeAdapter[AnyRecord] = TypeAdapter(Annotated[AnyRecord, Field(discriminator="kind")])
+"""Reads any record from its JSON line."""
 
 
 def score_quantiles(histogram: Histogram, minimum: float, maximum: float) -> dict[str, float]:
@@ -303,24 +338,34 @@ class Adapter(Protocol):
         """The `AlignmentSummary` of all processes together, the same on each. Every process must call it."""
         ...
 
-    def observe(self, scores: Any, sample_ids: Any) -> None:
-        """Takes the scores of one step, float [...] on the device, from the user's own loop."""
+    processes: int
+    """How many processes train together."""
+
+    shape: tuple[int, int] | None
+    """Features and classes of the head; None while it is not known."""
+
+    def observe(self, scores: Any, samples: Any) -> None:
+        """Takes the scores of one step, float [...] on the device, from the user's own loop, and the `Samples` or None."""
         ...
 
-    def tag(self, sample_ids: Any) -> None:
-        """Notes which samples the next forward pass is about."""
+    def tag(self, samples: Any) -> None:
+        """Notes which `Samples` the next forward pass is about."""
         ...
 
     def start(self, on_step: Callable[[], None]) -> None:
         """Begins to observe; `on_step` is called after each training step that was seen."""
         ...
 
-    def ledger(self) -> tuple[Any, Any]:
-        """Sums float32 [num_samples + 1] and counts int32 [num_samples + 1] as NumPy; the last is for stray ids."""
+    def ledger(self) -> Any:
+        """The `Ledger` of all processes together, the same on each, on the host. Every process must call it."""
         ...
 
-    def load_ledger(self, sums: Any, seen: Any) -> None:
-        """Puts back what `ledger` gave."""
+    def load_ledger(self, ledger: Any) -> None:
+        """Puts back what `ledger` gave, so that the sum over processes is what it was."""
+        ...
+
+    def portable(self, array: Any) -> Any:
+        """A NumPy array in the form that the framework's own checkpoints take."""
         ...
 
     def snapshot(self) -> Snapshot:
@@ -358,12 +403,30 @@ class Held(NamedTuple):
         epoch: the last one with a report, from 0; -1 if there is none.
         alert: the epoch of the last stop alert; -1 if there is none.
         closed: whether it has what a CloseRecord says.
+        suspects: the step of the last list of suspects; -1 if there is none.
     """
 
     step: int = -1
     epoch: int = -1
     alert: int = -1
     closed: bool = False
+    suspects: int = -1
+
+    def has(self, record: AnyRecord) -> bool:
+        """Whether the run has this record. The first one of a journal says the same every time.
+
+        An epoch counts if the last step of it has come as well: otherwise the run was closed in the middle of it, and holds
+        what was known until then.
+        """
+        if isinstance(record, IntervalRecord):
+            return record.step <= self.step
+        if isinstance(record, EpochReport):
+            return record.epoch < self.epoch or (record.epoch == self.epoch and record.step <= self.step)
+        if isinstance(record, StopAlert):
+            return record.epoch <= self.alert
+        if isinstance(record, SuspectsRecord):
+            return record.step <= self.suspects
+        return isinstance(record, CloseRecord) and self.closed
 
 
 class Backend(Protocol):
@@ -385,7 +448,7 @@ class Backend(Protocol):
     because something would go wrong if the user wrote at the same time; so `write` should take about a millisecond."""
 
     def held(self) -> Held:
-        """What the run has of ours already; for `gwa-logging replay`, which sends what comes after that."""
+        """What the run has of ours already: `gwa-logging replay`, and a run that is resumed, send what comes after that."""
         ...
 
     def write(self, record: AnyRecord) -> None:

@@ -38,6 +38,7 @@ from gwa_logging.types import (
     RunPlace,
     RunRecord,
     StopAlert,
+    SuspectsRecord,
 )
 
 logger = logging.getLogger("gwa_logging")
@@ -121,6 +122,8 @@ class MlflowBackend:
         for record in records:
             if self._pictures_of(record):
                 self._show(record)
+            elif isinstance(record, SuspectsRecord):
+                self._list(record)
 
     def held(self) -> Held:
         """What the run has of ours. Waits for the server.
@@ -132,7 +135,8 @@ class MlflowBackend:
             data = self._client.get_run(self._run_id).data
             alert = int(data.tags.get(f"{self._prefix}.alert.epoch", -1))
             closed = f"{self._prefix}/best_epoch" in data.metrics
-            return Held(self._last_step("step_mean"), self._last_step("mean"), alert, closed)
+            suspects = int(data.tags.get(f"{self._prefix}.suspects.step", -1))
+            return Held(self._last_step("step_mean"), self._last_step("mean"), alert, closed, suspects)
 
     def _last_step(self, key: str) -> int:
         history = self._client.get_metric_history(self._run_id, f"{self._prefix}/{key}")
@@ -205,6 +209,14 @@ class MlflowBackend:
             self._picture_tries -= 1
             outlook = "the next will be tried" if self._picture_tries else "there will be no more"
             logger.warning("gwa_logging: backend mlflow: no picture (%s); %s", _masked(repr(error)), outlook)
+
+    def _list(self, record: SuspectsRecord) -> None:
+        """Adds the suspects, as a CSV file, which MLflow shows as a table. See `_show`."""
+        try:
+            self._client.log_text(self._run_id, record.csv(), f"{self._prefix}/suspects.csv")
+            self._client.set_tag(self._run_id, f"{self._prefix}.suspects.step", record.step)
+        except Exception as error:  # noqa: BLE001 - see `_show`
+            logger.warning("gwa_logging: backend mlflow: no suspects.csv (%s)", _masked(repr(error)))
 
 
 class _OwnRun:

@@ -14,7 +14,7 @@ from time import sleep, time
 from typing import Any
 
 import numpy as np
-from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+from tensorboard.backend.event_processing.event_accumulator import SCALARS, TENSORS, EventAccumulator
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
 from tensorboard.plugins.text.summary_v2 import text_pb
@@ -32,6 +32,7 @@ from gwa_logging.types import (
     RunPlace,
     RunRecord,
     StopAlert,
+    SuspectsRecord,
 )
 
 
@@ -73,8 +74,8 @@ class TensorBoardBackend:
 
     def held(self) -> Held:
         """What the event files in our folder hold. Reads them."""
-        events = EventAccumulator(self._folder, size_guidance={SCALARS: 0}).Reload()
-        tags = events.Tags()[SCALARS]
+        events = EventAccumulator(self._folder, size_guidance={SCALARS: 0, TENSORS: 0}).Reload()
+        tags, texts = events.Tags()[SCALARS], events.Tags()[TENSORS]
 
         def steps(key: str) -> list[int]:
             tag = f"{self._prefix}/{key}"
@@ -83,7 +84,9 @@ class TensorBoardBackend:
         alerts = steps("stop_epoch")
         step, epoch, alert = (max(found, default=-1) for found in (steps("step_mean"), steps("mean"), alerts))
         closed = len(steps("best_epoch")) > len(alerts)  # each alert names the best epoch, and so does the end
-        return Held(step=step, epoch=epoch, alert=alert, closed=closed)
+        table = f"{self._prefix}/suspects"
+        suspects = max((event.step for event in events.Tensors(table)), default=-1) if table in texts else -1
+        return Held(step=step, epoch=epoch, alert=alert, closed=closed, suspects=suspects)
 
     def write(self, record: AnyRecord) -> None:
         """Writes one record, and has the file hold it before it returns."""
@@ -95,6 +98,8 @@ class TensorBoardBackend:
         elif isinstance(record, StopAlert):
             best = {"best_epoch": record.best_epoch, "best_value": record.best_value, "stop_epoch": record.epoch}
             self._add(record, record.epoch, self._text("alert", _markdown(record)), *self._scalars(best))
+        elif isinstance(record, SuspectsRecord):
+            self._add(record, record.step, self._text("suspects", _table(record)))
         elif isinstance(record, RunRecord):
             self._add(record, 0, self._text("head", record.head))
         elif isinstance(record, CloseRecord) and record.best_epoch is not None:
@@ -161,3 +166,9 @@ def _log_directory(run: Any) -> str:
 def _markdown(alert: StopAlert) -> str:
     """What TensorBoard shows: the sentence, and below it what speaks against it."""
     return "\n".join([f"**{alert.message}**\n", *(f"- but: {caveat}" for caveat in alert.caveats)])
+
+
+def _table(record: SuspectsRecord) -> str:
+    """In Markdown."""
+    rows = [record.COLUMNS, ["---"] * len(record.COLUMNS), *record.rows()]
+    return "\n".join(f"| {' | '.join('' if cell is None else str(cell) for cell in row)} |" for row in rows)

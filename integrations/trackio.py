@@ -30,6 +30,7 @@ from gwa_logging.types import (
     RunPlace,
     RunRecord,
     StopAlert,
+    SuspectsRecord,
 )
 
 ALERT_TITLE = "GWA: stop"
@@ -77,7 +78,7 @@ class TrackioBackend:
     def held(self) -> Held:
         """What Trackio has stored of ours; nothing if it is not stored here."""
         where, name, run_id = self.run.project, self.run.name, self.run.id
-        steps: dict[str, list[int]] = {"step_mean": [], "mean": [], "best_epoch": []}
+        steps: dict[str, list[int]] = {"step_mean": [], "mean": [], "best_epoch": [], "suspects_of": []}
         for row in SQLiteStorage.get_logs(where, name, run_id=run_id, scalar_only=True):
             for key, found in steps.items():
                 if f"{self._prefix}/{key}" in row:
@@ -88,6 +89,7 @@ class TrackioBackend:
             epoch=max(steps["mean"], default=-1),
             alert=max((alert["step"] for alert in alerts if alert["title"] == ALERT_TITLE), default=-1),
             closed=bool(steps["best_epoch"]),
+            suspects=max(steps["suspects_of"], default=-1),
         )
 
     def write(self, record: AnyRecord) -> None:
@@ -101,6 +103,9 @@ class TrackioBackend:
         elif isinstance(record, StopAlert):
             text = "\n".join([record.message, *(f"But: {caveat}." for caveat in record.caveats)])
             self.run.alert(title=ALERT_TITLE, text=text, level=trackio.AlertLevel.WARN, step=record.epoch)
+        elif isinstance(record, SuspectsRecord):
+            table = trackio.Table(columns=list(record.COLUMNS), data=record.rows())
+            self._log(record.step, {"suspects": table, "suspects_of": record.samples})
         elif isinstance(record, CloseRecord):
             if record.best_epoch is not None:
                 self._log(record.epochs - 1, {"best_epoch": record.best_epoch, "best_value": record.best_value})

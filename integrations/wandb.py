@@ -13,8 +13,11 @@ On a run that we started, and in W&B's shared mode, which has no such steps, eve
 
 import json
 import sys
+from base64 import b64decode
 from collections import deque
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from shutil import rmtree
 from subprocess import PIPE, Popen
@@ -39,6 +42,7 @@ from gwa_logging.types import (
     RunPlace,
     RunRecord,
     StopAlert,
+    SuspectsRecord,
 )
 
 ALERT_TITLE = "GWA: stop"
@@ -109,22 +113,22 @@ class WandbBackend:
         Raises:
             BackendError: what is on disk cannot be read.
         """
-        keys = [f"{self._prefix}/{key}" for key in ("step", "epoch", "stop_epoch")]
+        keys = [f"{self._prefix}/{key}" for key in ("step", "epoch", "stop_epoch", "suspects_step")]
         found = dict.fromkeys(keys, -1)
-        for row in self._rows(*keys):
+        for row in self._rows(*keys) if not self.run.disabled else ():
             found |= {key: max(found[key], int(row[key])) for key in keys if key in row}
-        step, epoch, alert = (found[key] for key in keys)
-        return Held(step, epoch, alert)
+        step, epoch, alert, suspects = (found[key] for key in keys)
+        return Held(step, epoch, alert, suspects=suspects)
 
-    def _rows(self, step: str, epoch: str, alert: str) -> Iterator[Mapping[str, Any]]:
+    def _rows(self, step: str, epoch: str, *others: str) -> Iterator[Mapping[str, Any]]:
         """Rows of the history, and of the summary what is only there: the rest of it can be ahead of the history."""
         if self.run.offline:
             for folder in _folders(self.run):
                 for kind, row in _rows_in(folder):
-                    yield row if kind == "history" else {alert: row.get(alert, -1)}
+                    yield row if kind == "history" else {key: row.get(key, -1) for key in others}
         else:
             run = wandb.Api().run(self.run.path)
-            yield {alert: run.summary.get(alert, -1)}  # type: ignore[no-untyped-call]
+            yield {key: run.summary.get(key, -1) for key in others}  # type: ignore[no-untyped-call]
             yield from run.scan_history(keys=[step])
             yield from run.scan_history(keys=[epoch])
 
@@ -147,6 +151,9 @@ class WandbBackend:
             self._summarise(best)
             # Last, because a record that fails is written again, and W&B does not drop the second of two alerts.
             self.run.alert(title=ALERT_TITLE, text=_alert_text(record), level="WARN")
+        elif isinstance(record, SuspectsRecord):
+            self.run.log({f"{self._prefix}/suspects": _table(record)}, commit=self._guest is None)
+            self._summarise({"suspects_step": record.step})
         elif isinstance(record, CloseRecord):
             if record.best_epoch is not None:
                 self._summarise({"best_epoch": record.best_epoch, "best_value": record.best_value})
@@ -234,6 +241,19 @@ def _row(prefix: str, record: IntervalRecord | EpochReport) -> dict[str, Any]:
     else:
         values = {}
     return {f"{prefix}/{key}": value for key, value in values.items()}
+
+
+def _table(record: SuspectsRecord) -> wandb.Table:
+    """The suspects, with their pictures if there are any and Pillow is installed, without which W&B shows none."""
+    columns, rows = list(record.COLUMNS), record.rows()
+    if any(suspect.thumbnail for suspect in record.suspects) and find_spec("PIL"):
+        from PIL import Image
+
+        columns.append("picture")
+        for row, suspect in zip(rows, record.suspects, strict=True):
+            png = suspect.thumbnail and BytesIO(b64decode(suspect.thumbnail))
+            row.append(png and wandb.Image(Image.open(png)))  # type: ignore[arg-type]
+    return wandb.Table(columns=columns, data=rows)  # type: ignore[arg-type]
 
 
 def _define_metrics(run: wandb.Run, prefix: str) -> None:

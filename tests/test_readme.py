@@ -70,9 +70,10 @@ def test_the_suspects_of_the_readme():
     for first in (0, 20):
         names["ids"] = __import__("torch").arange(first, first + 20)
         exec(tagging.strip(), names)
-        x, y = names["dataset"][first : first + 20]
+        x, y = names["dataset"].dataset[first : first + 20]
         names["criterion"](names["model"](x), y).backward()
     exec(asking, names)
+    assert names["dataset"][3][-1] == 3
     assert names["suspect"].times_seen == 1
 
 

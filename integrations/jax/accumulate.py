@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gwa_logging.alignment import DEAD, SCORE_TOLERANCE
 from gwa_logging.histogram import BINS, EDGES
+from gwa_logging.samples import UNKNOWN, Ledger, Samples
 from gwa_logging.summary import AlignmentSummary
 
 
@@ -154,14 +155,63 @@ def global_update(mesh: Mesh) -> Callable[[AlignmentState, Array], AlignmentStat
     return jax.jit(AlignmentState.update, donate_argnums=0, out_shardings=everywhere)
 
 
-@partial(jax.jit, donate_argnums=(0, 1))
-def enter(sums: Array, seen: Array, sample_ids: Array, scores: Array) -> tuple[Array, Array]:
-    """Enters the scores of a batch into the ledger; ids out of range go to its last place, where they are counted."""
+class DeviceLedger(NamedTuple):
+    """The ledger on the device, [num_samples + 1]; the last place is for ids that are none, where they are counted.
+
+    Attributes:
+        sums, seen: float32.
+        predicted: int32; None until a prediction is given.
+    """
+
+    sums: Array
+    seen: Array
+    predicted: Array | None = None
+
+    @classmethod
+    def empty(cls, num_samples: int) -> Self:
+        """Of no samples."""
+        return cls(jnp.zeros(num_samples + 1, jnp.float32), jnp.zeros(num_samples + 1, jnp.float32))
+
+    def with_predictions(self) -> "DeviceLedger":
+        """With a place for predictions."""
+        if self.predicted is not None:
+            return self
+        return self._replace(predicted=jnp.full(self.sums.shape, UNKNOWN, jnp.int32))
+
+    @classmethod
+    def from_host(cls, ledger: Ledger) -> Self:
+        """What `to_host` gave."""
+        rest = (0.0, ledger.strays, UNKNOWN)
+        arrays = [jnp.asarray(np.append(a, end).astype(a.dtype)) for a, end in zip(ledger[:3], rest, strict=True)]
+        return cls(*arrays) if (ledger.predicted != UNKNOWN).any() else cls(*arrays[:2])
+
+    def to_host(self, untagged: int) -> Ledger:
+        """Waits for the device."""
+        sums, seen = np.array(self.sums), np.array(self.seen)
+        known = np.full(sums.shape, UNKNOWN, np.int32) if self.predicted is None else np.array(self.predicted)
+        return Ledger(sums[:-1], seen[:-1], known[:-1], round(float(seen[-1])), untagged)
+
+
+@partial(jax.jit, donate_argnums=0)
+def enter(ledger: DeviceLedger, samples: Samples, scores: Array) -> DeviceLedger:
+    """Enters the scores of a batch into the ledger."""
+    sums, seen, predicted = ledger
     size = sums.shape[0] - 1
-    ids = jnp.where((sample_ids < 0) | (sample_ids >= size), size, sample_ids)
-    x = scores.astype(jnp.float32).ravel()
+    ids, x = samples.ids, scores.astype(jnp.float32).ravel()
+    ids = ids.astype(jnp.int32) if ids.dtype.itemsize < 4 else ids  # which might not hold the size
+    stray = (ids < 0) | (ids >= size)
     counted = jnp.abs(x) <= 1 + SCORE_TOLERANCE
-    return sums.at[ids].add(jnp.where(counted, x, 0)), seen.at[ids].add(counted.astype(jnp.int32))
+    x = jnp.where(counted, x, 0)
+    shares = counted.astype(jnp.float32)
+    if samples.weights is not None:
+        weights = jnp.broadcast_to(jnp.asarray(samples.weights, jnp.float32), ids.shape)
+        stray |= ~(weights >= 0) | jnp.isinf(weights)
+        shares = jnp.where(counted[:, None], jnp.where(stray, 1.0, weights), 0.0)
+        x = x[:, None]
+    ids = jnp.where(stray, size, ids)
+    if samples.predicted is not None and predicted is not None and ids.ndim == 1:  # a mixed input's is nobody's
+        predicted = predicted.at[jnp.where(counted, ids, size)].set(samples.predicted.astype(jnp.int32))
+    return DeviceLedger(sums.at[ids].add(shares * x), seen.at[ids].add(shares), predicted)
 
 
 class JaxSnapshot:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Any
 
 import jax
@@ -13,11 +13,19 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from gwa_logging.errors import InvalidInputError
 from gwa_logging.faults import Faults
-from gwa_logging.integrations.jax.accumulate import AlignmentState, JaxSnapshot, enter, global_update, merge, update
+from gwa_logging.integrations.jax.accumulate import (
+    AlignmentState,
+    DeviceLedger,
+    JaxSnapshot,
+    enter,
+    global_update,
+    merge,
+    update,
+)
 from gwa_logging.integrations.jax.heads import find_head, library_of
 from gwa_logging.integrations.jax.probe import Call, Tapping, apart
 from gwa_logging.monitor import logger
-from gwa_logging.samples import check_sample_ids
+from gwa_logging.samples import Ledger, Samples
 from gwa_logging.settings import WatchSettings
 from gwa_logging.summary import AlignmentSummary
 
@@ -45,6 +53,13 @@ def _is_traced() -> bool:
     return isinstance(jnp.zeros(()), jax.core.Tracer)
 
 
+def _narrow(array: Any) -> Any:
+    """What JAX would cut off from 64 bits is put out of range instead."""
+    if isinstance(array, np.ndarray) and array.dtype.kind in "iu":
+        return np.where((array < 0) | (array >= 2**31), -1, array).astype(np.int32)
+    return array
+
+
 def _explicit_mesh(scores: Any) -> Mesh | None:
     """The mesh of scores that are sharded over explicit axes."""
     mesh = getattr(getattr(scores, "sharding", None), "mesh", None)
@@ -65,7 +80,9 @@ class JaxAdapter:
         self._wanted = head
         self._num_samples = num_samples
         self._state: AlignmentState | None = None  # made where the scores are
-        self._ledger: tuple[Any, Any] | None = None
+        self._ledger: DeviceLedger | None = None
+        self._untagged = 0
+        self._call: Call | None = None  # of the head, once it has been traced
         self._mesh: Mesh | None = None
         self._is_global = False
         self._on_step: Callable[[], None] = lambda: None
@@ -78,7 +95,17 @@ class JaxAdapter:
     @property
     def path(self) -> str:
         """The head's path; empty while it is not known."""
-        return self._wanted or ""
+        return self._call.path if self._call else self._wanted or ""
+
+    @property
+    def processes(self) -> int:
+        """How many processes there are."""
+        return int(jax.process_count())
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """Features and classes of the head; None while it is not known."""
+        return (self._call.features, self._call.logits.shape[-1]) if self._call else None
 
     def reduce(self, summary: AlignmentSummary) -> AlignmentSummary:
         """The summary of all processes. Every one must call it, and all must have given scores of the same kind.
@@ -128,11 +155,12 @@ class JaxAdapter:
         return with_scores
 
     def _tell(self, head: Call) -> None:
+        self._call = head
         if not self._wanted and not self.head.startswith(f"head {head.path!r}"):
             self.head = f"head {head}: the loss comes from it"
             logger.info("gwa_logging: %s", self.head)
 
-    def observe(self, scores: Any, sample_ids: Any) -> None:
+    def observe(self, scores: Any, samples: Samples | None) -> None:
         """Takes in the scores of one step."""
         if isinstance(scores, jax.core.Tracer):
             raise InvalidInputError(
@@ -150,25 +178,30 @@ class JaxAdapter:
         if not is_array or not jnp.issubdtype(scores.dtype, jnp.floating) or not scores.ndim:
             found = f"{scores.dtype} of shape {scores.shape}" if is_array else type(scores).__name__
             raise InvalidInputError(f"scores: expected a floating-point array [batch], found {found}")
-        if sample_ids is not None:
-            check_sample_ids(sample_ids, scores.size, self._num_samples)
+        if samples is not None:
+            samples.check(scores.size, self._num_samples)
+            samples = Samples(*map(_narrow, samples))
+        elif self._num_samples is not None:
+            self._untagged += scores.size
         mesh = _explicit_mesh(scores)
         if mesh is not None:  # with explicit axes each of our operations would have to name its sharding
             self._mesh = _auto_mesh(mesh)
             scores = jax.device_put(scores, NamedSharding(self._mesh, scores.sharding.spec))
-            sample_ids = None if sample_ids is None else np.asarray(sample_ids)
+            samples = None if samples is None else jax.tree.map(np.asarray, samples)
         if isinstance(scores, jax.Array) and not scores.is_fully_addressable:
-            self._observe_global(scores, sample_ids)
+            self._observe_global(scores, samples)
             return
         with self._at_ease():
-            if sample_ids is not None:
-                self._ledger = enter(*self._ledger_arrays(), sample_ids, scores)
+            if samples is not None:
+                ledger = self._device_ledger()
+                ledger = ledger if samples.predicted is None else ledger.with_predictions()
+                self._ledger = enter(ledger, samples, scores)
             self._state = update(self._state or AlignmentState.empty(), scores)
         self._on_step()
 
-    def _observe_global(self, scores: jax.Array, sample_ids: Any) -> None:
+    def _observe_global(self, scores: jax.Array, samples: Samples | None) -> None:
         """Takes in scores of which this process holds a part."""
-        if sample_ids is not None:
+        if samples is not None:
             raise InvalidInputError(
                 "sample_ids: a ledger over scores that are spread over several processes is not kept; pass each process's own "
                 "scores and ids, or none"
@@ -183,7 +216,7 @@ class JaxAdapter:
         """A mesh without explicit axes, if the scores came on one with them."""
         return nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
-    def tag(self, sample_ids: Any) -> None:
+    def tag(self, samples: Samples) -> None:
         """Is for PyTorch."""
         raise InvalidInputError("tag() is for PyTorch; in JAX pass the ids along: monitor.update(scores, sample_ids)")
 
@@ -193,20 +226,31 @@ class JaxAdapter:
             state, self._state = self._state or AlignmentState.empty(), None
         return JaxSnapshot(state)
 
-    def _ledger_arrays(self) -> tuple[Any, Any]:
+    def _device_ledger(self) -> DeviceLedger:
         if self._ledger is None:
-            size = (self._num_samples or 0) + 1
-            self._ledger = jnp.zeros(size, jnp.float32), jnp.zeros(size, jnp.int32)
+            self._ledger = DeviceLedger.empty(self._num_samples or 0)
         return self._ledger
 
-    def ledger(self) -> tuple[Any, Any]:
-        """Sums and counts per sample, on the host."""
-        sums, seen = self._ledger_arrays()
-        return np.array(sums), np.array(seen)
+    def ledger(self) -> Ledger:
+        """The ledger of all processes, on the host. Every one must call it."""
+        own = self._device_ledger().to_host(self._untagged)
+        if jax.process_count() == 1:
+            return own
+        every = multihost_utils.process_allgather(own, tiled=False)
+        parts = [Ledger(*(np.asarray(array)[i] for array in every)) for i in range(jax.process_count())]
+        merged = reduce(Ledger.merge, parts)
+        return merged._replace(strays=int(merged.strays), untagged=int(merged.untagged))
 
-    def load_ledger(self, sums: Any, seen: Any) -> None:
-        """Puts back what `ledger` gave."""
-        self._ledger = jnp.asarray(sums, jnp.float32), jnp.asarray(seen, jnp.int32)
+    def load_ledger(self, ledger: Ledger) -> None:
+        """Puts back what `ledger` gave: in the first process, so that the sum is what it was."""
+        if self.writes:
+            self._ledger, self._untagged = DeviceLedger.from_host(ledger), ledger.untagged
+        else:
+            self._ledger, self._untagged = None, 0
+
+    def portable(self, array: np.ndarray) -> np.ndarray:
+        """As it is."""
+        return array
 
     def nothing_seen(self) -> str:
         """What to check when no step has been seen."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gwa_logging.alignment import DEAD, NO_GRADIENT, NOT_FINITE, SCORE_TOLERANCE, SMALLEST
 from gwa_logging.histogram import BINS, EDGES
+from gwa_logging.samples import UNKNOWN, Ledger, Samples
 from gwa_logging.summary import AlignmentSummary
 
 FOLD_AT = 65_536
@@ -49,10 +50,13 @@ class Terms(NamedTuple):
         return torch.where(torch.isfinite(self.product + self.delta_norms + seen), scores, NOT_FINITE)
 
 
-def coded(terms: Terms) -> Tensor:
-    """float32 [rows, 2], always finite: (score, 1) of each row. Zeros after them are padding."""
+def coded(terms: Terms, predicted: Tensor | None = None, columns: int = 2) -> Tensor:
+    """float32 [rows, 2 or 3], always finite: (score, 1, predicted class) of each row. Zeros after them are padding."""
     scores = torch.nan_to_num(terms.scores(), nan=_NO_GRADIENT, posinf=_NOT_FINITE, neginf=_DEAD)
-    return torch.stack([scores, torch.ones_like(scores)], dim=-1)
+    coded = [scores, torch.ones_like(scores)]
+    if columns > 2:
+        coded.append(torch.full_like(scores, UNKNOWN) if predicted is None else predicted.float())
+    return torch.stack(coded, dim=-1)
 
 
 def decoded(rows: Tensor) -> Tensor:
@@ -75,21 +79,34 @@ def joined(batches: list[Terms]) -> Terms:
 
 
 class Tag:
-    """The ids of the samples of one pass, int [batch], or None: a box, since the compiler looks at tensors, not into boxes."""
+    """Which samples one pass is about, tensors, or None: a box, since the compiler looks at tensors, not into boxes."""
 
-    def __init__(self, sample_ids: Tensor | None) -> None:
-        self.sample_ids = sample_ids
+    def __init__(self, samples: Samples | None) -> None:
+        self.samples = samples
 
 
 UNTAGGED = Tag(None)
 
 
 class _Batch(NamedTuple):
-    """One backward pass: terms (eager), coded rows (compiled) or scores (from the user), and the samples' ids if known."""
+    """One backward pass: terms (eager), coded rows (compiled) or scores (from the user), and which samples, if known."""
 
     values: Terms | Tensor
     rows: int
-    sample_ids: Tensor | None
+    samples: Samples | None
+
+
+class _DeviceLedger(NamedTuple):
+    """The ledger on the device, [num_samples + 1]; the last place is for ids that are none, where they are counted."""
+
+    sums: Tensor
+    seen: Tensor
+    predicted: Tensor
+
+    def to_host(self, untagged: int) -> Ledger:
+        """Waits for the device."""
+        sums, seen, predicted = (tensor.cpu().numpy().copy() for tensor in self)
+        return Ledger(sums[:-1], seen[:-1], predicted[:-1], round(float(seen[-1])), untagged)
 
 
 class Accumulator:
@@ -101,27 +118,33 @@ class Accumulator:
         self._arriving = TorchSnapshot()
         self._edges: dict[torch.device, Tensor] = {}
         self._num_samples = num_samples
-        self._ledger: tuple[Tensor, Tensor] | None = None
+        self._ledger: _DeviceLedger | None = None
+        self._untagged = 0
         self._tag = UNTAGGED
         self._lock = Lock()  # DataParallel's replicas run their backward passes in threads
 
-    def tag(self, sample_ids: Tensor) -> None:
+    @property
+    def keeps_samples(self) -> bool:
+        """Whether there is a ledger."""
+        return self._num_samples is not None
+
+    def tag(self, samples: Samples) -> None:
         """Keeps the ids of the next batch."""
-        self._tag = Tag(sample_ids)
+        self._tag = Tag(samples)
 
     def take_tag(self) -> Tag:
         """The ids of the present batch, once."""
         tag, self._tag = self._tag, UNTAGGED
         return tag
 
-    def add_terms(self, terms: Terms, sample_ids: Tensor | None) -> None:
+    def add_terms(self, terms: Terms, samples: Samples | None) -> None:
         """Adds the terms of an eager backward pass."""
-        self._add(_Batch(terms, terms.product.shape[0], sample_ids))
+        self._add(_Batch(terms, terms.product.shape[0], samples))
 
-    def add_scores(self, scores: Tensor, sample_ids: Tensor | None, valid: Tensor | None = None) -> None:
+    def add_scores(self, scores: Tensor, samples: Samples | None, valid: Tensor | None = None) -> None:
         """Adds scores, float [rows]; or, with `valid`, the two columns of coded rows, which may be overwritten after this."""
         values = scores.reshape(-1) if valid is None else torch.stack([scores, valid], dim=-1)
-        self._add(_Batch(values, scores.numel(), sample_ids))
+        self._add(_Batch(values, scores.numel(), samples))
 
     def _add(self, batch: _Batch) -> None:
         if not batch.rows:
@@ -129,6 +152,8 @@ class Accumulator:
         with self._lock:
             self._batches.append(batch)
             self._rows += batch.rows
+            if batch.samples is None and self.keeps_samples:
+                self._untagged += batch.rows
             if self._rows >= FOLD_AT:
                 self._fold()
 
@@ -159,52 +184,67 @@ class Accumulator:
             self._arriving.add(fold(scores, self._edges_on(device)))
             if self._num_samples is not None:
                 for batch, piece in zip(group, torch.split(scores, [batch.rows for batch in group]), strict=True):
-                    if batch.sample_ids is not None:
-                        self._enter(batch.sample_ids, piece)
+                    if batch.samples is not None:
+                        self._enter(batch.samples, piece)
 
     def _edges_on(self, device: torch.device) -> Tensor:
         if device not in self._edges:
             self._edges[device] = torch.from_numpy(EDGES.copy()).to(_fold_device(device))
         return self._edges[device]
 
-    def _enter(self, sample_ids: Tensor, scores: Tensor) -> None:
-        """Enters the scores of a batch into the ledger.
-
-        Ids that are out of range, or not as many as there are samples, go to its last place, where they are counted.
-        """
-        sums, seen = self._ledger_on(scores.device)
-        size, length = sums.shape[0] - 1, sample_ids.shape[0]
-        ids = sample_ids.to(scores.device, torch.int64, non_blocking=True)
-        samples = (scores != _PADDING).sum()
-        ids = torch.where((ids < 0) | (ids >= size) | (samples != length), size, ids)[: scores.shape[0]]
-        scores = scores[:length]
+    def _enter(self, samples: Samples, scores: Tensor) -> None:
+        """Enters the scores of a batch into the ledger."""
+        sums, seen, predicted = ledger = self._ledger_on(scores.device)
+        device, size = sums.device, sums.shape[0] - 1
+        scores, ids = _moved(scores, device), _moved(samples.ids, device).to(torch.int64)
+        rows = min(scores.shape[0], ids.shape[0])
+        stray = (ids < 0) | (ids >= size) | ((scores != _PADDING).sum() != ids.shape[0])
+        scores, ids, stray = scores[:rows], ids[:rows], stray[:rows]
         counted = scores.abs() <= 1 + SCORE_TOLERANCE
-        sums.index_add_(0, ids, torch.where(counted, scores, 0.0))
-        seen.index_add_(0, ids, counted.int())
+        scores = torch.where(counted, scores, 0.0)
+        if samples.weights is None:
+            shares = counted.float()
+        else:
+            weights = _moved(samples.weights, device).float()
+            weights = (weights if weights.ndim == 1 else weights[:rows]).expand(ids.shape)
+            stray |= ~(weights >= 0) | torch.isinf(weights)
+            shares = torch.where(counted[:, None], torch.where(stray, 1.0, weights), 0.0)
+            scores = scores[:, None]
+        ids = torch.where(stray, size, ids)
+        ledger.sums.index_add_(0, ids.flatten(), (shares * scores).flatten())
+        seen.index_add_(0, ids.flatten(), shares.flatten())
+        if samples.predicted is not None and ids.ndim == 1:  # a mixed input's prediction is nobody's
+            known = _moved(samples.predicted, device)[:rows].to(torch.int32)
+            predicted.index_copy_(0, torch.where(counted, ids, size), known)
 
-    def _ledger_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _ledger_on(self, device: torch.device) -> _DeviceLedger:
         if self._ledger is None:
             size = (self._num_samples or 0) + 1
-            self._ledger = (
+            self._ledger = _DeviceLedger(
                 torch.zeros(size, device=device),
-                torch.zeros(size, dtype=torch.int32, device=device),
+                torch.zeros(size, device=device),
+                torch.full((size,), UNKNOWN, dtype=torch.int32, device=device),
             )
         return self._ledger
 
-    def ledger(self) -> tuple[np.ndarray, np.ndarray]:
+    def ledger(self) -> Ledger:
         """The ledger, brought to the host: waits for the device."""
         with self._lock:
             self._fold()
-            sums, seen = self._ledger_on(torch.device("cpu"))
-            return sums.cpu().numpy().copy(), seen.cpu().numpy().copy()
+            return self._ledger_on(torch.device("cpu")).to_host(self._untagged)
 
-    def load_ledger(self, sums: np.ndarray, seen: np.ndarray, device: torch.device) -> None:
+    def load_ledger(self, ledger: Ledger, device: torch.device) -> None:
         """Puts back what `ledger` gave."""
         with self._lock:
-            self._ledger = (
-                torch.from_numpy(sums.astype(np.float32)).to(device),
-                torch.from_numpy(seen.astype(np.int32)).to(device),
-            )
+            rest = (0.0, ledger.strays, UNKNOWN)
+            arrays = (np.append(array, end).astype(array.dtype) for array, end in zip(ledger[:3], rest, strict=True))
+            self._ledger = _DeviceLedger(*(torch.from_numpy(array).to(device) for array in arrays))
+            self._untagged = ledger.untagged
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; without waiting, but on the host, where it could be read before it has come."""
+    return tensor if tensor.device == device else tensor.to(device, non_blocking=device.type != "cpu")
 
 
 def _device_of(values: Terms | Tensor) -> torch.device:

@@ -13,10 +13,10 @@ from gwa_logging.faults import Faults
 from gwa_logging.integrations.torch.accumulate import TorchSnapshot
 from gwa_logging.integrations.torch.distributed import (
     RankAccumulator,
+    ledger_over_ranks,
     merged_over_ranks,
     rank,
     ranks,
-    summed_over_ranks,
     unsharded,
 )
 from gwa_logging.integrations.torch.heads import FirstPass, Head, HeadCall, find_head, unwrapped
@@ -24,7 +24,7 @@ from gwa_logging.integrations.torch.layers import layer_of
 from gwa_logging.integrations.torch.probe import HeadProbe
 from gwa_logging.integrations.torch.silence import Silence
 from gwa_logging.monitor import logger
-from gwa_logging.samples import check_sample_ids
+from gwa_logging.samples import UNKNOWN, Ledger, Samples
 from gwa_logging.settings import WatchSettings
 from gwa_logging.summary import AlignmentSummary
 
@@ -75,6 +75,17 @@ class TorchAdapter:
         """Whether this is the process that writes: rank 0."""
         return rank() == 0
 
+    @property
+    def processes(self) -> int:
+        """How many ranks there are."""
+        return ranks()
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """Features and classes of the head; None while it is not known."""
+        watching = self._watching
+        return (watching.layer.features, watching.layer.classes) if isinstance(watching, HeadProbe) else None
+
     def reduce(self, summary: AlignmentSummary) -> AlignmentSummary:
         """The summary of all ranks. Every rank must call it; the others wait."""
         return merged_over_ranks(summary)
@@ -120,7 +131,7 @@ class TorchAdapter:
         """Optimizer steps have passed, and the probe has seen none."""
         self._faults.record("silence", f"{steps} optimizer steps and no observation. {self.nothing_seen()}")
 
-    def observe(self, scores: Any, sample_ids: Any) -> None:
+    def observe(self, scores: Any, samples: Samples | None) -> None:
         """Takes in scores of the user's own making."""
         if not isinstance(scores, Tensor) or not scores.is_floating_point() or scores.ndim == 0:
             found = (
@@ -129,32 +140,43 @@ class TorchAdapter:
                 else type(scores).__name__
             )
             raise InvalidInputError(f"scores: expected a floating-point tensor [batch], found {found}")
-        if sample_ids is not None:
-            check_sample_ids(sample_ids, scores.numel(), self._num_samples)
+        if samples is not None:
+            samples = self._checked(samples, scores.numel())
         self._hear()
-        self._accumulator.add_scores(scores.detach(), sample_ids)
+        self._accumulator.add_scores(scores.detach(), samples)
         self._on_step()
 
-    def tag(self, sample_ids: Any) -> None:
+    def tag(self, samples: Samples) -> None:
         """Notes which samples the next forward pass is about."""
-        check_sample_ids(sample_ids, None, self._num_samples)
-        self._accumulator.tag(torch.as_tensor(sample_ids))
+        self._accumulator.tag(self._checked(samples, None))
+
+    def _checked(self, samples: Samples, count: int | None) -> Samples:
+        samples.check(count, self._num_samples)
+        tensors = Samples(*(None if array is None else torch.as_tensor(array) for array in samples))
+        if tensors.ids.device.type == "meta":
+            raise InvalidInputError("sample_ids: expected numbers, found a tensor on the device 'meta'")
+        return tensors
 
     def snapshot(self) -> TorchSnapshot:
         """Hands over what was gathered since the last one."""
         return self._accumulator.snapshot()
 
-    def ledger(self) -> tuple[Any, Any]:
-        """Sums and counts per sample over all ranks, on the host. Every rank must call it; the others wait."""
-        return summed_over_ranks(*self._accumulator.ledger())
+    def ledger(self) -> Ledger:
+        """The ledger of all ranks, on the host. Every rank must call it; the others wait."""
+        return ledger_over_ranks(self._accumulator.ledger())
 
-    def load_ledger(self, sums: Any, seen: Any) -> None:
+    def load_ledger(self, ledger: Ledger) -> None:
         """Puts back what `ledger` gave: on rank 0, so that the sum over ranks is what it was."""
         if rank() != 0:
-            sums, seen = np.zeros_like(sums), np.zeros_like(seen)
+            nothing = np.zeros_like(ledger.sums)
+            ledger = Ledger(nothing, nothing, np.full_like(ledger.predicted, UNKNOWN))
         model = self._model()
         parameter = next(iter(model.parameters()), None) if model is not None else None
-        self._accumulator.load_ledger(sums, seen, parameter.device if parameter is not None else torch.device("cpu"))
+        self._accumulator.load_ledger(ledger, parameter.device if parameter is not None else torch.device("cpu"))
+
+    def portable(self, array: np.ndarray) -> Tensor:
+        """As a tensor: `torch.load` refuses NumPy."""
+        return torch.from_numpy(array)
 
     def nothing_seen(self) -> str:
         """What to check when no step has passed the probe."""

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
 from gwa_logging.integrations.torch.accumulate import Accumulator, Terms, pack, unpack
+from gwa_logging.samples import Ledger, Samples
 from gwa_logging.summary import AlignmentSummary
 
 WRAPPERS: tuple[type[Any], ...] = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -64,23 +64,24 @@ class RankAccumulator(Accumulator):
     counts the samples.
     """
 
-    def add_terms(self, terms: Terms, sample_ids: Tensor | None) -> None:
+    def add_terms(self, terms: Terms, samples: Samples | None) -> None:
         """Adds the terms of an eager backward pass."""
         if is_split(terms.product):
             counts = _comes_first(terms.product)
             terms = Terms(*map(_whole, terms))
             if not counts:
                 return
-        super().add_terms(terms, sample_ids)
+        super().add_terms(terms, samples)
 
-    def add_scores(self, scores: Tensor, sample_ids: Tensor | None, valid: Tensor | None = None) -> None:
+    def add_scores(self, scores: Tensor, samples: Samples | None, valid: Tensor | None = None) -> None:
         """Adds scores; where `valid` is 0 a row is padding."""
         if is_split(scores):
             counts = _comes_first(scores)
             scores, valid = _whole(scores), None if valid is None else _whole(valid)
+            samples = samples and samples._replace(predicted=None)
             if not counts:
                 return
-        super().add_scores(scores, sample_ids, valid)
+        super().add_scores(scores, samples, valid)
 
 
 def is_split(tensor: Any) -> bool:
@@ -136,20 +137,24 @@ def merged_over_ranks(summary: AlignmentSummary) -> AlignmentSummary:
     return AlignmentSummary.merge_all(unpack(part.cpu()) for part in gathered)
 
 
-def summed_over_ranks(sums: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def ledger_over_ranks(ledger: Ledger) -> Ledger:
     """The ledger of all ranks, the same on each. Waits for all of them.
 
-    Args:
-        sums, seen: float32 and int32 [num_samples + 1], this rank's own.
+    What they have predicted is that of the highest rank that has seen the sample.
     """
     if not is_distributed():
-        return sums, seen
+        return ledger
     device = _meeting_device()
-    tensors = [torch.from_numpy(array).to(device) for array in (sums, seen)]
-    for tensor in tensors:
+    counts = torch.tensor([ledger.strays, ledger.untagged], dtype=torch.int64, device=device)
+    sums, seen = torch.from_numpy(ledger.sums).to(device), torch.from_numpy(ledger.seen).to(device)
+    predicted = torch.from_numpy(ledger.predicted).to(device, torch.int64)
+    ranked = torch.where(predicted < 0, -1, (rank() << 32) + predicted)  # the highest rank wins
+    for tensor in (sums, seen, counts):
         distributed.all_reduce(tensor)
-    total_sums, total_seen = (tensor.cpu().numpy() for tensor in tensors)
-    return total_sums, total_seen
+    distributed.all_reduce(ranked, op=distributed.ReduceOp.MAX)
+    predicted = torch.where(ranked < 0, -1, ranked & 0xFFFFFFFF).to(torch.int32)
+    strays, untagged = counts.tolist()
+    return Ledger(sums.cpu().numpy(), seen.cpu().numpy(), predicted.cpu().numpy(), strays, untagged)
 
 
 def _meeting_device() -> torch.device:

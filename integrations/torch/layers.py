@@ -84,6 +84,10 @@ class Linear:
         """How many samples are in there."""
         return logits.numel() // self.classes if self.classes else 0
 
+    def predicted(self, logits: Tensor) -> Tensor:
+        """int64 [rows]: the class of the largest logit of each sample."""
+        return flat(logits.detach().argmax(-1))
+
     def logits(self, embeddings: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's output, computed again."""
         return nn.functional.linear(embeddings, weight, bias)
@@ -116,6 +120,9 @@ class Pointwise(Linear):
 
     def rows(self, logits: Tensor) -> int:
         return logits.shape[0]
+
+    def predicted(self, logits: Tensor) -> Tensor:
+        return logits.detach().flatten(2).sum(2).argmax(-1)
 
     def logits(self, embeddings: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         shape = (-1, *(1,) * (embeddings.ndim - 2))

@@ -24,6 +24,7 @@ from gwa_logging.integrations.torch.accumulate import UNTAGGED, Accumulator, Ter
 from gwa_logging.integrations.torch.distributed import is_distributed, is_freed, is_split
 from gwa_logging.integrations.torch.hooks import Attachment, unchecked
 from gwa_logging.integrations.torch.layers import Linear, norm
+from gwa_logging.samples import Samples
 
 # Leaves are views of a single number: they cost no memory, whatever their length. A gradient does, so the shortest leaf
 # that fits the batch is taken; factors of four keep both the waste and the number of recompilations small.
@@ -48,7 +49,7 @@ def _is_exporting() -> bool:
 
 
 class LogitsProbe(torch.autograd.Function):
-    """Identity on the logits. The gradient of `leaf`, float32 [rows, 2], is defined as (score, 1) per row."""
+    """Identity on the logits. The gradient of `leaf`, float32 [rows, 2 or 3], is defined as (score, 1, predicted class)."""
 
     @staticmethod
     def forward(
@@ -56,14 +57,16 @@ class LogitsProbe(torch.autograd.Function):
     ) -> Tensor:
         # The weight's norm, not the weight: it may change before the backward pass.
         ctx.save_for_backward(logits, embeddings, bias, norm(weight))
-        ctx.layer = layer
+        ctx.layer, ctx.columns = layer, leaf.shape[1]
         return logits.clone()  # a view could not be changed in place by the user; the compiler removes the copy
 
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
         logits, embeddings, bias, weight_norm = ctx.saved_tensors
         terms = ctx.layer.by_logits(delta, logits, embeddings, bias, weight_norm)
-        return delta, None, None, None, coded(terms), None
+        is_known = ctx.columns > 2 and not is_split(logits)  # of split logits, nobody has all of a row
+        predicted = ctx.layer.predicted(logits) if is_known else None
+        return delta, None, None, None, coded(terms, predicted, ctx.columns), None
 
 
 class InputProbe(torch.autograd.Function):
@@ -73,12 +76,14 @@ class InputProbe(torch.autograd.Function):
     def forward(ctx: Any, embeddings: Tensor, weight: Tensor, leaf: Tensor, layer: Linear) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(embeddings, norm(weight))
         ctx.layer = layer
-        return embeddings.clone(), leaf.new_zeros(leaf.shape[0])
+        return embeddings.clone(), leaf.new_zeros(leaf.shape[0], leaf.shape[1] - 1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, kept: Tensor) -> tuple[Tensor | None, ...]:
         embeddings, weight_norm = ctx.saved_tensors
-        return grad, None, coded(ctx.layer.by_input_terms(kept, grad, embeddings, weight_norm)), None
+        delta_norms, predicted = kept[:, 0], kept[:, 1] if kept.shape[1] > 1 else None
+        terms = ctx.layer.by_input_terms(delta_norms, grad, embeddings, weight_norm)
+        return grad, None, coded(terms, predicted, 1 + kept.shape[1]), None
 
 
 class DeltaProbe(torch.autograd.Function):
@@ -86,12 +91,15 @@ class DeltaProbe(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, link: Tensor, layer: Linear) -> Tensor:
+        ctx.save_for_backward(*([layer.predicted(logits)] if link.shape[1] > 1 else []))
         ctx.layer = layer
         return logits.clone()
 
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
-        return delta, ctx.layer.by_input(delta), None
+        delta_norms = ctx.layer.by_input(delta)
+        columns = [delta_norms, *(predicted.to(delta_norms.dtype) for predicted in ctx.saved_tensors)]
+        return delta, torch.stack(columns, dim=1), None
 
 
 class Slot:
@@ -111,10 +119,10 @@ class Slot:
             rows, leaf.grad = leaf.grad, None
             mine, listener = slot(), owner()
             if mine is not None and listener is not None and rows is not None:
-                listener.arrived(rows, mine.tag.sample_ids)
+                listener.arrived(rows, mine.tag.samples)
 
         for rows in _LEAF_ROWS:
-            leaf = torch.zeros(1, 1, device=device).expand(rows, 2).requires_grad_()
+            leaf = torch.zeros(1, 1, device=device).expand(rows, probe.columns).requires_grad_()
             leaf.register_post_accumulate_grad_hook(arrived)
             self.leaves.append(leaf)
 
@@ -126,6 +134,7 @@ class HeadProbe:
         self.enabled = True
         self.layer = layer
         self._accumulator = accumulator
+        self.columns = 3 if accumulator.keeps_samples else 2  # of a compiled pass's coded rows
         self.on_step = on_step
         self._faults = faults
         self._link: Tensor | None = None  # from `before` to `after`, while a graph is being compiled
@@ -211,11 +220,13 @@ class HeadProbe:
         before, self._link = self._link, link
         return before
 
-    def arrived(self, rows: Tensor, sample_ids: Tensor | None) -> None:
+    def arrived(self, rows: Tensor, samples: Samples | None) -> None:
         """The scores of a compiled backward pass have arrived, coded, as the gradient of a leaf."""
         try:
             if self.enabled:
-                self._accumulator.add_scores(rows[:, 0], sample_ids, valid=rows[:, 1])
+                if samples is not None and rows.shape[1] > 2:
+                    samples = samples._replace(predicted=rows[:, 2].to(torch.int32))
+                self._accumulator.add_scores(rows[:, 0], samples, valid=rows[:, 1])
                 self.on_step()
         except Exception as error:  # noqa: BLE001 - nothing may reach the user's backward pass
             self.fault(error)
@@ -230,11 +241,11 @@ class HeadProbe:
         try:
             untapped = getattr(embeddings, "_gwa_tapped", None)
             if untapped is not None:
-                taken = _Pass(self, module, untapped)
+                taken = _Pass(self, module, untapped, logits)
                 logits.register_hook(taken.delta_arrived)
                 embeddings.register_hook(taken.grad_embeddings_arrived)
             else:
-                taken = _Pass(self, module, embeddings)
+                taken = _Pass(self, module, embeddings, logits)
                 taken.keep(module, logits)
                 logits.register_hook(taken.all_arrived)
         except Exception as error:  # noqa: BLE001 - nothing may reach the user's forward pass
@@ -269,13 +280,13 @@ class _Pass:
         "logits",
         "logits_version",
         "probe",
-        "sample_ids",
+        "samples",
         "versions",
         "weight",
         "weight_norm",
     )
 
-    def __init__(self, probe: HeadProbe, module: nn.Module, embeddings: Tensor) -> None:
+    def __init__(self, probe: HeadProbe, module: nn.Module, embeddings: Tensor, logits: Tensor) -> None:
         self.probe = probe
         self.embeddings, self.versions = embeddings, embeddings._version
         self.weight = weight = probe.layer.weight(module).detach()
@@ -284,7 +295,9 @@ class _Pass:
         self.logits: Tensor | None = None
         self.logits_version = 0
         self.kept: Tensor | None = None
-        self.sample_ids = probe._accumulator.take_tag().sample_ids
+        self.samples = probe._accumulator.take_tag().samples
+        if self.samples is not None and not is_split(logits):
+            self.samples = self.samples._replace(predicted=probe.layer.predicted(logits))
 
     def keep(self, module: nn.Module, logits: Tensor) -> None:
         """For the form by the logits: keeps them."""
@@ -343,7 +356,7 @@ class _Pass:
             raise RuntimeError(
                 "the head's input or bias was changed in place between the forward and the backward pass"
             )
-        self.probe._accumulator.add_terms(terms, self.sample_ids)
+        self.probe._accumulator.add_terms(terms, self.samples)
         self.probe.on_step()
 
 

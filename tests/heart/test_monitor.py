@@ -1,6 +1,5 @@
 """The Monitor: steps, intervals, epochs, the alert, closing. On a real PyTorch model."""
 
-import json
 import math
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import gwa_logging
-from gwa_logging import EarlyStop, GwaError, InvalidInputError, NoObservationsError, StopReason
+from gwa_logging import EarlyStop, InvalidInputError, NoObservationsError, StopReason
 from gwa_logging.journal import read_journal
 
 
@@ -259,57 +258,6 @@ def test_wrong_sample_ids_are_refused(model, ids, said):
     monitor = gwa_logging.watch(model, num_samples=10)
     with pytest.raises(InvalidInputError, match=said):
         monitor.update(torch.zeros(3), ids)
-
-
-def test_an_interrupted_and_resumed_run_equals_the_uninterrupted_one(model):
-    def run(interrupt: bool):
-        torch.manual_seed(0)
-        net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 5))
-        monitor = gwa_logging.watch(net, early_stop=patient("alert"), num_samples=10, log_every_n_steps=3)
-        for epoch in range(4):
-            for half in range(2):
-                for i in range(4):
-                    monitor.tag(torch.arange(10))
-                    train(net, 1, seed=100 * epoch + 10 * half + i)
-                if interrupt and (epoch, half) == (1, 0):
-                    state = monitor.state_dict()
-                    monitor.close()
-                    monitor = gwa_logging.watch(net, early_stop=patient("alert"), num_samples=10, log_every_n_steps=3)
-                    monitor.load_state_dict(state)
-            monitor.end_epoch()
-        return monitor
-
-    whole, resumed = run(False), run(True)
-    assert resumed.alert == whole.alert
-    assert resumed.suspects(10) == whole.suspects(10)
-    for a, b in zip(resumed.history, whole.history, strict=True):
-        assert (a.epoch, a.step, a.count, a.histogram, a.is_best) == (b.epoch, b.step, b.count, b.histogram, b.is_best)
-        assert a.gwa == pytest.approx(b.gwa, rel=1e-9)
-
-
-def test_the_state_is_plain_data(model):
-    monitor = gwa_logging.watch(model, num_samples=10)
-    train(model, 3)
-    monitor.end_epoch()
-
-    def plain(value):
-        if isinstance(value, np.ndarray):
-            return value.tolist()
-        raise TypeError(type(value))
-
-    json.dumps(monitor.state_dict(), default=plain)
-
-
-@pytest.mark.parametrize("change", [{"version": 99}, {"history": "x"}, {"ledger": [np.zeros(4), np.zeros(4)]}])
-def test_a_state_that_does_not_fit_changes_nothing(model, change):
-    monitor = gwa_logging.watch(model)
-    train(model, 3)
-    monitor.end_epoch()
-    state = {**monitor.state_dict(), **change}
-    before = list(monitor.history)
-    with pytest.raises(GwaError, match="state"):
-        monitor.load_state_dict(state)
-    assert monitor.history == before
 
 
 def test_a_report_reads_as_one_line(model):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from gwa_logging import AlignmentSummary
 from gwa_logging.integrations.torch.accumulate import FOLD_AT, Accumulator, Terms
+from gwa_logging.samples import Samples
 from tests.heart.test_summary import assert_equals_scipy, spread_scores
 
 
@@ -60,8 +61,9 @@ def test_a_snapshot_starts_anew():
 
 def test_the_ledger_adds_up_by_id_and_keeps_strays_apart():
     accumulator = Accumulator(4)
-    accumulator.add_scores(torch.tensor([0.1, 0.2, 0.3, torch.nan]), torch.tensor([2, 0, 2, 1]))
-    accumulator.add_scores(torch.tensor([0.5, 0.5]), torch.tensor([-1, 4]))
-    sums, seen = accumulator.ledger()
-    np.testing.assert_allclose(sums, [0.2, 0, 0.4, 0, 1.0], rtol=1e-6)
-    np.testing.assert_array_equal(seen, [1, 0, 2, 0, 2])
+    accumulator.add_scores(torch.tensor([0.1, 0.2, 0.3, torch.nan]), Samples(torch.tensor([2, 0, 2, 1])))
+    accumulator.add_scores(torch.tensor([0.5, 0.5]), Samples(torch.tensor([-1, 4])))
+    ledger = accumulator.ledger()
+    np.testing.assert_allclose(ledger.sums, [0.2, 0, 0.4, 0], rtol=1e-6)
+    np.testing.assert_array_equal(ledger.seen, [1, 0, 2, 0])
+    assert (ledger.strays, ledger.untagged) == (2, 0)

@@ -451,7 +451,7 @@ def test_all_ranks_stop_in_the_same_epoch_though_each_alone_would_stop_in_anothe
 
 def test_rank_0_alone_writes_one_journal_and_one_run(two: World) -> None:
     (folder,) = (two.folder / "tracked" / "gwa_runs").iterdir()
-    assert two["tracked"] == [Path("gwa_runs") / folder.name / "journal.jsonl", None]
+    assert two["tracked"] == [folder / "journal.jsonl", None]
     client = database_in(two.folder)
     (run,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
     counts = [metric.value for metric in client.get_metric_history(run.info.run_id, "gwa/count")]

@@ -27,10 +27,10 @@ class Recorder:
     def scores(self) -> np.ndarray:
         adapter = self.monitor._adapter
         assert isinstance(adapter, TorchAdapter)
-        sums, seen = adapter.ledger()
-        assert (seen[:-1] <= 1).all()
+        ledger = adapter.ledger()
+        assert (ledger.seen <= 1).all()
         self.monitor.close()
-        return np.where(seen == 1, sums, np.nan)[:-1]
+        return np.where(ledger.seen == 1, ledger.sums, np.nan)
 
 
 def one_at_a_time(model: nn.Module, head: nn.Linear, loss, x, y) -> np.ndarray:

@@ -1,0 +1,128 @@
+"""What the per-sample ledger costs: its own operations of a step, and, of ten million samples, memory and the end of an epoch.
+
+    python -m benchmarks.ledger [--samples 10000000]
+
+What a whole step with a ledger costs is among the rows of `make bench`.
+"""
+
+import argparse
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+import gwa_logging
+
+BATCH, BATCHES = 256, 50
+
+
+def megabytes() -> float:
+    """The most memory that this process has ever held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def timed(call: Callable[[], Any]) -> float:
+    """Seconds that a call takes."""
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def epoch_of_torch(samples: int | None, directory: str) -> tuple[gwa_logging.Monitor, Callable[[], None]]:
+    """A monitor, and a function that trains a small model for an epoch of 50 batches."""
+    model = torch.nn.Linear(32, 10)
+    monitor = gwa_logging.watch(model, directory=directory, num_samples=samples)
+
+    def train() -> None:
+        for _ in range(BATCHES):
+            if samples:
+                monitor.tag(torch.randint(0, samples, (BATCH,)))
+            torch.nn.functional.cross_entropy(model(torch.randn(BATCH, 32)), torch.randint(0, 10, (BATCH,))).backward()
+
+    return monitor, train
+
+
+def epoch_of_jax(samples: int | None, directory: str) -> tuple[gwa_logging.Monitor, Callable[[], None]]:
+    """The same in JAX; the scores are made up, the predictions too."""
+    import jax.numpy as jnp
+    from flax import linen
+
+    monitor = gwa_logging.watch(linen.Dense(10), directory=directory, num_samples=samples)
+    rng = np.random.default_rng(0)
+
+    def train() -> None:
+        for _ in range(BATCHES):
+            scores = jnp.asarray(rng.uniform(-0.3, 0.3, BATCH).astype(np.float32))
+            ids = rng.integers(0, samples, BATCH) if samples else None
+            monitor.update(scores, ids, predicted=np.zeros(BATCH, np.int32) if samples else None)
+
+    return monitor, train
+
+
+def median_us(call: Callable[[], Any], times: int = 300) -> float:
+    """Microseconds."""
+    return float(1e6 * np.median([timed(call) for _ in range(times)]))
+
+
+def own_operations(samples: int) -> None:
+    """What the ledger adds to a step, each operation by itself and waited for: exact on a busy machine, too."""
+    import jax
+    import jax.numpy as jnp
+
+    from gwa_logging.integrations.jax.accumulate import DeviceLedger, enter
+    from gwa_logging.integrations.torch.accumulate import Accumulator
+    from gwa_logging.samples import Samples
+
+    accumulator, ids, scores = Accumulator(samples), torch.randint(0, samples, (BATCH,)), 0.3 * torch.rand(BATCH)
+    batch = Samples(ids, None, torch.zeros(BATCH, dtype=torch.int64))
+    for classes in (10, 100, 1000):
+        logits = torch.randn(BATCH, classes)
+        took = median_us(lambda logits=logits: logits.argmax(-1))  # type: ignore[misc]
+        print(f"PyTorch, prediction of {BATCH} samples, {classes} classes: {took:.0f} us")
+    print(f"PyTorch, entering them: {median_us(lambda: accumulator._enter(batch, scores)):.0f} us")
+
+    ledger, device_scores = DeviceLedger.empty(samples), jnp.asarray(scores.numpy())
+    device_batch = Samples(ids.numpy().astype(np.int32))
+
+    def entered() -> None:
+        nonlocal ledger
+        ledger = jax.block_until_ready(enter(ledger, device_batch, device_scores))
+
+    entered()
+    print(f"JAX, entering them: {median_us(entered):.0f} us\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=10_000_000)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    directory, samples = tempfile.mkdtemp(), args.samples
+    own_operations(samples)
+
+    for name, epoch_of in (("PyTorch", epoch_of_torch), ("JAX", epoch_of_jax)):
+        for size in (None, samples):
+            monitor, train = epoch_of(size, directory)
+            before = megabytes()
+            train()
+            monitor.end_epoch()  # compiles, and allocates the ledger
+            ends = []
+            for _ in range(5):
+                train()
+                ends.append(timed(monitor.end_epoch))
+            print(f"{name}, {size or 'no'} samples: end_epoch() {1e3 * np.median(ends):.1f} ms", end="")
+            if size:
+                print(f", peak memory +{megabytes() - before:.0f} MB", end="")
+                for call in (monitor.suspects, monitor.label_quality, monitor.state_dict):
+                    print(f", {call.__name__}() {timed(call):.2f} s", end="")
+                print(f", and the peak is then +{megabytes() - before:.0f} MB", end="")
+            print(flush=True)
+            monitor.close()
+
+
+if __name__ == "__main__":
+    main()

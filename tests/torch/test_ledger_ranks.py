@@ -1,0 +1,190 @@
+"""The ledger and the state of two ranks, with PyTorch's own sampler and loader."""
+
+import io
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+import gwa_logging
+from gwa_logging import InvalidInputError, Monitor
+from gwa_logging.journal import read_journal
+from tests.torch.ranks import World, run
+
+N, BATCH, EPOCHS = 25, 4, 3  # the sampler must give one sample to both ranks; 13 each: three batches and a rest of one
+OPTIONS: dict[str, Any] = {"num_samples": N, "log_every_n_steps": 2, "early_stop": None}
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 5))
+
+
+def training_set() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(N, 8, generator=generator), torch.randint(0, 5, (N,), generator=generator)
+
+
+class Outcome(NamedTuple):
+    """What one rank has seen."""
+
+    drawn: list[int]
+    history: list[Any]
+    suspects: list[Any]
+    listed: list[str]
+    state: bytes
+    """Saved in the middle of the second epoch."""
+
+
+def train(interrupt: bool) -> Outcome:
+    """The weights stay as they are, so that each sample's score is the same each time."""
+    model = DistributedDataParallel(net())
+    dataset = gwa_logging.with_ids(TensorDataset(*training_set()))
+    sampler: Any = DistributedSampler(dataset, shuffle=True)
+    monitors = [gwa_logging.watch(model, **OPTIONS)]
+    drawn: list[int] = []
+    file = io.BytesIO()
+    for epoch in range(EPOCHS):
+        sampler.set_epoch(epoch)
+        for number, (x, y, ids) in enumerate(DataLoader(dataset, BATCH, sampler=sampler, drop_last=True)):
+            if (epoch, number) == (1, 2):
+                state = monitors[-1].state_dict()
+                torch.save(state, file)
+                if interrupt:
+                    monitors.append(gwa_logging.watch(model, **OPTIONS))
+                    file.seek(0)
+                    monitors[-1].load_state_dict(torch.load(file))
+            monitors[-1].tag(ids)
+            drawn += ids.tolist()
+            F.cross_entropy(model(x), y).backward()
+        monitors[-1].end_epoch()
+    suspects = monitors[-1].suspects(N)
+    history = monitors[-1].history
+    monitors[-1].log_suspects(3)
+    journals = [monitor.journal for monitor in monitors if monitor.journal]
+    monitors[-1].close()
+    listed = [record.kind for journal in journals for record in read_journal(journal)[0]]
+    return Outcome(drawn, history, suspects, listed, file.getvalue())
+
+
+def whole() -> Outcome:
+    return train(interrupt=False)
+
+
+def resumed() -> Outcome:
+    return train(interrupt=True)
+
+
+def strays() -> dict[str, int]:
+    """One rank's ids are wrong, the other one's are missing."""
+    model = DistributedDataParallel(net())
+    x, y = training_set()
+    with gwa_logging.watch(model, **OPTIONS) as monitor:
+        if torch.distributed.get_rank() == 0:
+            monitor.tag(torch.arange(N) + 5)
+        F.cross_entropy(model(x), y).backward()
+        monitor.suspects()
+        return monitor.faults
+
+
+def after_the_epochs() -> list[str]:
+    """The list that is written without asking."""
+    model = DistributedDataParallel(net())
+    x, y = training_set()
+    with gwa_logging.watch(model, **OPTIONS) as monitor:
+        for _ in monitor.epochs(2):
+            monitor.tag(torch.arange(N))
+            F.cross_entropy(model(x), y).backward()
+    return [record.kind for record in read_journal(monitor.journal)[0]] if monitor.journal else []
+
+
+def split() -> tuple[list[Any], dict[str, int]]:
+    """A compiled head that is split by classes: no rank has all logits of a sample."""
+    from tests.torch.test_distributed import Net, by_classes
+
+    model = torch.compile(by_classes(Net()), backend="aot_eager")
+    x, y = training_set()
+    with gwa_logging.watch(model, num_samples=N, early_stop=None) as monitor:
+        monitor.tag(torch.arange(N))
+        F.cross_entropy(model(x), y).backward()
+        return monitor.suspects(N), monitor.faults
+
+
+WORLD = {function.__name__: function for function in (whole, resumed, strays, after_the_epochs, split)}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return run("tests.torch.test_ledger_ranks", "WORLD", 2, tmp_path_factory.mktemp("two"))
+
+
+def test_every_sample_is_counted_as_often_as_the_sampler_gave_it_to_either_rank(two: World) -> None:
+    first, second = two["whole"]
+    times = np.bincount(first.drawn + second.drawn, minlength=N)
+    assert first.suspects == second.suspects
+    assert {s.id: s.times_seen for s in first.suspects} == {i: n for i, n in enumerate(times) if n}
+    x, y = training_set()
+    model = net()
+    with gwa_logging.watch(model, num_samples=N) as monitor:
+        monitor.tag(torch.arange(N))
+        F.cross_entropy(model(x), y).backward()
+        want = {s.id: (s.mean_score, s.predicted) for s in monitor.suspects(N)}
+    for suspect in first.suspects:
+        assert (suspect.mean_score, suspect.predicted) == (
+            pytest.approx(want[suspect.id][0], abs=1e-6),
+            want[suspect.id][1],
+        )
+
+
+def test_a_state_in_mid_epoch_holds_what_all_ranks_have_seen(two: World) -> None:
+    for before, after in zip(two["whole"], two["resumed"], strict=True):
+        assert after.drawn == before.drawn
+        assert [(r.epoch, r.step, r.count, r.histogram) for r in after.history] == [
+            (r.epoch, r.step, r.count, r.histogram) for r in before.history
+        ]
+        assert [r.count for r in after.history] == [2 * 3 * BATCH] * EPOCHS
+        for a, b in zip(after.history, before.history, strict=True):
+            assert a.gwa == pytest.approx(b.gwa, rel=1e-9)
+        assert [(s.id, s.times_seen, s.predicted) for s in after.suspects] == [
+            (s.id, s.times_seen, s.predicted) for s in before.suspects
+        ]
+    assert two["resumed"][0].history == two["resumed"][1].history
+
+
+def test_wrong_and_missing_ids_of_all_ranks_are_counted(two: World) -> None:
+    assert two["strays"] == [{"sample ids": 5, "samples without ids": N}] * 2
+
+
+def test_one_rank_writes_the_list_when_it_is_asked_for_and_after_the_epochs(two: World) -> None:
+    assert [outcome.listed.count("suspects") for outcome in two["whole"]] == [1, 0]
+    first, second = two["after_the_epochs"]
+    assert first[-2:] == ["suspects", "close"]
+    assert first.count("suspects") == 1
+    assert second == []
+
+
+def test_a_state_of_two_ranks_is_refused_by_one(two: World) -> None:
+    state = torch.load(io.BytesIO(two["whole"][0].state))
+    monitor: Monitor = gwa_logging.watch(net(), **OPTIONS)
+    with pytest.raises(InvalidInputError, match="saved by 2 processes, this run has 1; go on with as many"):
+        monitor.load_state_dict(state)
+    assert monitor.history == []
+
+
+def test_of_a_split_head_the_scores_are_entered_once_and_the_class_is_unknown(two: World) -> None:
+    from tests.torch.test_distributed import Net
+
+    x, y = training_set()
+    model = Net()
+    with gwa_logging.watch(model, num_samples=N) as monitor:
+        monitor.tag(torch.arange(N))
+        F.cross_entropy(model(x), y).backward()
+        want = {s.id: (pytest.approx(s.mean_score, abs=1e-6), 1.0, None) for s in monitor.suspects(N)}
+    for suspects, faults in two["split"]:
+        assert {s.id: (s.mean_score, s.times_seen, s.predicted) for s in suspects} == want
+        assert faults == {}
