@@ -48,9 +48,9 @@ def watch(accelerator: Accelerator, model: Any, **arguments: Any) -> Monitor:
     """`gwa_logging.watch` for a model that an accelerator trains, in every process, after `init_trackers` and `prepare`.
 
     Results are sent to the accelerator's trackers (W&B, MLflow, TensorBoard, Trackio) unless `backend=` says otherwise.
-    `accelerator.save_state` and `load_state` keep and restore the monitor's state. To save at the end of an epoch, inside of the
-    loop over `monitor.epochs`, call `monitor.end_epoch()` first, or the resumed loop will begin that epoch again. Watching the
-    model again replaces the first watch.
+    `accelerator.save_state` and `load_state` keep and restore the monitor's state. To save at the end of an epoch, inside of
+    the loop over `monitor.epochs`, call `monitor.end_epoch()` first, or the resumed loop will begin that epoch again. Watching
+    the model again replaces the first watch.
 
     Args:
         accelerator: the Accelerator.
