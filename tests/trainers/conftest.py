@@ -1,12 +1,41 @@
-"""Two processes, as torchrun starts them."""
+"""Two processes, as torchrun starts them; a database of MLflow's."""
 
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+torch.set_num_threads(1)  # the models are tiny, and other tests may run beside these
+
+
+@pytest.fixture(scope="session")
+def _empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()  # which takes seconds
+    return path
+
+
+@pytest.fixture
+def mlflow_uri(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[], str]]:
+    """Makes a database, and returns its address, to which the trainers turn MLflow as a whole: until the test is over."""
+
+    def make() -> str:
+        copied = shutil.copy(request.getfixturevalue("_empty_database"), tmp_path / "mlflow.db")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{copied}")
+        return os.environ["MLFLOW_TRACKING_URI"]
+
+    yield make
+    if "mlflow" in sys.modules:
+        sys.modules["mlflow"].set_tracking_uri(None)
 
 
 @pytest.fixture

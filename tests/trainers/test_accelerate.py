@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 import torch
 from accelerate import Accelerator, skip_first_batches
@@ -114,9 +115,10 @@ def test_a_loop_that_is_resumed_from_a_saved_state_equals_one_that_was_not_inter
 
 
 @pytest.mark.parametrize("kind", ["wandb", "mlflow", "tensorboard"])
-def test_results_go_into_the_run_of_the_accelerators_tracker(kind, tmp_path, monkeypatch):
+def test_results_go_into_the_run_of_the_accelerators_tracker(kind, tmp_path, monkeypatch, mlflow_uri):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    if kind == "mlflow":
+        mlflow.set_tracking_uri(mlflow_uri())
     accelerator = Accelerator(cpu=True, log_with=kind, project_dir=tmp_path)
     accelerator.init_trackers("project")
     tracker = accelerator.get_tracker(kind, unwrap=True)

@@ -191,11 +191,11 @@ def test_a_fit_that_is_resumed_from_a_checkpoint_equals_one_that_was_not_interru
 
 
 @pytest.mark.parametrize("kind", ["wandb", "mlflow", "tensorboard"])
-def test_results_go_into_the_run_of_the_trainers_own_logger(kind, tmp_path, monkeypatch):
+def test_results_go_into_the_run_of_the_trainers_own_logger(kind, tmp_path, monkeypatch, mlflow_uri):
     monkeypatch.setenv("WANDB_MODE", "offline")
     logger = {
         "wandb": lambda: WandbLogger(save_dir=tmp_path),
-        "mlflow": lambda: MLFlowLogger(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db"),
+        "mlflow": lambda: MLFlowLogger(tracking_uri=mlflow_uri()),
         "tensorboard": lambda: TensorBoardLogger(tmp_path),
     }[kind]()
     callback = GWACallback()

@@ -182,10 +182,10 @@ def test_a_checkpoint_that_is_asked_for_too_late_begins_anew_and_says_so(caplog)
 
 
 @pytest.mark.parametrize("kind", ["wandb", "mlflow", "tensorboard"])
-def test_results_go_into_the_run_that_the_trainer_reports_to(kind, tmp_path, monkeypatch):
+def test_results_go_into_the_run_that_the_trainer_reports_to(kind, monkeypatch, mlflow_uri):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    if kind == "mlflow":
+        mlflow.set_tracking_uri(mlflow_uri())
     callback = GWACallback()
     trainer(callback, report_to=[kind]).train()
     place = read_journal(callback.monitor.journal)[0][0].places[kind].run
