@@ -9,7 +9,6 @@ import mlflow
 import pytest
 import torch
 from accelerate import Accelerator, skip_first_batches
-from accelerate.state import AcceleratorState, GradientState
 from mlflow import MlflowClient
 from torch import nn
 from torch.utils.data import DataLoader
@@ -19,13 +18,6 @@ from gwa_logging import EarlyStop, EpochReport, InvalidInputError, Monitor
 from gwa_logging.integrations.accelerate import watch
 from gwa_logging.journal import read_journal
 from tests.trainers.tasks import BATCH, EPOCHS, RATE, SAMPLES, assert_equal, loader, net, plain, weights
-
-
-@pytest.fixture(autouse=True)
-def _anew() -> None:
-    """Accelerate keeps the settings of the first Accelerator for the whole process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def train(
