@@ -42,7 +42,7 @@ class Keras(Library):
         if keras.backend.backend() != "jax":
             raise InvalidInputError(
                 f"model: a Keras model on the {keras.backend.backend()!r} backend, of which GWA is not taken; set "
-                "KERAS_BACKEND=jax before keras is imported"
+                "KERAS_BACKEND=jax or KERAS_BACKEND=torch before keras is imported"
             )
 
     def run(self, session: Session, fun: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

@@ -1,6 +1,7 @@
 """Lightning's callback: the numbers of the plain loop, the trainer's own ways of stopping, resuming and logging."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import pytorch_lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler
 
 import gwa_logging
@@ -377,21 +380,34 @@ class Halves(Classifier):
         return DataLoader(loader().dataset, BATCH // ranks, sampler=sampler)
 
 
-def ddp(folder: str) -> None:
+class Sharded(Halves):
+    """Split by fully_shard, as ModelParallelStrategy has it."""
+
+    def configure_model(self) -> None:
+        mesh = self.device_mesh["data_parallel"]
+        for part in (self.model[2], self.model):
+            fully_shard(part, mesh=mesh)
+
+
+def processes(folder: str) -> None:
     """What each of two processes does."""
     torch.set_num_threads(1)
-    callback = GWACallback(num_samples=SAMPLES, sample_ids=2, directory=folder)
-    both = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
-    fitting = trainer(callback, ModelCheckpoint(folder), enable_checkpointing=True, **both)
-    fitting.fit(Halves())
-    result = [report.model_dump(mode="json") for report in callback.monitor.history]
-    Path(folder, f"{fitting.global_rank}.json").write_text(json.dumps(result))
+    os.chdir(folder)
+    both = {"devices": 2, "use_distributed_sampler": False, "enable_checkpointing": True}
+    sharded = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    for name, strategy, module in (("ddp", "ddp", Halves()), ("fsdp", sharded, Sharded())):
+        callback = GWACallback(num_samples=SAMPLES, sample_ids=2, directory=name)
+        fitting = trainer(callback, ModelCheckpoint(f"{name} checkpoints"), strategy=strategy, **both)
+        fitting.fit(module)
+        result = [report.model_dump(mode="json") for report in callback.monitor.history]
+        Path(f"{name} {fitting.global_rank}.json").write_text(json.dumps(result))
 
 
 def test_two_processes_report_what_one_would(tmp_path, two_processes):
-    two_processes("tests.trainers.test_lightning", "ddp", tmp_path)
+    two_processes("tests.trainers.test_lightning", "processes", tmp_path)
     expected = plain(net())[0]
-    for rank in (0, 1):
-        reports = [EpochReport.model_validate(r) for r in json.loads((tmp_path / f"{rank}.json").read_text())]
-        assert_equal(reports, expected)
-    assert len(list(tmp_path.glob("*/journal.jsonl"))) == 1
+    for name in ("ddp", "fsdp"):
+        assert len(list(tmp_path.glob(f"{name}/*/journal.jsonl"))) == 1
+        for rank in (0, 1):
+            found = json.loads((tmp_path / f"{name} {rank}.json").read_text())
+            assert_equal([EpochReport.model_validate(report) for report in found], expected)
