@@ -25,7 +25,8 @@ class Follower:
 
     def __init__(self, *, sample_ids: Any = None, **arguments: Any) -> None:
         super().__init__()
-        self._settings = WatchSettings(**arguments)  # a mistake is an error here, not once the data is loaded
+        # A mistake is an error here, not once the data is loaded.
+        self._settings = WatchSettings(**{"backend": "local", **arguments})
         if sample_ids is not None and self._settings.num_samples is None:
             raise InvalidInputError(
                 f"sample_ids={sample_ids!r}: there is no ledger to enter them in; add num_samples=<size of the training set>"
@@ -76,7 +77,7 @@ class Follower:
         given = self._arguments.get("run")
         backend = self._settings.backend if "backend" in self._arguments else tuple(runs) or ("local",)
         if given is not None and not isinstance(given, dict):
-            return {}
+            return {"backend": list(backend), "run": given}
         found = {name: run for name, run in runs.items() if name in backend and run is not None}
         return {"backend": list(backend), "run": found | (given or {}) or None}
 
