@@ -14,9 +14,8 @@ from typing import Any
 from gwa_logging.errors import InvalidInputError, MissingDependencyError
 from gwa_logging.follow import Follower
 
-_BASES: list[
-    type
-] = []  # the two names are two packages, with a Callback each, which a Trainer of the other does not take
+# The two names are two packages, with a Callback each, which a Trainer of the other does not take.
+_BASES: list[type] = []
 for _name in ("lightning.pytorch", "pytorch_lightning"):
     try:
         _BASES.append(import_module(_name).Callback)
