@@ -43,8 +43,8 @@ def watch(
     scores to `monitor.update`. Watching a model again closes its first monitor.
 
     Args:
-        model: a `torch.nn.Module` (compiled or wrapped ones too), a model of Flax (Linen, NNX), Equinox, Haiku or Keras (on its
-            JAX backend), or a JAX function that calls `gwa_logging.integrations.jax.tap`.
+        model: a `torch.nn.Module` (compiled or wrapped ones too), a model of Flax (Linen, NNX), Equinox, Haiku or Keras 3 (on
+            PyTorch or JAX), or a JAX function that calls `gwa_logging.integrations.jax.tap`.
         backend: where to send: "wandb", "mlflow", "tensorboard", "trackio", "local" (only the journal and the report), a
             list of them, the name of an entry point in the group `gwa_logging.backends`, or an object with `write` and
             `close`.

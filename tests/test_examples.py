@@ -1,5 +1,6 @@
 """The examples run, and print what they promise."""
 
+import os
 import re
 import subprocess
 import sys
@@ -17,16 +18,20 @@ def test_example(example, tmp_path):
     run = subprocess.run(
         [sys.executable, EXAMPLES / example, "--epochs", "12", "--noise", "0.3"],
         cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # the models are small, and the machine may be busy
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert run.returncode == 0, run.stderr
-    assert "gwa=" in run.stderr, "the progress bar shows GWA"
+    assert re.search(r"gwa[=:]|: GWA -?\d", run.stderr + run.stdout), "the progress bar shows GWA"
     for row in ("stop alert", "best epoch by GWA", "last epoch", "best epoch by test accuracy"):
         assert re.search(rf"{row}.*\s(none|\d+ +\d+\.\d%)", run.stdout), run.stdout
     found = re.search(r"(\d+)% do have a flipped label", run.stdout)
-    assert int(found[1]) > 85
+    if example == "keras_fit_digits.py":
+        assert not found, "fit does not tell which samples a batch holds"
+    else:
+        assert int(found[1]) > 85
     records, skipped = read_journal(tmp_path / re.search(r"Journal: (\S+)", run.stdout)[1])
     epochs = [r for r in records if r.kind == "epoch"]
     assert len(epochs) == 12

@@ -62,6 +62,10 @@ def find_head(model: nn.Module, wanted: Any = None) -> Head | None:
         HeadNotFoundError: there is no such head, nothing that could be one, or several that make the output.
     """
     model = unwrapped(model)
+    if any(base.__module__ == "keras.src.models.model" for base in type(model).__mro__):
+        from gwa_logging.integrations.torch.keras import find_dense  # here, because it needs Keras
+
+        return Head(*find_dense(model, wanted))
     if wanted is not None:
         return _explicit(model, wanted)
     possible = candidates(model)

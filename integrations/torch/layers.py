@@ -167,6 +167,9 @@ def refusal(module: nn.Module) -> str | None:
 
 def layer_of(module: nn.Module) -> Linear:
     """A head's layer; the module must not be refused."""
+    make = getattr(type(module), "watched_layer", None)  # of a module of ours that stands for another library's layer
+    if make is not None:
+        return make(module)  # type: ignore[no-any-return]
     if isinstance(module, nn.Linear):
         return Linear(module, module.out_features, module.in_features)
     assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d), refusal(module)

@@ -1,0 +1,64 @@
+"""Two processes, as torchrun starts them; a database of MLflow's."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # the models are tiny, and other tests may run beside these
+
+
+@pytest.fixture(autouse=True)
+def _anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate keeps the settings of its first Accelerator, and the Trainer's, for the whole process and its children."""
+    if "accelerate" in sys.modules:
+        state = sys.modules["accelerate.state"]
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+
+@pytest.fixture(scope="session")
+def _empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()  # which takes seconds
+    return path
+
+
+@pytest.fixture
+def mlflow_uri(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[], str]]:
+    """Makes a database, and returns its address, to which the trainers turn MLflow as a whole: until the test is over."""
+
+    def make() -> str:
+        copied = shutil.copy(request.getfixturevalue("_empty_database"), tmp_path / "mlflow.db")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{copied}")
+        return os.environ["MLFLOW_TRACKING_URI"]
+
+    yield make
+    if "mlflow" in sys.modules:
+        sys.modules["mlflow"].set_tracking_uri(None)
+
+
+@pytest.fixture
+def two_processes() -> Callable[[str, str, Path], None]:
+    """Runs a function of a module, with a folder as its argument, in two processes; the test fails if one of them does."""
+
+    def run(module: str, function: str, folder: Path) -> None:
+        script = folder / "script.py"
+        script.write_text(f"from {module} import {function}; {function}({str(folder)!r})")
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        command = [sys.executable, *torchrun, str(script)]
+        done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-4000:]
+
+    return run

@@ -1,0 +1,217 @@
+"""What Keras's callback must do on either backend; run by test_keras.py, in a process for each."""
+
+import keras
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from gwa_logging import EarlyStop, HeadNotFoundError, InvalidInputError
+from gwa_logging.integrations.keras import GWACallback
+from gwa_logging.journal import read_journal
+from tests.trainers.tasks import BATCH, CLASSES, EPOCHS, FEATURES, RATE, assert_equal, plain, samples
+
+BACKEND = keras.backend.backend()
+X, Y = samples()
+PLAIN = {"batch_size": BATCH, "shuffle": False, "verbose": 0}
+
+
+def make(activation=None, model=keras.Sequential, **compiling):
+    keras.utils.set_random_seed(0)
+    head = keras.layers.Dense(CLASSES, activation=activation, name="head")
+    made = model([keras.Input((FEATURES,)), keras.layers.Dense(16, "tanh"), head])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=activation is None)
+    made.compile(keras.optimizers.SGD(RATE), loss, metrics=["accuracy"], **compiling)
+    return made
+
+
+def fit(model, *callbacks, epochs=EPOCHS, **arguments):
+    return model.fit(X, Y, epochs=epochs, callbacks=list(callbacks), **PLAIN | arguments)
+
+
+def the_same_in_pytorch(model):
+    net = nn.Sequential(nn.Linear(FEATURES, 16), nn.Tanh(), nn.Linear(16, CLASSES))
+    with torch.no_grad():
+        for layer, twin in zip(model.layers, (net[0], net[2]), strict=True):
+            for values, parameter in zip(layer.get_weights(), (twin.weight, twin.bias), strict=True):
+                parameter.copy_(torch.from_numpy(values.T))
+    return net
+
+
+@pytest.mark.parametrize("activation", [None, "softmax"], ids=["logits", "fused softmax"])
+def test_statistics_are_those_of_the_plain_loop_and_nothing_else_changes(activation):
+    callback, model, bare = GWACallback(log_every_n_steps=1), make(activation), make(activation)
+    before = set(vars(model.layers[-1])) | set(vars(model))
+    expected = plain(the_same_in_pytorch(model))[0]
+    history, bare_history = fit(model, callback).history, fit(bare).history
+    assert_equal(callback.monitor.history, expected, abs=3e-6, rel=1e-4)  # float32 in another order
+    assert [r.mean for r in callback.monitor.history] == pytest.approx([r.mean for r in expected], abs=1e-6)
+    assert {key: history[key] for key in bare_history} == bare_history
+    assert all(map(np.array_equal, model.get_weights(), bare.get_weights()))
+    assert history["gwa/gwa"] == [report.gwa for report in callback.monitor.history]
+    assert set(vars(model.layers[-1])) | set(vars(model)) <= before | set(vars(bare))
+    assert model.layers[-1].call.__func__ is keras.layers.Dense.call
+    assert callback.monitor.faults == {}
+    fit(model)  # and without the callback, as ever
+    fit(bare)
+    assert all(map(np.array_equal, model.get_weights(), bare.get_weights()))
+
+
+def test_the_progress_bar_shows_gwa(capsys):
+    fit(make(), GWACallback(name="align"), verbose=2)
+    assert "align/gwa: " in capsys.readouterr().out
+
+
+RULE = {"warmup": 0, "patience": 1, "min_delta": 9}  # fires in epoch 1
+
+
+def test_the_alert_stops_the_fit_only_if_it_is_told_to():
+    told, stopped = GWACallback(early_stop=EarlyStop(**RULE)), GWACallback(early_stop=EarlyStop(action="stop", **RULE))
+    fit(make(), told)
+    fit(make(), stopped)
+    assert told.monitor.alert is not None
+    assert len(told.monitor.history) == EPOCHS
+    assert len(stopped.monitor.history) == 2
+
+
+class Interruption(keras.callbacks.Callback):
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == 2:
+            raise InterruptedError
+
+
+def test_a_fit_that_is_resumed_from_a_backup_equals_one_that_was_not_interrupted(caplog):
+    whole = GWACallback()
+    fit(make(), whole)
+
+    def backed_up(*callbacks):
+        callback = GWACallback(backup_dir="backup")
+        fit(make(), keras.callbacks.BackupAndRestore("backup"), *callbacks, callback)
+        return callback
+
+    with pytest.raises(InterruptedError):
+        backed_up(Interruption())
+    assert_equal(backed_up().monitor.history, whole.monitor.history)
+    assert not caplog.text
+    fit(make(), callback := GWACallback(backup_dir="nothing"), initial_epoch=1)
+    assert "GWA begins anew" in caplog.text
+    assert len(callback.monitor.history) == EPOCHS - 1
+
+
+def test_a_checkpoint_may_follow_gwa_and_holds_nothing_of_ours():
+    callback, model = GWACallback(), make("softmax")
+    following = {"monitor": "gwa/stable", "mode": "max", "save_best_only": True}
+    best = keras.callbacks.ModelCheckpoint("best.keras", **following)
+    fit(model, callback, best, keras.callbacks.ModelCheckpoint("{epoch}.keras"))
+    assert best.best == max(report.stable_gwa for report in callback.monitor.history)
+    loaded = keras.models.load_model(f"{EPOCHS}.keras")
+    assert type(loaded.layers[-1]) is keras.layers.Dense
+    assert np.array_equal(loaded.predict(X, verbose=0), model.predict(X, verbose=0))
+
+
+def test_a_fit_that_broke_off_leaves_the_next_one_alone():
+    model = make()
+    with pytest.raises(InterruptedError):
+        fit(model, GWACallback(), Interruption())
+    model.set_weights(make().get_weights())
+    callback = GWACallback()
+    fit(model, callback)
+    whole = GWACallback()
+    fit(make(), whole)
+    assert_equal(callback.monitor.history, whole.monitor.history)
+
+
+class Subclass(keras.Model):
+    def __init__(self, layers):
+        super().__init__()
+        self.parts = layers[1:]
+
+    def call(self, x):
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+def test_a_subclass_is_watched_once_the_head_is_known():
+    model = make(model=Subclass)
+    model.build((None, FEATURES))
+    if BACKEND == "torch":
+        with pytest.raises(HeadNotFoundError, match=r"no graph from its inputs[\s\S]*/head'"):
+            fit(model, GWACallback())
+    callback, expected = GWACallback(head=model.parts[-1].path), GWACallback()
+    fit(model, callback)
+    fit(make(), expected)
+    assert_equal(callback.monitor.history, expected.monitor.history)
+
+
+class OwnStep(keras.Sequential):
+    """A train step of its own, as Keras's guide to JAX has it."""
+
+    def train_step(self, state, data):
+        import jax
+
+        trainable, others, optimizer, metrics = state
+        gradient = jax.value_and_grad(self.compute_loss_and_updates, has_aux=True)
+        (loss, (_, _, others, metrics)), grads = gradient(
+            trainable, others, metrics, *data, None, training=True, optimizer_variables=optimizer
+        )
+        trainable, optimizer = self.optimizer.stateless_apply(optimizer, grads, trainable)
+        return {"loss": loss}, (trainable, others, optimizer, metrics)
+
+
+class NoGradient(OwnStep):
+    def train_step(self, state, data):
+        return {"loss": 0.0}, state
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="a train step of JAX")
+def test_a_train_step_of_the_users_own_is_watched_or_refused():
+    callback, expected = GWACallback(), GWACallback()
+    fit(make(model=OwnStep), callback)
+    fit(make(), expected)
+    assert_equal(callback.monitor.history, expected.monitor.history)
+    with pytest.raises(InvalidInputError, match=r"calls jax\.value_and_grad 0 times"):
+        fit(make(model=NoGradient), GWACallback())
+    with pytest.raises(InvalidInputError, match="steps_per_execution=2"):
+        fit(make(steps_per_execution=2), GWACallback())
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_wrong_arguments_are_refused_before_the_fit(monkeypatch):
+    with pytest.raises(InvalidInputError, match="did you mean 'log_every_n_steps'"):
+        GWACallback(log_every_n_step=3)
+    with pytest.raises(InvalidInputError, match="num_samples=9: Keras's fit does not tell"):
+        GWACallback(num_samples=9)
+    monkeypatch.setattr(keras.backend, "backend", lambda: "tensorflow")
+    with pytest.raises(InvalidInputError, match=r"'tensorflow'.*KERAS_BACKEND=torch"):
+        GWACallback()
+
+
+def test_the_callback_added_twice_is_refused():
+    with pytest.raises(InvalidInputError, match="this trainer has it twice"):
+        fit(make(), GWACallback(), GWACallback())
+
+
+def test_a_fit_without_training_steps_leaves_nothing_open():
+    callback = GWACallback()
+    fit(make(), callback, epochs=0)
+    assert [record.kind for record in read_journal(callback.monitor.journal)[0]] == ["run", "close"]
+
+
+def test_another_model_is_watched_anew():
+    callback, expected = GWACallback(), GWACallback()
+    fit(make(), callback)
+    fit(make(), callback, epochs=2)
+    fit(make(), expected, epochs=2)
+    assert_equal(callback.monitor.history, expected.monitor.history)
+
+
+def test_a_head_that_is_no_dense_layer_is_refused():
+    keras.utils.set_random_seed(0)
+    layers = [keras.Input((FEATURES,)), keras.layers.Reshape((FEATURES, 1)), keras.layers.Conv1D(CLASSES, FEATURES)]
+    model = keras.Sequential([*layers, keras.layers.Flatten()])
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    with pytest.raises(HeadNotFoundError):
+        fit(model, GWACallback())

@@ -1,0 +1,413 @@
+"""Lightning's callback: the numbers of the plain loop, the trainer's own ways of stopping, resuming and logging."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as lightning
+import pytest
+import pytorch_lightning
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader, DistributedSampler
+
+import gwa_logging
+from gwa_logging import EarlyStop, EpochReport, InvalidInputError
+from gwa_logging.integrations.lightning import GWACallback
+from gwa_logging.journal import read_journal
+from tests.trainers.tasks import BATCH, EPOCHS, RATE, SAMPLES, assert_equal, loader, net, plain, weights
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:.*:FutureWarning")
+
+
+class Classifier(lightning.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y, _ = batch
+        loss = nn.functional.cross_entropy(self(x), y)
+        self.log("loss", loss)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x, y, _ = batch
+        self.log("accuracy", (self(x).argmax(1) == y).float().mean())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=RATE)
+
+
+def trainer(*callbacks: Any, epochs: int = EPOCHS, **arguments: Any) -> lightning.Trainer:
+    quiet = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "logger": False,
+    }
+    return lightning.Trainer(
+        accelerator="cpu", max_epochs=epochs, callbacks=list(callbacks), log_every_n_steps=1, **quiet | arguments
+    )
+
+
+def fit(callback: GWACallback, module: Any = None, **arguments: Any) -> Any:
+    module = module or Classifier()
+    trainer(callback, **arguments).fit(module, loader())
+    return module
+
+
+def test_statistics_and_weights_are_those_of_the_plain_loop():
+    callback, bare = GWACallback(), net()
+    module = fit(callback)
+    assert_equal(callback.monitor.history, plain(bare)[0])
+    assert torch.equal(weights(module.model), weights(bare))
+    assert callback.monitor.faults == {}
+
+
+def test_the_other_import_name_is_taken_as_well():
+    class Other(pytorch_lightning.LightningModule):
+        __init__, forward, training_step = Classifier.__init__, Classifier.forward, Classifier.training_step
+        configure_optimizers = Classifier.configure_optimizers
+
+    Other.__init__ = lambda self: (pytorch_lightning.LightningModule.__init__(self), setattr(self, "model", net()))[0]
+    callback = GWACallback()
+    quiet = {"enable_progress_bar": False, "enable_checkpointing": False, "logger": False}
+    pytorch_lightning.Trainer(accelerator="cpu", max_epochs=EPOCHS, callbacks=[callback], **quiet).fit(
+        Other(), loader()
+    )
+    assert_equal(callback.monitor.history, plain(net())[0])
+
+
+def test_accumulated_and_mixed_precision_steps_count_each_sample_once():
+    callback = GWACallback()
+    fit(callback, accumulate_grad_batches=2, precision="bf16-mixed")
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    with gwa_logging.watch(model) as monitor:
+        for _ in range(EPOCHS):
+            for index, (x, y, _) in enumerate(loader()):
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = nn.functional.cross_entropy(model(x), y) / 2
+                loss.backward()
+                if index % 2:
+                    optimizer.step()
+                    optimizer.zero_grad()
+            monitor.end_epoch()
+    assert_equal(callback.monitor.history, monitor.history)
+    assert [report.count + report.excluded for report in monitor.history] == [SAMPLES] * EPOCHS
+
+
+def test_nothing_that_the_trainer_logs_is_changed(tmp_path):
+    def run(*callbacks: Any) -> tuple[str, dict[str, Any], Tensor]:
+        module, logger = Classifier(), CSVLogger(tmp_path, name=f"{len(callbacks)}")
+        fitting = trainer(*callbacks, logger=logger)
+        fitting.fit(module, loader(), loader())
+        return Path(logger.log_dir, "metrics.csv").read_text(), fitting.logged_metrics, weights(module)
+
+    (rows, logged, end), (bare_rows, bare_logged, bare_end) = run(GWACallback(log_every_n_steps=1)), run()
+    assert rows == bare_rows
+    assert logged == bare_logged
+    assert torch.equal(end, bare_end)
+
+
+def test_the_progress_bar_shows_gwa():
+    seen = []
+
+    class Bar(TQDMProgressBar):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            seen.append(self.get_metrics(trainer, pl_module))
+            super().on_train_epoch_end(trainer, pl_module)
+
+    callback = GWACallback(name="align")
+    trainer(callback, Bar(), enable_progress_bar=True).fit(Classifier(), loader())
+    reports = callback.monitor.history
+    assert [float(bar["align/gwa"]) for bar in seen] == pytest.approx([r.gwa for r in reports], rel=1e-2)
+    assert [float(bar["align/stable"]) for bar in seen] == pytest.approx([r.stable_gwa for r in reports], rel=1e-2)
+
+
+RULE = {"warmup": 0, "patience": 1, "min_delta": 9}  # fires in epoch 1
+
+
+def test_the_alert_stops_the_trainer_only_if_it_is_told_to():
+    told, stopped = GWACallback(early_stop=EarlyStop(**RULE)), GWACallback(early_stop=EarlyStop(action="stop", **RULE))
+    fit(told)
+    fit(stopped)
+    assert told.monitor.alert is not None
+    assert len(told.monitor.history) == EPOCHS
+    assert len(stopped.monitor.history) == told.monitor.alert.epoch + 1 < EPOCHS
+
+
+def test_a_window_of_samples_can_stop_the_trainer_within_an_epoch():
+    callback = GWACallback(early_stop=EarlyStop(action="stop", **RULE), samples_per_epoch=BATCH, log_every_n_steps=1)
+    fitting = trainer(callback)
+    fitting.fit(Classifier(), loader())
+    assert callback.monitor.alert.epoch == 1
+    assert fitting.global_step < EPOCHS * SAMPLES // BATCH
+
+
+class Resumable(DataLoader):
+    """Goes on in the middle of an epoch: Lightning's way of it, without which it begins the epoch's data anew."""
+
+    drawn = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = list(super().__iter__())
+        for batch in batches[self.drawn % len(batches) :]:
+            self.__dict__["drawn"] = self.drawn + 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"drawn": self.drawn}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.__dict__.update(state)
+
+
+@pytest.mark.parametrize("when", ["validation", "epoch", "step"])
+def test_a_fit_that_is_resumed_from_a_checkpoint_equals_one_that_was_not_interrupted(when, tmp_path):
+    arguments = {"num_samples": SAMPLES, "sample_ids": 2, "log_every_n_steps": 3}
+    validation = [loader()] if when == "validation" else []
+    often = {"every_n_train_steps": 2} if when == "step" else {"every_n_epochs": 1}
+    whole = GWACallback(**arguments)
+    saving = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, **often)
+    trainer(whole, saving, enable_checkpointing=True).fit(Classifier(), Resumable(loader().dataset, BATCH), *validation)
+
+    step = 6 if when == "step" else 4
+    resumed, module = GWACallback(**arguments), Classifier()
+    path = tmp_path / f"step={step}.ckpt"
+    kept = torch.load(path, weights_only=True)["callbacks"]["GWACallback"]
+    json.dumps(kept)
+    trainer(resumed).fit(module, Resumable(loader().dataset, BATCH), *validation, ckpt_path=path)
+    assert_equal(resumed.monitor.history, whole.monitor.history)
+    assert resumed.monitor.suspects(SAMPLES) == whole.monitor.suspects(SAMPLES)
+    assert_equal(whole.monitor.history, plain(net())[0])
+
+
+@pytest.mark.parametrize("kind", ["wandb", "mlflow", "tensorboard"])
+def test_results_go_into_the_run_of_the_trainers_own_logger(kind, tmp_path, monkeypatch, mlflow_uri):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    logger = {
+        "wandb": lambda: WandbLogger(save_dir=tmp_path),
+        "mlflow": lambda: MLFlowLogger(tracking_uri=mlflow_uri()),
+        "tensorboard": lambda: TensorBoardLogger(tmp_path),
+    }[kind]()
+    callback = GWACallback()
+    fit(callback, logger=logger)
+    opened = read_journal(callback.monitor.journal)[0][0]
+    run = {"wandb": "path", "mlflow": "run_id", "tensorboard": "log_dir"}
+    owner = logger.experiment if kind == "wandb" else logger
+    assert opened.places[kind].run == str(getattr(owner, run[kind]))
+    assert callback.monitor.faults == {}
+    if kind == "wandb":
+        logger.experiment.finish()
+    if kind == "mlflow":
+        found = logger.experiment.get_run(logger.run_id).data.metrics
+        assert found["gwa/mean"] == pytest.approx(callback.monitor.history[-1].mean)
+        assert "loss" in found
+    if kind == "tensorboard":
+        assert list(Path(logger.log_dir, "gwa").glob("events.out.*"))
+
+
+def test_a_backend_that_was_named_is_not_replaced_by_the_loggers(tmp_path):
+    callback = GWACallback(backend="local")
+    fit(callback, logger=TensorBoardLogger(tmp_path))
+    assert read_journal(callback.monitor.journal)[0][0].places == {}
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_argument_is_an_error_before_the_trainer_is_built():
+    with pytest.raises(InvalidInputError, match="did you mean 'log_every_n_steps'"):
+        GWACallback(log_every_n_step=3)
+    with pytest.raises(InvalidInputError, match="num_samples="):
+        GWACallback(sample_ids="id")
+
+
+def test_the_callback_added_twice_is_refused():
+    with pytest.raises(RuntimeError, match="GWACallback"):  # Lightning's own word, before ours
+        trainer(GWACallback(), GWACallback())
+
+    class Another(GWACallback):
+        pass
+
+    with pytest.raises(InvalidInputError, match="this trainer has it twice"):
+        trainer(GWACallback(), Another()).fit(Classifier(), loader())
+
+
+@pytest.mark.parametrize("limits", [{"limit_train_batches": 0}, {"max_steps": 0}, {"epochs": 0}], ids=str)
+def test_a_trainer_without_training_steps_leaves_nothing_open(limits):
+    callback = GWACallback()
+    trainer(callback, **limits).fit(Classifier(), loader())
+    assert callback.monitor.history == []
+    records, skipped = read_journal(callback.monitor.journal)
+    assert [record.kind for record in records] == ["run", "close"]
+    assert not skipped
+
+
+def test_ids_that_are_not_in_the_batch_are_refused_at_the_first_one():
+    with pytest.raises(InvalidInputError, match="sample_ids='id': not in the batch"):
+        fit(GWACallback(num_samples=SAMPLES, sample_ids="id"))
+
+
+def test_another_model_is_watched_anew_and_the_same_one_goes_on():
+    callback, first, second = GWACallback(), Classifier(), Classifier()
+    fitting = trainer(callback)
+    fitting.fit(first, loader())
+    earlier = callback.monitor
+    fitting.fit_loop.max_epochs = EPOCHS + 2
+    fitting.fit(first, loader())
+    assert [report.epoch for report in callback.monitor.history] == list(range(EPOCHS + 2))
+    assert_equal(callback.monitor.history, plain(net(), EPOCHS + 2)[0])
+    fitting.fit_loop.max_epochs = EPOCHS + 4
+    fitting.fit(second, loader())
+    assert_equal(callback.monitor.history, plain(net(), 2)[0])
+    assert len(earlier.history) == EPOCHS
+    assert not first.model[2]._forward_hooks
+
+
+class ByHand(Classifier):
+    """Manual optimisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        x, y, _ = batch
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(nn.functional.cross_entropy(self(x), y))
+        optimizer.step()
+
+
+def test_manual_optimisation_is_seen_as_well():
+    callback = GWACallback()
+    fit(callback, ByHand())
+    assert_equal(callback.monitor.history, plain(net())[0])
+
+
+class Twins(Classifier):
+    """Two models with an optimizer each; the second one classifies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.other = nn.Linear(8, 8)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        x, y, _ = batch
+        for optimizer, loss in zip(self.optimizers(), (self.other(x).square().mean(), self(x)), strict=True):
+            optimizer.zero_grad()
+            self.manual_backward(loss if loss.ndim == 0 else nn.functional.cross_entropy(loss, y))
+            optimizer.step()
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [torch.optim.SGD(part.parameters(), lr=RATE) for part in (self.other, self.model)]
+
+
+def test_of_two_models_with_an_optimizer_each_the_head_must_be_named():
+    with pytest.raises(InvalidInputError, match=r"2 optimizers.*head='classifier\.fc'"):
+        fit(GWACallback(), Twins())
+    callback = GWACallback(head="model.2")
+    fit(callback, Twins())
+    assert_equal(callback.monitor.history, plain(net())[0])
+
+
+class Parts(lightning.LightningModule):
+    """A body and a head that training_step joins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.body = net()[2], net()[:2]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self.head(self.body(batch[0])), batch[1])
+
+    configure_optimizers = Classifier.configure_optimizers
+
+
+class Joined(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+def test_of_two_parts_the_forward_tells_the_head_and_without_one_it_must_be_named():
+    with pytest.raises(InvalidInputError, match=r"the parts head, body, and no forward"):
+        fit(GWACallback(), Parts())
+    torch.manual_seed(0)
+    for module, arguments in ((Parts(), {"head": "head"}), (Joined(), {})):
+        callback = GWACallback(**arguments)
+        fit(callback, module)
+        assert "Linear 16 -> 4" in read_journal(callback.monitor.journal)[0][0].head
+        assert [report.count for report in callback.monitor.history] == [SAMPLES] * EPOCHS
+
+
+def test_a_fit_that_raises_closes_the_monitor():
+    class Fails(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if self.global_step == 5:
+                raise RuntimeError("on purpose")
+            return super().training_step(batch, batch_idx)
+
+    callback, module = GWACallback(), Fails()
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fit(callback, module)
+    assert read_journal(callback.monitor.journal)[0][-1].kind == "close"
+    assert not module.model[2]._forward_hooks
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+class Halves(Classifier):
+    """Each of two processes takes every second sample, so that together they see the batches of one. (A trainer's own
+    sampler would shuffle.)"""
+
+    def train_dataloader(self) -> DataLoader:
+        rank, ranks = self.trainer.global_rank, self.trainer.world_size
+        sampler = DistributedSampler(loader().dataset, ranks, rank, shuffle=False)
+        return DataLoader(loader().dataset, BATCH // ranks, sampler=sampler)
+
+
+class Sharded(Halves):
+    """Split by fully_shard, as ModelParallelStrategy has it."""
+
+    def configure_model(self) -> None:
+        mesh = self.device_mesh["data_parallel"]
+        for part in (self.model[2], self.model):
+            fully_shard(part, mesh=mesh)
+
+
+def processes(folder: str) -> None:
+    """What each of two processes does."""
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    both = {"devices": 2, "use_distributed_sampler": False, "enable_checkpointing": True}
+    sharded = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    for name, strategy, module in (("ddp", "ddp", Halves()), ("fsdp", sharded, Sharded())):
+        callback = GWACallback(num_samples=SAMPLES, sample_ids=2, directory=name)
+        fitting = trainer(callback, ModelCheckpoint(f"{name} checkpoints"), strategy=strategy, **both)
+        fitting.fit(module)
+        result = [report.model_dump(mode="json") for report in callback.monitor.history]
+        Path(f"{name} {fitting.global_rank}.json").write_text(json.dumps(result))
+
+
+def test_two_processes_report_what_one_would(tmp_path, two_processes):
+    two_processes("tests.trainers.test_lightning", "processes", tmp_path)
+    expected = plain(net())[0]
+    for name in ("ddp", "fsdp"):
+        assert len(list(tmp_path.glob(f"{name}/*/journal.jsonl"))) == 1
+        for rank in (0, 1):
+            found = json.loads((tmp_path / f"{name} {rank}.json").read_text())
+            assert_equal([EpochReport.model_validate(report) for report in found], expected)
