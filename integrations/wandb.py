@@ -10,7 +10,11 @@ and the user's own next `log` commits it. Within one row the last value of a key
 A user who never logs would see nothing before the end. So while the run holds nothing of theirs, epoch k's report goes
 into row k, as if they logged it with `step=epoch`: that commits the row before, and when they begin to log with
 `step=epoch` theirs still lands. W&B's summary says whether they log: it has every key of the rows that are committed.
-Their very first row, while it is open, is overlooked, and may be committed by ours.
+Their first row, while it is open, is overlooked, and may be committed by ours.
+
+All this takes that the user does not log between our look at the step and our log: the training thread stands still
+meanwhile, but not for ever. Where W&B has taken longer, an interval can be missing in it or be counted twice; rows of
+the user's cannot, and the journal has every interval.
 
 On a run that we started, and in W&B's shared mode, which has no such steps, every record is a row of its own.
 """

@@ -228,6 +228,56 @@ def test_a_user_who_logs_per_step_gets_a_histogram_per_interval(visits: dict[str
     assert len(never.column("gwa/scores.values")) == EPOCHS - 1  # what met in one row was added up
 
 
+def test_a_row_of_the_user_before_training_keeps_the_step_where_it_is(tmp_path: Path, patient: None) -> None:
+    run, training = start_run(tmp_path), Training()
+    run.log({"user/accuracy": 0.1}, step=1)  # open, so that W&B's summary does not have it yet
+    monitor = training.watch(tmp_path, run=run)
+    for _ in range(4):
+        training.epoch(monitor)
+    assert run.step == 1
+    run.log({"user/accuracy": 0.2}, step=2)
+    monitor.close()
+    run.finish()
+    disk = read_back(folder_of(run))
+    assert disk.column("user/accuracy", "_step") == [(0.1, 1), (0.2, 2)]
+    assert disk.column("gwa/epoch") == [0, 1, 2, 3]
+    assert samples_in(disk.history) == 4 * BATCHES * BATCH
+
+
+def test_a_summary_value_of_the_user_keeps_the_step_free_for_epochs_in_hindsight(tmp_path: Path, patient: None) -> None:
+    run, training = start_run(tmp_path), Training()
+    run.summary["epochs"] = 3
+    monitor = training.watch(tmp_path, run=run)
+    for _ in range(3):
+        training.epoch(monitor)
+    for epoch in range(3):
+        run.log({"user/loss": 0.5 - epoch}, step=epoch)
+    monitor.close()
+    run.finish()
+    disk = read_back(folder_of(run))
+    assert disk.column("user/loss", "_step") == [(0.5, 0), (-0.5, 1), (-1.5, 2)]
+    assert disk.column("gwa/epoch") == [0, 1, 2]
+    assert samples_in(disk.history) == 3 * BATCHES * BATCH
+
+
+def test_a_run_with_two_writers_in_which_the_user_never_logs_moves_for_both(tmp_path: Path, patient: None) -> None:
+    run, trainings = start_run(tmp_path), {"gwa": Training(), "discriminator": Training()}
+    monitors = {name: training.watch(tmp_path, run=run, name=name) for name, training in trainings.items()}
+    for epoch in range(4):
+        for name, training in trainings.items():
+            training.epoch(monitors[name])
+        assert run.step == epoch
+    shown = run.summary.get("gwa/epoch"), run.summary.get("discriminator/epoch")
+    assert shown == (2, 2)
+    for monitor in monitors.values():
+        monitor.close()
+    run.finish()
+    disk = read_back(folder_of(run))
+    for name in monitors:
+        assert disk.column(f"{name}/epoch", "_step") == [(epoch, epoch) for epoch in range(4)]
+        assert samples_in(disk.history, name) == 4 * BATCHES * BATCH
+
+
 def test_what_the_user_logs_with_a_step_after_close_lands(tmp_path: Path) -> None:
     run, training = start_run(tmp_path), Training()
     monitor = training.watch(tmp_path, run=run)
