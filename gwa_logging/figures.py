@@ -40,7 +40,8 @@ _PANELS = (
     ("separation", "separation", "--separation", ".4~g"),
     ("stable GWA", "stable_gwa", "--stable", ".4~g"),
     ("mean", "mean", "--mean", ".4~g"),
-    ("negative", "negative_fraction", "--mean", ".1%"),
+    ("excess kurtosis", "excess_kurtosis", "--mean", ".4~g"),
+    ("negative", "negative_fraction", "--negative", ".1%"),
 )
 
 
@@ -149,12 +150,12 @@ def score_figure(story: Story) -> dict[str, Any]:
 
 
 def epoch_figure(story: Story) -> dict[str, Any]:
-    """A panel each for GWA, separation, stable GWA, the mean and the share of negative scores, over the same epochs."""
+    """A panel each for GWA, what it is made of, and what else tells how training goes, over the same epochs."""
     epochs = story.epochs
     x = [r.epoch for r in epochs]
     first, last = x[0] - 0.5, x[-1] + 0.5
     lines = _mark_lines([(m, m.report.epoch) for m in marks(story)], (first + last) / 2, 6)
-    layout = _layout(780, 62, hovermode="x unified", hoversubplots="axis", **lines)
+    layout = _layout(920, 62, hovermode="x unified", hoversubplots="axis", **lines)
     layout["xaxis"] = {**_whole_numbers("epoch", first, last), "anchor": f"y{len(_PANELS)}"}
     layout["xaxis"]["unifiedhovertitle"] = {"text": "epoch %{x}"}
     size = 5 if len(epochs) <= 60 else 3

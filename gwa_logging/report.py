@@ -253,7 +253,7 @@ _SCORES = """
 _GWA = """
 <figure><figcaption>{undefined}</figcaption>
 <div id="epochs" role="img"
-aria-label="GWA, separation, stable GWA, mean score and share of negative scores by epoch"></div></figure>"""
+aria-label="GWA, separation, stable GWA, mean score, excess kurtosis and share of negative scores by epoch"></div></figure>"""
 
 _UNDEFINED = """
 <span><i class="hollow"></i>GWA is undefined here: {:,} of {:,} epochs (shaded; where out of range, at the edge)</span>"""
@@ -288,7 +288,7 @@ header { border-left:4px solid var(--best); padding-left:20px } header.alert { b
 p { margin:8px 0 } header p, .prose p { max-width:72ch } .eyebrow { color:var(--muted); font-size:14px; margin:0 }
 h1 { font-size:clamp(24px,4vw,34px); line-height:1.2; margin:2px 0 12px; letter-spacing:-.01em; text-wrap:balance }
 h2 { font-size:20px; line-height:1.3; margin:44px 0 8px }
-a { color:var(--stable) } figure { margin:0 } figure > div { height:440px } #epochs { height:780px }
+a { color:var(--stable) } figure { margin:0 } figure > div { height:440px } #epochs { height:920px }
 figcaption { display:flex; flex-wrap:wrap; gap:4px 22px; color:var(--muted); font-size:14px }
 figcaption i { display:inline-block; width:20px; height:3px; margin-right:7px; vertical-align:middle; background:var(--c) }
 .hollow { width:9px; height:9px; border:1.5px solid var(--gwa); border-radius:50% }

@@ -5,7 +5,8 @@ MLflow; the user's rows stay as they are. One thing must be put back: logging a 
 the user's next row without one.
 
 Trackio takes rows and alerts into a queue and stores them half a second later, in a thread of its own. If it cannot, it
-warns, and raises nothing: they are in the journal then, and nowhere else.
+warns, and raises nothing: they are in the journal then, and nowhere else. The run itself is stored with its first row, so
+that of a process that is killed before, a replay must start a new one.
 """
 
 from contextvars import copy_context
@@ -35,6 +36,11 @@ from gwa_logging.types import (
 
 ALERT_TITLE = "GWA: stop"
 
+_WITH_PATH = (
+    " and has this run (one that is killed within its first half second is never stored: "
+    "gwa-logging replay DIR --backend trackio --run new)"
+)
+
 
 def open_backend(context: RunContext) -> "TrackioBackend":
     """Takes the user's run, or the active one; if there is neither, starts one of its own, in the project `<name>`.
@@ -55,7 +61,7 @@ def open_backend(context: RunContext) -> "TrackioBackend":
     except Exception as error:  # whatever trackio raises here: nothing could ever be logged
         raise BackendError(
             f"backend='trackio': there is no run to log to ({type(error).__name__}: {error}). Set TRACKIO_DIR to a "
-            "folder that can be written, or pass run=trackio.init(project=...)"
+            f"folder that can be written{_WITH_PATH if path else ''}, or pass run=trackio.init(project=...)"
         ) from error
     return TrackioBackend(run, context.name, owned=users is None)
 

@@ -1,12 +1,20 @@
 """Weights & Biases: writes records into a run.
 
 In W&B a row can only be added at the end: once the run's step has moved on, a row that the user logs with an earlier
-`step=` is dropped. So on a run that the user started nothing of ours may move the step. What we have is added to the
-row that is open, with `commit=False`, and the user's own next `log` commits it. Within one row the last value of a key
-wins; hence two rules that lose nothing:
+`step=` is dropped. So on a run that the user started what we have is added to the row that is open, with `commit=False`,
+and the user's own next `log` commits it. Within one row the last value of a key wins; hence two rules that lose nothing:
 
 - intervals that meet in one row are merged, and the sum is logged again: histograms add up;
 - of the epochs that meet in one row the first goes out; the others wait, one for each later row.
+
+A user who never logs would see nothing before the end. So while the run holds nothing of theirs, epoch k's report goes
+into row k, as if they logged it with `step=epoch`: that commits the row before, and when they begin to log with
+`step=epoch` theirs still lands. W&B's summary says whether they log: it has every key of the rows that are committed.
+Their first row, while it is open, is overlooked, and may be committed by ours.
+
+All this takes that the user does not log between our look at the step and our log: the training thread stands still
+meanwhile, but not for ever. Where W&B has taken longer, an interval can be missing in it or be counted twice; rows of
+the user's cannot, and the journal has every interval.
 
 On a run that we started, and in W&B's shared mode, which has no such steps, every record is a row of its own.
 """
@@ -47,9 +55,6 @@ from gwa_logging.types import (
 
 ALERT_TITLE = "GWA: stop"
 
-_locks: WeakKeyDictionary[wandb.Run, Lock] = WeakKeyDictionary()
-"""Several heads write into one run, each from a thread of its own; each looks at the step and logs undisturbed."""
-
 HISTOGRAM_SUBKEYS = ("", "._type", ".bins", ".values")
 """W&B stores a histogram under these, and looks each of them up by itself."""
 
@@ -83,6 +88,26 @@ def open_backend(context: RunContext) -> "WandbBackend":
     return WandbBackend(run, context.name, owned=owned)
 
 
+class _Writers:
+    """Those that write into one run, one for each head, each from a thread of its own.
+
+    Attributes:
+        lock: held by the one that looks at the step and logs, undisturbed.
+        prefixes: of their keys.
+    """
+
+    def __init__(self) -> None:
+        self.lock = Lock()
+        self.prefixes: set[str] = set()
+
+    def wrote(self, key: str) -> bool:
+        """Whether a key of the run's summary is one of theirs, or W&B's."""
+        return key.startswith(("_", *(f"{prefix}/" for prefix in self.prefixes)))
+
+
+_writers: WeakKeyDictionary[wandb.Run, _Writers] = WeakKeyDictionary()
+
+
 class WandbBackend:
     """Writes into one run. See `gwa_logging.types.Backend`."""
 
@@ -93,9 +118,11 @@ class WandbBackend:
         self.run = run
         self._prefix = prefix
         self._owned = owned
-        self._lock = _locks.setdefault(run, Lock())
+        writers = _writers.setdefault(run, _Writers())
+        writers.prefixes.add(prefix)
+        self._lock = writers.lock
         stepless = run.settings.mode == "shared" or run.disabled
-        self._guest = None if owned or stepless else _Guest(run, prefix)
+        self._guest = None if owned or stepless else _Guest(run, prefix, writers)
         # As a guest, while the training thread waits: otherwise the user's `log` could come between looking at the step and
         # logging, and an interval would be counted twice. A write takes about a millisecond.
         self.threaded = self._guest is None
@@ -184,17 +211,21 @@ class WandbBackend:
 class _Guest:
     """Adds to the rows of a run whose steps are the user's. What it remembers changes only after W&B took the row."""
 
-    def __init__(self, run: wandb.Run, prefix: str) -> None:
+    def __init__(self, run: wandb.Run, prefix: str, writers: _Writers) -> None:
         self.run = run
         self._prefix = prefix
+        self._writers = writers
         self._step: int | None = None  # of the row that holds the following two; None: there is nothing of ours
         self._interval: IntervalRecord | None = None
         self._has_epoch = False
         self._waiting: deque[EpochReport] = deque()
 
     def log(self, record: IntervalRecord | EpochReport) -> None:
-        """Adds a record to the open row, commits nothing."""
+        """Adds a record to the open row; an epoch's opens its own if the user does not log."""
         step = self.run.step
+        opens = isinstance(record, EpochReport) and step < record.epoch and not self._user_logs(step)
+        if opens:
+            step = record.epoch
         interval, has_epoch = (self._interval, self._has_epoch) if step == self._step else (None, False)
         waiting = deque(self._waiting)
         row: dict[str, Any] = {}
@@ -207,9 +238,15 @@ class _Guest:
             row |= _row(self._prefix, waiting.popleft())
             has_epoch = True
         if row:
-            self.run.log(row, commit=False)
+            # With a step W&B rather drops ours than moves past a row that the user may have opened meanwhile.
+            self.run.log(row, step=step if opens else None, commit=False)
             self._step, self._interval, self._has_epoch = step, interval, has_epoch
         self._waiting = waiting
+
+    def _user_logs(self, step: int) -> bool:
+        keys = list(self.run.summary.keys())  # type: ignore[no-untyped-call]
+        unanswered = step > 0 and not keys  # as W&B says it when it has no answer
+        return unanswered or not all(self._writers.wrote(key) for key in keys)
 
     def drain(self) -> None:
         """Gives each epoch that still waits a row. The last one stays open, for what the user may log; W&B's finish takes it.

@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Event, Thread
@@ -18,18 +20,22 @@ from urllib.request import Request, urlopen
 import pytest
 import wandb
 
-from gwa_logging.journal import FILE_NAME, read_journal
+from gwa_logging.cli import main
+from gwa_logging.journal import read_journal
 from gwa_logging.replay import replay
 from tests.trackers import (
     FOLDER,
     OnMlflowServer,
     OnTensorBoard,
+    OnTrackio,
     OnWandb,
+    SQLiteStorage,
     Tracker,
     empty_database,
     numbers_in,
     point_mlflow_to,
     totals_in,
+    trackio,
 )
 from tests.trainer import STEPS
 
@@ -65,6 +71,9 @@ class Child:
                 answer = json.loads(line.removeprefix("ANSWER "))
                 assert "error" not in answer or command == "start", answer
                 return answer  # type: ignore[no-any-return]
+        if command.endswith("_and_die"):
+            assert self.process.wait(30) == -signal.SIGKILL
+            return {}
         raise AssertionError((self.folder / "trainer.log").read_text()[-3000:])
 
     def end(self) -> str:
@@ -291,7 +300,6 @@ def test_a_server_that_does_not_answer_at_the_start_is_an_error_within_seconds(
     assert took < 5 + 15  # the imports of the child
 
 
-# Not Trackio: killed within its first half second, it has stored nothing, not even that there is a run.
 ANY = {"MLflow server": OnMlflowServer, "W&B": OnWandb, "TensorBoard": OnTensorBoard}
 
 
@@ -308,6 +316,50 @@ def test_after_kill_9_of_the_trainer_in_mid_epoch_a_replay_brings_what_is_missin
     with outage.journal.open("ab") as file:
         file.write(b'{"kind":"interval","step":99')  # as if it had died while writing
     outage.replayed()
+
+
+@pytest.fixture
+def trackio_outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Outage]:
+    tracker = OnTrackio()
+    tracker.set_up(tmp_path, monkeypatch)
+    outage = Outage(tracker, tmp_path, None)
+    yield outage
+    outage.child.kill()
+
+
+def test_after_kill_9_once_trackio_has_stored_something_a_replay_brings_the_rest(trackio_outage: Outage) -> None:
+    run = next(r for r in read_journal(trackio_outage.journal)[0] if r.kind == "run").places["trackio"].run
+    deadline = time.monotonic() + 30
+    while not is_stored(run):
+        trackio_outage.child.do("steps", 1)
+        assert time.monotonic() < deadline
+    trackio_outage.child.do("epoch")
+    trackio_outage.child.kill()
+    trackio_outage.replayed()
+
+
+def test_after_kill_9_before_trackio_has_stored_the_run_the_error_says_how_to_replay(
+    trackio_outage: Outage, capsys
+) -> None:
+    assert trackio_outage.child.do("step_and_die") == {}
+    records, _ = read_journal(trackio_outage.journal)
+    assert totals_in(records)
+    (place,) = (record.places["trackio"] for record in records if record.kind == "run")
+    assert not is_stored(place.run)
+    command = ["replay", str(trackio_outage.journal.parent), "--backend", "trackio"]
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert re.search("killed within its first half second.*--run new", said)
+    assert main([*command, "--run", "new"]) == 0
+    trackio_outage.run = re.search(r"gwa/\S+$", capsys.readouterr().out.strip())[0]
+    trackio_outage.check(trackio_outage.run)
+    trackio_outage.replayed()
+
+
+def is_stored(run: str) -> bool:
+    project, _, name = run.partition("/")
+    is_there = SQLiteStorage.get_project_db_path(project).exists()  # asked for a project that is not, Trackio raises
+    return is_there and name in [other.name for other in trackio.Api().runs(project)]
 
 
 def test_after_the_death_of_wandb_core_training_ends_and_a_replay_brings_what_is_missing(
@@ -342,26 +394,90 @@ def test_a_wandb_core_that_hangs_holds_no_step(tmp_path: Path, monkeypatch: pyte
     outage.replayed()
 
 
-def test_a_full_disk_under_the_journal_loses_nothing_once_there_is_room(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tracker = OnTensorBoard()
-    tracker.set_up(tmp_path, monkeypatch)
+class Quota:
+    """As a quota does: files of the trainer cannot grow."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def fill(self, child: Child) -> None:
+        child.do("limit_files", 100)
+
+    def free(self, child: Child) -> None:
+        child.do("limit_files", None)
+
+    def remove(self) -> None:
+        """There is nothing to remove."""
+
+
+class SmallDisk:
+    """A disk of its own, of one megabyte, which something else fills."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "disk"
+        self.folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(self.folder)]
+        mounted = subprocess.run(command, capture_output=True, text=True) if shutil.which("mount") else None
+        if mounted is None or mounted.returncode:
+            pytest.skip(f"no disk can be mounted here: {mounted.stderr.strip() if mounted else 'there is no mount'}")
+
+    def fill(self, child: Child) -> None:
+        with suppress(OSError), (self.folder / "something else").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(1024))
+
+    def free(self, child: Child) -> None:
+        (self.folder / "something else").unlink()
+
+    def remove(self) -> None:
+        subprocess.run(["umount", str(self.folder)], check=True)
+
+
+@pytest.fixture(params=[Quota, SmallDisk])
+def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Quota | SmallDisk]:
+    disk = request.param(tmp_path)
+    yield disk
+    disk.remove()
+
+
+@pytest.fixture
+def on_disk(disk: Quota | SmallDisk, tmp_path: Path) -> Iterator[tuple[Child, Path]]:
+    """A trainer, and its journal on the disk, which is full after the first epoch."""
     child = Child(tmp_path)
-    journal = Path(child.do("start", str(tmp_path), "local", None)["journal"])
+    journal = Path(child.do("start", str(disk.folder), "local", None)["journal"])
+    assert journal.is_relative_to(disk.folder)
     child.do("epoch")
-    child.do("limit_files", 100)
+    disk.fill(child)
     faults = child.do("epoch")["faults"]
-    assert faults["journal"] >= STEPS
+    assert faults["journal"] > STEPS / 2  # a few lines may have found room in the last block
     assert "records lost" not in faults
-    child.do("limit_files", None)
+    yield child, journal
+    child.kill()
+
+
+def test_a_full_disk_under_the_journal_loses_nothing_once_there_is_room(disk, on_disk, tmp_path: Path) -> None:
+    child, journal = on_disk
+    disk.free(child)
     child.do("epoch")
-    child.do("close")
+    assert "records lost" not in child.do("close")["faults"]
     child.end()
     records, skipped = read_journal(journal)
     assert [r.step for r in records if r.kind == "interval"] == list(range(3 * STEPS))
     assert [r.epoch for r in records if r.kind == "epoch"] == [0, 1, 2]
     assert skipped <= 1  # the line that was torn when the disk was full
-    assert journal.name == FILE_NAME
     done = replay(journal, "tensorboard", str(tmp_path / "runs"))
     assert done.sent == 3 * STEPS + 3
+
+
+def test_a_disk_that_stays_full_costs_what_it_has_not_taken_and_training_goes_on(disk, on_disk) -> None:
+    child, journal = on_disk
+    child.do("epoch")
+    closed = child.do("close")
+    assert closed["took"] < 12
+    records, _ = read_journal(journal)
+    kept = [record for record in records if record.kind in ("interval", "epoch")]
+    assert STEPS + 1 <= len(kept) < 1.5 * STEPS
+    assert [r.step for r in kept if r.kind == "interval"][:STEPS] == list(range(STEPS))
+    everything = 3 * (STEPS + 1) + 1  # and the line that says that it was closed
+    assert closed["faults"]["records lost"] == everything - len(kept)
+    assert "records lost" in child.end()

@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 import time
+from html import unescape
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +223,20 @@ def test_second_figure_holds_the_history(run):
     assert by_axis["y2"] == pytest.approx([r.separation for r in monitor.history], rel=1e-5)
     assert by_axis["y3"] == pytest.approx([r.stable_gwa for r in monitor.history], rel=1e-5)
     assert by_axis["y4"] == pytest.approx([r.mean for r in monitor.history], rel=1e-5)
-    assert by_axis["y5"] == pytest.approx([r.negative_fraction for r in monitor.history], rel=1e-5)
+    assert by_axis["y5"] == pytest.approx([r.excess_kurtosis for r in monitor.history], rel=1e-5)
+    assert by_axis["y6"] == pytest.approx([r.negative_fraction for r in monitor.history], rel=1e-5)
+
+
+def test_panels_of_the_second_figure_stand_one_below_the_other_under_their_names(run):
+    layout = run[1].figures["epochs"]["layout"]
+    axes = [layout[f"yaxis{i}"] for i in range(1, 7)]
+    names = ["GWA", "separation", "stable GWA", "mean", "excess kurtosis", "negative"]
+    assert [axis["title"]["text"] for axis in axes] == names
+    assert all(above["domain"][0] > below["domain"][1] for above, below in pairwise(axes))
+    assert 0 <= axes[-1]["domain"][0] < 0.02
+    assert "yaxis7" not in layout
+    assert layout["xaxis"]["anchor"] == "y6"
+    assert f"#epochs {{ height:{layout['height']}px }}" in run[2].read_text(encoding="utf-8")
 
 
 def test_undefined_gwa_is_hollow_bracketed_and_explained(tmp_path):
@@ -516,9 +531,34 @@ def test_chromium_draws_both_figures_without_an_error_or_a_request(run, tmp_path
     assert not asked
     assert drawn.count('class="main-svg"') >= 2
     assert re.search(r'<image[^>]*xlink:href="data:image/png', drawn)  # the heatmap's cells
-    assert drawn.count('class="js-line"') == 6  # the median and five panels
+    assert drawn.count('class="js-line"') == 7  # the median and six panels
     best = {"dark": "rgb(99, 207, 130)", "light": "rgb(30, 125, 60)"}  # --best of each palette
     assert [colour in drawn for colour in best.values()] == [scheme == name for name in best]
+
+
+RUNS_A_HANDLER = """<img src=x onerror="document.title='taken over'">"""
+ENDS_THE_SCRIPT = "</script><script>document.title='taken over'</script>"
+
+
+@needs_chromium
+def test_chromium_shows_a_hostile_run_name_as_text_and_runs_nothing_of_it(tmp_path):
+    name = RUNS_A_HANDLER + ENDS_THE_SCRIPT
+    run = RUN.model_copy(update={"name": name, "head": name, "settings": {name: name}})
+    dom, console, asked = opened(write_report(journal_of(tmp_path, run, interval(0), epoch(0), closed())), tmp_path)
+    assert unescape(re.findall("<title>(.*?)</title>", dom)[0]).startswith(name)  # nothing has set another one
+    shown = [unescape(text) for text in re.findall("<d[dt]>(.*?)</d[dt]>", dom)]
+    assert shown.count(name) == 4
+    assert console == []
+    assert not asked
+    assert dom.count('class="main-svg"') >= 2
+
+
+@needs_chromium
+@pytest.mark.parametrize("name", [RUNS_A_HANDLER, ENDS_THE_SCRIPT])
+def test_chromium_would_run_a_hostile_name_that_is_not_escaped(tmp_path, name):
+    page = tmp_path / "page.html"
+    page.write_text(f"<!doctype html><title>harmless</title><script>const name = '{name}'</script>{name}")
+    assert "<title>taken over</title>" in opened(page, tmp_path)[0]
 
 
 @needs_chromium

@@ -15,7 +15,7 @@ import pytest
 import wandb
 
 import gwa_logging
-from gwa_logging import BackendError, EarlyStop, InvalidInputError, Monitor
+from gwa_logging import BackendError, EarlyStop, InvalidInputError, Monitor, delivery
 from gwa_logging.errors import GwaError
 from gwa_logging.integrations.wandb import WandbBackend, open_backend
 from gwa_logging.journal import read_journal
@@ -37,6 +37,8 @@ class Pattern(NamedTuple):
     moment: str  # "step", "before end_epoch", "after end_epoch" or "never"
     explicit: bool = False  # passes step=
     every: int = 1
+    since: int = 0
+    counted: bool = False  # its steps count what has been logged, not epochs
 
 
 PATTERNS = [
@@ -46,6 +48,12 @@ PATTERNS = [
     Pattern("explicit step per training step", "step", explicit=True),
     Pattern("never", "never"),
     Pattern("explicit step=epoch every second epoch", "before end_epoch", explicit=True, every=2),
+    Pattern("explicit step=evaluation every second epoch", "before end_epoch", explicit=True, every=2, counted=True),
+    Pattern("implicit step per epoch before end_epoch", "before end_epoch"),
+    Pattern("implicit step per epoch after end_epoch", "after end_epoch"),
+    Pattern("implicit step every second epoch", "after end_epoch", every=2),
+    Pattern("later, explicit step=epoch before end_epoch", "before end_epoch", explicit=True, since=4),
+    Pattern("later, explicit step=epoch after end_epoch", "after end_epoch", explicit=True, since=3),
 ]
 
 
@@ -55,22 +63,29 @@ class User:
     def __init__(self, run: wandb.Run, pattern: Pattern) -> None:
         self.run, self.pattern = run, pattern
         self.rows: dict[int, float] = {}
-        self.steps_without_us, self.steps = [0], [run.step]
+        self.step_without_us = 0
+        self.steps_without_us: list[int] = []
+        self.steps: list[int] = []
+        """Both after each row of the user."""
+        self.ahead: list[int] = []
+        """By how much the run's step is above the number of epochs that have ended; after each epoch."""
 
     def at(self, moment: str, index: int) -> None:
-        if moment == self.pattern.moment and index % self.pattern.every == 0:
-            value, step = 0.5 + index, self.steps_without_us[-1]
-            if self.pattern.explicit:
-                self.run.log({"user/loss": value}, step=index)
-                self.rows[index] = value
-                self.steps_without_us.append(index)
+        pattern = self.pattern
+        if moment == pattern.moment and index % pattern.every == 0 and index >= pattern.since:
+            value, step = 0.5 + index, self.step_without_us
+            if pattern.explicit:
+                step = len(self.rows) if pattern.counted else index
+                self.run.log({"user/loss": value}, step=step)
+                self.step_without_us = step
             else:
                 self.run.log({"user/loss": value})
-                self.rows[step] = value
-                self.steps_without_us.append(step + 1)
-        else:
-            self.steps_without_us.append(self.steps_without_us[-1])
-        self.steps.append(self.run.step)
+                self.step_without_us = step + 1
+            self.rows[step] = value
+            self.steps_without_us.append(self.step_without_us)
+            self.steps.append(self.run.step)
+        if moment == "after end_epoch":
+            self.ahead.append(self.run.step - index)
 
 
 class Training(trackers.Training):
@@ -103,18 +118,29 @@ class Visit(NamedTuple):
     user: User
     reports: list[EpochReport]
     faults: dict[str, int]
+    seen: list[dict[str, Any]]
+    """What W&B's dashboard shows of the last row, after each epoch."""
     disk: OnDisk
 
 
 @pytest.fixture(scope="module")
-def visits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Visit]:
+def patient() -> Iterator[None]:
+    """Training waits for W&B however busy the machine is, so that the user's rows come when the pattern says."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(delivery, "PATIENCE", 30.0)
+        yield
+
+
+@pytest.fixture(scope="module")
+def visits(tmp_path_factory: pytest.TempPathFactory, patient: None) -> dict[str, Visit]:
     """All patterns, trained one after the other and read back once."""
-    done: list[tuple[User, Monitor]] = []
+    done: list[tuple[User, Monitor, list[dict[str, Any]]]] = []
     for pattern in PATTERNS:
         directory = tmp_path_factory.mktemp("visit")
         run = start_run(directory)
         user, training = User(run, pattern), Training()
         monitor = training.watch(directory, run=run)
+        seen = []
         for epoch in range(EPOCHS):
             for batch in range(BATCHES):
                 training.step(batch)
@@ -122,10 +148,14 @@ def visits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Visit]:
             user.at("before end_epoch", epoch)
             monitor.end_epoch()
             user.at("after end_epoch", epoch)
+            seen.append(dict(run.summary))
         monitor.close()
         run.finish()
-        done.append((user, monitor))
-    return {u.pattern.name: Visit(u, m.history, m.faults, read_back(folder_of(u.run))) for u, m in done}
+        done.append((user, monitor, seen))
+    return {
+        user.pattern.name: Visit(user, monitor.history, monitor.faults, seen, read_back(folder_of(user.run)))
+        for user, monitor, seen in done
+    }
 
 
 @pytest.fixture(params=[pattern.name for pattern in PATTERNS])
@@ -148,8 +178,36 @@ def test_every_epoch_is_there_once_and_in_order(visit: Visit) -> None:
     assert visit.disk.column(*keys) == expected
 
 
-def test_the_step_of_the_run_is_where_it_would_be_without_us(visit: Visit) -> None:
+def test_after_each_row_of_the_user_the_step_of_the_run_is_where_it_would_be_without_us(visit: Visit) -> None:
     assert visit.user.steps == visit.user.steps_without_us
+    assert len(visit.user.steps) == len(visit.user.rows)
+
+
+def test_a_run_in_which_the_user_never_logs_moves_a_row_per_epoch_and_never_passes_the_epoch(
+    visits: dict[str, Visit],
+) -> None:
+    visit = visits["never"]
+    assert visit.user.ahead == [0] * EPOCHS
+    assert [seen.get("gwa/epoch") for seen in visit.seen] == [None, *range(EPOCHS - 1)]
+    assert [seen.get("gwa/mean") for seen in visit.seen[1:]] == [report.mean for report in visit.reports[:-1]]
+    assert all(seen["gwa/scores"]["_type"] == "histogram" for seen in visit.seen[1:])
+    assert visit.disk.column("_step", "gwa/epoch") == [(epoch, epoch) for epoch in range(EPOCHS)]
+
+
+@pytest.mark.parametrize("name", [pattern.name for pattern in PATTERNS if pattern.name.startswith("later")])
+def test_until_the_user_begins_to_log_the_run_moves_and_then_it_is_theirs(visits: dict[str, Visit], name: str) -> None:
+    visit = visits[name]
+    assert visit.user.ahead == [0] * EPOCHS
+    assert visit.seen[2]["gwa/epoch"] == 1
+    assert min(visit.user.rows) >= 3
+
+
+@pytest.mark.parametrize("name", ["explicit step=evaluation every second epoch", "implicit step every second epoch"])
+def test_a_user_who_logs_less_often_than_once_per_epoch_is_overtaken_by_a_row_at_most(
+    visits: dict[str, Visit], name: str
+) -> None:
+    visit = visits[name]
+    assert max(visit.user.ahead[-2:]) < 0  # a row for every epoch would have brought it to 0
 
 
 def test_the_steps_of_the_histograms_ascend_up_to_the_last_training_step(visit: Visit) -> None:
@@ -167,7 +225,57 @@ def test_a_user_who_logs_per_step_gets_a_histogram_per_interval(visits: dict[str
     per_step = visits["implicit step per training step"].disk
     never = visits["never"].disk
     assert len(per_step.column("gwa/scores.values")) > EPOCHS * (BATCHES // 3)
-    assert len(never.column("gwa/scores.values")) == 1  # everything met in one row, and was added up
+    assert len(never.column("gwa/scores.values")) == EPOCHS - 1  # what met in one row was added up
+
+
+def test_a_row_of_the_user_before_training_keeps_the_step_where_it_is(tmp_path: Path, patient: None) -> None:
+    run, training = start_run(tmp_path), Training()
+    run.log({"user/accuracy": 0.1}, step=1)  # open, so that W&B's summary does not have it yet
+    monitor = training.watch(tmp_path, run=run)
+    for _ in range(4):
+        training.epoch(monitor)
+    assert run.step == 1
+    run.log({"user/accuracy": 0.2}, step=2)
+    monitor.close()
+    run.finish()
+    disk = read_back(folder_of(run))
+    assert disk.column("user/accuracy", "_step") == [(0.1, 1), (0.2, 2)]
+    assert disk.column("gwa/epoch") == [0, 1, 2, 3]
+    assert samples_in(disk.history) == 4 * BATCHES * BATCH
+
+
+def test_a_summary_value_of_the_user_keeps_the_step_free_for_epochs_in_hindsight(tmp_path: Path, patient: None) -> None:
+    run, training = start_run(tmp_path), Training()
+    run.summary["epochs"] = 3
+    monitor = training.watch(tmp_path, run=run)
+    for _ in range(3):
+        training.epoch(monitor)
+    for epoch in range(3):
+        run.log({"user/loss": 0.5 - epoch}, step=epoch)
+    monitor.close()
+    run.finish()
+    disk = read_back(folder_of(run))
+    assert disk.column("user/loss", "_step") == [(0.5, 0), (-0.5, 1), (-1.5, 2)]
+    assert disk.column("gwa/epoch") == [0, 1, 2]
+    assert samples_in(disk.history) == 3 * BATCHES * BATCH
+
+
+def test_a_run_with_two_writers_in_which_the_user_never_logs_moves_for_both(tmp_path: Path, patient: None) -> None:
+    run, trainings = start_run(tmp_path), {"gwa": Training(), "discriminator": Training()}
+    monitors = {name: training.watch(tmp_path, run=run, name=name) for name, training in trainings.items()}
+    for epoch in range(4):
+        for name, training in trainings.items():
+            training.epoch(monitors[name])
+        assert run.step == epoch
+    shown = run.summary.get("gwa/epoch"), run.summary.get("discriminator/epoch")
+    assert shown == (2, 2)
+    for monitor in monitors.values():
+        monitor.close()
+    run.finish()
+    disk = read_back(folder_of(run))
+    for name in monitors:
+        assert disk.column(f"{name}/epoch", "_step") == [(epoch, epoch) for epoch in range(4)]
+        assert samples_in(disk.history, name) == 4 * BATCHES * BATCH
 
 
 def test_what_the_user_logs_with_a_step_after_close_lands(tmp_path: Path) -> None:
