@@ -1,4 +1,4 @@
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test check test-lowest test-newest bench clean
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
@@ -26,10 +26,26 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/pytest
 
+# The core with the lowest versions that pyproject.toml claims. PyTorch of that age comes with CUDA: gigabytes.
+LOWEST := .venv-lowest/bin
+test-lowest:
+	$(PYTHON) -m venv .venv-lowest
+	$(LOWEST)/pip install --quiet -e . torch==2.6.0 numpy==1.26.0 pydantic==2.7.0 plotly==6.0.0 scipy==1.12.0 \
+		'pandas<2.3' tqdm build pytest hypothesis
+	$(LOWEST)/pytest tests/heart $(addprefix tests/torch/test_,accumulate.py probe.py ledger.py silence.py)
+	$(LOWEST)/pip install --quiet jax==0.9.0 flax==0.12.0 optax equinox dm-haiku scikit-learn
+	$(LOWEST)/pytest $(addprefix tests/jax/test_,accumulate.py value_and_grad.py ledger.py)
+
+# Everything with the newest versions that there are.
+test-newest:
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet --upgrade -e '.[dev]'
+	.venv-newest/bin/pytest
+
 # BackPACK is for the benchmark only and goes to a folder of its own; without it its rows say so.
 bench: setup
 	-$(BIN)/pip install --quiet --no-deps --target build/peers backpack-for-pytorch einops unfoldNd
 	PYTHONPATH=build/peers $(BIN)/python -m benchmarks
 
 clean:
-	rm -rf .venv demo_output gwa_runs build dist *.egg-info
+	rm -rf .venv .venv-lowest .venv-newest demo_output gwa_runs build dist *.egg-info

@@ -34,7 +34,7 @@ def written(steps, every=1, start=0, **options):
     """The records of a run of so many steps."""
     records, adapter = [], OneScorePerStep()
     intervals = Intervals(adapter, every, records.append, Faults(), **options)
-    intervals.go_on(start, 0, AlignmentSummary(), 0.001)
+    intervals.go_on(start, 0, AlignmentSummary(), 0.001, 0, AlignmentSummary())
     for _ in range(start, steps):
         adapter.steps += 1
         intervals.step()
