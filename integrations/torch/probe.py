@@ -288,7 +288,9 @@ class _Pass:
 
     def __init__(self, probe: HeadProbe, module: nn.Module, embeddings: Tensor, logits: Tensor) -> None:
         self.probe = probe
-        self.embeddings, self.versions = embeddings, embeddings._version
+        # One token of all would keep the others alive until the backward pass.
+        self.embeddings = embeddings.detach().clone() if _is_small_part(embeddings) else embeddings
+        self.versions = self.embeddings._version
         self.weight = weight = probe.layer.weight(module).detach()
         self.weight_norm = norm(weight)
         self.bias: Tensor | None = None
@@ -358,6 +360,11 @@ class _Pass:
             )
         self.probe._accumulator.add_terms(terms, self.samples)
         self.probe.on_step()
+
+
+def _is_small_part(tensor: Tensor) -> bool:
+    """Whether a tensor is a view of something much larger."""
+    return type(tensor) is Tensor and tensor.untyped_storage().nbytes() > 4 * tensor.nbytes
 
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

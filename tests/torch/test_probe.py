@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import gwa_logging
 from gwa_logging import AlignmentSummary, alignment_scores
@@ -421,3 +422,31 @@ def test_a_fault_inside_the_probe_never_reaches_training(monkeypatch, caplog):
     assert monitor.faults == {"probe": 3}
     assert sum("broken on purpose" in message for message in caplog.messages) == 1
     assert model[0].weight.grad is not None
+
+
+def test_one_token_of_all_keeps_the_others_no_longer_than_without_us():
+    """In mixed precision the head saves a small copy of its input, so what that is a part of can be freed."""
+
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x):
+            h = x * 2.0
+            self.all_tokens = StorageWeakRef(h.untyped_storage())
+            return self.head(h[:, 0])
+
+    model, x, y = Tokens(), torch.randn(6, 40, 8, requires_grad=True), torch.randint(0, 3, (6,))
+    with gwa_logging.watch(model) as monitor:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = F.cross_entropy(model(x).float(), y)
+        assert model.all_tokens.expired()
+        loss.backward()
+        with torch.autocast("cpu", torch.bfloat16):
+            z = model(x).detach().float()
+        delta = z.softmax(1) - F.one_hot(y, 3)
+        report = monitor.end_epoch()
+    expected = alignment_scores(delta.numpy(), (2 * x[:, 0]).detach().numpy(), model.head.weight.detach().numpy())
+    assert report.count == 6
+    assert report.mean == pytest.approx(expected.mean(), abs=0.01)
