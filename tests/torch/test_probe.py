@@ -438,7 +438,7 @@ def test_one_token_of_all_keeps_the_others_no_longer_than_without_us():
             return self.head(h[:, 0])
 
     model, x, y = Tokens(), torch.randn(6, 40, 8, requires_grad=True), torch.randint(0, 3, (6,))
-    with gwa_logging.watch(model) as monitor:
+    with gwa_logging.watch(model, head="head") as monitor:
         with torch.autocast("cpu", torch.bfloat16):
             loss = F.cross_entropy(model(x).float(), y)
         assert model.all_tokens.expired()
