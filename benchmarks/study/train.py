@@ -139,7 +139,8 @@ class _Full(_Training):
 
     def _of_the_scores(self) -> dict[str, object]:
         """How many samples ask for the same as in the epochs before, and the ledger."""
-        sums, seen = (torch.from_numpy(part[:-1]).to(self.device) for part in self.monitor._adapter.ledger())
+        ledger = self.monitor._adapter.ledger()
+        sums, seen = (torch.as_tensor(part).to(self.device) for part in (ledger.sums, ledger.seen))
         now = sums - self.past
         agreement = float((torch.sign(now) == torch.sign(self.past)).float().mean())
         self.past = sums
