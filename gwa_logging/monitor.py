@@ -161,6 +161,9 @@ class Monitor(Intake):
             logger.info("gwa_logging: epoch %s is clearly better: the stop alert is taken back", report.epoch)
             self.alert = None
         if alert and self._settings.early_stop:
+            collapse = self._ledger.collapse() if self._settings.num_samples is not None else None
+            if collapse:
+                alert = alert.model_copy(update={"caveats": (*alert.caveats, collapse)})
             self.alert = alert
             logger.warning("gwa_logging: %s", alert.message)
             self._write(alert, sync=True)

@@ -68,6 +68,10 @@ def _kind(array: Any) -> tuple[str, tuple[int, ...] | None]:
     return str(getattr(array, "dtype", type(array).__name__)), None if shape is None else tuple(shape)
 
 
+COLLAPSED = 0.9
+"""Share of the samples that are predicted as one class from which a model is called collapsed."""
+
+
 class Ledger(NamedTuple):
     """What the adapters have added up, on the host.
 
@@ -149,6 +153,23 @@ class LedgerReader:
         ledger = self.read("suspects()")
         found = [self._suspect(ledger, int(i), images) for i in lowest(ledger.means, k)]
         return found, int(np.count_nonzero(ledger.seen))
+
+    def collapse(self) -> str | None:
+        """A sentence if nearly all samples are predicted as one class, though their labels, where known, are not.
+
+        Waits for the device. Of several processes, each must call it.
+        """
+        predicted = self.read("collapse()").predicted
+        known = predicted[predicted != UNKNOWN]
+        if not known.size:
+            return None
+        classes, counts = np.unique(known, return_counts=True)
+        top = int(classes[np.argmax(counts)])
+        share = float(counts.max()) / known.size
+        truly = 0.0 if self._labels is None else float(np.mean(self._labels == top))
+        if share < COLLAPSED or truly >= COLLAPSED:
+            return None
+        return f"{share:.0%} of the samples are predicted as class {top}: the model may have collapsed to it"
 
     def _suspect(self, ledger: Ledger, sample: int, images: Any) -> Suspect:
         known = int(ledger.predicted[sample])

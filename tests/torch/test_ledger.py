@@ -242,3 +242,28 @@ def test_without_a_ledger_all_that_needs_one_says_so():
         for call in (monitor.suspects, monitor.label_quality, monitor.log_suspects):
             with pytest.raises(InvalidInputError, match="there is no ledger: watch"):
                 call()
+
+
+@pytest.mark.parametrize(
+    ("collapsed", "labels", "said"),
+    [
+        (True, None, True),
+        (True, "spread", True),
+        (True, "one class", False),  # as they should be
+        (False, "spread", False),
+    ],
+)
+def test_an_alert_says_if_nearly_all_samples_are_predicted_as_one_class(collapsed, labels, said):
+    model, (x, y) = net(), samples()
+    if collapsed:
+        with torch.no_grad():
+            model[2].bias[3] = 50.0
+    given = {None: {"num_samples": N}, "spread": {"labels": y}, "one class": {"labels": torch.full((N,), 3)}}[labels]
+    rule = gwa_logging.EarlyStop(warmup=0, patience=1, min_delta=1e9, drop=0)
+    with gwa_logging.watch(model, early_stop=rule, **given) as monitor:
+        for _ in range(2):
+            step(model, monitor, x, y, torch.arange(N))
+            monitor.end_epoch()
+    assert monitor.alert is not None
+    sentence = "100% of the samples are predicted as class 3: the model may have collapsed to it"
+    assert (sentence in monitor.alert.caveats) == said
