@@ -23,6 +23,7 @@ from gwa_logging.faults import Faults
 from gwa_logging.intake import Intake
 from gwa_logging.intervals import Intervals
 from gwa_logging.journal import Journal
+from gwa_logging.notebook import monitor_html
 from gwa_logging.samples import LedgerReader
 from gwa_logging.settings import EarlyStop, WatchSettings
 from gwa_logging.state import HeadShape, MonitorState
@@ -388,6 +389,19 @@ class Monitor(Intake):
     def __repr__(self) -> str:
         last = str(self.history[-1]) if self.history else "no epoch yet"
         return f"<Monitor of {self._adapter.head}; {last}>"
+
+    def _repr_html_(self) -> str:
+        return monitor_html(
+            name=self._settings.name,
+            head=self._adapter.head,
+            history=list(self.history),
+            alert=self.alert,
+            journal=self.journal,
+            faults=self.faults,
+            others={
+                path: str(other.history[-1]) if other.history else "no epoch yet" for path, other in self.heads.items()
+            },
+        )
 
     # --- the end --------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, TypeAdapter
 
 from gwa_logging.histogram import Histogram
+from gwa_logging.notebook import report_html
 
 JOURNAL_VERSION = 1
 
@@ -194,6 +195,12 @@ class EpochReport(TimedRecord):
             f"epoch {self.epoch}: GWA {self.gwa:.4g}{doubt}, separation {self.separation:.4g}, mean {self.mean:.4g}, "
             f"{self.negative_fraction:.1%} negative, {self.count} samples{', best so far' if self.is_best else ''}"
         )
+
+    def __repr__(self) -> str:
+        return f"<EpochReport of {self}>"
+
+    def _repr_html_(self) -> str:
+        return report_html(self)
 
 
 class StopReason(StrEnum):

@@ -1,0 +1,57 @@
+"""The quickstart notebook: its cells run in order, each in the names that those before it have left, and show what they say."""
+
+import ast
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from gwa_logging import EpochReport, Monitor
+
+NOTEBOOK = json.loads((Path(__file__).parents[1] / "examples" / "quickstart.ipynb").read_text(encoding="utf-8"))
+CODE = ["".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.random.fork_rng():
+        yield
+    torch.set_num_threads(threads)
+
+
+def run(code: str, names: dict[str, Any]) -> Any:
+    """Runs a cell; what its last line evaluates to is what a notebook shows."""
+    tree = ast.parse(code)
+    shown = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+    exec(compile(tree, "cell", "exec"), names)
+    return eval(compile(ast.Expression(shown.value), "cell", "eval"), names) if shown else None
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_its_cells_run_in_order_and_show_the_report_the_run_and_the_suspects(capsys):
+    names: dict[str, Any] = {}
+    shown = [value for value in (run(code, names) for code in CODE) if value is not None]
+    assert [type(value) for value in shown] == [EpochReport, Monitor]
+    for value in shown:
+        ElementTree.fromstring(value._repr_html_())
+    monitor = names["monitor"]
+    assert monitor.faults == {}
+    assert {report.count + report.excluded for report in monitor.history} == {1797}
+    assert monitor.history[-1].separation < monitor.history[monitor.alert.best_epoch].separation, "as its text says"
+    printed = capsys.readouterr().out
+    assert int(re.search(r"(\d+)% of the 100 most suspect samples have a wrong label", printed)[1]) > 90
+    assert f"gwa-logging report {monitor.journal.parent}" in printed
+
+
+def test_it_is_a_notebook_without_outputs():
+    assert (NOTEBOOK["nbformat"], NOTEBOOK["nbformat_minor"]) == (4, 5)
+    ids = [cell["id"] for cell in NOTEBOOK["cells"]]
+    assert len(set(ids)) == len(ids)
+    assert [cell for cell in NOTEBOOK["cells"] if cell.get("outputs") or cell.get("execution_count")] == []
