@@ -59,7 +59,7 @@ def predicted(world: int, samples: int, batch: int, epochs: int, line: float, le
         "to_host_bytes": SUMMARY_BYTES * lines / epochs,  # of each rank, per epoch
         "sent_bytes": SUMMARY_BYTES * (world > 1),
         "received_bytes": SUMMARY_BYTES * world * (world > 1),
-        "ledger_bytes": 8.0 * (ledger + 1),
+        "ledger_bytes": 12.0 * ledger,
         "intervals_per_epoch": lines / epochs,
         "journal_bytes_per_epoch": line * lines / epochs,
         "journal_bytes": line * lines,
@@ -100,12 +100,12 @@ def epoch_of_steps(steps: int) -> dict[str, Any]:
         monitor.end_epoch()
         times.append(time.perf_counter() - begin)
     distributed.all_gather = gather
-    sums, seen = monitor._adapter._accumulator.ledger()
+    ledger = monitor._adapter._accumulator.ledger()
     found = {
         "end_epoch_ms": 1e3 * float(np.median(times)),
         "sent_bytes": sent[0] if sent else 0,
         "received_bytes": received[0] if received else 0,
-        "ledger_bytes": float(sums.nbytes + seen.nbytes),
+        "ledger_bytes": float(ledger.sums.nbytes + ledger.seen.nbytes + ledger.predicted.nbytes),
         "intervals": sum(b'"interval"' in line for line in lines),
         "journal_bytes": sum(len(line) + 1 for line in lines if b'"interval"' in line),
     }
