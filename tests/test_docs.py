@@ -73,6 +73,13 @@ def test_every_message_in_troubleshooting_is_one_that_the_code_gives(message):
     assert any(all(piece in text for piece in pieces) for text in TEXTS)
 
 
+def test_the_figures_on_the_stop_alert_are_those_of_the_study():
+    _, evidence = (DOCS / "stopping.md").read_text().split("## The evidence")
+    quoted, measured = (set(re.findall(r"\d+\.\d+", text)) for text in (evidence, (DOCS / "study.md").read_text()))
+    assert quoted
+    assert quoted <= measured
+
+
 def test_the_api_page_has_every_public_name():
     documented = set(re.findall(r"^::: gwa_logging\.(\w+)$", (DOCS / "api.md").read_text(), flags=re.MULTILINE))
     assert documented == set(gwa_logging.__all__)
