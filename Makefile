@@ -1,4 +1,4 @@
-.PHONY: setup demo test check test-lowest test-newest bench clean
+.PHONY: setup demo test check test-lowest test-newest bench docs clean
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
@@ -47,5 +47,11 @@ bench: setup
 	-$(BIN)/pip install --quiet --no-deps --target build/peers backpack-for-pytorch einops unfoldNd
 	PYTHONPATH=build/peers $(BIN)/python -m benchmarks
 
+# The site, in build/site. Its code is run by tests/test_docs.py.
+docs:
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet -e '.[docs]'
+	.venv-docs/bin/mkdocs build --strict
+
 clean:
-	rm -rf .venv .venv-lowest .venv-newest demo_output gwa_runs build dist *.egg-info
+	rm -rf .venv .venv-lowest .venv-newest .venv-docs demo_output gwa_runs build dist *.egg-info

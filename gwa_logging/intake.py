@@ -57,7 +57,8 @@ class Intake:
 
         Args:
             fun: the loss function, untouched; it must run the watched model.
-            argnums, has_aux: as in `jax.value_and_grad`; with has_aux the first result is `((value, aux), scores)`.
+            argnums: as in `jax.value_and_grad`.
+            has_aux: as there; the first result is then `((value, aux), scores)`.
             options: further arguments of `jax.value_and_grad`.
 
         Returns:

@@ -1,17 +1,14 @@
 """The README's code runs as it stands there."""
 
-import re
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), flags=re.DOTALL)
+from tests.pages import ROOT, links, python_blocks, run_in_trainer
+
+README = ROOT / "README.md"
 
 
 def block(opening: str) -> str:
-    (found,) = [code for code in BLOCKS if opening in code]
+    (found,) = [code for code in python_blocks(README) if opening in code]
     return found
 
 
@@ -65,69 +62,7 @@ def test_the_jax_quickstart(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("trainer", ["lightning", "transformers", "keras", "accelerate"])
 def test_the_lines_for_each_trainer(trainer, tmp_path):
-    code = block(f"gwa_logging.integrations.{trainer} import").replace("=20", "=2")
-    run = subprocess.run([sys.executable, "-c", BEFORE[trainer] + code + AFTER.get(trainer, "")], cwd=tmp_path)
-    assert run.returncode == 0
-    assert [len(journal.read_text().split('"kind":"epoch"')) for journal in tmp_path.rglob("journal.jsonl")] == [3]
-
-
-MODEL = """
-import torch
-from torch import nn
-model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
-data = [{"x": torch.randn(8), "labels": torch.tensor(i % 4)} for i in range(40)]
-loader = torch.utils.data.DataLoader(data, batch_size=20)
-optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-def loss_of(logits, labels):
-    return nn.functional.cross_entropy(logits, labels)
-"""
-BEFORE = {
-    "lightning": MODEL
-    + """
-from lightning import LightningModule, Trainer
-logger = False
-class Module(LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.model = model
-    def training_step(self, batch, index):
-        return loss_of(self.model(batch["x"]), batch["labels"])
-    def configure_optimizers(self):
-        return optimizer
-module = Module()
-""",
-    "transformers": MODEL
-    + """
-from transformers import Trainer, TrainingArguments
-class Model(nn.Module):
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-    def forward(self, x, labels):
-        logits = self.inner(x)
-        return {"loss": loss_of(logits, labels), "logits": logits}
-model = Model(model)
-training_arguments = TrainingArguments("out", num_train_epochs=2, use_cpu=True, report_to="none", save_strategy="no")
-""",
-    "keras": """
-import os
-os.environ["KERAS_BACKEND"] = "jax"
-import keras, numpy as np
-x, y = np.ones((40, 8), np.float32), np.arange(40) % 4
-model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
-model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-""",
-    "accelerate": MODEL + "from accelerate import Accelerator\naccelerator = Accelerator(cpu=True)\n",
-}
-AFTER = {
-    "accelerate": """
-for _ in monitor.epochs(2):
-    for batch in loader:
-        accelerator.backward(loss_of(model(batch["x"]), batch["labels"]))
-        optimizer.step()
-monitor.close()
-"""
-}
+    run_in_trainer(trainer, block(f"gwa_logging.integrations.{trainer} import"), tmp_path)
 
 
 def test_the_suspects_of_the_readme():
@@ -146,8 +81,6 @@ def test_the_suspects_of_the_readme():
     assert names["suspect"].times_seen == 1
 
 
-@pytest.mark.parametrize(
-    "target", re.findall(r"\]\((?!http)([^)]+)\)", (Path(__file__).parents[1] / "README.md").read_text())
-)
+@pytest.mark.parametrize("target", links(README))
 def test_every_file_that_the_readme_links_is_there(target):
-    assert (Path(__file__).parents[1] / target).exists()
+    assert (ROOT / target).exists()

@@ -1,0 +1,90 @@
+"""The pages of docs/: their links lead somewhere, their code runs, and what they quote is what the code says."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import gwa_logging
+from tests.pages import DOCS, MODEL, ROOT, links, python_blocks, run, run_in_trainer
+
+PAGES = sorted(DOCS.glob("*.md"))
+TRAINERS = python_blocks(DOCS / "trainers.md")
+TAKEN_FOR_GRANTED = {"stopping.md": MODEL}
+ELSEWHERE = {"backends.md", "trainers.md"}  # the first is run in test_backends.py, the second below, block by block
+
+
+def anchors(page: Path) -> set[str]:
+    """What can come after the # of a link to a page: its headings, and what the API page documents."""
+    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", prose, flags=re.MULTILINE)
+    slugs = {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+    return slugs | set(re.findall(r"^::: (\S+)$", prose, flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize(("page", "target"), [(page.name, target) for page in PAGES for target in links(page)])
+def test_every_link_and_picture_of_the_docs_is_there(page, target):
+    path, _, anchor = target.partition("#")
+    found = DOCS / (path or page)
+    assert found.is_file()
+    assert not anchor or anchor in anchors(found)
+
+
+@pytest.mark.parametrize("page", [p.name for p in PAGES if python_blocks(p) and p.name not in ELSEWHERE])
+def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
+    if page == "devices.md":  # a world of one, as torchrun would make it; at port 0 it takes a free one
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+            monkeypatch.setenv(name, value)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    run("\n".join([TAKEN_FOR_GRANTED.get(page, ""), *python_blocks(DOCS / page)]), tmp_path)
+
+
+@pytest.mark.parametrize("trainer", ["lightning", "transformers", "keras", "accelerate"])
+def test_the_code_for_each_trainer_runs(trainer, tmp_path):
+    (code,) = [code for code in TRAINERS if f"integrations.{trainer} import" in code]
+    run_in_trainer(trainer, code, tmp_path)
+
+
+def test_the_test_above_runs_every_block_of_its_page():
+    assert len(TRAINERS) == 4
+
+
+def texts() -> list[str]:
+    """Every piece of text in the code; what is filled in is left out."""
+    found = []
+    for folder in ("gwa_logging", "integrations"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.JoinedStr):
+                    found.append("".join(v.value if isinstance(v, ast.Constant) else "…" for v in node.values))
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    found.append(node.value.replace("%s", "…"))
+    return found
+
+
+TEXTS = texts()
+QUOTED = re.findall(r"^\*\*`([^`]+)`\*\*", (DOCS / "troubleshooting.md").read_text(), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("message", QUOTED)
+def test_every_message_in_troubleshooting_is_one_that_the_code_gives(message):
+    pieces = [piece.strip() for piece in message.split("…") if piece.strip(" .:")]
+    assert any(all(piece in text for piece in pieces) for text in TEXTS)
+
+
+def test_the_figures_on_the_stop_alert_are_those_of_the_study():
+    _, evidence = (DOCS / "stopping.md").read_text().split("## The evidence")
+    quoted, measured = (set(re.findall(r"\d+\.\d+", text)) for text in (evidence, (DOCS / "study.md").read_text()))
+    assert quoted
+    assert quoted <= measured
+
+
+def test_the_api_page_has_every_public_name():
+    documented = set(re.findall(r"^::: gwa_logging\.(\w+)$", (DOCS / "api.md").read_text(), flags=re.MULTILINE))
+    assert documented == set(gwa_logging.__all__)
+
+
+def test_the_site_shows_every_page():
+    listed = set(re.findall(r"([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE))
+    assert listed | {"performance.md"} == {page.name for page in PAGES} | {"performance.md"}
