@@ -97,13 +97,13 @@ class Delivery:
         if monotonic() < self._not_before:
             return
         try:
-            held = self._held
-            if held is None:
-                # What an earlier close has written is replaced by what this one will know.
-                self._held = held = getattr(self.backend, "held", Held)()._replace(closed=False)
-                if not self.backend.threaded and not self._closing.is_set():
-                    return  # the training thread may not have waited
             while limit != 0 and (found := self._reader.peek(batch_of(self.backend)))[0]:
+                held = self._held  # after the records were read: those of a run that goes on come after `go_on`
+                if held is None:
+                    # What an earlier close has written is replaced by what this one will know.
+                    self._held = held = getattr(self.backend, "held", Held)()._replace(closed=False)
+                    if not self.backend.threaded and not self._closing.is_set():
+                        return  # the training thread may not have waited
                 records, position = found
                 send(self.backend, [record for record in records if not held.has(record)])
                 self._reader.advance(position)

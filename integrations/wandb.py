@@ -24,12 +24,14 @@ import sys
 from base64 import b64decode
 from collections import deque
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from shutil import rmtree
 from subprocess import PIPE, Popen
 from threading import Lock
+from time import sleep
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -73,6 +75,8 @@ def open_backend(context: RunContext) -> "WandbBackend":
     owned = run is None
     try:
         if run is None:
+            if named:
+                _wait_for_a_folder_of_its_own(named["id"])
             # Not a plain init(): that hands out any run that is active, and we would finish it.
             run = wandb.init(reinit="create_new", **named)
         if named and run.offline and len(_folders(run)) < 2:
@@ -332,6 +336,15 @@ def _named(run: str) -> dict[str, Any]:
 def _folders(run: wandb.Run) -> list[Path]:
     """Where W&B has put this run on disk: a folder for each time that it was taken up."""
     return sorted(Path(run.settings.wandb_dir).glob(f"*run-*-{run.id}"))
+
+
+def _wait_for_a_folder_of_its_own(run: str) -> None:
+    """Waits while the second lasts in which this run was last taken up, offline: W&B names its folder by the second, and would
+    write over what it has."""
+    folders = sorted(Path(wandb.setup().settings.wandb_dir).glob(f"offline-run-*-{run}"))
+    taken = folders[-1].name.removesuffix(f"-{run}")[-2:] if folders else None
+    while datetime.now().astimezone().strftime("%S") == taken:
+        sleep(0.02)
 
 
 def _discard(run: wandb.Run) -> None:

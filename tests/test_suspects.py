@@ -66,7 +66,7 @@ def _clean() -> Iterator[None]:
 
 def test_they_are_written_at_the_alert_after_the_epochs_and_at_the_end_but_not_twice(tmp_path):
     training = Training()
-    rule = EarlyStop(warmup=0, patience=1, min_delta=10.0)
+    rule = EarlyStop(warmup=0, patience=1, min_delta=1e9, drop=0)
     monitor = watch(training, tmp_path, early_stop=rule)
     for _ in monitor.epochs(3):
         epoch(training, monitor)

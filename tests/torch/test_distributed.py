@@ -269,7 +269,9 @@ def unequal_steps() -> Epochs:
 
 def train_and_stop(share: int, shares: int) -> list[EpochReport]:
     model = Net()
-    with gwa_logging.watch(model, early_stop=EarlyStop(patience=1, warmup=0, drop=0, action="stop")) as monitor:
+    with gwa_logging.watch(
+        model, early_stop=EarlyStop(statistic="stable", patience=1, warmup=0, drop=0, action="stop")
+    ) as monitor:
         train(model, monitor, F.cross_entropy, share, shares, n=30)
     return monitor.history
 

@@ -89,7 +89,7 @@ def test_accumulated_and_mixed_precision_steps_count_each_sample_once():
 
 
 def test_the_alert_stops_the_loop_only_if_it_is_told_to():
-    rule = {"warmup": 0, "patience": 1, "min_delta": 9}  # fires in epoch 1
+    rule = {"warmup": 0, "patience": 1, "min_delta": 1e9, "drop": 0}  # fires in epoch 1
     assert len(train(Accelerator(cpu=True), early_stop=EarlyStop(**rule))[0].history) == EPOCHS
     assert len(train(Accelerator(cpu=True), early_stop=EarlyStop(action="stop", **rule))[0].history) == 2
 

@@ -135,7 +135,7 @@ def test_the_progress_bar_shows_gwa():
     assert [float(bar["align/stable"]) for bar in seen] == pytest.approx([r.stable_gwa for r in reports], rel=1e-2)
 
 
-RULE = {"warmup": 0, "patience": 1, "min_delta": 9}  # fires in epoch 1
+RULE = {"warmup": 0, "patience": 1, "min_delta": 1e9, "drop": 0}  # fires in epoch 1
 
 
 def test_the_alert_stops_the_trainer_only_if_it_is_told_to():

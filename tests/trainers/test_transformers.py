@@ -117,7 +117,7 @@ def test_a_line_for_each_epoch_shows_beside_the_progress_bar(capsys):
     assert "GWA" not in capsys.readouterr().out
 
 
-RULE = {"warmup": 0, "patience": 1, "min_delta": 9}  # fires in epoch 1
+RULE = {"warmup": 0, "patience": 1, "min_delta": 1e9, "drop": 0}  # fires in epoch 1
 
 
 def test_the_alert_stops_the_trainer_only_if_it_is_told_to():
