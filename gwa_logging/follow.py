@@ -151,14 +151,15 @@ class Follower:
 
 def _plain(value: Any) -> Any:
     """Arrays as text, so that neither pickle nor a list of a million numbers gets into a checkpoint."""
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.generic):
+        return value.item()
+    if hasattr(value, "__array__"):  # of any framework
+        value = np.asarray(value)
         return {
             "dtype": value.dtype.str,
             "shape": list(value.shape),
             "base64": base64.b64encode(value.tobytes()).decode(),
         }
-    if isinstance(value, np.generic):
-        return value.item()
     if isinstance(value, Mapping):
         return {key: _plain(inner) for key, inner in value.items()}
     return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value

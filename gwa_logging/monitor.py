@@ -374,7 +374,7 @@ class Monitor(Intake):
     def _compare_heads(self, expected: HeadShape) -> None:
         """Looks at the head as soon as the first step has told which it is."""
         self._expected, found = None, HeadShape.of(self._adapter)
-        if found is not None and found != expected:
+        if found is not None and not found.is_that_of(expected):
             self._faults.record(
                 "state",
                 f"it was saved with the head {expected}, this model's is {found}: what was recorded before does not belong to "

@@ -5,6 +5,7 @@ PyTorch, whose `torch.load` refuses NumPy, and NumPy arrays in JAX.
 """
 
 import math
+import re
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -29,6 +30,14 @@ class HeadShape(NamedTuple):
     def of(cls, adapter: Adapter) -> Self | None:
         """The head that an adapter watches; None while it is not known."""
         return None if adapter.shape is None else cls(adapter.path, *adapter.shape)
+
+    def is_that_of(self, other: "HeadShape") -> bool:
+        """Whether it is the same head, in another instance of the model perhaps.
+
+        Keras numbers layers and models without a name, and goes on counting: `sequential_8/head` was `sequential/head` before.
+        """
+        plain = (re.sub(r"_\d+(?=/|$)", "", path) if "/" in path else path for path in (self.path, other.path))
+        return len({*plain}) == 1 and self[1:] == other[1:]
 
     def __str__(self) -> str:
         return f"{self.path!r} ({self.features} features, {self.classes} classes)"
@@ -130,7 +139,7 @@ class MonitorState(NamedTuple):
         """
         head = HeadShape.of(adapter)
         size = None if self.ledger is None else len(self.ledger.sums)
-        if head and self.head and head != self.head:
+        if head and self.head and not head.is_that_of(self.head):
             problem = f"it was saved with the head {self.head}, this model's is {head}"
         elif self.heads.keys() != heads:
             problem = f"it was saved with the further heads {sorted(self.heads)}, watched are {sorted(heads)}"

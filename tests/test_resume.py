@@ -379,3 +379,18 @@ def test_a_trackers_run_that_goes_on_gets_no_step_twice_and_misses_none(
     assert steps_of(tracker, run, "step_mean") == list(range(21))
     # An epoch that was closed in its middle is known better now, and follows itself.
     assert steps_of(tracker, run, "mean") == ([0, 1, 2, 2] if end == "closed" else [0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ("path", "other", "same"),
+    [
+        ("head", "head", True),
+        ("head", "head_1", False),
+        ("sequential/head", "sequential_8/head", True),  # Keras counts models and layers without a name
+        ("model_1/dense_3", "model/dense", True),
+        ("sequential/head", "sequential/other", False),
+    ],
+)
+def test_a_head_of_keras_is_known_again_whatever_number_it_has(path, other, same):
+    assert HeadShape(path, 16, 4).is_that_of(HeadShape(other, 16, 4)) == same
+    assert not HeadShape(path, 16, 4).is_that_of(HeadShape(other, 16, 5))
