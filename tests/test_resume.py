@@ -19,6 +19,7 @@ from torch import nn
 import gwa_logging
 from gwa_logging import EarlyStop, InvalidInputError, Monitor
 from gwa_logging.journal import read_journal
+from gwa_logging.state import HeadShape
 from tests.trackers import OnMlflow, OnTensorBoard, OnTrackio, OnWandb, Tracker, Training
 
 N, BATCH, EPOCHS = 40, 8, 5
