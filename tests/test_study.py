@@ -9,6 +9,7 @@ from sklearn.metrics import roc_auc_score
 
 from benchmarks.study import grid as study
 from benchmarks.study import page
+from benchmarks.study.archive import unpack
 from benchmarks.study.criteria import best_with_patience, by_rule, gradient_disparity, label_wave
 from benchmarks.study.grid import Data, Run, grid
 from benchmarks.study.train import auroc, precision, train
@@ -76,3 +77,14 @@ def test_runs_of_all_kinds_make_a_page(tmp_path: Path, monkeypatch: pytest.Monke
     assert "{{" not in text
     assert text.count("**separation (the default rule)**") == 3
     assert {p.name for p in (tmp_path / "images").iterdir()} == {"study-regret.png", "study-suspects.png"}
+
+
+def test_the_runs_that_come_along_are_those_of_the_page(tmp_path: Path):
+    unpack(tmp_path / "runs")
+    names = {run.name for run in grid()}
+    assert {path.stem for path in (tmp_path / "runs").iterdir()} <= names
+    cases = page.load_cases(tmp_path / "runs")
+    reporting = [case for case in cases if not case.run.for_choosing]
+    text = (Path(page.__file__).parents[2] / "docs" / "study.md").read_text()
+    assert f"{len(cases)} of the" in text
+    assert page.suspect_table(reporting) in text

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.study.archive import unpack
 from benchmarks.study.criteria import CRITERIA, HELD_OUT, OURS, RIVAL, Pick, Series
 from benchmarks.study.grid import NOISE, Run, grid
 from benchmarks.study.train import SUSPECT_SCORES
@@ -251,6 +252,7 @@ def write_page(runs: Path) -> Path:
     Returns:
         Where it is.
     """
+    unpack(runs)
     cases = load_cases(runs)
     choosing = [case for case in cases if case.run.for_choosing]
     reporting = [case for case in cases if not case.run.for_choosing]

@@ -6,6 +6,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+from benchmarks.study.archive import unpack
 from benchmarks.study.grid import Run, grid
 
 
@@ -27,7 +28,7 @@ def _train(run: Run, fashion: Path, directory: Path) -> float:
 
 def train_all(fashion: Path, directory: Path, workers: int, minutes: float, only: str) -> None:
     """Trains every run that has no file yet, until the time is up."""
-    directory.mkdir(parents=True, exist_ok=True)
+    unpack(directory)
     left = [run for run in grid() if only in run.name and not (directory / f"{run.name}.npz").exists()]
     deadline = time.monotonic() + minutes * 60
     print(f"{len(left)} runs to train", flush=True)
