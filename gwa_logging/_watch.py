@@ -55,7 +55,7 @@ def watch(
             the head that the alert follows; the others are watched beside it, each with keys of its own,
             `gwa/<path>/...`, and a monitor in `Monitor.heads`.
         early_stop: the stop rule, or None for no alert.
-        on_alert: called once with the StopAlert.
+        on_alert: called with each StopAlert; a second one comes only after a clearly better epoch took the first one back.
         log_every_n_steps: steps between two histograms; at least 1. After 10,000 histograms it doubles, and again whenever the
             run has become twice as long, so that a run of any length writes a bounded journal; not with samples_per_epoch.
         samples_per_epoch: closes an epoch by itself whenever at least so many samples have been seen; looked at each
