@@ -61,7 +61,7 @@ def coded(terms: Terms, predicted: Tensor | None = None, columns: int = 2) -> Te
 
 def decoded(rows: Tensor) -> Tensor:
     """The scores of coded rows, float32 [rows]. Rows that were added to each other are marked NOT_FINITE."""
-    scores, valid = rows.unbind(-1)
+    scores, valid = rows[:, 0], rows[:, 1]
     scores = torch.add(scores, 1 - valid, alpha=_PADDING)
     for code, mark in ((_NO_GRADIENT, NO_GRADIENT), (_NOT_FINITE, NOT_FINITE), (_DEAD, DEAD)):
         scores = torch.where(scores == code, mark, scores)
@@ -70,12 +70,9 @@ def decoded(rows: Tensor) -> Tensor:
 
 def joined(batches: list[Terms]) -> Terms:
     """The terms of all rows together, with a weight norm for each row."""
-    return Terms(
-        torch.cat([terms.product for terms in batches]),
-        torch.cat([terms.delta_norms for terms in batches]),
-        torch.cat([terms.embedding_norms for terms in batches]),
-        torch.cat([terms.weight_norm.expand(terms.product.shape) for terms in batches]),
-    )
+    products, delta_norms, embedding_norms, weight_norms = zip(*batches, strict=True)
+    weight_norms = tuple(map(torch.Tensor.expand_as, weight_norms, products))
+    return Terms(*map(torch.cat, (products, delta_norms, embedding_norms, weight_norms)))
 
 
 class Tag:
@@ -141,10 +138,13 @@ class Accumulator:
         """Adds the terms of an eager backward pass."""
         self._add(_Batch(terms, terms.product.shape[0], samples))
 
-    def add_scores(self, scores: Tensor, samples: Samples | None, valid: Tensor | None = None) -> None:
-        """Adds scores, float [rows]; or, with `valid`, the two columns of coded rows, which may be overwritten after this."""
-        values = scores.reshape(-1) if valid is None else torch.stack([scores, valid], dim=-1)
-        self._add(_Batch(values, scores.numel(), samples))
+    def add_coded(self, rows: Tensor, samples: Samples | None) -> None:
+        """Adds the coded rows of a compiled backward pass, which may be overwritten after this."""
+        self._add(_Batch(rows.clone(), rows.shape[0], samples))
+
+    def add_scores(self, scores: Tensor, samples: Samples | None) -> None:
+        """Adds scores from the user, float [...]."""
+        self._add(_Batch(scores.reshape(-1), scores.numel(), samples))
 
     def _add(self, batch: _Batch) -> None:
         if not batch.rows:

@@ -73,15 +73,14 @@ class RankAccumulator(Accumulator):
                 return
         super().add_terms(terms, samples)
 
-    def add_scores(self, scores: Tensor, samples: Samples | None, valid: Tensor | None = None) -> None:
-        """Adds scores; where `valid` is 0 a row is padding."""
-        if is_split(scores):
-            counts = _comes_first(scores)
-            scores, valid = _whole(scores), None if valid is None else _whole(valid)
-            samples = samples and samples._replace(predicted=None)
+    def add_coded(self, rows: Tensor, samples: Samples | None) -> None:
+        """Adds the coded rows of a compiled backward pass."""
+        if is_split(rows):
+            counts = _comes_first(rows)
+            rows, samples = _whole(rows), samples and samples._replace(predicted=None)
             if not counts:
                 return
-        super().add_scores(scores, samples, valid)
+        super().add_coded(rows, samples)
 
 
 def is_split(tensor: Any) -> bool:

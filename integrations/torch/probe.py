@@ -226,7 +226,7 @@ class HeadProbe:
             if self.enabled:
                 if samples is not None and rows.shape[1] > 2:
                     samples = samples._replace(predicted=rows[:, 2].to(torch.int32))
-                self._accumulator.add_scores(rows[:, 0], samples, valid=rows[:, 1])
+                self._accumulator.add_coded(rows, samples)
                 self.on_step()
         except Exception as error:  # noqa: BLE001 - nothing may reach the user's backward pass
             self.fault(error)

@@ -31,7 +31,7 @@ def test_every_kind_of_missing_score_is_counted_as_what_it_is():
 
 def test_padding_is_no_sample():
     accumulator = Accumulator(None)
-    accumulator.add_scores(torch.tensor([0.1, 0.0, 0.0]), None, valid=torch.tensor([1.0, 0.0, 0.0]))
+    accumulator.add_coded(torch.tensor([[0.1, 1.0], [0.0, 0.0], [0.0, 0.0]]), None)
     assert accumulator.snapshot().result().seen == 1
 
 
