@@ -364,7 +364,7 @@ class _Pass:
 
 def _is_small_part(tensor: Tensor) -> bool:
     """Whether a tensor is a view of something much larger."""
-    return type(tensor) is Tensor and tensor.untyped_storage().nbytes() > 4 * tensor.nbytes
+    return tensor._is_view() and type(tensor) is Tensor and tensor.untyped_storage().nbytes() > 4 * tensor.nbytes
 
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
