@@ -6,6 +6,8 @@ one vector of ten numbers and a histogram, which is copied to the host in the ba
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
+from itertools import groupby
 from threading import Lock
 from typing import NamedTuple
 
@@ -183,39 +185,43 @@ class Accumulator:
             scores = torch.cat(pieces)
             self._arriving.add(fold(scores, self._edges_on(device)))
             if self._num_samples is not None:
-                for batch, piece in zip(group, torch.split(scores, [batch.rows for batch in group]), strict=True):
-                    if batch.samples is not None:
-                        self._enter(batch.samples, piece)
+                split = torch.split(scores, [batch.rows for batch in group])
+                tagged = [(b.samples, piece) for b, piece in zip(group, split, strict=True) if b.samples is not None]
+                for _, alike in groupby(tagged, key=_form):  # in their order, so that sums are the same to the bit
+                    self._enter(*zip(*alike, strict=True))
 
     def _edges_on(self, device: torch.device) -> Tensor:
         if device not in self._edges:
             self._edges[device] = torch.from_numpy(EDGES.copy()).to(_fold_device(device))
         return self._edges[device]
 
-    def _enter(self, samples: Samples, scores: Tensor) -> None:
-        """Enters the scores of a batch into the ledger."""
-        sums, seen, predicted = ledger = self._ledger_on(scores.device)
+    def _enter(self, batches: Sequence[Samples], scores: Sequence[Tensor]) -> None:
+        """Enters the scores of n batches of one form into the ledger."""
+        sums, seen, predicted = self._ledger_on(scores[0].device)
         device, size = sums.device, sums.shape[0] - 1
-        scores, ids = _moved(scores, device), _moved(samples.ids, device).to(torch.int64)
-        rows = min(scores.shape[0], ids.shape[0])
-        stray = (ids < 0) | (ids >= size) | ((scores != _PADDING).sum() != ids.shape[0])
-        scores, ids, stray = scores[:rows], ids[:rows], stray[:rows]
-        counted = scores.abs() <= 1 + SCORE_TOLERANCE
-        scores = torch.where(counted, scores, 0.0)
-        if samples.weights is None:
+        ids, weights, known = (_stacked(column, device) for column in zip(*batches, strict=True))
+        score = _stacked(scores, device)  # [n, rows]
+        assert ids is not None
+        assert score is not None
+        ids, rows = ids.to(torch.int64), min(score.shape[1], ids.shape[1])
+        misfit = (score != _PADDING).sum(1) != ids.shape[1]
+        stray = (ids < 0) | (ids >= size) | misfit.reshape(-1, *[1] * (ids.ndim - 1))
+        score, ids, stray = score[:, :rows], ids[:, :rows], stray[:, :rows]
+        counted = score.abs() <= 1 + SCORE_TOLERANCE
+        score = torch.where(counted, score, 0.0)
+        if weights is None:
             shares = counted.float()
         else:
-            weights = _moved(samples.weights, device).float()
-            weights = (weights if weights.ndim == 1 else weights[:rows]).expand(ids.shape)
+            weights = (weights[:, None] if weights.ndim == 2 else weights[:, :rows]).float().expand(ids.shape)
             stray |= ~(weights >= 0) | torch.isinf(weights)
-            shares = torch.where(counted[:, None], torch.where(stray, 1.0, weights), 0.0)
-            scores = scores[:, None]
+            shares = torch.where(counted[..., None], torch.where(stray, 1.0, weights), 0.0)
+            score = score[..., None]
         ids = torch.where(stray, size, ids)
-        ledger.sums.index_add_(0, ids.flatten(), (shares * scores).flatten())
+        sums.index_add_(0, ids.flatten(), (shares * score).flatten())
         seen.index_add_(0, ids.flatten(), shares.flatten())
-        if samples.predicted is not None and ids.ndim == 1:  # a mixed input's prediction is nobody's
-            known = _moved(samples.predicted, device)[:rows].to(torch.int32)
-            predicted.index_copy_(0, torch.where(counted, ids, size), known)
+        if known is not None and ids.ndim == 2:  # a mixed input's prediction is nobody's
+            places, order = _latest(torch.where(counted, ids, size).flatten(), size)
+            predicted.index_copy_(0, places, known[:, :rows].flatten()[order].to(torch.int32))
 
     def _ledger_on(self, device: torch.device) -> _DeviceLedger:
         if self._ledger is None:
@@ -240,6 +246,28 @@ class Accumulator:
             arrays = (np.append(array, end).astype(array.dtype) for array, end in zip(ledger[:3], rest, strict=True))
             self._ledger = _DeviceLedger(*(torch.from_numpy(array).to(device) for array in arrays))
             self._untagged = ledger.untagged
+
+
+def _form(entry: tuple[Samples, Tensor]) -> object:
+    """What must be the same of batches that are entered together."""
+    return [None if tensor is None else (tensor.shape, tensor.dtype, tensor.device) for tensor in (*entry[0], entry[1])]
+
+
+def _stacked(tensors: Sequence[Tensor | None], device: torch.device) -> Tensor | None:
+    """[n, ...] on a device, of n tensors of one form; None if there are none."""
+    known = [tensor for tensor in tensors if tensor is not None]
+    return _moved(torch.stack(known), device) if known else None
+
+
+def _latest(ids: Tensor, nowhere: int) -> tuple[Tensor, Tensor]:
+    """Where entries go that overwrite each other: int64 [entries], and the order that they must be brought into.
+
+    The last one of each id goes to its id, the others `nowhere`: a device may write to one place in any order.
+    """
+    ids, order = torch.sort(ids, stable=True)
+    overwritten = torch.zeros_like(ids, dtype=torch.bool)
+    overwritten[:-1] = ids[1:] == ids[:-1]
+    return torch.where(overwritten, nowhere, ids), order
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:

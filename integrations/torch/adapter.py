@@ -152,7 +152,8 @@ class TorchAdapter:
 
     def _checked(self, samples: Samples, count: int | None) -> Samples:
         samples.check(count, self._num_samples)
-        tensors = Samples(*(None if array is None else torch.as_tensor(array) for array in samples))
+        # Copies: a buffer may be filled with the next batch before these are entered into the ledger.
+        tensors = Samples(*(None if array is None else torch.as_tensor(array).clone() for array in samples))
         if tensors.ids.device.type == "meta":
             raise InvalidInputError("sample_ids: expected numbers, found a tensor on the device 'meta'")
         return tensors

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.utils import parametrize
 
 from gwa_logging.integrations.torch.accumulate import Terms
@@ -86,7 +87,10 @@ class Linear:
 
     def predicted(self, logits: Tensor) -> Tensor:
         """int64 [rows]: the class of the largest logit of each sample."""
-        return flat(logits.detach().argmax(-1))
+        logits = logits.detach()
+        if type(logits) is Tensor and logits.device.type == "cpu" and logits.dtype in _WIDE and not is_compiling():
+            return torch.from_numpy(logits.numpy().argmax(-1)).reshape(-1)  # on the CPU several times as fast
+        return flat(logits.argmax(-1))
 
     def logits(self, embeddings: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's output, computed again."""

@@ -67,3 +67,40 @@ def test_the_ledger_adds_up_by_id_and_keeps_strays_apart():
     np.testing.assert_allclose(ledger.sums, [0.2, 0, 0.4, 0], rtol=1e-6)
     np.testing.assert_array_equal(ledger.seen, [1, 0, 2, 0])
     assert (ledger.strays, ledger.untagged) == (2, 0)
+
+
+def test_batches_that_are_entered_together_are_entered_in_their_order():
+    accumulator = Accumulator(5)
+    rng = np.random.default_rng(0)
+    sums, seen, predicted = np.zeros(5, np.float32), np.zeros(5), np.full(5, -1)
+    for size in (3, 3, 2, 3, 7, 7):  # repeated ids, within a batch too
+        ids, classes = rng.integers(0, 5, size), rng.integers(0, 9, size)
+        scores = rng.uniform(-1, 1, size).astype(np.float32)
+        accumulator.add_scores(
+            torch.from_numpy(scores), Samples(torch.from_numpy(ids), None, torch.from_numpy(classes))
+        )
+        for sample, score, class_ in zip(ids, scores, classes, strict=True):
+            sums[sample] += score
+            seen[sample] += 1
+            predicted[sample] = class_
+    ledger = accumulator.ledger()
+    np.testing.assert_array_equal(ledger.sums, sums)
+    np.testing.assert_array_equal(ledger.seen, seen)
+    np.testing.assert_array_equal(ledger.predicted, predicted)
+
+
+def test_a_prediction_without_a_score_does_not_replace_one_with_a_score():
+    accumulator = Accumulator(2)
+    for score, class_ in ((0.5, 7), (torch.nan, 8)):
+        accumulator.add_scores(torch.tensor([score]), Samples(torch.tensor([1]), None, torch.tensor([class_])))
+    np.testing.assert_array_equal(accumulator.ledger().predicted, [-1, 7])
+
+
+def test_batches_of_another_number_of_ids_are_kept_apart_from_good_ones():
+    accumulator = Accumulator(4)
+    for score in (0.25, 0.5):
+        accumulator.add_scores(torch.tensor([score, score]), Samples(torch.tensor([0, 1])))
+        accumulator.add_scores(torch.tensor([score, score]), Samples(torch.tensor([0, 1, 2])))
+    ledger = accumulator.ledger()
+    np.testing.assert_array_equal(ledger.sums, [0.75, 0.75, 0, 0])
+    assert ledger.strays == 4

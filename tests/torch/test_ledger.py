@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 import gwa_logging
 from gwa_logging import InvalidInputError, Monitor
+from gwa_logging.integrations.torch.layers import layer_of
 
 N, FEATURES = 23, 8
 
@@ -166,6 +167,28 @@ def test_batches_without_ids_are_counted_and_told(caplog):
         assert by_id(monitor).keys() == set(range(5))
         assert monitor.faults == {"samples without ids": 7}
     assert "7 samples came without an id" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, np.ndarray])
+def test_ids_in_a_buffer_that_is_filled_anew_for_each_batch_are_those_of_their_batch(kind):
+    model, (x, y) = net(), samples()
+    buffer = torch.zeros(5, dtype=torch.int64)
+    with gwa_logging.watch(model, num_samples=N) as monitor:
+        for first in (0, 5, 10):
+            buffer.copy_(torch.arange(first, first + 5))
+            step(model, monitor, x[buffer], y[buffer], buffer if kind is Tensor else buffer.numpy())
+        assert sorted(by_id(monitor)) == list(range(15))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(6, 4), (2, 3, 4)])
+def test_the_predicted_class_is_the_first_largest_logit_or_nan(dtype, shape):
+    head = nn.Linear(3, 4)
+    logits = torch.randint(0, 3, shape, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    predicted = layer_of(head).predicted(logits.transpose(0, -2))
+    rows = logits.detach().transpose(0, -2).reshape(-1, 4).tolist()
+    assert predicted.tolist() == [row.index(max(row)) for row in rows]
+    assert layer_of(head).predicted(torch.tensor([[0.0, math.nan, 2.0, 1.0]], dtype=dtype)).tolist() == [1]
 
 
 def test_an_epoch_of_one_sample_is_entered():
