@@ -65,6 +65,7 @@ def measured_groups(args: argparse.Namespace, directory: str, seconds: float) ->
             "rounds": len(taken["bare"]),
             "steps": rows,
             "missing": group.missing,
+            "read_bytes": scoring.bytes_read(*group.head),
         }
         print(f"\n{name}: {results[name]['bare_ms']:.2f} ms, {time.perf_counter() - begin:.0f} s", flush=True)
         for other, row in rows.items():

@@ -135,7 +135,7 @@ def group(kind: str, shape: tuple[int, ...], classes: int, directory: str) -> Gr
             assert each.history, "a watched step was not seen"
             assert not each.faults, each.faults
 
-    return Group(steps, check, {})
+    return Group(steps, check, {}, (shape[0], *start["params"]["head"]["kernel"].shape))
 
 
 def groups(directory: str, names: list[str]) -> dict[str, Callable[[], Group]]:

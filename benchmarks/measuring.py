@@ -16,11 +16,13 @@ class Group(NamedTuple):
         steps: by name; "bare" and "again" are the same step, which shows the noise of the machine.
         check: ends what the steps began; fails if one of them did not do what it says.
         missing: why a step is not there, by name.
+        head: B, D and C.
     """
 
     steps: dict[str, Step]
     check: Callable[[], None]
     missing: dict[str, str]
+    head: tuple[int, int, int]
 
 
 QUICK = 0.02

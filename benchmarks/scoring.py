@@ -52,10 +52,11 @@ def typical(calls: dict[str, Callable[[int], Any]], seconds: float, least: int =
     return {name: float(np.median(column)) for name, column in taken.items()}
 
 
-def bytes_read(layer: Linear, rows: int) -> int:
-    """What the score is made of, in float32: delta, z, h, W and b; or delta, dL/dh, h and W."""
-    parts = layer.classes + 2 * layer.features if layer.taps_input else 2 * layer.classes + layer.features
-    return 4 * (rows * parts + layer.classes * (layer.features + (not layer.taps_input)))
+def bytes_read(rows: int, features: int, classes: int) -> int:
+    """What the score is made of, in float32: delta, z, h, W and b; with more classes than features delta, dL/dh, h and W."""
+    if classes > features:
+        return 4 * (rows * (classes + 2 * features) + classes * features)
+    return 4 * (rows * (2 * classes + features) + classes * (features + 1))
 
 
 def measure(seconds: float, tiny: bool = False) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def measure(seconds: float, tiny: bool = False) -> dict[str, Any]:
     results: dict[str, Any] = {"copy_gb_per_s": copied / 1e9, "sizes": {}}
     for rows, features, classes in TINY if tiny else SIZES:
         layer = Linear(nn.Linear(features, classes), classes, features)
-        read = bytes_read(layer, rows)
+        read = bytes_read(rows, features, classes)
         count = 2 if tiny else int(min(16, max(2, 200e6 // read)))
         batches = [scored(rows, features, classes, torch.device("cpu")) for _ in range(count)]
         ours = by_input if layer.taps_input else by_logits

@@ -1,6 +1,7 @@
 """The training steps of the benchmark in PyTorch, bare, watched, and with everything else that one could log instead."""
 
 import importlib.util
+import math
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -28,9 +29,10 @@ class Work(NamedTuple):
     y: Tensor
 
     @property
-    def product_bytes(self) -> int:
-        """Of the per-sample gradients of its head."""
-        return 4 * len(self.y) * self.model.get_submodule(self.head).weight.numel()  # type: ignore[operator,union-attr]
+    def shape(self) -> tuple[int, int, int]:
+        """B, D and C of its head."""
+        classes, features = self.model.get_submodule(self.head).weight.shape  # type: ignore[union-attr]
+        return len(self.y), features, classes
 
 
 def mlp() -> Work:
@@ -107,6 +109,7 @@ class Peers:
         """All steps that this model is asked to make. A peer that is missing says why."""
         steps: dict[str, Step] = {"bare": self._step(), "again": self._step()}
         missing: dict[str, str] = {}
+        shape = self.make().shape
         steps["watched"] = self._watched()
         steps["watched, ledger"] = self._watched(num_samples=1_000_000)
         steps["published form"] = self._published()
@@ -116,7 +119,7 @@ class Peers:
                     steps[f"watched, {backend}"] = self._watched(backend=backend)
             for every in (1000, 100, 1):  # at 1 every step logs
                 steps[f"wandb.watch, {every}"] = self._wandb_watch(every)
-            if self.make().product_bytes > PER_SAMPLE_BYTES:
+            if 4 * math.prod(shape) > PER_SAMPLE_BYTES:
                 missing["torch.func"] = missing["BackPACK"] = "B x C x D is too large"
             else:
                 steps["torch.func"] = self._per_sample()
@@ -124,7 +127,7 @@ class Peers:
                     steps["BackPACK"] = self._backpack()
                 else:
                     missing["BackPACK"] = "not installed"
-        return Group(steps, self._check, missing)
+        return Group(steps, self._check, missing, shape)
 
     def _check(self) -> None:
         if self.wandb_run is not None:

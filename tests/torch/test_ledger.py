@@ -181,14 +181,15 @@ def test_ids_in_a_buffer_that_is_filled_anew_for_each_batch_are_those_of_their_b
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(6, 4), (2, 3, 4)])
+@pytest.mark.parametrize("shape", [(6, 4), (2, 3, 4), (50, 100, 4)])
 def test_the_predicted_class_is_the_first_largest_logit_or_nan(dtype, shape):
     head = nn.Linear(3, 4)
     logits = torch.randint(0, 3, shape, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
     predicted = layer_of(head).predicted(logits.transpose(0, -2))
     rows = logits.detach().transpose(0, -2).reshape(-1, 4).tolist()
     assert predicted.tolist() == [row.index(max(row)) for row in rows]
-    assert layer_of(head).predicted(torch.tensor([[0.0, math.nan, 2.0, 1.0]], dtype=dtype)).tolist() == [1]
+    broken = torch.tensor([[0.0, math.nan, 2.0, 1.0]], dtype=dtype).expand(5000, 4)
+    assert layer_of(head).predicted(broken).tolist() == [1] * 5000
 
 
 def test_an_epoch_of_one_sample_is_entered():
