@@ -257,7 +257,7 @@ Copies of one model take turns step by step, in another order each round, in one
 step of the same round, of which there are two: one against the other is the noise of the machine. A step under 20 ms runs three
 times in its turn, and the first time is not counted: so it finds the caches as in training. Everything is on: scores at
 every step, a histogram every 50, the journal on disk. The mean holds what comes at every n-th step only; it is left out where
-fewer than 50 rounds were run (the comparison then takes the median: a histogram in 50 steps is some 10 µs a step), and for
+fewer than 50 rounds were run (the comparison then takes the median: a histogram takes some 3 ms, every 50 steps), and for
 wandb.watch it is put together from a step that logs and one that does not. Below zero is noise, or a compiler that fuses
 otherwise.
 

@@ -92,9 +92,9 @@ class Linear:
     def predicted(self, logits: Tensor) -> Tensor:
         """int64 [rows]: the class of the largest logit of each sample."""
         logits = logits.detach()
-        if logits.numel() >= _MANY and logits.is_cpu and logits.dtype in _WIDE and type(logits) is Tensor:
-            if not is_compiling():
-                return flat(torch.from_numpy(logits.numpy().argmax(-1)))
+        is_long = logits.numel() >= _MANY and logits.is_cpu and logits.dtype in _WIDE
+        if is_long and type(logits) is Tensor and not is_compiling():
+            return flat(torch.from_numpy(logits.numpy().argmax(-1)))
         return flat(logits.argmax(-1))
 
     def logits(self, embeddings: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

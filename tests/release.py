@@ -1,0 +1,138 @@
+"""What is released, tried: the wheel and the sdist are built, and installed with each extra into an environment of its own, in
+which the smallest whole run that needs this extra must succeed.
+
+    python -m tests.release [EXTRAS ...]
+
+It takes some minutes for each, since each installs its framework anew; so it is no part of the tests.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import venv
+from pathlib import Path
+
+from tests.pages import AFTER, BEFORE, MODEL, ROOT, python_blocks
+
+CORE = """
+import importlib.util
+import numpy as np
+import gwa_logging
+for absent in ("torch", "jax", "wandb", "mlflow", "plotly"):
+    assert importlib.util.find_spec(absent) is None, absent
+scores = gwa_logging.alignment_scores(np.ones((4, 3)), np.arange(20.0).reshape(4, 5), np.eye(3, 5))
+assert scores.shape == (4,)
+try:
+    gwa_logging.watch(object())
+except gwa_logging.InvalidInputError as error:
+    assert "torch.nn.Module" in str(error)
+"""
+
+TORCH = (
+    MODEL
+    + """
+import gwa_logging
+with gwa_logging.watch(model, backend="{backend}") as monitor:
+    for epoch in monitor.epochs(3):
+        for batch in loader:
+            loss_of(model(batch["x"]), batch["labels"]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+assert [report.count for report in monitor.history] == [40] * 3
+assert monitor.faults == {{}}, monitor.faults
+"""
+)
+
+JAX = """
+import jax, jax.numpy as jnp
+from flax import linen
+import gwa_logging
+model = linen.Dense(4)
+x, y = jnp.arange(80.0).reshape(10, 8) / 80, jnp.arange(10) % 4
+params = model.init(jax.random.key(0), x)
+def loss(params):
+    return -jnp.take_along_axis(jax.nn.log_softmax(model.apply(params, x)), y[:, None], 1).mean()
+with gwa_logging.watch(model) as monitor:
+    (value, scores), grads = jax.jit(monitor.value_and_grad(loss))(params)
+    monitor.update(scores)
+    assert monitor.end_epoch().count == 10
+assert monitor.faults == {}, monitor.faults
+"""
+
+REPORT = """
+import subprocess, sys
+from pathlib import Path
+subprocess.run([str(Path(sys.executable).parent / "gwa-logging"), "report", "gwa_runs"], check=True)
+(page,) = Path("gwa_runs").rglob("report.html")
+assert "plotly" in page.read_text().lower()
+"""
+
+TRACKERS = ("wandb", "mlflow", "tensorboard", "trackio")
+TRAINERS = {
+    "lightning": "lightning",
+    "transformers": "transformers",
+    "accelerate": "accelerate",
+    "keras": "keras,jax,tensorboard",
+}
+
+
+def trainer(name: str) -> str:
+    """The README's lines for a trainer, with what they take for granted."""
+    (code,) = [code for code in python_blocks(ROOT / "README.md") if f"gwa_logging.integrations.{name} import" in code]
+    return BEFORE[name] + code.replace("=20", "=2") + AFTER.get(name, "")
+
+
+RUNS = {
+    "": CORE,
+    "torch": TORCH.format(backend="local"),
+    "jax": JAX,
+    "torch,report": TORCH.format(backend="local") + REPORT,
+    **{f"torch,{name}": TORCH.format(backend=name) for name in TRACKERS},
+    **{extras: trainer(name) for name, extras in TRAINERS.items()},
+}
+
+
+def built(folder: Path) -> list[Path]:
+    """The wheel and the sdist."""
+    subprocess.run([sys.executable, "-m", "build", "--outdir", folder, ROOT], check=True, stdout=subprocess.DEVNULL)
+    return sorted(folder.iterdir())
+
+
+def tried(package: Path, extras: str, folder: Path) -> str | None:
+    """Installs a package and runs what needs it, with nothing of this folder in reach; what went wrong, if anything did."""
+    venv.create(folder / "venv", with_pip=True)
+    python = folder / "venv" / "bin" / "python"
+    wanted = f"{package}[{extras}]" if extras else str(package)
+    pip = [python, "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt", wanted]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"WANDB_MODE": "offline", "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
+    environment |= {"TRACKIO_DIR": str(folder / "trackio")}
+    for command in (pip, [python, "-I", "-c", RUNS[extras]]):
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            return done.stderr
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("extras", nargs="*", metavar="EXTRAS", help=f"among {', '.join(map(repr, RUNS))}; all if none")
+    failures = 0
+    with tempfile.TemporaryDirectory() as directory:
+        packages = built(Path(directory) / "dist")
+        for extras in parser.parse_args().extras or RUNS:
+            for package in packages if extras in ("", "torch") else packages[:1]:
+                folder = Path(directory) / "environment"
+                folder.mkdir()
+                failed = tried(package, extras, folder)
+                failures += failed is not None
+                print(f"{package.name}[{extras}]: {failed or 'right'}", flush=True)
+                shutil.rmtree(folder)
+    sys.exit(failures)
+
+
+if __name__ == "__main__":
+    main()
