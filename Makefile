@@ -1,4 +1,4 @@
-.PHONY: setup demo test check test-lowest test-newest bench docs clean
+.PHONY: setup demo test check test-lowest test-newest release bench docs clean
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
@@ -20,11 +20,12 @@ demo: setup
 
 test: check
 
+# Two tests at a time, with one thread each: most of them start processes, or wait for some.
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 # The core with the lowest versions that pyproject.toml claims. PyTorch of that age comes with CUDA: gigabytes.
 LOWEST := .venv-lowest/bin
@@ -40,7 +41,11 @@ test-lowest:
 test-newest:
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/pip install --quiet --upgrade -e '.[dev]'
-	.venv-newest/bin/pytest
+	OMP_NUM_THREADS=1 .venv-newest/bin/pytest -n 2 --dist worksteal
+
+# The wheel and the sdist, tried with each extra in an environment of its own: a quarter of an hour.
+release: setup
+	$(BIN)/python -m tests.release
 
 # BackPACK is for the benchmark only and goes to a folder of its own; without it its rows say so.
 bench: setup

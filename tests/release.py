@@ -35,14 +35,14 @@ TORCH = (
     MODEL
     + """
 import gwa_logging
-with gwa_logging.watch(model, backend="{backend}") as monitor:
+with gwa_logging.watch(model, backend="BACKEND") as monitor:
     for epoch in monitor.epochs(3):
         for batch in loader:
             loss_of(model(batch["x"]), batch["labels"]).backward()
             optimizer.step()
             optimizer.zero_grad()
 assert [report.count for report in monitor.history] == [40] * 3
-assert monitor.faults == {{}}, monitor.faults
+assert monitor.faults == {}, monitor.faults
 """
 )
 
@@ -87,10 +87,10 @@ def trainer(name: str) -> str:
 
 RUNS = {
     "": CORE,
-    "torch": TORCH.format(backend="local"),
+    "torch": TORCH.replace("BACKEND", "local"),
     "jax": JAX,
-    "torch,report": TORCH.format(backend="local") + REPORT,
-    **{f"torch,{name}": TORCH.format(backend=name) for name in TRACKERS},
+    "torch,report": TORCH.replace("BACKEND", "local") + REPORT,
+    **{f"torch,{name}": TORCH.replace("BACKEND", name) for name in TRACKERS},
     **{extras: trainer(name) for name, extras in TRAINERS.items()},
 }
 

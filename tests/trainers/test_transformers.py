@@ -165,6 +165,17 @@ def test_a_training_that_is_resumed_from_a_checkpoint_equals_one_that_was_not_in
     assert [suspect.times_seen for suspect in whole.monitor.suspects(SAMPLES)] == [EPOCHS] * SAMPLES
 
 
+def test_a_data_set_with_ids_needs_no_column_of_its_own():
+    callback, own = GWACallback(**LEDGER | {"sample_ids": "sample_id"}), GWACallback(**LEDGER)
+    rows = [{"x": row["x"], "labels": row["labels"]} for row in Samples(NAMES)]
+    training = trainer(callback, remove_unused_columns=False)
+    training.train_dataset = gwa_logging.with_ids(rows)
+    training.train()
+    trainer(own, remove_unused_columns=False).train()
+    assert callback.monitor.suspects(SAMPLES) == own.monitor.suspects(SAMPLES)
+    assert callback.monitor.faults == {}
+
+
 def test_a_checkpoint_that_is_asked_for_too_late_begins_anew_and_says_so(caplog):
     class Late(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
