@@ -145,8 +145,8 @@ class Accumulator:
         self._add(_Batch(rows.clone(), rows.shape[0], samples))
 
     def add_scores(self, scores: Tensor, samples: Samples | None) -> None:
-        """Adds scores from the user, float [...]."""
-        self._add(_Batch(scores.reshape(-1), scores.numel(), samples))
+        """Adds scores from the user, float [...], which may be overwritten after this."""
+        self._add(_Batch(scores.flatten().clone(), scores.numel(), samples))
 
     def _add(self, batch: _Batch) -> None:
         if not batch.rows:

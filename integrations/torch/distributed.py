@@ -82,6 +82,14 @@ class RankAccumulator(Accumulator):
                 return
         super().add_coded(rows, samples)
 
+    def add_scores(self, scores: Tensor, samples: Samples | None) -> None:
+        """Adds scores from the user."""
+        if is_split(scores):
+            counts, scores = _comes_first(scores), _whole(scores)
+            if not counts:
+                return
+        super().add_scores(scores, samples)
+
 
 def is_split(tensor: Any) -> bool:
     """Whether a tensor is a DTensor: other ranks have the rest of it."""

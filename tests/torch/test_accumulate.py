@@ -104,3 +104,17 @@ def test_batches_of_another_number_of_ids_are_kept_apart_from_good_ones():
     ledger = accumulator.ledger()
     np.testing.assert_array_equal(ledger.sums, [0.75, 0.75, 0, 0])
     assert ledger.strays == 4
+
+
+@pytest.mark.parametrize("coded", [False, True])
+def test_what_was_added_may_be_overwritten(coded):
+    accumulator = Accumulator(None)
+    scores = torch.tensor([0.25, 0.5])
+    rows = torch.stack([scores, torch.ones(2)], dim=1)
+    if coded:
+        accumulator.add_coded(rows, None)
+    else:
+        accumulator.add_scores(scores, None)
+    scores.zero_()
+    rows.zero_()
+    assert accumulator.snapshot().result().mean == 0.375
