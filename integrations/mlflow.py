@@ -15,6 +15,7 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from importlib import metadata
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any
@@ -67,9 +68,11 @@ def open_backend(context: RunContext) -> "MlflowBackend":
             raise LookupError("the run is deleted")
     except Exception as error:  # noqa: BLE001 - whatever MLflow raises here: nothing could ever be logged
         what = "backend='mlflow'" if wanted is None else f"run={wanted!r}"
+        is_short = not uri.startswith("http") and not _is_whole()
+        remedy = "mlflow-skinny needs a server: pip install mlflow" if is_short else "Pass a run that is there"
         raise BackendError(
-            f"{what}: MLflow at {_masked(uri)} refuses: {_masked(repr(error))}. Pass a run that is there, or choose "
-            "another server with mlflow.set_tracking_uri() or MLFLOW_TRACKING_URI (mlflow-skinny needs a server)"
+            f"{what}: MLflow at {_masked(uri)} refuses: {_masked(repr(error))}. {remedy}, or choose another server with "
+            "mlflow.set_tracking_uri() or MLFLOW_TRACKING_URI"
         ) from None
     if own:
         logger.info("gwa_logging: no MLflow run is active in this thread; started one: %s", own.run_id)
@@ -265,6 +268,14 @@ def _wanted_run(run: Any) -> str | None:
             f"logger.run_id), found {type(run).__module__}.{type(run).__qualname__}"
         )
     return str(run.info.run_id)
+
+
+def _is_whole() -> bool:
+    """Whether all of MLflow is installed: mlflow-skinny, which the extra asks for, has no database."""
+    try:
+        return bool(metadata.version("mlflow"))
+    except metadata.PackageNotFoundError:
+        return False
 
 
 def _knock(uri: str) -> None:

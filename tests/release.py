@@ -16,6 +16,7 @@ import venv
 from pathlib import Path
 
 from tests.pages import AFTER, BEFORE, MODEL, ROOT, python_blocks
+from tests.trackers import Server
 
 CORE = """
 import importlib.util
@@ -70,6 +71,15 @@ subprocess.run([str(Path(sys.executable).parent / "gwa-logging"), "report", "gwa
 assert "plotly" in page.read_text().lower()
 """
 
+MLFLOW = """
+import mlflow
+mlflow.set_tracking_uri("sqlite:///mlflow.db")
+try:
+    gwa_logging.watch(model, backend="mlflow")
+except gwa_logging.BackendError as error:
+    assert "mlflow-skinny needs a server: pip install mlflow" in str(error), error
+"""
+
 TRACKERS = ("wandb", "mlflow", "tensorboard", "trackio")
 TRAINERS = {
     "lightning": "lightning",
@@ -91,6 +101,7 @@ RUNS = {
     "jax": JAX,
     "torch,report": TORCH.replace("BACKEND", "local") + REPORT,
     **{f"torch,{name}": TORCH.replace("BACKEND", name) for name in TRACKERS},
+    "torch,mlflow": TORCH.replace("BACKEND", "mlflow") + MLFLOW,
     **{extras: trainer(name) for name, extras in TRAINERS.items()},
 }
 
@@ -101,15 +112,15 @@ def built(folder: Path) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-def tried(package: Path, extras: str, folder: Path) -> str | None:
+def tried(package: Path, extras: str, folder: Path, server: Server) -> str | None:
     """Installs a package and runs what needs it, with nothing of this folder in reach; what went wrong, if anything did."""
     venv.create(folder / "venv", with_pip=True)
     python = folder / "venv" / "bin" / "python"
     wanted = f"{package}[{extras}]" if extras else str(package)
     pip = [python, "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt", wanted]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"WANDB_MODE": "offline", "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
-    environment |= {"TRACKIO_DIR": str(folder / "trackio")}
+    environment |= {"WANDB_MODE": "offline", "TRACKIO_DIR": str(folder / "trackio")}
+    environment["MLFLOW_TRACKING_URI"] = f"http://{server.address}"
     for command in (pip, [python, "-I", "-c", RUNS[extras]]):
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -122,15 +133,17 @@ def main() -> None:
     parser.add_argument("extras", nargs="*", metavar="EXTRAS", help=f"among {', '.join(map(repr, RUNS))}; all if none")
     failures = 0
     with tempfile.TemporaryDirectory() as directory:
-        packages = built(Path(directory) / "dist")
+        packages, server = built(Path(directory) / "dist"), Server(Path(directory))
+        server.start()
         for extras in parser.parse_args().extras or RUNS:
             for package in packages if extras in ("", "torch") else packages[:1]:
                 folder = Path(directory) / "environment"
                 folder.mkdir()
-                failed = tried(package, extras, folder)
+                failed = tried(package, extras, folder, server)
                 failures += failed is not None
                 print(f"{package.name}[{extras}]: {failed or 'right'}", flush=True)
                 shutil.rmtree(folder)
+        server.stop()
     sys.exit(failures)
 
 
