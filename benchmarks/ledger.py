@@ -75,15 +75,17 @@ def own_operations(samples: int) -> None:
 
     from gwa_logging.integrations.jax.accumulate import DeviceLedger, enter
     from gwa_logging.integrations.torch.accumulate import Accumulator
+    from gwa_logging.integrations.torch.layers import Linear
     from gwa_logging.samples import Samples
 
     accumulator, ids, scores = Accumulator(samples), torch.randint(0, samples, (BATCH,)), 0.3 * torch.rand(BATCH)
-    batch = Samples(ids, None, torch.zeros(BATCH, dtype=torch.int64))
+    batches = [Samples(torch.randint(0, samples, (BATCH,)), None, torch.zeros(BATCH, dtype=torch.int64))] * BATCHES
     for classes in (10, 100, 1000):
-        logits = torch.randn(BATCH, classes)
-        took = median_us(lambda logits=logits: logits.argmax(-1))  # type: ignore[misc]
+        layer, logits = Linear(torch.nn.Linear(8, classes), classes, 8), torch.randn(BATCH, classes)
+        took = median_us(lambda layer=layer, logits=logits: layer.predicted(logits))  # type: ignore[misc]
         print(f"PyTorch, prediction of {BATCH} samples, {classes} classes: {took:.0f} us")
-    print(f"PyTorch, entering them: {median_us(lambda: accumulator._enter(batch, scores)):.0f} us")
+    took = median_us(lambda: accumulator._enter(batches, [scores] * BATCHES)) / BATCHES
+    print(f"PyTorch, entering them, {BATCHES} batches at once: {took:.0f} us a batch")
 
     ledger, device_scores = DeviceLedger.empty(samples), jnp.asarray(scores.numpy())
     device_batch = Samples(ids.numpy().astype(np.int32))

@@ -68,3 +68,9 @@ def test_the_gpu_benchmark_says_that_it_needs_a_gpu(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 2
     assert "no GPU was found" in done.stderr
+
+
+def test_the_ledgers_benchmark_runs_in_small():
+    said = run("-m", "benchmarks.ledger", "--samples", "1000")
+    assert "entering them, 50 batches at once" in said
+    assert "JAX, 1000 samples: end_epoch()" in said
