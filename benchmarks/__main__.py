@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks import jax_steps, page, scale, scoring, torch_steps
+from benchmarks.gpu import bytes_read
 from benchmarks.measuring import measure, overheads
 
 RESULTS = Path(__file__).parent / "performance.json"
@@ -65,7 +66,7 @@ def measured_groups(args: argparse.Namespace, directory: str, seconds: float) ->
             "rounds": len(taken["bare"]),
             "steps": rows,
             "missing": group.missing,
-            "read_bytes": scoring.bytes_read(*group.head),
+            "read_bytes": bytes_read(*group.head),
         }
         print(f"\n{name}: {results[name]['bare_ms']:.2f} ms, {time.perf_counter() - begin:.0f} s", flush=True)
         for other, row in rows.items():

@@ -445,18 +445,28 @@ def on_device(call: Callable[[int], Any], device: torch.device, count: int) -> f
     return typical(lambda _: graph.replay(), device, 20) / count
 
 
+SIZES = [(512, 512, 10), (1024, 768, 1000), (512, 1024, 21843)]
+"""B, D, C."""
+
+TINY = [(8, 16, 4), (8, 4, 16)]
+
+
+def bytes_read(rows: int, features: int, classes: int) -> int:
+    """What the score is made of, in float32: delta, z, h, W and b; with more classes than features delta, dL/dh, h and W."""
+    if classes > features:
+        return 4 * (rows * (classes + 2 * features) + classes * features)
+    return 4 * (rows * (2 * classes + features) + classes * (features + 1))
+
+
 def measure_scoring(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """The scoring alone, against the published form and against the bytes that must be read."""
     bandwidth = copy_bandwidth(device, args.tiny)
     results: dict[str, Any] = {"copy_gb_per_s": bandwidth / 1e9}
-    sizes = [(8, 16, 4), (8, 4, 16)] if args.tiny else [(512, 512, 10), (1024, 768, 1000), (512, 1024, 21843)]
-    for rows, features, classes in sizes:
+    for rows, features, classes in TINY if args.tiny else SIZES:
         layer = Linear(nn.Linear(features, classes), classes, features)
-        bytes_read = 4 * (rows * (classes + 2 * features) + classes * features)
-        if not layer.taps_input:
-            bytes_read = 4 * (rows * (2 * classes + features) + classes * (features + 1))
+        read = bytes_read(rows, features, classes)
         # Several batches in turn, so that none is found in a cache.
-        copies = 2 if args.tiny else int(min(64, max(2, 512e6 // bytes_read)))
+        copies = 2 if args.tiny else int(min(64, max(2, 512e6 // read)))
         batches = [scored(rows, features, classes, device) for _ in range(copies)]
         ours = by_input if layer.taps_input else by_logits
         compiled = torch.compile(ours, dynamic=False, backend="aot_eager" if args.tiny else "inductor")
@@ -466,8 +476,8 @@ def measure_scoring(args: argparse.Namespace, device: torch.device) -> dict[str,
             "published, product": published_product,
             "published, factored": published_factored,
         }
-        limit = bytes_read / bandwidth
-        row: dict[str, Any] = {"bytes": bytes_read, "limit_us": 1e6 * limit}
+        limit = read / bandwidth
+        row: dict[str, Any] = {"bytes": read, "limit_us": 1e6 * limit}
         expected = published_factored(batches[0])
         for name, way in ways.items():
             error = (way(batches[0]) - expected).abs().max().item()

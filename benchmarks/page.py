@@ -153,7 +153,8 @@ def gpu_section() -> str:
         ])  # fmt: skip
     failed = [f"{part}: {row['error']}" for part, row in results.items() if "error" in row]
     text = (
-        f"{machine['device']}, PyTorch {machine['torch']}. B = 256, bfloat16 autocast; `python benchmarks/gpu.py`.\n\n"
+        f"{machine['device']}, PyTorch {machine['torch']}. B = 256, bfloat16 autocast; `python benchmarks/gpu.py`. "
+        f"{machine.get('note', '')}\n\n"
         + table(["step", "bare", "watched", "with ledger", "bare against bare", "watched, mean"], rows)
         + "\n\nKernel launches of a step; places where the host waited for the device in 50 steps, a flush among them; and the "
         "peak of device memory:\n\n"

@@ -17,13 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu import Scored, by_input, by_logits, published_factored, published_product, scored
+from benchmarks.gpu import (
+    SIZES,
+    TINY,
+    Scored,
+    by_input,
+    by_logits,
+    bytes_read,
+    published_factored,
+    published_product,
+    scored,
+)
 from gwa_logging.integrations.torch.layers import Linear
-
-SIZES = [(512, 512, 10), (1024, 768, 1000), (512, 1024, 21843)]
-"""B, D, C."""
-
-TINY = [(8, 16, 4), (8, 4, 16)]
 
 PRODUCT_ROWS_BYTES = 2**27
 """The published product is timed on as many samples as fit; its time is proportional to them."""
@@ -50,13 +55,6 @@ def typical(calls: dict[str, Callable[[int], Any]], seconds: float, least: int =
             taken[name].append(time.perf_counter() - begin)
         index += 1
     return {name: float(np.median(column)) for name, column in taken.items()}
-
-
-def bytes_read(rows: int, features: int, classes: int) -> int:
-    """What the score is made of, in float32: delta, z, h, W and b; with more classes than features delta, dL/dh, h and W."""
-    if classes > features:
-        return 4 * (rows * (classes + 2 * features) + classes * features)
-    return 4 * (rows * (2 * classes + features) + classes * (features + 1))
 
 
 def measure(seconds: float, tiny: bool = False) -> dict[str, Any]:

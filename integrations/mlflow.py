@@ -47,6 +47,7 @@ logger = logging.getLogger("gwa_logging")
 CONNECT_WITHIN = 2.0  # seconds, for each address of a server: it may have two, IPv4 and IPv6
 ANSWER_WITHIN = 2.0  # seconds
 METRICS_PER_CALL = 1000  # MLflow's limit
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 PICTURE_TRIES = 3  # so many pictures in a row may fail; then there are no more
 
 
@@ -68,8 +69,9 @@ def open_backend(context: RunContext) -> "MlflowBackend":
             raise LookupError("the run is deleted")
     except Exception as error:  # noqa: BLE001 - whatever MLflow raises here: nothing could ever be logged
         what = "backend='mlflow'" if wanted is None else f"run={wanted!r}"
-        is_short = not uri.startswith("http") and not _is_whole()
-        remedy = "mlflow-skinny needs a server: pip install mlflow" if is_short else "Pass a run that is there"
+        remedy = "Pass a run that is there"
+        if uri.startswith(DATABASES) and not _is_whole():
+            remedy = "mlflow-skinny needs a server: pip install mlflow"
         raise BackendError(
             f"{what}: MLflow at {_masked(uri)} refuses: {_masked(repr(error))}. {remedy}, or choose another server with "
             "mlflow.set_tracking_uri() or MLFLOW_TRACKING_URI"

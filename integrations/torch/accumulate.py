@@ -142,7 +142,10 @@ class Accumulator:
 
     def add_coded(self, rows: Tensor, samples: Samples | None) -> None:
         """Adds the coded rows of a compiled backward pass, which may be overwritten after this."""
-        self._add(_Batch(rows.clone(), rows.shape[0], samples))
+        rows = rows.clone()
+        if samples is not None and rows.shape[1] > 2:
+            samples = samples._replace(predicted=rows[:, 2])
+        self._add(_Batch(rows, rows.shape[0], samples))
 
     def add_scores(self, scores: Tensor, samples: Samples | None) -> None:
         """Adds scores from the user, float [...], which may be overwritten after this."""

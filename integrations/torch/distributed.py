@@ -67,8 +67,7 @@ class RankAccumulator(Accumulator):
     def add_terms(self, terms: Terms, samples: Samples | None) -> None:
         """Adds the terms of an eager backward pass."""
         if is_split(terms.product):
-            counts = _comes_first(terms.product)
-            terms = Terms(*map(_whole, terms))
+            counts, terms = _comes_first(terms.product), Terms(*map(_whole, terms))
             if not counts:
                 return
         super().add_terms(terms, samples)
@@ -76,8 +75,7 @@ class RankAccumulator(Accumulator):
     def add_coded(self, rows: Tensor, samples: Samples | None) -> None:
         """Adds the coded rows of a compiled backward pass."""
         if is_split(rows):
-            counts = _comes_first(rows)
-            rows, samples = _whole(rows), samples and samples._replace(predicted=None)
+            counts, rows = _comes_first(rows), _whole(rows)[:, :2]  # of split logits, nobody knows the largest
             if not counts:
                 return
         super().add_coded(rows, samples)

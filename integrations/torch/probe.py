@@ -224,8 +224,6 @@ class HeadProbe:
         """The scores of a compiled backward pass have arrived, coded, as the gradient of a leaf."""
         try:
             if self.enabled:
-                if samples is not None and rows.shape[1] > 2:
-                    samples = samples._replace(predicted=rows[:, 2].to(torch.int32))
                 self._accumulator.add_coded(rows, samples)
                 self.on_step()
         except Exception as error:  # noqa: BLE001 - nothing may reach the user's backward pass

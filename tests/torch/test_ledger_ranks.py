@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -115,7 +117,16 @@ def split() -> tuple[list[Any], dict[str, int]]:
         return monitor.suspects(N), monitor.faults
 
 
-WORLD = {function.__name__: function for function in (whole, resumed, strays, after_the_epochs, split)}
+def own_scores() -> tuple[Any, list[Any]]:
+    """Scores of the user's own making, of which each rank has a part."""
+    mesh = init_device_mesh("cpu", (2,))
+    scores = distribute_tensor(torch.linspace(-0.5, 0.5, N), mesh, [Shard(0)])
+    with gwa_logging.watch(net(), **OPTIONS) as monitor:
+        monitor.update(scores, torch.arange(N))
+        return monitor.end_epoch(), monitor.suspects(N)
+
+
+WORLD = {function.__name__: function for function in (whole, resumed, strays, after_the_epochs, split, own_scores)}
 
 
 @pytest.fixture(scope="module")
@@ -188,3 +199,12 @@ def test_of_a_split_head_the_scores_are_entered_once_and_the_class_is_unknown(tw
     for suspects, faults in two["split"]:
         assert {s.id: (s.mean_score, s.times_seen, s.predicted) for s in suspects} == want
         assert faults == {}
+
+
+def test_scores_of_the_users_own_that_are_split_over_ranks_count_once(two: World) -> None:
+    for report, suspects in two["own_scores"]:
+        assert report.count == N
+        assert report.mean == pytest.approx(0, abs=1e-7)
+        assert [s.id for s in suspects] == list(range(N))
+        assert [s.mean_score for s in suspects] == pytest.approx(torch.linspace(-0.5, 0.5, N).tolist())
+        assert {s.times_seen for s in suspects} == {1}
