@@ -76,9 +76,13 @@ def run(module: str, scenarios: str, ranks: int, folder: Path) -> World:
 
 
 def meet(rank: int, ranks: int, patience: timedelta = PATIENCE, at: str = "meeting") -> None:
-    """Forms a process group, by a file in the working directory."""
+    """Forms a process group, by a file in the working directory. All ranks are in it when the first one goes on.
+
+    gloo lets a rank go that has all its connections; where it is done before another rank has them, that one fails.
+    """
     method = f"file://{Path(at).absolute()}"
     distributed.init_process_group("gloo", method, rank=rank, world_size=ranks, timeout=patience)
+    distributed.barrier()
 
 
 def _result(folder: Path, name: str, rank: int) -> Path:
