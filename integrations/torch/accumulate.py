@@ -109,7 +109,11 @@ class _DeviceLedger(NamedTuple):
 
 
 class Accumulator:
-    """Scores since the last snapshot, and the per-sample ledger."""
+    """Scores since the last snapshot, and the per-sample ledger.
+
+    Attributes:
+        keeps_samples: whether there is a ledger.
+    """
 
     def __init__(self, num_samples: int | None) -> None:
         self._batches: list[_Batch] = []
@@ -117,15 +121,11 @@ class Accumulator:
         self._arriving = TorchSnapshot()
         self._edges: dict[torch.device, Tensor] = {}
         self._num_samples = num_samples
+        self.keeps_samples = num_samples is not None
         self._ledger: _DeviceLedger | None = None
         self._untagged = 0
         self._tag = UNTAGGED
         self._lock = Lock()  # DataParallel's replicas run their backward passes in threads
-
-    @property
-    def keeps_samples(self) -> bool:
-        """Whether there is a ledger."""
-        return self._num_samples is not None
 
     def tag(self, samples: Samples) -> None:
         """Keeps the ids of the next batch."""
@@ -138,27 +138,27 @@ class Accumulator:
 
     def add_terms(self, terms: Terms, samples: Samples | None) -> None:
         """Adds the terms of an eager backward pass."""
-        self._add(_Batch(terms, terms.product.shape[0], samples))
+        self._add(terms, terms.product.numel(), samples)
 
     def add_coded(self, rows: Tensor, samples: Samples | None) -> None:
         """Adds the coded rows of a compiled backward pass, which may be overwritten after this."""
         rows = rows.clone()
         if samples is not None and rows.shape[1] > 2:
             samples = samples._replace(predicted=rows[:, 2])
-        self._add(_Batch(rows, rows.shape[0], samples))
+        self._add(rows, rows.shape[0], samples)
 
     def add_scores(self, scores: Tensor, samples: Samples | None) -> None:
         """Adds scores from the user, float [...], which may be overwritten after this."""
-        self._add(_Batch(scores.flatten().clone(), scores.numel(), samples))
+        self._add(scores.flatten().clone(), scores.numel(), samples)
 
-    def _add(self, batch: _Batch) -> None:
-        if not batch.rows:
+    def _add(self, values: Terms | Tensor, rows: int, samples: Samples | None) -> None:
+        if not rows:
             return
         with self._lock:
-            self._batches.append(batch)
-            self._rows += batch.rows
-            if batch.samples is None and self.keeps_samples:
-                self._untagged += batch.rows
+            self._batches.append(_Batch(values, rows, samples))
+            self._rows += rows
+            if samples is None and self.keeps_samples:
+                self._untagged += rows
             if self._rows >= FOLD_AT:
                 self._fold()
 
