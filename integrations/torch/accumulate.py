@@ -187,7 +187,7 @@ class Accumulator:
                 pieces.append(decoded(torch.cat(rows)))
             scores = torch.cat(pieces)
             self._arriving.add(fold(scores, self._edges_on(device)))
-            if self._num_samples is not None:
+            if self.keeps_samples:
                 split = torch.split(scores, [batch.rows for batch in group])
                 tagged = [(b.samples, piece) for b, piece in zip(group, split, strict=True) if b.samples is not None]
                 for _, alike in groupby(tagged, key=_form):  # in their order, so that sums are the same to the bit
