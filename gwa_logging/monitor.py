@@ -154,6 +154,7 @@ class Monitor(Intake):
         if partial:
             report = report.model_copy(update={"notes": (*report.notes, "closed before the end of the epoch")})
         else:
+            report = report.model_copy(update={"notes": (*report.notes, *self._adapter.notes)})
             report, alert, withdrawn = self._rule.judge(report, self.history)
         self.history.append(report)
         self._intervals.begin_epoch(len(self.history))

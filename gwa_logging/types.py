@@ -345,6 +345,9 @@ class Adapter(Protocol):
         """The `AlignmentSummary` of all processes together, the same on each. Every process must call it."""
         ...
 
+    notes: tuple[str, ...]
+    """What the reports must say of the last `reduce`, such as processes whose samples do not count."""
+
     processes: int
     """How many processes train together."""
 

@@ -12,11 +12,15 @@ from gwa_logging.errors import InvalidInputError
 from gwa_logging.faults import Faults
 from gwa_logging.integrations.torch.accumulate import TorchSnapshot
 from gwa_logging.integrations.torch.distributed import (
+    Attendance,
     RankAccumulator,
+    is_distributed,
     ledger_over_ranks,
     merged_over_ranks,
+    nothing_like,
     rank,
     ranks,
+    replica_group,
     unsharded,
 )
 from gwa_logging.integrations.torch.heads import FirstPass, Head, HeadCall, find_head, unwrapped
@@ -24,9 +28,14 @@ from gwa_logging.integrations.torch.layers import layer_of
 from gwa_logging.integrations.torch.probe import HeadProbe
 from gwa_logging.integrations.torch.silence import Silence
 from gwa_logging.monitor import logger
-from gwa_logging.samples import UNKNOWN, Ledger, Samples
+from gwa_logging.ranks import NOT_WATCHED, Identity, first_scores
+from gwa_logging.samples import Ledger, Samples
 from gwa_logging.settings import WatchSettings
+from gwa_logging.state import HeadShape
 from gwa_logging.summary import AlignmentSummary
+
+_EARLY = 16
+"""How many snapshots are kept to tell this rank's first scores; one is enough unless all its scores are equal."""
 
 
 def attach(model: nn.Module, settings: WatchSettings, faults: Faults) -> "TorchAdapter":
@@ -44,7 +53,7 @@ def attach(model: nn.Module, settings: WatchSettings, faults: Faults) -> "TorchA
     head = find_head(model, settings.head)
     if head is not None:
         _check(head)
-    return TorchAdapter(model, head, settings.num_samples, faults)
+    return TorchAdapter(model, head, settings.num_samples, faults, Attendance(settings.name))
 
 
 def _check(head: Head) -> None:
@@ -58,13 +67,19 @@ def _check(head: Head) -> None:
 class TorchAdapter:
     """Watches one model. See `gwa_logging.types.Adapter`."""
 
-    def __init__(self, model: nn.Module, head: Head | None, num_samples: int | None, faults: Faults) -> None:
+    def __init__(
+        self, model: nn.Module, head: Head | None, num_samples: int | None, faults: Faults, attendance: Attendance
+    ) -> None:
         self.head = str(head) if head else "head: the first training pass will tell"
         self.path = head.path if head else ""
         self._model = weakref.ref(unwrapped(model))
         self._found = head  # until the start: it would keep the head of a model that is dropped
         self._num_samples = num_samples
-        self._accumulator = RankAccumulator(num_samples)
+        self._attendance = attendance
+        self._accumulator = RankAccumulator(num_samples, attendance)
+        self._early: list[TorchSnapshot] = []  # until the first scores are known
+        self._first = Identity().first
+        self.notes: tuple[str, ...] = ()
         self._faults = faults
         self._on_step: Callable[[], None] = lambda: None
         self._watching: HeadProbe | FirstPass | None = None
@@ -87,12 +102,47 @@ class TorchAdapter:
         return (watching.layer.features, watching.layer.classes) if isinstance(watching, HeadProbe) else None
 
     def reduce(self, summary: AlignmentSummary) -> AlignmentSummary:
-        """The summary of all ranks. Every rank must call it; the others wait."""
-        return merged_over_ranks(summary)
+        """The summary of all ranks that count. Every rank must call it; the others wait."""
+        if not self._meets_others():
+            return summary
+        summary, found = merged_over_ranks(summary, self._identity())
+        self._note(found.problems)
+        return summary
+
+    def _meets_others(self) -> bool:
+        """Returns True if there are other ranks, and all of them watch."""
+        if not is_distributed():
+            return False
+        missing = self._attendance.missing()
+        if missing:
+            self._note(
+                {
+                    NOT_WATCHED: f"ranks {list(missing)} have not called watch(), so each rank reports its own samples only; "
+                    "call watch() on every rank, before the first epoch ends"
+                }
+            )
+        return not missing
+
+    def _identity(self) -> Identity:
+        """What this rank reports of itself to the others."""
+        if self._first == Identity().first:
+            self._first = first_scores([snapshot.result() for snapshot in self._early])
+        if self._first != Identity().first:
+            self._early.clear()
+        head, model = HeadShape.of(self), self._model()
+        return Identity(str(head or ""), self._first, rank() if model is None else replica_group(model))
+
+    def _note(self, problems: dict[str, str]) -> None:
+        """Records what keeps ranks from being counted, once, and notes it for the reports."""
+        for kind, problem in problems.items():
+            if problem not in self.notes:
+                self._faults.record(kind, problem)
+        self.notes = tuple(problems.values())
 
     def start(self, on_step: Callable[[], None]) -> None:
         """Begins to observe."""
         self._on_step = on_step
+        self._attendance.enter()
         model = self._model()
         if model is not None:
             self._silence = Silence(model, self._silent)
@@ -160,17 +210,24 @@ class TorchAdapter:
 
     def snapshot(self) -> TorchSnapshot:
         """Hands over what was gathered since the last one."""
-        return self._accumulator.snapshot()
+        snapshot = self._accumulator.snapshot()
+        if len(self._early) < _EARLY and self._first == Identity().first:
+            self._early.append(snapshot)
+        return snapshot
 
     def ledger(self) -> Ledger:
-        """The ledger of all ranks, on the host. Every rank must call it; the others wait."""
-        return ledger_over_ranks(self._accumulator.ledger())
+        """The ledger of all ranks that count, on the host. Every rank must call it; the others wait."""
+        ledger = self._accumulator.ledger()
+        if not self._meets_others():
+            return ledger
+        ledger, found = ledger_over_ranks(ledger, self._identity())
+        self._note(found.problems)
+        return ledger
 
     def load_ledger(self, ledger: Ledger) -> None:
         """Puts back what `ledger` gave: on rank 0, so that the sum over ranks is what it was."""
         if rank() != 0:
-            nothing = np.zeros_like(ledger.sums)
-            ledger = Ledger(nothing, nothing, np.full_like(ledger.predicted, UNKNOWN))
+            ledger = nothing_like(ledger)
         model = self._model()
         parameter = next(iter(model.parameters()), None) if model is not None else None
         self._accumulator.load_ledger(ledger, parameter.device if parameter is not None else torch.device("cpu"))

@@ -1,6 +1,6 @@
 """Several processes: every rank counts, rank 0 writes, and one small reduction per epoch makes all of them agree.
 
-The reduction gathers the ranks' summaries, 4 KB each, and every rank merges them in the same order: so the report, and with
+The reduction gathers the ranks' summaries, 6 KB each, and every rank merges them in the same order: so the report, and with
 it the decision to stop, is the same to the bit everywhere, and nothing need be broadcast. It is called once per epoch, never
 per step: ranks may have different numbers of steps.
 
@@ -8,17 +8,28 @@ Only a head that is itself split over ranks (tensor parallelism) has something t
 and backward passes do: of delta . (z - b), |delta| and |W| every rank has a part.
 """
 
+import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from datetime import timedelta
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
 from gwa_logging.integrations.torch.accumulate import Accumulator, Terms, pack, unpack
-from gwa_logging.samples import Ledger, Samples
+from gwa_logging.ranks import Counted, Identity, counted
+from gwa_logging.samples import UNKNOWN, Ledger, Samples
 from gwa_logging.summary import AlignmentSummary
+
+logger = logging.getLogger("gwa_logging")
+
+WATCHED_WITHIN = timedelta(seconds=60)
+"""How long the first reduction waits for ranks that have not called watch() yet."""
 
 WRAPPERS: tuple[type[Any], ...] = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 """Modules around the user's own one, which is their `module`."""
@@ -57,16 +68,75 @@ def _from_environment(name: str, default: int) -> int:
     return int(value) if value.isdecimal() else default
 
 
+class Attendance:
+    """Tells whether every rank has called watch(), so that none waits for a rank that never will.
+
+    On watch() each rank leaves a key in the store of the process group. The first reduction waits for the keys of all
+    ranks, and leaves the result in the store: every rank acts on the same one.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._store: Any = None
+        self._key = ""
+        self._missing: tuple[int, ...] | None = None
+
+    def enter(self) -> None:
+        """Leaves this rank's key."""
+        self._store = _store()
+        if self._store is None:  # there are no other ranks yet
+            return
+        watches = _watches.setdefault(self._store, Counter())
+        watches[self._name] += 1
+        self._key = f"gwa_logging/watch/{self._name}/{watches[self._name]}"
+        self._store.set(f"{self._key}/{rank()}", "watches")
+
+    def missing(self) -> tuple[int, ...]:
+        """The ranks that have not called watch(), the same on every rank. The first call may block for `WATCHED_WITHIN`."""
+        if self._missing is None:
+            self._missing = self._settle() if self._store is not None and self._store is _store() else ()
+        return self._missing
+
+    def _settle(self) -> tuple[int, ...]:
+        keys = [f"{self._key}/{number}" for number in range(ranks())]
+        try:
+            self._store.wait(keys, WATCHED_WITHIN)
+        except RuntimeError:  # the time is over
+            logger.debug("gwa_logging: not all of %s are in the store", keys)
+        try:
+            absent = ",".join(str(number) for number, key in enumerate(keys) if not self._store.check([key]))
+            settled = self._store.compare_set(f"{self._key}/missing", "", absent or "nobody").decode()
+        except RuntimeError as error:  # without its store the group will fail too, and its own error says more
+            logger.debug("gwa_logging: the store does not answer: %s", error)
+            return ()
+        return () if settled == "nobody" else tuple(map(int, settled.split(",")))
+
+
+_watches: "WeakKeyDictionary[Any, Counter[str]]" = WeakKeyDictionary()
+"""How often this process has called watch(), by the process group's store and the name."""
+
+
+def _store() -> Any:
+    """The store of the process group; None if there is no group, or no other rank in it."""
+    return distributed.distributed_c10d._get_default_store() if is_distributed() else None
+
+
 class RankAccumulator(Accumulator):
     """Gathers what this rank sees.
 
     The ranks that share a split head all see the same samples. They make the terms whole together, and the first of them
-    counts the samples.
+    counts the samples. If one of them does not watch, there is nobody to make them whole with, and nothing is counted.
     """
+
+    def __init__(self, num_samples: int | None, attendance: Attendance) -> None:
+        super().__init__(num_samples)
+        self._attendance = attendance
 
     def add_terms(self, terms: Terms, samples: Samples | None) -> None:
         """Adds the terms of an eager backward pass."""
         if is_split(terms.product):
+            if self._attendance.missing():
+                return
             counts, terms = _comes_first(terms.product), Terms(*map(_whole, terms))
             if not counts:
                 return
@@ -75,6 +145,8 @@ class RankAccumulator(Accumulator):
     def add_coded(self, rows: Tensor, samples: Samples | None) -> None:
         """Adds the coded rows of a compiled backward pass."""
         if is_split(rows):
+            if self._attendance.missing():
+                return
             counts, rows = _comes_first(rows), _whole(rows)[:, :2]  # of split logits, nobody knows the largest
             if not counts:
                 return
@@ -83,6 +155,8 @@ class RankAccumulator(Accumulator):
     def add_scores(self, scores: Tensor, samples: Samples | None) -> None:
         """Adds scores from the user."""
         if is_split(scores):
+            if self._attendance.missing():
+                return
             counts, scores = _comes_first(scores), _whole(scores)
             if not counts:
                 return
@@ -132,34 +206,76 @@ def _sharded_in(model: nn.Module, head: nn.Module) -> Any:
     return owners[-1] if owners else None
 
 
-def merged_over_ranks(summary: AlignmentSummary) -> AlignmentSummary:
-    """The summary of all ranks, the same on each. Waits for all of them, as any collective does."""
-    if not is_distributed():
-        return summary
-    vector = pack(summary).to(_meeting_device())
-    gathered = [torch.empty_like(vector) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(gathered, vector)
-    return AlignmentSummary.merge_all(unpack(part.cpu()) for part in gathered)
+def replica_group(model: nn.Module) -> int:
+    """The lowest of the ranks that see the same samples as this one, as far as the model's layout tells.
+
+    They are the ranks that a tensor-parallel dimension of a device mesh splits parameters over. The dimension over which
+    fully_shard splits them, the first one that is not replicated, has other samples on each rank.
+    """
+    lowest = rank()
+    managed = {part for owner in model.modules() if isinstance(owner, _SHARDED) for part in owner.modules()}
+    for module in model.modules():
+        for parameter in filter(is_split, module.parameters(recurse=False)):
+            placed = [i for i, placement in enumerate(parameter.placements) if not placement.is_replicate()]
+            mesh = parameter.device_mesh
+            dimensions = range(placed[0] + 1, mesh.ndim) if placed and module in managed else placed
+            coordinate = mesh.get_coordinate()
+            if dimensions and coordinate is not None:
+                line = tuple(slice(None) if i in dimensions else at for i, at in enumerate(coordinate))
+                lowest = min(lowest, int(mesh.mesh[line].min()))
+    return lowest
 
 
-def ledger_over_ranks(ledger: Ledger) -> Ledger:
-    """The ledger of all ranks, the same on each. Waits for all of them.
+class Merged(NamedTuple):
+    """The summary of the ranks that count, the same on each, and which these are."""
+
+    summary: AlignmentSummary
+    counted: Counted
+
+
+def merged_over_ranks(summary: AlignmentSummary, identity: Identity) -> Merged:
+    """The summary of all ranks that count. Waits for all of them, as any collective does."""
+    packed = pack(summary).numpy()
+    size = packed.size
+    gathered = _gathered(np.concatenate([packed, identity.to_vector()]))
+    found = counted([Identity.from_vector(vector[size:]) for vector in gathered])
+    summaries = (unpack(torch.from_numpy(gathered[number][:size])) for number in found.ranks)
+    return Merged(AlignmentSummary.merge_all(summaries), found)
+
+
+def ledger_over_ranks(ledger: Ledger, identity: Identity) -> tuple[Ledger, Counted]:
+    """The ledger of all ranks that count, the same on each. Waits for all of them.
 
     What they have predicted is that of the highest rank that has seen the sample.
     """
-    if not is_distributed():
-        return ledger
+    gathered = _gathered(np.concatenate([[ledger.strays, ledger.untagged], identity.to_vector()]))
+    found = counted([Identity.from_vector(vector[2:]) for vector in gathered])
+    if rank() not in found.ranks:
+        ledger = nothing_like(ledger)
     device = _meeting_device()
-    counts = torch.tensor([ledger.strays, ledger.untagged], dtype=torch.int64, device=device)
     sums, seen = torch.from_numpy(ledger.sums).to(device), torch.from_numpy(ledger.seen).to(device)
     predicted = torch.from_numpy(ledger.predicted).to(device, torch.int64)
     ranked = torch.where(predicted < 0, -1, (rank() << 32) + predicted)  # the highest rank wins
-    for tensor in (sums, seen, counts):
+    for tensor in (sums, seen):
         distributed.all_reduce(tensor)
     distributed.all_reduce(ranked, op=distributed.ReduceOp.MAX)
     predicted = torch.where(ranked < 0, -1, ranked & 0xFFFFFFFF).to(torch.int32)
-    strays, untagged = counts.tolist()
-    return Ledger(sums.cpu().numpy(), seen.cpu().numpy(), predicted.cpu().numpy(), strays, untagged)
+    strays, untagged = (int(sum(gathered[number][i] for number in found.ranks)) for i in range(2))
+    return Ledger(sums.cpu().numpy(), seen.cpu().numpy(), predicted.cpu().numpy(), strays, untagged), found
+
+
+def nothing_like(ledger: Ledger) -> Ledger:
+    """An empty ledger of the same size."""
+    nothing = np.zeros_like(ledger.sums)
+    return Ledger(nothing, nothing.copy(), np.full_like(ledger.predicted, UNKNOWN))
+
+
+def _gathered(own: np.ndarray) -> list[np.ndarray]:
+    """Every rank's vector, float64 of the same length."""
+    vector = torch.from_numpy(own).to(_meeting_device())
+    gathered = [torch.empty_like(vector) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(gathered, vector)
+    return [part.cpu().numpy() for part in gathered]
 
 
 def _meeting_device() -> torch.device:

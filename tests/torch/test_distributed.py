@@ -19,8 +19,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.nn.functional import all_reduce
-from torch.distributed.tensor import Replicate, Shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, loss_parallel, parallelize_module
+from torch.distributed.tensor import Replicate, Shard, distribute_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    PrepareModuleOutput,
+    RowwiseParallel,
+    loss_parallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
@@ -197,6 +204,39 @@ def split_and_sharded(model: Net) -> nn.Module:
     return model
 
 
+BODY = {"body.0": ColwiseParallel(), "body.2": RowwiseParallel()}
+
+
+def replicated(model: Net) -> nn.Module:
+    """Tensor parallelism for the body; every rank has the whole head."""
+    return parallelize_module(model, init_device_mesh("cpu", (world_size(),)), BODY)
+
+
+def replicated_dtensor(model: Net) -> nn.Module:
+    """The same, with a head whose weight and logits are DTensors."""
+    mesh, whole = init_device_mesh("cpu", (world_size(),)), Replicate()
+    distribute_module(model.head, mesh)
+    as_dtensor = PrepareModuleInput(input_layouts=whole, desired_input_layouts=whole)
+    as_tensor = PrepareModuleOutput(output_layouts=whole, desired_output_layouts=whole)
+    for style in (as_dtensor, as_tensor):
+        parallelize_module(model, mesh, {"head": style})
+    return parallelize_module(model, mesh, BODY)
+
+
+def replicated_and_sharded(model: Net) -> nn.Module:
+    """Two ranks share the body, each with the whole head, and two such pairs share the batch."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    parallelize_module(model, mesh["tensor"], BODY)
+    for part in (model.body, model.head, model):
+        fully_shard(part, mesh=mesh["data"], reshard_after_forward=True)
+    return model
+
+
+def sharded_and_copied(model: Net) -> nn.Module:
+    """Two pairs of ranks shard the model, each pair a whole copy; all have other samples."""
+    return fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards")))
+
+
 def compiled(wrap: Callable[[Net], nn.Module]) -> Callable[[Net], Any]:
     return lambda model: torch.compile(wrap(model), backend="aot_eager")
 
@@ -234,12 +274,18 @@ OF_TWO = {
     "split by classes, a wide head, compiled": Case(compiled(by_classes), wide, shares=1),
     "split by classes, the first pass tells the head": Case(by_classes, Untraceable, shares=1),
     "split by features": Case(by_features, shares=1),
+    "a split body, the head on every rank": Case(replicated, shares=1),
+    "a split body, the head on every rank, watched before": Case(replicated, watch_first=True, shares=1),
+    "a split body, a wide head on every rank, compiled": Case(compiled(replicated), wide, shares=1),
+    "a split body, the head on every rank as a DTensor": Case(replicated_dtensor, shares=1),
 }
 OF_FOUR = {
     "DDP": Case(ddp),
     "FSDP2, the head by itself": Case(fsdp_by_parts),
     "split by classes, of which one rank has none": Case(by_classes, shares=1),
     "split by classes in pairs, which are sharded": Case(split_and_sharded, shares=2),
+    "a split body in pairs, which are sharded, the head on every rank": Case(replicated_and_sharded, shares=2),
+    "HSDP": Case(sharded_and_copied),
 }
 
 
