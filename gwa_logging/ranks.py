@@ -5,7 +5,8 @@ Tensor-parallel ranks that replicate the head all see the same samples, and each
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -26,9 +27,9 @@ class Identity(NamedTuple):
 
     Attributes:
         head: description of its head; empty while it is not known.
-        first: count, mean, sum of squares, minimum and maximum of its first scores; zeros while there are none. Processes
-            with the same first scores see the same samples.
-        group: lowest rank of the processes that see the same samples according to the model's layout.
+        first: count, mean, sum of squares, minimum and maximum of its first scores; zeros while there are none.
+        group: lowest rank of the processes that the model's layout would give the same samples. They have the same first
+            scores, unless something else, such as sequence parallelism, divides the samples among them.
     """
 
     head: str = ""
@@ -48,21 +49,8 @@ class Identity(NamedTuple):
         text = bytes(vector[6:].astype(np.uint8)).rstrip(b"\0").decode(errors="replace")
         return cls(text, tuple(vector[1:6].tolist()), int(vector[0]))
 
-    def sees_what(self, other: Self) -> bool:
-        """Returns True if both have the same first scores."""
-        count, mean, squares, minimum, maximum = self.first
-        its_count, its_mean, its_squares, its_minimum, its_maximum = other.first
-        near = _CLOSE * max(abs(minimum), abs(maximum))
-        return (
-            0 < count == its_count
-            and abs(mean - its_mean) <= near
-            and abs(minimum - its_minimum) <= near
-            and abs(maximum - its_maximum) <= near
-            and math.isclose(squares, its_squares, rel_tol=100 * _CLOSE)
-        )
 
-
-def first_scores(summaries: Sequence[AlignmentSummary]) -> tuple[float, ...]:
+def first_scores(summaries: Iterable[AlignmentSummary]) -> tuple[float, ...]:
     """The `Identity.first` of summaries in the order of training; zeros if all scores so far are equal."""
     first = AlignmentSummary()
     for summary in summaries:
@@ -72,35 +60,51 @@ def first_scores(summaries: Sequence[AlignmentSummary]) -> tuple[float, ...]:
     return Identity().first
 
 
+def _are_same(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    """Returns True if two `first_scores` are of the same samples."""
+    near = _CLOSE * max(abs(one[3]), abs(one[4]))
+    count, mean, squares, minimum, maximum = zip(one, other, strict=True)
+    return (
+        0 < count[0] == count[1]
+        and all(abs(a - b) <= near for a, b in (mean, minimum, maximum))
+        and math.isclose(*squares, rel_tol=100 * _CLOSE)
+    )
+
+
 class Counted(NamedTuple):
-    """The processes whose samples count, and a kind of fault and a sentence for each reason why others do not."""
+    """The processes whose samples count, and what users must know of it: sentences, by kind of fault."""
 
     ranks: list[int]
     problems: dict[str, str]
 
 
-def counted(identities: Sequence[Identity]) -> Counted:
-    """Decides which processes count: those with the head of the lowest rank, and of those with the same samples the lowest."""
+def counted(identities: Sequence[Identity], summaries: Sequence[AlignmentSummary] = ()) -> Counted:
+    """Decides which processes count: those with the head of the lowest rank, and one of each group that sees the same samples.
+
+    Processes outside such a group whose summaries are equal all count, but this is reported.
+    """
     problems: dict[str, str] = {}
     heads = {rank: identity.head for rank, identity in enumerate(identities) if identity.head}
     own = next(iter(heads.values()), "")
-    foreign = [rank for rank, head in heads.items() if head != own]
+    foreign = {rank: head for rank, head in heads.items() if head != own}
     if foreign:
-        first, other = next(iter(heads)), foreign[0]
+        first, other = next(iter(heads)), next(iter(foreign))
         problems[DIFFERENT_HEADS] = (
             f"rank {first} watches {own}, rank {other} watches {heads[other]}; only the scores of rank {first}'s head are "
             "reported. Watch the same head on every rank; the stages of a pipeline cannot be watched yet"
         )
     ranks: list[int] = []
+    groups: dict[int, list[Identity]] = {}
     for rank, identity in enumerate(identities):
-        if rank in foreign:
-            continue
-        twin = next((other for other in ranks if identities[other].sees_what(identity)), None)
-        if twin is None:
+        others = groups.setdefault(identity.group, [])
+        if rank not in foreign and not any(_are_same(identity.first, other.first) for other in others):
+            others.append(identity)
             ranks.append(rank)
-        elif identities[twin].group != identity.group:
+    scores = {rank: first_scores([summaries[rank]]) for rank in ranks} if summaries else {}
+    for pair in pairwise(sorted(scores, key=lambda rank: scores[rank])):  # equal ones are neighbours
+        if _are_same(scores[pair[0]], scores[pair[1]]):
             problems[SAME_SAMPLES] = (
-                f"ranks {twin} and {rank} train on the same samples, which are counted once. In data-parallel training give "
-                "each rank its own share of the data, with a DistributedSampler"
+                f"ranks {min(pair)} and {max(pair)} have trained on the same samples, and each has counted them. Give each "
+                "rank its own share of the data, with a DistributedSampler"
             )
     return Counted(ranks, problems)

@@ -129,8 +129,9 @@ class TorchAdapter:
             self._first = first_scores([snapshot.result() for snapshot in self._early])
         if self._first != Identity().first:
             self._early.clear()
-        head, model = HeadShape.of(self), self._model()
-        return Identity(str(head or ""), self._first, rank() if model is None else replica_group(model))
+        shape, model = self.shape, self._model()
+        head = "" if shape is None else str(HeadShape(self.path, *shape))
+        return Identity(head, self._first, rank() if model is None else replica_group(model))
 
     def _note(self, problems: dict[str, str]) -> None:
         """Records what keeps ranks from being counted, once, and notes it for the reports."""

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -215,7 +215,8 @@ def replica_group(model: nn.Module) -> int:
     lowest = rank()
     managed = {part for owner in model.modules() if isinstance(owner, _SHARDED) for part in owner.modules()}
     for module in model.modules():
-        for parameter in filter(is_split, module.parameters(recurse=False)):
+        split: list[Any] = [parameter for parameter in module.parameters(recurse=False) if is_split(parameter)]
+        for parameter in split:
             placed = [i for i, placement in enumerate(parameter.placements) if not placement.is_replicate()]
             mesh = parameter.device_mesh
             dimensions = range(placed[0] + 1, mesh.ndim) if placed and module in managed else placed
@@ -226,21 +227,14 @@ def replica_group(model: nn.Module) -> int:
     return lowest
 
 
-class Merged(NamedTuple):
-    """The summary of the ranks that count, the same on each, and which these are."""
-
-    summary: AlignmentSummary
-    counted: Counted
-
-
-def merged_over_ranks(summary: AlignmentSummary, identity: Identity) -> Merged:
-    """The summary of all ranks that count. Waits for all of them, as any collective does."""
+def merged_over_ranks(summary: AlignmentSummary, identity: Identity) -> tuple[AlignmentSummary, Counted]:
+    """The summary of all ranks that count, the same on each. Waits for all of them, as any collective does."""
     packed = pack(summary).numpy()
     size = packed.size
     gathered = _gathered(np.concatenate([packed, identity.to_vector()]))
-    found = counted([Identity.from_vector(vector[size:]) for vector in gathered])
-    summaries = (unpack(torch.from_numpy(gathered[number][:size])) for number in found.ranks)
-    return Merged(AlignmentSummary.merge_all(summaries), found)
+    summaries = [unpack(torch.from_numpy(vector[:size])) for vector in gathered]
+    found = counted([Identity.from_vector(vector[size:]) for vector in gathered], summaries)
+    return AlignmentSummary.merge_all(summaries[number] for number in found.ranks), found
 
 
 def ledger_over_ranks(ledger: Ledger, identity: Identity) -> tuple[Ledger, Counted]:

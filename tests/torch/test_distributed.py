@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
+from threading import Event
 from time import monotonic
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
 import gwa_logging
+import gwa_logging.integrations.torch.distributed as adapter_module
 from gwa_logging import EarlyStop, EpochReport, InvalidInputError, Monitor, NoObservationsError, Suspect
 from gwa_logging.journal import read_journal
 from tests.torch.ranks import Failure, World, meet, run
@@ -386,6 +388,137 @@ def changed_in_place() -> dict[str, int]:
     return monitor.faults
 
 
+class Told(NamedTuple):
+    """What a rank says of a run in which something is wrong.
+
+    Attributes:
+        counts: samples in each report.
+        notes: of the last report.
+        faults: of the monitor.
+        seconds: how long the run took.
+    """
+
+    counts: list[int]
+    notes: str
+    faults: dict[str, int]
+    seconds: float = 0.0
+
+    @classmethod
+    def by(cls, monitor: Monitor) -> "Told":
+        return cls([r.count for r in monitor.history], "; ".join(monitor.history[-1].notes), monitor.faults)
+
+
+def stages() -> Told:
+    """Two stages of a pipeline, each watched by its own rank: the first one's hidden layer, and the classifier."""
+    net = Net()
+    hidden, classifier = net.body, nn.Sequential(nn.Linear(8, 12), nn.Tanh(), net.head)
+    model, size = (classifier, 16) if rank() else (hidden, 20)
+    x, y = next(batches(0))
+    with gwa_logging.watch(model, num_samples=BATCH, head="2") as monitor:
+        for _ in monitor.epochs(EPOCHS):
+            monitor.tag(torch.arange(size))
+            F.cross_entropy(model(x[:size]), y[:size]).backward()
+        assert all(suspect.times_seen <= EPOCHS for suspect in monitor.suspects())
+    return Told.by(monitor)
+
+
+def same_samples() -> Told:
+    """Data-parallel training without a DistributedSampler."""
+    model = DistributedDataParallel(Net())
+    with gwa_logging.watch(model) as monitor:
+        train(model, monitor, F.cross_entropy)
+    return Told.by(monitor)
+
+
+class Replicated(NamedTuple):
+    """The suspects of a tensor-parallel run whose head every rank has, at its end and in a run that resumes it."""
+
+    before: list[Suspect]
+    after: list[Suspect]
+    counts: list[int]
+    faults: dict[str, int]
+
+
+def replicated_ledger() -> Replicated:
+    """Saved in the middle of an epoch."""
+    model = replicated(Net())
+    options: dict[str, Any] = {"num_samples": BATCH, "log_every_n_steps": 3}
+    x, y = next(batches(0))
+
+    def step(monitor: Monitor) -> None:
+        monitor.tag(torch.arange(BATCH))
+        F.cross_entropy(model(x), y).backward()
+
+    with gwa_logging.watch(model, **options) as monitor:
+        step(monitor)
+        before, state = monitor.suspects(BATCH), monitor.state_dict()
+    with gwa_logging.watch(model, **options) as monitor:
+        monitor.load_state_dict(state)
+        for _ in range(3):
+            step(monitor)
+        monitor.end_epoch()
+        step(monitor)
+        monitor.end_epoch()
+        return Replicated(before, monitor.suspects(BATCH), [r.count for r in monitor.history], monitor.faults)
+
+
+def watched_by_one(wrap: Callable[[Net], nn.Module] = ddp) -> Told:
+    """Rank 1 never calls watch(); it trains to the end."""
+    adapter_module.WATCHED_WITHIN = timedelta(seconds=0.5)
+    model, begun = wrap(Net()), monotonic()
+    if rank():
+        for epoch in range(EPOCHS):
+            for x, y in batches(epoch):
+                F.cross_entropy(model(x), y).backward()
+        return Told([], "", {})
+    monitor = gwa_logging.watch(model, num_samples=BATCH)
+    for epoch in range(EPOCHS):
+        for x, y in batches(epoch):
+            monitor.tag(torch.arange(BATCH))
+            F.cross_entropy(model(x), y).backward()
+        monitor.end_epoch()
+    assert {suspect.times_seen for suspect in monitor.suspects()} == {EPOCHS * BATCHES}
+    monitor.state_dict()
+    monitor.close()
+    return Told.by(monitor)._replace(seconds=monotonic() - begun)
+
+
+def split_and_watched_by_one() -> dict[str, int]:
+    """Where each step of the probe needs both ranks."""
+    adapter_module.WATCHED_WITHIN = timedelta(seconds=0.5)
+    model = by_classes(Net())
+    monitor = None if rank() else gwa_logging.watch(model)
+    for x, y in batches(0):
+        F.cross_entropy(model(x), y).backward()
+    if monitor is None:
+        return {}
+    with monitor, pytest.raises(NoObservationsError):
+        monitor.end_epoch()
+    return monitor.faults
+
+
+def watched_late() -> list[Told]:
+    """Rank 1 calls watch() after rank 0 has given it up; then both watch again, and rank 1 ends its epoch late."""
+    adapter_module.WATCHED_WITHIN = timedelta(seconds=0.5)
+    told = []
+    for _ in range(2):
+        model = Net()
+        if rank() and not told:
+            distributed.barrier()
+        with gwa_logging.watch(model) as monitor:
+            if told:
+                distributed.barrier()
+            for x, y in batches(rank()):
+                F.cross_entropy(model(x), y).backward()
+            if told and rank():
+                Event().wait(1.5)
+            monitor.end_epoch()
+        if not rank() and not told:
+            distributed.barrier()
+        told.append(Told.by(monitor))
+    return told
+
+
 class Bereaved(NamedTuple):
     """What a rank has to say when another one has died.
 
@@ -423,7 +556,10 @@ def _by_name(*functions: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
     return {function.__name__: function for function in functions}
 
 
-WORLD_OF_TWO = OF_TWO | _by_name(unequal_steps, stopping, tracked, ledger, windows, flat_parameters, changed_in_place)
+WORLD_OF_TWO = OF_TWO | _by_name(
+    *(unequal_steps, stopping, tracked, ledger, windows, flat_parameters, changed_in_place),
+    *(stages, same_samples, replicated_ledger, watched_by_one, split_and_watched_by_one, watched_late),
+)
 WORLD_OF_FOUR = OF_FOUR | _by_name(bereaved)
 
 
@@ -533,6 +669,50 @@ def test_a_head_whose_weight_is_a_piece_of_a_flat_parameter_is_refused_with_the_
 
 def test_logits_changed_in_place_over_a_freed_weight_are_a_fault_and_no_crash(two: World) -> None:
     assert two["changed_in_place"] == [{"probe": BATCHES}] * 2
+
+
+def test_of_ranks_with_different_heads_only_the_head_that_the_journal_names_is_reported(two: World) -> None:
+    first, second = two["stages"]
+    assert first == second
+    assert first.counts == [20] * EPOCHS
+    assert first.faults == {"ranks with different heads": 1}
+    assert "rank 0 watches '2' (12 features, 12 classes), rank 1 watches '2' (12 features, 5 classes)" in first.notes
+
+
+def test_ranks_that_train_on_the_same_samples_are_reported(two: World) -> None:
+    for told in two["same_samples"]:
+        assert told.counts == [2 * BATCHES * BATCH] * EPOCHS
+        assert told.faults == {"ranks with the same samples": 1}
+        assert "ranks 0 and 1 have trained on the same samples" in told.notes
+
+
+def test_a_head_that_every_rank_has_enters_each_sample_once_also_after_a_resume(two: World) -> None:
+    for found in two["replicated_ledger"]:
+        assert {s.times_seen for s in found.before} == {1}
+        assert {s.times_seen for s in found.after} == {5}
+        assert {s.id: s.mean_score for s in found.after} == pytest.approx({s.id: s.mean_score for s in found.before})
+        assert found.counts == [4 * BATCH, BATCH]
+        assert found.faults == {}
+
+
+def test_a_rank_that_never_called_watch_is_named_and_not_waited_for(two: World) -> None:
+    told, _ = two["watched_by_one"]
+    assert told.counts == [BATCHES * BATCH] * EPOCHS
+    assert told.faults == {"ranks without watch()": 1}
+    assert "ranks [1] have not called watch()" in told.notes
+    assert told.seconds < 30
+
+
+def test_a_split_head_that_one_rank_does_not_watch_does_not_stop_training(two: World) -> None:
+    assert two["split_and_watched_by_one"] == [{"ranks without watch()": 1}, {}]
+
+
+def test_a_rank_that_watches_too_late_agrees_with_the_others_and_one_with_a_late_epoch_is_waited_for(
+    two: World,
+) -> None:
+    for apart, together in two["watched_late"]:
+        assert (apart.counts, apart.faults) == ([BATCHES * BATCH], {"ranks without watch()": 1})
+        assert (together.counts, together.faults) == ([2 * BATCHES * BATCH], {})
 
 
 def test_when_a_rank_dies_the_others_get_torchs_own_error_and_rank_0_closes_its_journal(four: World) -> None:
