@@ -1,6 +1,7 @@
 """watch(): the one way in."""
 
 import atexit
+import gc
 import re
 import secrets
 import weakref
@@ -11,11 +12,12 @@ from pathlib import Path
 from typing import Any, Never
 
 from gwa_logging import registry
+from gwa_logging.errors import InvalidInputError
 from gwa_logging.faults import Faults
 from gwa_logging.journal import FILE_NAME, Journal
 from gwa_logging.monitor import Monitor, logger
 from gwa_logging.settings import EarlyStop, WatchSettings
-from gwa_logging.types import Backend, RunContext
+from gwa_logging.types import Backend, RunContext, RunPlace
 
 _watched: list[tuple[Callable[[], Any], Monitor]] = []  # weak references to models, and their monitors
 _DEFAULT = EarlyStop()
@@ -71,7 +73,8 @@ def watch(
         The monitor. Use it as a context manager, or close it.
 
     Raises:
-        InvalidInputError: an argument is wrong or unknown, or the model is not one.
+        InvalidInputError: an argument is wrong or unknown, the model is not one, or the open monitor of another model writes
+            to the same run under the same name.
         HeadNotFoundError: there is no head, or several modules could be it.
         MissingDependencyError: the package of a backend is not installed.
         BackendError: the tracker cannot be used, or the directory not be written.
@@ -119,11 +122,15 @@ def _open(room: Any, model: Any, settings: WatchSettings, folder: Path, *, besid
         journal = None
         if adapter.writes:
             folder = folder / path if beside else folder
+            contexts = [(wanted, RunContext(name, settings.run_of(wanted), folder)) for wanted in settings.backend]
+            for wanted, context in contexts:
+                _check_is_free(wanted, registry.locate(wanted, context), name)
             journal = Journal(folder / FILE_NAME, faults)
-            for wanted in settings.backend:
-                opened = registry.open_backend(wanted, RunContext(name, settings.run_of(wanted), folder))
+            for wanted, context in contexts:
+                opened = registry.open_backend(wanted, context)
                 if opened is not None:
                     backends.append(opened)
+                    _check_is_free(opened, getattr(opened, "place", RunPlace()), name)
         monitor = Monitor(settings, journal, faults)
         monitor._start(name, adapter, backends)
         adapter.start(monitor._on_step)
@@ -136,6 +143,52 @@ def _open(room: Any, model: Any, settings: WatchSettings, folder: Path, *, besid
     weakref.finalize(room.subject(model), adapter.close).atexit = False
     logger.info("gwa_logging: %s; journal: %s", adapter.head, monitor.journal)
     return monitor
+
+
+class RunTakenError(InvalidInputError):
+    """Another monitor of this process writes to the same run, under the same name.
+
+    Attributes:
+        monitor: the other one.
+    """
+
+    def __init__(self, message: str, monitor: Monitor) -> None:
+        super().__init__(message)
+        self.monitor = monitor
+
+
+def _check_is_free(backend: Any, place: RunPlace, name: str) -> None:
+    """Closes the monitor of a model that no longer exists, if it writes to this place under this name.
+
+    Raises:
+        RunTakenError: the monitor of another model writes there.
+    """
+    for reference, watcher in list(_watched):
+        for monitor in (watcher, *watcher.heads.values()):
+            if monitor._name != name or not any(_is_at(other, backend, place) for other in monitor._backends()):
+                continue
+            gc.collect()
+            if reference() is None and monitor._adapter.is_detached:
+                logger.info("gwa_logging: closing %r, whose model no longer exists", watcher)
+                watcher.close()
+                break
+            kind = backend if isinstance(backend, str) else getattr(backend, "name", type(backend).__name__)
+            run = "it" if place == RunPlace() else f"its run {place.run or place.url!r}"
+            raise RunTakenError(
+                f"backend={kind!r}: the monitor of another model ({monitor._adapter.head}) still writes to {run} under "
+                f"name={monitor._settings.name!r}, and their values would be mixed. Close that monitor first, or give this one "
+                f"another name, such as name='{monitor._settings.name}2'",
+                watcher,
+            )
+
+
+def _is_at(opened: Backend, backend: Any, place: RunPlace) -> bool:
+    """Returns True if an opened backend is the same one, or writes to the same place."""
+    if opened is backend:
+        return True
+    kind = backend if isinstance(backend, str) else getattr(backend, "name", None)
+    its = getattr(opened, "place", RunPlace())
+    return opened.name == kind and its != RunPlace() and (its.run or its.url) == (place.run or place.url)
 
 
 def _close_previous(subject: Any) -> None:

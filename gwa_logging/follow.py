@@ -7,9 +7,9 @@ from weakref import WeakSet
 
 import numpy as np
 
-from gwa_logging._watch import watch
+from gwa_logging._watch import RunTakenError, watch
 from gwa_logging.errors import InvalidInputError, NoObservationsError
-from gwa_logging.monitor import Monitor
+from gwa_logging.monitor import Monitor, logger
 from gwa_logging.settings import WatchSettings
 from gwa_logging.types import EpochReport
 
@@ -57,7 +57,7 @@ class Follower:
                 "head=['a', 'b'], and sends to several trackers with backend=['wandb', 'mlflow'])"
             )
         self._end()
-        self.monitor = watch(model, **self._arguments | self._places(runs))
+        self.monitor = self._watch(model, **self._arguments | self._places(runs))
         self._training, self._open = training, None
         _following.add(self)
         try:
@@ -71,6 +71,20 @@ class Follower:
             self._end()
             raise
         return self.monitor
+
+    def _watch(self, model: Any, **arguments: Any) -> Monitor:
+        """Watches; ends what the callback of an interrupted training left open in the same run under the same name."""
+        try:
+            return watch(model, **arguments)
+        except RunTakenError as error:
+            interrupted = [other for other in _following if other.monitor is error.monitor]
+            if not interrupted:
+                raise
+            logger.warning(
+                "gwa_logging: %s has not ended; it is closed, as another training writes to its run", error.monitor
+            )
+            interrupted[0]._end()
+        return self._watch(model, **arguments)
 
     def _places(self, runs: Mapping[str, Any]) -> dict[str, Any]:
         """Where to send, as far as the user has left that open."""
@@ -105,6 +119,8 @@ class Follower:
     def _end_epoch(self) -> EpochReport | None:
         """Closes the epoch if there were steps; None if not, or if it closes by itself (samples_per_epoch)."""
         if self._open is None or self.monitor is None or self._settings.samples_per_epoch is not None:
+            return None
+        if self._training is None:  # another training has taken over the run
             return None
         self._open = None
         try:

@@ -72,6 +72,7 @@ class Monitor(Intake):
         self._lock = RLock()
         self._deliveries: list[Delivery] = []
         self._adapter: Adapter
+        self._name: str
         self._intervals: Intervals
         self._ledger: LedgerReader
         self._suspects_of = -1  # how many epochs there were when they were written down last
@@ -79,7 +80,7 @@ class Monitor(Intake):
         self._closed = False
 
     def _start(self, name: str, adapter: Adapter, backends: list[Backend]) -> None:
-        self._adapter = adapter
+        self._adapter, self._name = adapter, name
         # A window closes where an interval ends, so there the intervals must stay as short as they were asked for.
         grow = self._settings.samples_per_epoch is None
         every = self._settings.log_every_n_steps
@@ -97,6 +98,10 @@ class Monitor(Intake):
         if self._journal is not None:
             self._deliveries = [Delivery(backend, self._journal, self._faults) for backend in backends]
         self._notify()
+
+    def _backends(self) -> list[Backend]:
+        """The backends that this monitor writes to, none once it is closed."""
+        return [] if self._closed else [delivery.backend for delivery in self._deliveries]
 
     def _add(self, other: "Monitor") -> None:
         self.heads[other._adapter.path] = other

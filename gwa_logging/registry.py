@@ -5,7 +5,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from gwa_logging.errors import InvalidInputError, MissingDependencyError
-from gwa_logging.types import Backend, RunContext
+from gwa_logging.types import Backend, RunContext, RunPlace
 
 BACKENDS = {
     "wandb": "gwa_logging.integrations.wandb",
@@ -31,6 +31,14 @@ def open_backend(backend: Any, context: RunContext) -> Backend | None:
     if backend == "local":
         return None
     return find_backend(backend).open_backend(context)  # type: ignore[no-any-return]
+
+
+def locate(backend: Any, context: RunContext) -> RunPlace:
+    """The place of the run that `open_backend` would take; empty if it would start one, or if only opening it can tell."""
+    if not isinstance(backend, str) or backend == "local":
+        return RunPlace()
+    found: RunPlace = getattr(find_backend(backend), "locate", lambda _: RunPlace())(context)
+    return found
 
 
 def find_backend(name: str) -> Any:

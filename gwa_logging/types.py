@@ -345,6 +345,9 @@ class Adapter(Protocol):
         """The `AlignmentSummary` of all processes together, the same on each. Every process must call it."""
         ...
 
+    is_detached: bool
+    """Whether the model no longer exists, so that nothing more can be observed."""
+
     notes: tuple[str, ...]
     """What the reports must say of the last `reduce`, such as processes whose samples do not count."""
 
@@ -443,7 +446,8 @@ class Backend(Protocol):
     """What a tracker does: it writes records, nothing else.
 
     A module or entry point named by `backend=` has a function `open_backend(context: RunContext) -> Backend`, which
-    raises BackendError where the tracker cannot be used.
+    raises BackendError where the tracker cannot be used. It may also have `locate(context) -> RunPlace`: the place of the
+    run that `open_backend` would take, without opening it, and empty if it would start one.
     """
 
     name: str

@@ -81,6 +81,11 @@ def open_backend(context: RunContext) -> "MlflowBackend":
     return MlflowBackend(client, run, context, own)
 
 
+def locate(context: RunContext) -> RunPlace:
+    """The place of the run that `open_backend` would take; empty if it would start one."""
+    return RunPlace(run=_wanted_run(context.run))
+
+
 class MlflowBackend:
     """Writes into one run. See `gwa_logging.types.Backend`."""
 

@@ -56,6 +56,11 @@ def open_backend(context: RunContext) -> "TensorBoardBackend":
         ) from error
 
 
+def locate(context: RunContext) -> RunPlace:
+    """The place of the log directory that `open_backend` would take."""
+    return RunPlace(run=_absolute(_log_directory(context.directory if context.run is None else context.run)))
+
+
 class TensorBoardBackend:
     """Writes one event file. See `gwa_logging.types.Backend`."""
 
@@ -66,7 +71,7 @@ class TensorBoardBackend:
     def __init__(self, log_directory: str, prefix: str) -> None:
         """Opens an event file in the folder `prefix` of `log_directory`."""
         self.run = log_directory
-        where = log_directory if "://" in log_directory else os.path.abspath(log_directory)  # noqa: PTH100 - a text
+        where = _absolute(log_directory)
         self.place = RunPlace(run=where)
         self._prefix = prefix
         self._folder = os.path.join(where, prefix)  # noqa: PTH118 - it may be an address, gs://
@@ -145,6 +150,10 @@ class TensorBoardBackend:
             bucket=counts[first : last + 1].tolist(),
         )
         return Summary.Value(tag=f"{self._prefix}/{key}", histo=histogram)
+
+
+def _absolute(log_directory: str) -> str:
+    return log_directory if "://" in log_directory else os.path.abspath(log_directory)  # noqa: PTH100 - a text
 
 
 def _log_directory(run: Any) -> str:

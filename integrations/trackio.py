@@ -66,6 +66,14 @@ def open_backend(context: RunContext) -> "TrackioBackend":
     return TrackioBackend(run, context.name, owned=users is None)
 
 
+def locate(context: RunContext) -> RunPlace:
+    """The place of the run that `open_backend` would take; empty if it would start one."""
+    wanted = context_vars.current_run.get() if context.run is None else _checked(context.run)
+    if isinstance(wanted, str):
+        return RunPlace(run=wanted)
+    return RunPlace() if wanted is None else _place(wanted)
+
+
 class TrackioBackend:
     """Writes into one run. See `gwa_logging.types.Backend`."""
 
@@ -77,7 +85,7 @@ class TrackioBackend:
     def __init__(self, run: Run, prefix: str, *, owned: bool) -> None:
         """Writes into `run` under `prefix`; `owned` says that nobody else does, and that `close` finishes it."""
         self.run = run
-        self.place = RunPlace(run=f"{run.project}/{run.name}") if run.url is None else RunPlace(url=_page(run.url))
+        self.place = _place(run)
         self._prefix = prefix
         self._owned = owned
 
@@ -127,6 +135,10 @@ class TrackioBackend:
         users = self.run._next_step  # Trackio has no public name for it
         self.run.log({f"{self._prefix}/{key}": value for key, value in values.items()}, step=step)
         self.run._next_step = users
+
+
+def _place(run: Run) -> RunPlace:
+    return RunPlace(run=f"{run.project}/{run.name}") if run.url is None else RunPlace(url=_page(run.url))
 
 
 def _page(url: str) -> str:

@@ -92,6 +92,15 @@ def open_backend(context: RunContext) -> "WandbBackend":
     return WandbBackend(run, context.name, owned=owned)
 
 
+def locate(context: RunContext) -> RunPlace:
+    """The place of the run that `open_backend` would take; empty if it would start one."""
+    wanted = wandb.run if context.run is None else context.run
+    if isinstance(wanted, str):
+        known = [run.path for run in _writers if f"/{run.path}".endswith(f"/{wanted.strip('/')}")]
+        return RunPlace(run=known[0] if known else wanted)
+    return RunPlace() if wanted is None else _place(_checked(wanted))
+
+
 class _Writers:
     """Those that write into one run, one for each head, each from a thread of its own.
 
@@ -134,9 +143,7 @@ class WandbBackend:
     @property
     def place(self) -> RunPlace:
         """The run's path, and its page; if it is offline, its folder. Nothing if W&B is disabled."""
-        if self.run.disabled:
-            return RunPlace()
-        return RunPlace(run=self.run.path, url=str(self.run.settings.sync_dir) if self.run.offline else self.run.url)
+        return _place(self.run)
 
     def held(self) -> Held:
         """What the run has of ours: by its history on the server, or, if it is offline, by what W&B has put on disk.
@@ -312,6 +319,12 @@ def _define_metrics(run: wandb.Run, prefix: str) -> None:
 def _warm_up() -> None:
     """Has W&B import pandas now: its first look at a histogram would, half a second in the middle of a step."""
     getattr(wandb.util, "is_pandas_data_frame", bool)(None)
+
+
+def _place(run: wandb.Run) -> RunPlace:
+    if run.disabled:
+        return RunPlace()
+    return RunPlace(run=run.path, url=str(run.settings.sync_dir) if run.offline else run.url)
 
 
 def _checked(run: Any) -> wandb.Run:

@@ -89,6 +89,35 @@ class Trained(NamedTuple):
         }
 
 
+# --- two models in one run ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in TRACKERS if name != "MLflow server"])
+def test_a_second_model_in_one_run_needs_a_name_of_its_own(name: str, tmp_path: Path, monkeypatch: Any) -> None:
+    tracker = TRACKERS[name]()
+    tracker.set_up(tmp_path, monkeypatch)
+    run = tracker.start()
+    one, two = Training(), Training()
+    options = {"backend": tracker.backend, "run": run}
+    first = one.watch(tmp_path, **options)
+
+    def files() -> set[Path]:
+        return {*(tmp_path / "gwa").rglob("*"), *(tmp_path / "runs").rglob("*")}
+
+    before = files()
+    with pytest.raises(
+        InvalidInputError, match=f"backend='{tracker.backend}': the monitor of another model.*name='gwa2'"
+    ):
+        two.watch(tmp_path, **options)
+    assert files() == before
+    second = two.watch(tmp_path, name="gwa2", **options)
+    first = one.watch(tmp_path, **options)  # the same model: its monitor is replaced
+    first.close()
+    second.close()
+    two.watch(tmp_path, **options).close()
+    tracker.end(run)
+
+
 # --- a run of our own -------------------------------------------------------------------------------------------------
 
 

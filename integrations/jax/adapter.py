@@ -77,6 +77,7 @@ class JaxAdapter:
     def __init__(self, model: Any, head: str | None, num_samples: int | None) -> None:
         self.head = f"head {head!r}: named by head=" if head else "head: the first trace of the loss will tell"
         self.notes: tuple[str, ...] = ()
+        self.is_detached = False  # scores come from the user, whatever has become of the model
         self._library = library_of(model)
         self._wanted = head
         self._num_samples = num_samples

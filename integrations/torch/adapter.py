@@ -91,6 +91,11 @@ class TorchAdapter:
         return rank() == 0
 
     @property
+    def is_detached(self) -> bool:
+        """Whether the model no longer exists."""
+        return self._model() is None
+
+    @property
     def processes(self) -> int:
         """How many ranks there are."""
         return ranks()

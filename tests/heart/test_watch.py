@@ -7,6 +7,7 @@ from torch import nn
 
 import gwa_logging
 from gwa_logging import BackendError, EarlyStop, GwaError, InvalidInputError, MissingDependencyError, registry
+from gwa_logging.journal import read_journal
 
 
 @pytest.fixture
@@ -87,3 +88,44 @@ def test_a_watch_that_fails_leaves_nothing_on_the_model(model):
     with pytest.raises(InvalidInputError):
         gwa_logging.watch(model, backend="nonsense")
     assert not model._forward_hooks
+
+
+class Kept:
+    """A user's own backend."""
+
+    name = "kept"
+
+    def __init__(self) -> None:
+        self.closed = False
+
+    def write(self, record: object) -> None:
+        pass
+
+    def close(self) -> None:
+        self.closed = True
+
+    threaded = True
+
+
+def test_a_backend_of_the_users_takes_one_model_under_each_name(model):
+    backend, other = Kept(), nn.Linear(4, 3)
+    monitor = gwa_logging.watch(model, backend=backend)
+    with pytest.raises(InvalidInputError, match=r"backend='kept': .*still writes to it under name='gwa'.*name='gwa2'"):
+        gwa_logging.watch(other, backend=["local", backend])
+    assert not backend.closed
+    gwa_logging.watch(other, backend=backend, name="other").close()
+    gwa_logging.watch(other, backend=Kept()).close()
+    monitor.close()
+    gwa_logging.watch(other, backend=backend).close()
+
+
+def test_a_model_that_no_longer_exists_does_not_keep_its_run():
+    backend = Kept()
+    first = gwa_logging.watch(nn.Linear(4, 3), backend=backend)
+    gwa_logging.watch(nn.Linear(4, 3), backend=backend).close()
+    assert read_journal(first.journal)[0][-1].kind == "close"
+
+
+def test_models_whose_runs_are_started_for_them_do_not_meet(model):
+    with gwa_logging.watch(model, backend="tensorboard"), gwa_logging.watch(nn.Linear(4, 3), backend="tensorboard"):
+        pass

@@ -11,6 +11,7 @@ from torch import nn
 
 from gwa_logging import MissingDependencyError
 from gwa_logging.follow import Follower, _plain, _restored
+from gwa_logging.journal import read_journal
 
 
 @pytest.mark.parametrize(
@@ -91,3 +92,14 @@ def test_a_trainer_that_is_not_installed_is_named_with_the_remedy(room, missing,
         monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingDependencyError, match=rf"pip install 'gwa-logging\[{room}\]'"):
         importlib.import_module(name)
+
+
+def test_a_training_that_was_interrupted_gives_its_run_to_the_next_one():
+    interrupted, following = (Follower(backend="tensorboard", run="runs") for _ in range(2))
+    models = [nn.Linear(4, 3) for _ in range(2)]
+    interrupted._begin(models[0], training=object(), planned=None, runs={})
+    interrupted._step(0)
+    following._begin(models[1], training=object(), planned=None, runs={})
+    assert read_journal(interrupted.monitor.journal)[0][-1].kind == "close"
+    assert interrupted._end_epoch() is None
+    following._end()
