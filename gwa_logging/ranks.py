@@ -4,19 +4,25 @@ Processes may not simply be added up. Pipeline stages have different heads, and 
 Tensor-parallel ranks that replicate the head all see the same samples, and each sample must count once.
 """
 
+import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from typing import NamedTuple, Self
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 
 from gwa_logging.alignment import FloatArray
 from gwa_logging.summary import AlignmentSummary
 
+logger = logging.getLogger("gwa_logging")
+
 DIFFERENT_HEADS = "ranks with different heads"
 SAME_SAMPLES = "ranks with the same samples"
 NOT_WATCHED = "ranks without watch()"
+
+WATCHED_WITHIN = 60.0
+"""Seconds that the first reduction waits for processes that have not called watch() yet."""
 
 _TEXT = 256  # bytes of the head's description
 _CLOSE = 1e-5  # two ranks compute the same scores up to rounding; the scores of different samples are never this close
@@ -108,3 +114,72 @@ def counted(identities: Sequence[Identity], summaries: Sequence[AlignmentSummary
                 "rank its own share of the data, with a DistributedSampler"
             )
     return Counted(ranks, problems)
+
+
+class Board(Protocol):
+    """A store that all processes of a run share. Boards of the same store are equal."""
+
+    def watches(self, name: str) -> int:
+        """Counts the calls of watch() under this name in this process, including this one."""
+        ...
+
+    def post(self, key: str) -> None:
+        """Stores the key for this process."""
+        ...
+
+    def absent(self, key: str, within: float) -> list[int]:
+        """The ranks that have not stored the key after `within` seconds at most."""
+        ...
+
+    def settle(self, key: str, value: str) -> str:
+        """Stores a value, unless a process has done so before; returns the stored one."""
+        ...
+
+
+class Attendance:
+    """Tells whether every process has called watch(), so that none waits for a process that never will.
+
+    On watch() each process stores a key. The first reduction waits for the keys of all processes and stores the result,
+    so every process acts on the same one.
+    """
+
+    def __init__(self, name: str, find_board: Callable[[], Board | None]) -> None:
+        """`find_board` returns the present board; None if there are no other processes, or not yet."""
+        self._name = name
+        self._find_board = find_board
+        self._board: Board | None = None
+        self._key = ""
+        self._missing: tuple[int, ...] | None = None
+
+    def enter(self) -> None:
+        """Stores this process's key."""
+        self._board = self._find_board()
+        if self._board is not None:
+            self._key = f"gwa_logging/watch/{self._name}/{self._board.watches(self._name)}"
+            self._board.post(self._key)
+
+    def missing(self) -> tuple[int, ...]:
+        """The ranks that have not called watch(), the same on every rank. The first call may block for `WATCHED_WITHIN`."""
+        if self._missing is None:
+            board = self._board
+            self._missing = self._settle(board) if board is not None and board == self._find_board() else ()
+        return self._missing
+
+    def _settle(self, board: Board) -> tuple[int, ...]:
+        try:
+            absent = ",".join(map(str, board.absent(self._key, WATCHED_WITHIN)))
+            settled = board.settle(f"{self._key}/missing", absent or "nobody")
+        except RuntimeError as error:  # if the store fails, so will the reduction, with an error that says more
+            logger.debug("gwa_logging: the processes' store does not answer: %s", error)
+            return ()
+        return () if settled == "nobody" else tuple(map(int, settled.split(",")))
+
+    def problems(self) -> dict[str, str]:
+        """What users must know of it: a sentence, by kind of fault; empty if all watch."""
+        missing = self.missing()
+        if not missing:
+            return {}
+        return {
+            NOT_WATCHED: f"ranks {list(missing)} have not called watch(), so each rank reports its own samples only; call "
+            "watch() on every rank, before the first epoch ends"
+        }

@@ -24,9 +24,12 @@ from gwa_logging.integrations.jax.accumulate import (
 )
 from gwa_logging.integrations.jax.heads import find_head, library_of
 from gwa_logging.integrations.jax.probe import Call, Tapping, apart
+from gwa_logging.integrations.jax.processes import board
 from gwa_logging.monitor import logger
+from gwa_logging.ranks import Attendance, Identity, counted
 from gwa_logging.samples import Ledger, Samples
 from gwa_logging.settings import WatchSettings
+from gwa_logging.state import HeadShape
 from gwa_logging.summary import AlignmentSummary
 
 
@@ -42,7 +45,8 @@ def attach(model: Any, settings: WatchSettings, faults: Faults) -> "JaxAdapter":
         InvalidInputError: head= is not a dotted path, or is given for a function.
     """
     if isinstance(settings.head, str | None):
-        return JaxAdapter(model, settings.head, settings.num_samples)
+        attendance = Attendance(settings.name, board)
+        return JaxAdapter(model, settings.head, settings.num_samples, faults, attendance)
     raise InvalidInputError(
         f"head={settings.head!r}: expected a dotted path such as 'head', found {type(settings.head).__name__}"
     )
@@ -74,8 +78,12 @@ def _auto_mesh(mesh: Mesh) -> Mesh:
 class JaxAdapter:
     """Watches one model. See `gwa_logging.types.Adapter`."""
 
-    def __init__(self, model: Any, head: str | None, num_samples: int | None) -> None:
+    def __init__(
+        self, model: Any, head: str | None, num_samples: int | None, faults: Faults, attendance: Attendance
+    ) -> None:
         self.head = f"head {head!r}: named by head=" if head else "head: the first trace of the loss will tell"
+        self._faults = faults
+        self._attendance = attendance
         self.notes: tuple[str, ...] = ()
         self.is_detached = False  # scores come from the user, whatever has become of the model
         self._library = library_of(model)
@@ -114,14 +122,36 @@ class JaxAdapter:
 
         Scores in global arrays have been reduced on the devices already; scores that are each process's own are gathered.
         """
-        if jax.process_count() == 1 or self._is_global:
+        if self._is_global or not self._meets_others():
             return summary
-        gathered = multihost_utils.process_allgather(np.frombuffer(summary.to_bytes(), np.uint8), tiled=False)
-        return AlignmentSummary.merge_all(AlignmentSummary.from_bytes(part.tobytes()) for part in np.asarray(gathered))
+        head = "" if self.shape is None else str(HeadShape(self.path, *self.shape))
+        own, identity = summary.to_bytes(), Identity(head, group=jax.process_index()).to_vector().tobytes()
+        gathered = multihost_utils.process_allgather(np.frombuffer(own + identity, np.uint8), tiled=False)
+        parts = [part.tobytes() for part in np.asarray(gathered)]
+        summaries = [AlignmentSummary.from_bytes(part[: len(own)]) for part in parts]
+        found = counted([Identity.from_vector(np.frombuffer(part[len(own) :])) for part in parts], summaries)
+        self._note(found.problems)
+        return AlignmentSummary.merge_all(summaries[number] for number in found.ranks)
+
+    def _meets_others(self) -> bool:
+        """Returns True if there are other processes, and all of them watch."""
+        if jax.process_count() == 1:
+            return False
+        problems = self._attendance.problems()
+        self._note(problems)
+        return not problems
+
+    def _note(self, problems: dict[str, str]) -> None:
+        """Records what keeps processes from being counted, once, and notes it for the reports."""
+        for kind, problem in problems.items():
+            if problem not in self.notes:
+                self._faults.record(kind, problem)
+        self.notes = tuple(problems.values())
 
     def start(self, on_step: Callable[[], None]) -> None:
         """Begins to observe."""
         self._on_step = on_step
+        self._attendance.enter()
 
     def value_and_grad(
         self, fun: Callable[..., Any], argnums: int | tuple[int, ...], has_aux: bool, **options: Any
@@ -236,7 +266,7 @@ class JaxAdapter:
     def ledger(self) -> Ledger:
         """The ledger of all processes, on the host. Every one must call it."""
         own = self._device_ledger().to_host(self._untagged)
-        if jax.process_count() == 1:
+        if not self._meets_others():
             return own
         every = multihost_utils.process_allgather(own, tiled=False)
         parts = [Ledger(*(np.asarray(array)[i] for array in every)) for i in range(jax.process_count())]

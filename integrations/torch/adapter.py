@@ -12,8 +12,8 @@ from gwa_logging.errors import InvalidInputError
 from gwa_logging.faults import Faults
 from gwa_logging.integrations.torch.accumulate import TorchSnapshot
 from gwa_logging.integrations.torch.distributed import (
-    Attendance,
     RankAccumulator,
+    board,
     is_distributed,
     ledger_over_ranks,
     merged_over_ranks,
@@ -28,7 +28,7 @@ from gwa_logging.integrations.torch.layers import layer_of
 from gwa_logging.integrations.torch.probe import HeadProbe
 from gwa_logging.integrations.torch.silence import Silence
 from gwa_logging.monitor import logger
-from gwa_logging.ranks import NOT_WATCHED, Identity, first_scores
+from gwa_logging.ranks import Attendance, Identity, first_scores
 from gwa_logging.samples import Ledger, Samples
 from gwa_logging.settings import WatchSettings
 from gwa_logging.state import HeadShape
@@ -53,7 +53,7 @@ def attach(model: nn.Module, settings: WatchSettings, faults: Faults) -> "TorchA
     head = find_head(model, settings.head)
     if head is not None:
         _check(head)
-    return TorchAdapter(model, head, settings.num_samples, faults, Attendance(settings.name))
+    return TorchAdapter(model, head, settings.num_samples, faults, Attendance(settings.name, board))
 
 
 def _check(head: Head) -> None:
@@ -118,15 +118,9 @@ class TorchAdapter:
         """Returns True if there are other ranks, and all of them watch."""
         if not is_distributed():
             return False
-        missing = self._attendance.missing()
-        if missing:
-            self._note(
-                {
-                    NOT_WATCHED: f"ranks {list(missing)} have not called watch(), so each rank reports its own samples only; "
-                    "call watch() on every rank, before the first epoch ends"
-                }
-            )
-        return not missing
+        problems = self._attendance.problems()
+        self._note(problems)
+        return not problems
 
     def _identity(self) -> Identity:
         """What this rank reports of itself to the others."""

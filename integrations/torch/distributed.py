@@ -8,13 +8,12 @@ Only a head that is itself split over ranks (tensor parallelism) has something t
 and backward passes do: of delta . (z - b), |delta| and |W| every rank has a part.
 """
 
-import logging
 import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -22,14 +21,9 @@ import torch
 from torch import Tensor, distributed, nn
 
 from gwa_logging.integrations.torch.accumulate import Accumulator, Terms, pack, unpack
-from gwa_logging.ranks import Counted, Identity, counted
+from gwa_logging.ranks import Attendance, Counted, Identity, counted
 from gwa_logging.samples import UNKNOWN, Ledger, Samples
 from gwa_logging.summary import AlignmentSummary
-
-logger = logging.getLogger("gwa_logging")
-
-WATCHED_WITHIN = timedelta(seconds=60)
-"""How long the first reduction waits for ranks that have not called watch() yet."""
 
 WRAPPERS: tuple[type[Any], ...] = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 """Modules around the user's own one, which is their `module`."""
@@ -68,57 +62,43 @@ def _from_environment(name: str, default: int) -> int:
     return int(value) if value.isdecimal() else default
 
 
-class Attendance:
-    """Tells whether every rank has called watch(), so that none waits for a rank that never will.
+class StoreBoard(NamedTuple):
+    """The store of the process group. See `gwa_logging.ranks.Board`."""
 
-    On watch() each rank leaves a key in the store of the process group. The first reduction waits for the keys of all
-    ranks, and leaves the result in the store: every rank acts on the same one.
-    """
+    store: Any
 
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._store: Any = None
-        self._key = ""
-        self._missing: tuple[int, ...] | None = None
+    def watches(self, name: str) -> int:
+        """Counts the calls of watch() under this name."""
+        watches = _watches.setdefault(self.store, Counter())
+        watches[name] += 1
+        return watches[name]
 
-    def enter(self) -> None:
-        """Leaves this rank's key."""
-        self._store = _store()
-        if self._store is None:  # there are no other ranks yet
-            return
-        watches = _watches.setdefault(self._store, Counter())
-        watches[self._name] += 1
-        self._key = f"gwa_logging/watch/{self._name}/{watches[self._name]}"
-        self._store.set(f"{self._key}/{rank()}", "watches")
+    def post(self, key: str) -> None:
+        """Stores the key for this rank."""
+        self.store.set(f"{key}/{rank()}", "")
 
-    def missing(self) -> tuple[int, ...]:
-        """The ranks that have not called watch(), the same on every rank. The first call may block for `WATCHED_WITHIN`."""
-        if self._missing is None:
-            self._missing = self._settle() if self._store is not None and self._store is _store() else ()
-        return self._missing
-
-    def _settle(self) -> tuple[int, ...]:
-        keys = [f"{self._key}/{number}" for number in range(ranks())]
+    def absent(self, key: str, within: float) -> list[int]:
+        """The ranks that have not stored the key in time."""
+        keys = [f"{key}/{number}" for number in range(ranks())]
         try:
-            self._store.wait(keys, WATCHED_WITHIN)
+            self.store.wait(keys, timedelta(seconds=within))
         except RuntimeError:  # the time is over
-            logger.debug("gwa_logging: not all of %s are in the store", keys)
-        try:
-            absent = ",".join(str(number) for number, key in enumerate(keys) if not self._store.check([key]))
-            settled = self._store.compare_set(f"{self._key}/missing", "", absent or "nobody").decode()
-        except RuntimeError as error:  # without its store the group will fail too, and its own error says more
-            logger.debug("gwa_logging: the store does not answer: %s", error)
-            return ()
-        return () if settled == "nobody" else tuple(map(int, settled.split(",")))
+            return [number for number, each in enumerate(keys) if not self.store.check([each])]
+        return []
+
+    def settle(self, key: str, value: str) -> str:
+        """Stores a value, unless a rank has done so before."""
+        settled: bytes = self.store.compare_set(key, "", value)
+        return settled.decode()
 
 
 _watches: "WeakKeyDictionary[Any, Counter[str]]" = WeakKeyDictionary()
-"""How often this process has called watch(), by the process group's store and the name."""
 
 
-def _store() -> Any:
-    """The store of the process group; None if there is no group, or no other rank in it."""
-    return distributed.distributed_c10d._get_default_store() if is_distributed() else None
+def board() -> StoreBoard | None:
+    """The board of the process group; None if there is no group, or no other rank in it."""
+    store = distributed.distributed_c10d._get_default_store() if is_distributed() else None
+    return None if store is None else StoreBoard(store)
 
 
 class RankAccumulator(Accumulator):

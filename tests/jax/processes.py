@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gwa_logging
+from gwa_logging import ranks
 
 COUNT = 2
 number, port = int(sys.argv[1]), sys.argv[2]
@@ -60,6 +61,39 @@ def with_arrays_of_its_own(step):
     return scores
 
 
-out = {"global": trained(with_global_arrays), "own": trained(with_arrays_of_its_own)}
+def with_heads_of_their_own() -> dict:
+    """The first process trains five classes on 16 samples, the second one seven on 12."""
+    classes, size = (7, 12) if number else (5, 16)
+    own = nn.Dense(classes)
+    start = own.init(jax.random.key(0), x)
+
+    def its_loss(params, x, y):
+        return -(jax.nn.log_softmax(own.apply(params, x)) * jax.nn.one_hot(y, classes)).sum(-1).mean()
+
+    with gwa_logging.watch(own) as monitor:
+        (_, scores), _ = monitor.value_and_grad(its_loss)(start, x[:size], y[:size])
+        monitor.update(scores)
+        report = monitor.end_epoch()
+    return {"count": report.count, "notes": report.notes, "faults": monitor.faults}
+
+
+def watched_by_the_first() -> dict | None:
+    """The second process never calls watch()."""
+    ranks.WATCHED_WITHIN = 0.5
+    if number:
+        return None
+    with gwa_logging.watch(model, num_samples=32) as monitor:
+        (_, scores), _ = monitor.value_and_grad(loss)(params, x, y)
+        monitor.update(scores, np.arange(32))
+        report, suspects = monitor.end_epoch(), monitor.suspects(32)
+    return {"count": report.count, "notes": report.notes, "faults": monitor.faults, "suspects": len(suspects)}
+
+
+out = {
+    "global": trained(with_global_arrays),
+    "own": trained(with_arrays_of_its_own),
+    "heads": with_heads_of_their_own(),
+    "first": watched_by_the_first(),
+}
 Path(f"result{number}.json").write_text(json.dumps(out))
 jax.distributed.shutdown()

@@ -54,3 +54,18 @@ def test_one_process_writes_and_both_stop_in_the_same_epoch(results, kind):
     assert second["journal"] is None
     assert first["epochs"] == second["epochs"] == 3
     assert first["faults"] == second["faults"] == {}
+
+
+def test_of_processes_with_different_heads_only_the_first_ones_is_reported(results):
+    first, second = (result["heads"] for result in results)
+    assert first == second
+    assert first["count"] == 16
+    assert first["faults"] == {"ranks with different heads": 1}
+    assert "rank 0 watches '' (8 features, 5 classes), rank 1 watches" in "".join(first["notes"])
+
+
+def test_a_process_that_never_called_watch_is_named_and_not_waited_for(results):
+    first, _ = (result["first"] for result in results)
+    assert first["count"] == first["suspects"] == 32
+    assert first["faults"] == {"ranks without watch()": 1}
+    assert "ranks [1] have not called watch()" in "".join(first["notes"])

@@ -33,8 +33,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
 import gwa_logging
-import gwa_logging.integrations.torch.distributed as adapter_module
 from gwa_logging import EarlyStop, EpochReport, InvalidInputError, Monitor, NoObservationsError, Suspect
+from gwa_logging import ranks as gwa_ranks
 from gwa_logging.journal import read_journal
 from tests.torch.ranks import Failure, World, meet, run
 
@@ -464,7 +464,7 @@ def replicated_ledger() -> Replicated:
 
 def watched_by_one(wrap: Callable[[Net], nn.Module] = ddp) -> Told:
     """Rank 1 never calls watch(); it trains to the end."""
-    adapter_module.WATCHED_WITHIN = timedelta(seconds=0.5)
+    gwa_ranks.WATCHED_WITHIN = 0.5
     model, begun = wrap(Net()), monotonic()
     if rank():
         for epoch in range(EPOCHS):
@@ -485,7 +485,7 @@ def watched_by_one(wrap: Callable[[Net], nn.Module] = ddp) -> Told:
 
 def split_and_watched_by_one() -> dict[str, int]:
     """Where each step of the probe needs both ranks."""
-    adapter_module.WATCHED_WITHIN = timedelta(seconds=0.5)
+    gwa_ranks.WATCHED_WITHIN = 0.5
     model = by_classes(Net())
     monitor = None if rank() else gwa_logging.watch(model)
     for x, y in batches(0):
@@ -499,7 +499,7 @@ def split_and_watched_by_one() -> dict[str, int]:
 
 def watched_late() -> list[Told]:
     """Rank 1 calls watch() after rank 0 has given it up; then both watch again, and rank 1 ends its epoch late."""
-    adapter_module.WATCHED_WITHIN = timedelta(seconds=0.5)
+    gwa_ranks.WATCHED_WITHIN = 0.5
     told = []
     for _ in range(2):
         model = Net()
