@@ -67,7 +67,7 @@ def watch(
         labels: the samples' class indices, int [num_samples], an array on the host or a list, for the list of suspects;
             num_samples need not be given then.
         directory: where journals and reports go; each watch makes a folder of its own in it.
-        name: prefix of every metric key; letters, digits, "_", "." and "-".
+        name: prefix of every metric key; letters, digits, "_", "." and "-". Two models in one run need different names.
 
     Returns:
         The monitor. Use it as a context manager, or close it.

@@ -52,6 +52,7 @@ class Intervals:
         self._write = write
         self._faults = faults
         self._pending: deque[tuple[int, int, Snapshot]] = deque()
+        self._first = 0  # step of the present epoch
         self._taken = 0  # steps that are in the journal or on their way there
         self._held = AlignmentSummary()  # of the interval in progress, what `hold` has brought to the host
 
@@ -75,6 +76,12 @@ class Intervals:
         """What comes from now on belongs to another epoch."""
         self.epoch = epoch
         self.summary = AlignmentSummary()
+        self._first = self.steps
+
+    @property
+    def in_epoch(self) -> bool:
+        """Whether the present epoch has steps. On ranks that share a head this is the same, unlike `summary.seen`."""
+        return self.steps > self._first
 
     def hold(self) -> tuple[int, AlignmentSummary]:
         """Has everything so far on the host, waiting for the device, without ending the interval.
@@ -97,8 +104,10 @@ class Intervals:
         display_limit: float,
         taken: int,
         held: AlignmentSummary,
+        in_epoch: bool = False,
     ) -> None:
         """Takes up where an earlier run stopped; `taken` and `held` are what `hold` gave."""
+        self._first = steps - in_epoch
         self.steps, self.epoch, self.summary, self.display_limit = steps, epoch, summary, display_limit
         self._taken, self._held = taken, held
 

@@ -332,7 +332,7 @@ class Monitor(Intake):
                 stop=self._rule.state,
                 history=self.history,
                 alert=self.alert,
-                epoch=self._adapter.reduce(epoch) if epoch.seen else epoch,
+                epoch=self._adapter.reduce(epoch) if self._intervals.in_epoch else epoch,
                 interval=interval,
                 ledger=None if self._settings.num_samples is None else self._adapter.ledger(),
                 heads=heads,
@@ -372,7 +372,13 @@ class Monitor(Intake):
             # All processes may load the state of one of them: its samples must count once.
             epoch = state.epoch if self._adapter.writes else AlignmentSummary()
             self._intervals.go_on(
-                state.step, len(state.history), epoch, state.display_limit, state.taken, state.interval
+                state.step,
+                len(state.history),
+                epoch,
+                state.display_limit,
+                state.taken,
+                state.interval,
+                in_epoch=bool(state.epoch.seen),
             )
             for delivery in self._deliveries:
                 delivery.go_on()

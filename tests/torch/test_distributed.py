@@ -462,6 +462,24 @@ def replicated_ledger() -> Replicated:
         return Replicated(before, monitor.suspects(BATCH), [r.count for r in monitor.history], monitor.faults)
 
 
+def split_state() -> list[list[int]]:
+    """Of a split head only the first rank counts: saved in the middle of an epoch, loaded, and saved again at once."""
+    model = by_classes(Net())
+    states = []
+    with gwa_logging.watch(model) as monitor:
+        for x, y in batches(0):
+            F.cross_entropy(model(x), y).backward()
+        states.append(monitor.state_dict())
+    with gwa_logging.watch(model) as monitor:
+        monitor.load_state_dict(states[-1])
+        states.append(monitor.state_dict())
+        for x, y in batches(1):
+            F.cross_entropy(model(x), y).backward()
+        monitor.end_epoch()
+        states.append(monitor.state_dict())
+    return [[state["epoch"]["count"], *(report["count"] for report in state["history"])] for state in states]
+
+
 def watched_by_one(wrap: Callable[[Net], nn.Module] = ddp) -> Told:
     """Rank 1 never calls watch(); it trains to the end."""
     gwa_ranks.WATCHED_WITHIN = 0.5
@@ -558,7 +576,7 @@ def _by_name(*functions: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
 
 WORLD_OF_TWO = OF_TWO | _by_name(
     *(unequal_steps, stopping, tracked, ledger, windows, flat_parameters, changed_in_place),
-    *(stages, same_samples, replicated_ledger, watched_by_one, split_and_watched_by_one, watched_late),
+    *(stages, same_samples, replicated_ledger, split_state, watched_by_one, split_and_watched_by_one, watched_late),
 )
 WORLD_OF_FOUR = OF_FOUR | _by_name(bereaved)
 
@@ -693,6 +711,11 @@ def test_a_head_that_every_rank_has_enters_each_sample_once_also_after_a_resume(
         assert {s.id: s.mean_score for s in found.after} == pytest.approx({s.id: s.mean_score for s in found.before})
         assert found.counts == [4 * BATCH, BATCH]
         assert found.faults == {}
+
+
+def test_a_state_of_a_split_head_is_that_of_all_ranks_in_mid_epoch_too(two: World) -> None:
+    samples = BATCHES * BATCH
+    assert two["split_state"] == [[[samples], [samples], [0, 2 * samples]]] * 2
 
 
 def test_a_rank_that_never_called_watch_is_named_and_not_waited_for(two: World) -> None:
