@@ -26,7 +26,7 @@ from gwa_logging.integrations.jax.heads import find_head, library_of
 from gwa_logging.integrations.jax.probe import Call, Tapping, apart
 from gwa_logging.integrations.jax.processes import board
 from gwa_logging.monitor import logger
-from gwa_logging.ranks import Attendance, Identity, counted
+from gwa_logging.ranks import Attendance, Counted, Identity, counted
 from gwa_logging.samples import Ledger, Samples
 from gwa_logging.settings import WatchSettings
 from gwa_logging.state import HeadShape
@@ -85,6 +85,7 @@ class JaxAdapter:
         self._faults = faults
         self._attendance = attendance
         self.notes: tuple[str, ...] = ()
+        self._recorded: set[str] = set()
         self.is_detached = False  # scores come from the user, whatever has become of the model
         self._library = library_of(model)
         self._wanted = head
@@ -122,31 +123,29 @@ class JaxAdapter:
 
         Scores in global arrays have been reduced on the devices already; scores that are each process's own are gathered.
         """
-        if self._is_global or not self._meets_others():
+        if self._is_global or jax.process_count() == 1:
             return summary
+        problems = self._attendance.problems()
+        if not problems:
+            summary, (_, problems) = self._merged_over_processes(summary)
+        self._record(problems)
+        self.notes = tuple(problems.values())
+        return summary
+
+    def _merged_over_processes(self, summary: AlignmentSummary) -> tuple[AlignmentSummary, Counted]:
         head = "" if self.shape is None else str(HeadShape(self.path, *self.shape))
         own, identity = summary.to_bytes(), Identity(head, group=jax.process_index()).to_vector().tobytes()
         gathered = multihost_utils.process_allgather(np.frombuffer(own + identity, np.uint8), tiled=False)
         parts = [part.tobytes() for part in np.asarray(gathered)]
         summaries = [AlignmentSummary.from_bytes(part[: len(own)]) for part in parts]
         found = counted([Identity.from_vector(np.frombuffer(part[len(own) :])) for part in parts], summaries)
-        self._note(found.problems)
-        return AlignmentSummary.merge_all(summaries[number] for number in found.ranks)
+        return AlignmentSummary.merge_all(summaries[number] for number in found.ranks), found
 
-    def _meets_others(self) -> bool:
-        """Returns True if there are other processes, and all of them watch."""
-        if jax.process_count() == 1:
-            return False
-        problems = self._attendance.problems()
-        self._note(problems)
-        return not problems
-
-    def _note(self, problems: dict[str, str]) -> None:
-        """Records what keeps processes from being counted, once, and notes it for the reports."""
-        for kind, problem in problems.items():
-            if problem not in self.notes:
-                self._faults.record(kind, problem)
-        self.notes = tuple(problems.values())
+    def _record(self, problems: dict[str, str]) -> None:
+        """Records what is wrong with the processes, each problem once."""
+        for kind in problems.keys() - self._recorded:
+            self._faults.record(kind, problems[kind])
+        self._recorded |= problems.keys()
 
     def start(self, on_step: Callable[[], None]) -> None:
         """Begins to observe."""
@@ -266,7 +265,11 @@ class JaxAdapter:
     def ledger(self) -> Ledger:
         """The ledger of all processes, on the host. Every one must call it."""
         own = self._device_ledger().to_host(self._untagged)
-        if not self._meets_others():
+        if jax.process_count() == 1:
+            return own
+        missing = self._attendance.problems()
+        if missing:
+            self._record(missing)
             return own
         every = multihost_utils.process_allgather(own, tiled=False)
         parts = [Ledger(*(np.asarray(array)[i] for array in every)) for i in range(jax.process_count())]

@@ -80,6 +80,7 @@ class TorchAdapter:
         self._early: list[TorchSnapshot] = []  # until the first scores are known
         self._first = Identity().first
         self.notes: tuple[str, ...] = ()
+        self._recorded: set[str] = set()
         self._faults = faults
         self._on_step: Callable[[], None] = lambda: None
         self._watching: HeadProbe | FirstPass | None = None
@@ -108,19 +109,14 @@ class TorchAdapter:
 
     def reduce(self, summary: AlignmentSummary) -> AlignmentSummary:
         """The summary of all ranks that count. Every rank must call it; the others wait."""
-        if not self._meets_others():
-            return summary
-        summary, found = merged_over_ranks(summary, self._identity())
-        self._note(found.problems)
-        return summary
-
-    def _meets_others(self) -> bool:
-        """Returns True if there are other ranks, and all of them watch."""
         if not is_distributed():
-            return False
+            return summary
         problems = self._attendance.problems()
-        self._note(problems)
-        return not problems
+        if not problems:
+            summary, (_, problems) = merged_over_ranks(summary, self._identity())
+        self._record(problems)
+        self.notes = tuple(problems.values())
+        return summary
 
     def _identity(self) -> Identity:
         """What this rank reports of itself to the others."""
@@ -132,12 +128,11 @@ class TorchAdapter:
         head = "" if shape is None else str(HeadShape(self.path, *shape))
         return Identity(head, self._first, rank() if model is None else replica_group(model))
 
-    def _note(self, problems: dict[str, str]) -> None:
-        """Records what keeps ranks from being counted, once, and notes it for the reports."""
-        for kind, problem in problems.items():
-            if problem not in self.notes:
-                self._faults.record(kind, problem)
-        self.notes = tuple(problems.values())
+    def _record(self, problems: dict[str, str]) -> None:
+        """Records what is wrong with the ranks, each problem once."""
+        for kind in problems.keys() - self._recorded:
+            self._faults.record(kind, problems[kind])
+        self._recorded |= problems.keys()
 
     def start(self, on_step: Callable[[], None]) -> None:
         """Begins to observe."""
@@ -211,17 +206,19 @@ class TorchAdapter:
     def snapshot(self) -> TorchSnapshot:
         """Hands over what was gathered since the last one."""
         snapshot = self._accumulator.snapshot()
-        if len(self._early) < _EARLY and self._first == Identity().first:
+        if is_distributed() and len(self._early) < _EARLY and self._first == Identity().first:
             self._early.append(snapshot)
         return snapshot
 
     def ledger(self) -> Ledger:
         """The ledger of all ranks that count, on the host. Every rank must call it; the others wait."""
         ledger = self._accumulator.ledger()
-        if not self._meets_others():
+        if not is_distributed():
             return ledger
-        ledger, found = ledger_over_ranks(ledger, self._identity())
-        self._note(found.problems)
+        problems = self._attendance.problems()
+        if not problems:
+            ledger, (_, problems) = ledger_over_ranks(ledger, self._identity())
+        self._record(problems)
         return ledger
 
     def load_ledger(self, ledger: Ledger) -> None:
