@@ -283,11 +283,23 @@ def test_a_run_can_be_named_from_a_thread_in_which_it_is_not_active(
 
 
 def test_our_run_has_failed_where_watch_has(client: MlflowClient, tmp_path: Path) -> None:
-    with pytest.raises(InvalidInputError, match="no such backend"):
-        gwa_logging.watch(nn.Linear(4, 3), backend=["mlflow", "nonsense"], directory=tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(BackendError, match=r"backend='tensorboard'.*cannot be written"):
+        gwa_logging.watch(
+            nn.Linear(4, 3),
+            backend=["mlflow", "tensorboard"],
+            run={"tensorboard": tmp_path / "file"},
+            directory=tmp_path / "gwa",
+        )
     (own,) = runs_of(client)
     assert own.info.status == "FAILED"
     assert client.list_artifacts(own.info.run_id) == []
+
+
+def test_no_run_is_started_for_a_watch_that_names_an_unknown_backend(client: MlflowClient) -> None:
+    with pytest.raises(InvalidInputError, match="no such backend"):
+        gwa_logging.watch(nn.Linear(4, 3), backend=["mlflow", "nonsense"])
+    assert runs_of(client) == []
 
 
 def test_the_run_of_a_launcher_is_taken_and_left_to_the_user(
