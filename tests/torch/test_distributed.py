@@ -278,7 +278,6 @@ OF_TWO = {
     "split by features": Case(by_features, shares=1),
     "a split body, the head on every rank": Case(replicated, shares=1),
     "a split body, the head on every rank, watched before": Case(replicated, watch_first=True, shares=1),
-    "a split body, a wide head on every rank, compiled": Case(compiled(replicated), wide, shares=1),
     "a split body, the head on every rank as a DTensor": Case(replicated_dtensor, shares=1),
 }
 OF_FOUR = {
