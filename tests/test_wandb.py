@@ -617,7 +617,7 @@ def test_in_shared_mode_every_record_is_a_row_and_the_run_goes_on(
 
 HISTOGRAM = ("scores", "scores._type", "scores.bins", "scores.values")
 AXES = {
-    "step": (*HISTOGRAM, "step_mean", "negative_fraction", "q05", "q25", "q50", "q75", "q95"),
+    "step": (*HISTOGRAM, "step_mean", "negative_fraction", "q05", "q25", "q50", "q75", "q95", "covers"),
     "epoch": ("gwa", "stable", "separation", "mean", "std", "excess_kurtosis", "excluded", "count"),
 }
 
