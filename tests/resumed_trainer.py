@@ -99,6 +99,7 @@ def train(
     folder: str, backend: str, run: str | None, environment: dict[str, str], steps: int, ticks: Connection
 ) -> None:
     """Trains from the last checkpoint up to `steps`, and says after each step how many have been done."""
+    os.environ.pop("WANDB_SERVICE", None)  # the wandb-core of the test's own process
     os.environ.update(environment)
     model, checkpoint = Model(), Path(folder) / "checkpoint.json"
     monitor = watch(model, Path(folder) / "runs", backend, run)
