@@ -514,6 +514,15 @@ def test_a_long_epoch_has_a_picture_at_its_first_interval_and_then_one_every_so_
     assert pictures.news
 
 
+def test_steps_that_the_tracker_has_already_are_white_in_a_picture_of_those_it_lacked() -> None:
+    pictures = PictureSeries()
+    for step in (19, 29, 79, 9, 89):  # the fourth one comes late
+        pictures.add(interval(step, steps=10))
+    heatmap = pictures._timeline.heatmap()
+    assert heatmap.steps.tolist() == [10, 20, 30, 70, 80, 90]
+    assert heatmap.shares.sum(axis=0) == pytest.approx([1, 1, 0, 1, 1])
+
+
 def test_pictures_leave_a_pause_for_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(picture, "PAUSE", 3600.0)
     pictures = PictureSeries()
