@@ -259,7 +259,7 @@ class _Guest:
 
     def log(self, record: IntervalRecord | EpochReport) -> None:
         """Adds a record to the open row; an epoch's opens its own if the user does not log."""
-        step = self.run.step
+        step = self._open_row()
         opens = isinstance(record, EpochReport) and step < record.epoch and not self._user_logs(step)
         if opens:
             step = record.epoch
@@ -285,6 +285,10 @@ class _Guest:
             self._step, self._interval, self._covers, self._has_epoch = step, interval, covers, has_epoch
         self._waiting = waiting
 
+    def _open_row(self) -> int:
+        """The step of the open row. In a run that was resumed W&B says 0 before the first `log`."""
+        return max(self.run.step, self.run.starting_step)
+
     def _user_logs(self, step: int) -> bool:
         keys = list(self.run.summary.keys())  # type: ignore[no-untyped-call]
         unanswered = step > 0 and not keys  # as W&B says it when it has no answer
@@ -296,7 +300,7 @@ class _Guest:
         So W&B's step moves only if epochs had to wait: if the user has logged less often than once per epoch.
         """
         while self._waiting:
-            step = self.run.step
+            step = self._open_row()
             if step == self._step and self._has_epoch:
                 self.run.log({}, commit=True)
                 self._step = None

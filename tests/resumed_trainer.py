@@ -98,7 +98,10 @@ def step(monitor: Monitor, number: int) -> None:
 def train(
     folder: str, backend: str, run: str | None, environment: dict[str, str], steps: int, ticks: Connection
 ) -> None:
-    """Trains from the last checkpoint up to `steps`, and says after each step how many have been done."""
+    """Trains from the last checkpoint up to `steps`.
+
+    After each step it sends the number of steps done, and continues when it is answered.
+    """
     os.environ.pop("WANDB_SERVICE", None)  # the wandb-core of the test's own process
     os.environ.update(environment)
     model, checkpoint = Model(), Path(folder) / "checkpoint.json"
@@ -116,6 +119,7 @@ def train(
             written.write_text(json.dumps(monitor.state_dict()))
             written.replace(checkpoint)
         ticks.send(number + 1)
+        ticks.recv()
     monitor.close()
 
 

@@ -14,18 +14,21 @@ from typing import Any
 import pytest
 import wandb
 
+from gwa_logging import AlignmentSummary
 from gwa_logging.cli import main
+from gwa_logging.integrations.wandb import WandbBackend
 from gwa_logging.journal import read_journal
 from gwa_logging.types import EPOCH_KEYS
 from tests.resumed_trainer import STEPS, die_after_sending, train, uninterrupted
-from tests.trackers import INTERVAL_KEYS, OnMlflow, OnTensorBoard, OnWandb, Tracker, numbers_in
+from tests.trackers import INTERVAL_KEYS, Held, OnMlflow, OnTensorBoard, OnWandb, Tracker, numbers_in
+from tests.wandb_server import ENTITY, PROJECT, WandbServer
 
 KILLS = int(os.environ.get("GWA_TEST_KILLS", "4"))
 """`GWA_TEST_KILLS=20 pytest tests/test_kills.py` is the long form."""
 
 PROCESSES = get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tests.resumed_trainer", "gwa_logging.integrations.mlflow"])
-ENVIRONMENT = ("MLFLOW_", "WANDB_MODE", "WANDB_DIR", "WANDB_SILENT", "WANDB_CONSOLE", "TRACKIO_", "HF_HUB_OFFLINE")
+ENVIRONMENT = ("MLFLOW_", "WANDB_", "TRACKIO_", "HF_HUB_OFFLINE")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,8 +50,9 @@ class Lives:
         Returns:
             The exit code.
         """
-        ticks, other = PROCESSES.Pipe(duplex=False)
+        ticks, other = PROCESSES.Pipe()
         environment = {key: value for key, value in os.environ.items() if key.startswith(ENVIRONMENT)}
+        environment.pop("WANDB_SERVICE", None)  # the wandb-core of this process
         arguments = (*first, str(self.folder), self.tracker.backend, self.run, environment, self.steps, other)
         process = PROCESSES.Process(target=target, args=arguments)
         process.start()
@@ -57,11 +61,12 @@ class Lives:
             while True:
                 try:
                     self.done = ticks.recv()
-                except EOFError:  # it has come to its end, or died
+                except (EOFError, ConnectionResetError):  # it has come to its end, or died
                     break
                 if until(self.done):
                     process.kill()
                     break
+                ticks.send(None)
         process.join(60)
         return process.exitcode
 
@@ -165,3 +170,89 @@ def test_a_kill_right_after_the_tracker_took_a_report_brings_no_second_one(
     lives.check()
     held = tracker.read_again(lives.run)
     assert len(held.alerts) == 1
+
+
+class OnWandbServer(Tracker):
+    """W&B online, on a stand-in for its server."""
+
+    backend = "wandb"
+
+    def __init__(self, server: WandbServer) -> None:
+        self.server = server
+
+    def set_up(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        OnWandb().set_up(folder, patch)
+        patch.setenv("WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL", "0.05")  # seconds; as a rule it is 15
+        online = {"MODE": "online", "BASE_URL": self.server.address, "API_KEY": "0" * 40, "CACHE_DIR": str(folder)}
+        for key, value in {**online, "ENTITY": ENTITY, "PROJECT": PROJECT}.items():
+            patch.setenv(f"WANDB_{key}", value)
+
+    def start(self) -> wandb.Run:
+        return wandb.init()
+
+    def log(self, run: wandb.Run, value: float) -> None:
+        run.log({"user/loss": value})
+
+    def end(self, run: wandb.Run) -> None:
+        run.finish()
+
+    def read_again(self, run: str) -> Held:
+        stored = self.server.runs[run.rpartition("/")[2]]
+        axes = {"gwa/step": INTERVAL_KEYS, "gwa/epoch": tuple(EPOCH_KEYS)}
+        of = {
+            key: [(row[axis], row[f"gwa/{key}"]) for row in stored.history if axis in row]
+            for axis, keys in axes.items()
+            for key in keys
+        }
+        return Held(
+            of, [], stored.alerts, [(row["_step"], row["user/loss"]) for row in stored.history if "user/loss" in row]
+        )
+
+
+@pytest.fixture
+def wandb_server() -> Iterator[OnWandbServer]:
+    with WandbServer() as server:
+        yield OnWandbServer(server)
+        wandb.teardown()
+
+
+def test_after_a_kill_while_uploads_to_wandb_are_outstanding_a_replay_brings_everything_once(
+    wandb_server: OnWandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lives = Lives(tmp_path, wandb_server, start(wandb_server, tmp_path, monkeypatch), 5 * STEPS)
+    stored = wandb_server.server.runs[lives.run.rpartition("/")[2]]
+
+    def until(done: int) -> bool:
+        if done == 2 * STEPS:
+            assert wandb_server.server.wait(lambda: len(stored.history) > STEPS)
+        wandb_server.server.taking = done < 2 * STEPS
+        return done == 3 * STEPS + 3
+
+    assert lives.live(until) == -signal.SIGKILL
+    wandb_server.server.taking = True
+    uploaded = len(stored.history)
+    lives.finish()
+    assert len(stored.history) > uploaded
+    missing = 5 * STEPS - len(numbers_of(wandb_server, lives.run)["step_mean"])
+    assert missing > 0
+    lives.replay()
+    lives.check()
+    assert [row["_step"] for row in stored.history] == list(range(len(stored.history)))
+    assert len(stored.alerts) == 1
+
+
+def test_in_a_resumed_run_of_a_user_who_does_not_log_an_epoch_below_wandbs_step_is_not_dropped(
+    wandb_server: OnWandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb_server.set_up(tmp_path, monkeypatch)
+    report = AlignmentSummary.from_scores([0.1, 0.2, 0.4]).report(epoch=0)
+    with wandb.init() as run:
+        for epoch in range(6):
+            WandbBackend(run, "gwa", owned=True).write(report.model_copy(update={"epoch": epoch % 3}))
+    with wandb.init(id=run.id, resume="must") as again:
+        guest = WandbBackend(again, "gwa", owned=False)
+        for epoch in (3, 4):
+            guest.write(report.model_copy(update={"epoch": epoch}))
+        guest.close()
+    history = wandb_server.server.runs[run.id].history
+    assert [(row["_step"], row["gwa/epoch"]) for row in history][6:] == [(6, 3), (7, 4)]
