@@ -150,11 +150,12 @@ class WandbBackend:
         Raises:
             BackendError: what is on disk cannot be read.
         """
+        begin = f"{self._prefix}/"
         intervals: list[tuple[int, int]] = []
         reports: list[tuple[int, float]] = []
         alerts, suspects = set[int](), set[int]()
         for row in self._rows() if not self.run.disabled else ():
-            of = {key.removeprefix(f"{self._prefix}/"): value for key, value in row.items()}
+            of = {key.removeprefix(begin): value for key, value in row.items() if key.startswith(begin)}
             if "step" in of:
                 intervals += of.get("covers", [(of["step"], of["step"])])
             if "count" in of:

@@ -324,7 +324,7 @@ def test_a_row_of_merged_intervals_says_which_of_them_it_holds(tmp_path: Path) -
     scored = gwa_logging.AlignmentSummary.from_scores([0.1, -0.2])
     for step in (0, 1, 2, 10, 11, 12):  # a resumed run leaves out what the tracker has
         backend.write(interval_of(scored, step))
-    run.log({"user/loss": 1.0})
+    run.log({"step": 7, "epoch": 0, "count": 3, "excluded": 0})  # the user's keys, without our prefix
     backend.write(interval_of(scored, 20))
     backend.close()
     run.finish()
@@ -332,6 +332,7 @@ def test_a_row_of_merged_intervals_says_which_of_them_it_holds(tmp_path: Path) -
     assert rows == [(12, [[0, 2], [10, 12]]), (20, None)]
     held = backend.held()
     assert [step for step in range(-1, 25) if step in held.intervals] == [0, 1, 2, 10, 11, 12, 20]
+    assert held.epochs == {}
 
 
 def test_every_alert_and_list_of_suspects_is_held_not_only_the_last(tmp_path: Path) -> None:
