@@ -9,7 +9,7 @@ from typing import Any
 from gwa_logging import __version__, registry
 from gwa_logging.errors import GwaError, InvalidInputError
 from gwa_logging.journal import FILE_NAME
-from gwa_logging.replay import NEW, journals_of, replay
+from gwa_logging.replay import NEW, Replayed, journals_of, replay, tracked_runs
 from gwa_logging.report import REPORT_NAME, write_report
 
 
@@ -24,11 +24,10 @@ def main(argv: list[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     try:
-        arguments.run_command(arguments)
+        return arguments.run_command(arguments) or 0
     except (GwaError, OSError) as error:
         print("gwa-logging:", *str(error).splitlines(), file=sys.stderr)
         return 2
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,9 +46,10 @@ def _parser() -> argparse.ArgumentParser:
     replay = commands.add_parser(
         "replay",
         help="send to a tracker what it has missed of a run",
-        description="Sends the records of a run's journal that a tracker does not have. A second time sends nothing.",
+        description="Sends the records of a run's journal that a tracker does not have. A second time sends nothing. For a run "
+        "that was killed and resumed, or for several runs, give the folder that holds their folders.",
     )
-    replay.add_argument("directory", type=Path, metavar="DIR", help="the run's folder, with journal.jsonl in it")
+    replay.add_argument("directory", type=Path, metavar="DIR", help="a run's folder, or a folder of runs")
     replay.add_argument("--backend", required=True, metavar="NAME", help="wandb, mlflow, tensorboard, trackio, ...")
     replay.add_argument(
         "--run", metavar="ID", help=f"the tracker's run; without it the one that was logged to; {NEW!r} starts one"
@@ -76,21 +76,50 @@ def _report(arguments: argparse.Namespace) -> None:
     print(write_report(_run_folder(arguments.directory)))
 
 
-def _replay(arguments: argparse.Namespace) -> None:
-    """Sends what is missing, and says for each journal of the run what it did."""
-    folder, run = arguments.directory, arguments.run
+def _replay(arguments: argparse.Namespace) -> int:
+    """Sends what is missing, and says for each journal of the run, or for each run of the folder, what it did."""
+    folder, backend, run = arguments.directory, arguments.backend, arguments.run
     if not (folder / FILE_NAME).exists():
-        _run_folder(folder)  # says what is wrong if there is none
-        raise InvalidInputError(
-            f"{str(folder)!r} is a folder of runs: name one of them: "
-            f"{', '.join(sorted(path.parent.name for path in folder.glob(f'*/{FILE_NAME}')))}"
-        )
+        return _replay_all(folder, backend, run)
     for journal in journals_of(folder):
-        done = replay(journal, arguments.backend, run)
+        done = replay(journal, backend, run)
         run = run and done.place.run  # a new one is for the other heads too
-        skipped = f", {done.skipped} lines of the journal skipped" if done.skipped else ""
-        where = done.place.url or done.place.run or arguments.backend
-        print(f"{journal}: sent {done.sent}, {done.had} were there{skipped}; {where}")
+        print(f"{journal}: {_told(done, backend)}")
+    return 0
+
+
+def _replay_all(folder: Path, backend: str, run: str | None) -> int:
+    """Sends what is missing of every run in a folder; one that fails does not stop the others."""
+    folders = sorted(path.parent.name for path in folder.glob(f"*/{FILE_NAME}"))
+    if not folders:
+        _run_folder(folder)  # says what is wrong
+    if run is not None:
+        raise InvalidInputError(
+            f"{str(folder)!r} is a folder of runs: with --run, name one of them: {', '.join(folders)}"
+        )
+    runs, others = tracked_runs(folder, backend)
+    for reason in others.values():
+        print(f"gwa-logging: skipped {reason}", file=sys.stderr)
+    if not runs:
+        raise InvalidInputError(
+            f"{str(folder)!r}: no journal in it was written for a run of {backend}; replay one run's folder with --run ID, or "
+            f"--run {NEW}"
+        )
+    failed = 0
+    for tracked in runs:
+        names = ", ".join(str(journal.parent.relative_to(folder)) for journal in tracked.journals)
+        try:
+            print(f"{names}: {_told(replay(tracked.journals, backend), backend)}")
+        except (GwaError, OSError) as error:
+            print(f"gwa-logging: {names}:", *str(error).splitlines(), file=sys.stderr)
+            failed = 2
+    return failed
+
+
+def _told(done: Replayed, backend: str) -> str:
+    skipped = f", {done.skipped} lines of the journal skipped" if done.skipped else ""
+    repeated = f", {done.repeated} were repeated after a resume" if done.repeated else ""
+    return f"sent {done.sent}, {done.had} were there{repeated}{skipped}; {done.place.url or done.place.run or backend}"
 
 
 def _heads(arguments: argparse.Namespace) -> None:

@@ -101,7 +101,7 @@ class Delivery:
                 held = self._held  # after the records were read: those of a run that goes on come after `go_on`
                 if held is None:
                     # What an earlier close has written is replaced by what this one will know.
-                    self._held = held = getattr(self.backend, "held", Held)()._replace(closed=False)
+                    self._held = held = getattr(self.backend, "held", Held)()._replace(closes=frozenset())
                     if not self.backend.threaded and not self._closing.is_set():
                         return  # the training thread may not have waited
                 records, position = found

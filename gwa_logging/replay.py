@@ -1,10 +1,14 @@
-"""Sends what a tracker has missed, from a run's journal: after an outage, a crash, or a run that was not tracked at all.
+"""Sends what a tracker has missed, from the journals of a run: after an outage, a crash, or a run that was not tracked at all.
 
-The tracker is asked what it has. Records come to it in order, so everything after the last one that it has is missing;
-nothing is kept on the side, and sending twice sends nothing the second time.
+The tracker is asked which records it has, and gets the others, whatever their place in the run. Nothing is kept on the
+side, and sending twice sends nothing the second time.
+
+A run that was killed and resumed has several journals. They overlap where the resumed run repeated steps after its
+checkpoint: of two records about the same interval or epoch the later journal's counts, and is sent once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,9 +20,14 @@ from gwa_logging.types import (
     AnyRecord,
     Backend,
     CloseRecord,
+    EpochReport,
+    IntervalRecord,
     RunContext,
     RunPlace,
     RunRecord,
+    StopAlert,
+    SuspectsRecord,
+    TimedRecord,
 )
 
 NEW = "new"
@@ -29,43 +38,53 @@ class Replayed(NamedTuple):
     """What a replay did.
 
     Attributes:
-        sent: intervals, epochs, alerts and lists of suspects that were missing and are in the tracker now.
-        had: intervals, epochs, alerts and lists of suspects that the tracker had.
-        skipped: lines of the journal that were torn or not ours.
+        sent: intervals with a score, epochs, alerts and lists of suspects that were missing and are in the tracker now.
+        had: the same, which the tracker had already.
+        skipped: lines of the journals that were torn or not ours.
         place: the tracker's run.
+        repeated: records that a later journal of the same run, or a later line, replaces; they were not sent.
     """
 
     sent: int
     had: int
     skipped: int
     place: RunPlace
+    repeated: int = 0
 
 
-def replay(journal: Path, backend: str, run: str | None = None) -> Replayed:
+def replay(journals: Path | Sequence[Path], backend: str, run: str | None = None) -> Replayed:
     """Sends what is missing to a tracker's run.
 
     Args:
-        journal: a run's journal.jsonl, which no process is writing any more.
+        journals: a run's journal.jsonl, which no process is writing any more; or those of a run that was resumed, from
+            the first to the last.
         backend: "wandb", "mlflow", ... as in `watch`.
-        run: the tracker's run: what `watch(run=)` takes as text; None for the one that the journal was written for; "new" to
+        run: the tracker's run: what `watch(run=)` takes as text; None for the one that the journals were written for; "new" to
             start one.
 
     Raises:
-        InvalidInputError: the journal is empty or of another version, or no run is known and none was given.
-        BackendError: the tracker cannot be used, stops taking records, or a process is still writing the journal.
+        InvalidInputError: a journal is empty or of another version, or no run is known and none was given.
+        BackendError: the tracker cannot be used, stops taking records, or a process is still writing a journal.
     """
     if backend == "local":
         raise InvalidInputError("backend='local': that is the journal itself; name a tracker")
-    with journal.open("rb") as file:
-        lock(file)
-        reader = JournalReader(journal)
-        first = next((record for record in reader if isinstance(record, RunRecord)), None)
-        if first is None:
-            raise InvalidInputError(f"{journal}: there is no run in it (lines skipped: {reader.skipped})")
-        context = RunContext(first.name, _wanted(first, backend, run), journal.parent)
+    paths = [journals] if isinstance(journals, Path) else list(journals)
+    with ExitStack() as locks:
+        for path in paths:
+            lock(locks.enter_context(path.open("rb")))
+        first = _first(paths[-1])
+        context = RunContext(first.name, _wanted(first, backend, run), paths[-1].parent)
         tracker = registry.open_backend(backend, context)
         assert tracker is not None  # it is not "local"
-        return _send(JournalReader(journal), tracker)
+        return _send(paths, tracker)
+
+
+def _first(journal: Path) -> RunRecord:
+    reader = JournalReader(journal)
+    first = next((record for record in reader if isinstance(record, RunRecord)), None)
+    if first is None:
+        raise InvalidInputError(f"{journal}: there is no run in it (lines skipped: {reader.skipped})")
+    return first
 
 
 def _wanted(first: RunRecord, backend: str, run: str | None) -> str | None:
@@ -78,16 +97,20 @@ def _wanted(first: RunRecord, backend: str, run: str | None) -> str | None:
     return None if run == NEW else run or known
 
 
-def _send(reader: JournalReader, tracker: Backend) -> Replayed:
-    sent = had = 0
+def _send(journals: list[Path], tracker: Backend) -> Replayed:
+    sent = had = repeated = 0
     problem: Exception | None = None
+    readers = [JournalReader(journal) for journal in journals]
     try:
         held = tracker.held()
-        while records := reader.take(batch_of(tracker)):
-            missing = [record for record in records if not held.has(record)]
+        last = _last_of_each(journals)
+        for records in _batches(readers, batch_of(tracker)):
+            wanted = [record for number, record in records if last[_subject(record)] == number]
+            missing = [record for record in wanted if not held.has(record)]
             send(tracker, missing)
             sent += _counted(missing)
-            had += _counted(records) - _counted(missing)
+            had += _counted(wanted) - _counted(missing)
+            repeated += _counted([record for _, record in records]) - _counted(wanted)
     except Exception as error:  # noqa: BLE001 - whatever a tracker raises; raised again below
         problem = error
     try:
@@ -99,11 +122,73 @@ def _send(reader: JournalReader, tracker: Backend) -> Replayed:
             f"backend {tracker.name}: {sent} missing records were sent, then: {type(problem).__name__}: {problem}. "
             "Replay again to go on"
         ) from problem
-    return Replayed(sent, had, reader.skipped, tracker.place)
+    return Replayed(sent, had, sum(reader.skipped for reader in readers), tracker.place, repeated)
+
+
+def _batches(readers: Sequence[JournalReader], size: int) -> Iterator[list[tuple[int, AnyRecord]]]:
+    """The records of all journals with their numbers, counted through all of them."""
+    number = 0
+    for reader in readers:
+        while records := reader.take(size):
+            yield list(enumerate(records, number))
+            number += len(records)
+
+
+def _subject(record: AnyRecord) -> tuple[str, int]:
+    """What a record is about: of two records about the same, the later one counts."""
+    if isinstance(record, IntervalRecord | SuspectsRecord):
+        return record.kind, record.step
+    if isinstance(record, EpochReport | StopAlert):
+        return record.kind, record.epoch
+    return record.kind, 0
+
+
+def _last_of_each(journals: Sequence[Path]) -> dict[tuple[str, int], int]:
+    """The number of the last record about each subject, as `_batches` counts them."""
+    readers = [JournalReader(journal) for journal in journals]
+    return {_subject(record): number for batch in _batches(readers, 1000) for number, record in batch}
 
 
 def _counted(records: list[AnyRecord]) -> int:
-    return sum(not isinstance(record, RunRecord | CloseRecord) for record in records)
+    """How many records leave something in a tracker that can be read back."""
+    return sum(not isinstance(r, RunRecord | CloseRecord) and not _is_empty(r) for r in records)
+
+
+def _is_empty(record: AnyRecord) -> bool:
+    return isinstance(record, IntervalRecord) and not record.count
+
+
+class TrackedRun(NamedTuple):
+    """The journals that were written for one run of a tracker under one name, from the first to the last."""
+
+    run: str
+    name: str
+    journals: list[Path]
+
+
+def tracked_runs(directory: Path, backend: str) -> tuple[list[TrackedRun], dict[Path, str]]:
+    """Groups all journals in a folder of runs by the run of the tracker that they were written for.
+
+    Returns:
+        The runs, the one that was begun first at the beginning; and the journals that belong to none, with the reason.
+    """
+    found: dict[tuple[str, str], list[tuple[str, float, Path]]] = {}
+    others: dict[Path, str] = {}
+    for journal in sorted(directory.glob(f"**/{FILE_NAME}")):
+        try:
+            first = _first(journal)
+        except (InvalidInputError, OSError) as error:
+            others[journal] = str(error)
+            continue
+        run = first.places.get(backend, RunPlace()).run
+        if run is None:
+            others[journal] = f"{journal}: it was not written for a run of {backend} that could be found again"
+            continue
+        # Two runs can be created within a second; the times of their records tell them apart.
+        began = next((record.time for record in JournalReader(journal) if isinstance(record, TimedRecord)), 0.0)
+        found.setdefault((run, first.name), []).append((first.created, began, journal))
+    ordered = sorted((sorted(journals), key) for key, journals in found.items())
+    return [TrackedRun(*key, [path for *_, path in journals]) for journals, key in ordered], others
 
 
 def journals_of(folder: Path) -> Iterator[Path]:

@@ -5,9 +5,10 @@ as null and read back as NaN; wherever one can occur, the record's notes or flag
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable, Mapping
 from enum import StrEnum
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -409,37 +410,50 @@ class RunContext(NamedTuple):
 
 
 class Held(NamedTuple):
-    """What a tracker's run holds already.
+    """What a tracker's run holds already, as it is read back from the tracker.
+
+    A tracker can lack records in the middle: it was down, the process was killed, and the resumed run sent later ones. So
+    each field answers for single records. Any container with `in` will do; a tracker that knows only how far it has come
+    gives ranges, such as `range(last_step + 1)`.
 
     Attributes:
-        step: of the last interval, from 0; -1 if there is none.
-        epoch: the last one with a report, from 0; -1 if there is none.
-        alert: the epoch of the last stop alert; -1 if there is none.
-        closed: whether it has what a CloseRecord says.
-        suspects: the step of the last list of suspects; -1 if there is none.
+        intervals: steps of the intervals (`IntervalRecord.step`).
+        epochs: by epoch, how many samples its report is about, with and without a score; see `samples_by_epoch`.
+        alerts: epochs of the stop alerts.
+        suspects: steps of the lists of suspects.
+        closes: numbers of epochs (`CloseRecord.epochs`) of the ends that it has been sent.
     """
 
-    step: int = -1
-    epoch: int = -1
-    alert: int = -1
-    closed: bool = False
-    suspects: int = -1
+    intervals: Container[int] = frozenset()
+    epochs: Mapping[int, float] = MappingProxyType({})
+    alerts: Container[int] = frozenset()
+    suspects: Container[int] = frozenset()
+    closes: Container[int] = frozenset()
 
     def has(self, record: AnyRecord) -> bool:
-        """Whether the run has this record. The first one of a journal says the same every time.
+        """Returns True if the run has this record, or another one about the same interval, epoch, alert or list.
 
-        An epoch counts if the last step of it has come as well: otherwise the run was closed in the middle of it, and holds
-        what was known until then.
+        A report of fewer samples does not count: that run was closed in the middle of the epoch, and the record knows more.
+        A RunRecord is never held: it says the same every time.
         """
         if isinstance(record, IntervalRecord):
-            return record.step <= self.step
+            return record.step in self.intervals
         if isinstance(record, EpochReport):
-            return record.epoch < self.epoch or (record.epoch == self.epoch and record.step <= self.step)
+            seen = record.count + record.excluded
+            return self.epochs.get(record.epoch, -1.0) >= seen * (1 - 1e-6)  # some trackers keep float32
         if isinstance(record, StopAlert):
-            return record.epoch <= self.alert
+            return record.epoch in self.alerts
         if isinstance(record, SuspectsRecord):
-            return record.step <= self.suspects
-        return isinstance(record, CloseRecord) and self.closed
+            return record.step in self.suspects
+        return isinstance(record, CloseRecord) and record.epochs in self.closes
+
+
+def samples_by_epoch(reports: Iterable[tuple[int, float]]) -> dict[int, float]:
+    """`Held.epochs` from all reports that a tracker holds, in any order: pairs of the epoch and the number of samples."""
+    found: dict[int, float] = {}
+    for epoch, samples in reports:
+        found[epoch] = max(samples, found.get(epoch, -1.0))
+    return found
 
 
 class Backend(Protocol):
@@ -462,7 +476,7 @@ class Backend(Protocol):
     because something would go wrong if the user wrote at the same time; so `write` should take about a millisecond."""
 
     def held(self) -> Held:
-        """What the run has of ours already: `gwa-logging replay`, and a run that is resumed, send what comes after that."""
+        """What the run holds of this library's records: `gwa-logging replay` and a resumed run send the rest."""
         ...
 
     def write(self, record: AnyRecord) -> None:

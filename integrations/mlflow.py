@@ -12,6 +12,7 @@ import math
 import os
 import re
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ from gwa_logging.types import (
     RunRecord,
     StopAlert,
     SuspectsRecord,
+    samples_by_epoch,
 )
 
 logger = logging.getLogger("gwa_logging")
@@ -142,15 +144,23 @@ class MlflowBackend:
             BackendError: MLflow does not answer.
         """
         with _without_passwords():
-            data = self._client.get_run(self._run_id).data
-            alert = int(data.tags.get(f"{self._prefix}.alert.epoch", -1))
-            closed = f"{self._prefix}/best_epoch" in data.metrics
-            suspects = int(data.tags.get(f"{self._prefix}.suspects.step", -1))
-            return Held(self._last_step("step_mean"), self._last_step("mean"), alert, closed, suspects)
+            tags = self._client.get_run(self._run_id).data.tags
+            intervals, ends = (self._history(key) for key in ("step_mean", "best_epoch"))
+            samples = Counter[tuple[int, int]]()  # by epoch and time, because an epoch can have several reports
+            for metric in self._history("count") + self._history("excluded"):
+                samples[metric.step, metric.timestamp] += metric.value
+            return Held(
+                intervals=frozenset(metric.step for metric in intervals),
+                epochs=samples_by_epoch((epoch, total) for (epoch, _), total in samples.items()),
+                # Only the last alert and the last list can be in MLflow: sending an older one would replace it.
+                alerts=range(int(tags.get(f"{self._prefix}.alert.epoch", -1)) + 1),
+                suspects=range(int(tags.get(f"{self._prefix}.suspects.step", -1)) + 1),
+                closes=frozenset(metric.step + 1 for metric in ends),
+            )
 
-    def _last_step(self, key: str) -> int:
-        history = self._client.get_metric_history(self._run_id, f"{self._prefix}/{key}")
-        return max((metric.step for metric in history), default=-1)
+    def _history(self, key: str) -> list[Metric]:
+        """All values of a metric; MLflow's client asks for as many pages as there are."""
+        return list(self._client.get_metric_history(self._run_id, f"{self._prefix}/{key}"))
 
     def close(self) -> None:
         """Ends the run if it is ours; adds the journal and the report to it, in a folder of the name that metrics have.

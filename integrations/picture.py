@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from gwa_logging.histogram import Histogram
 from gwa_logging.timeline import Heatmap, Timeline
 from gwa_logging.types import IntervalRecord
 
@@ -42,7 +43,7 @@ class PictureSeries:
         self._timeline = Timeline(COLUMNS)
         self._since = 0
         self._drawn = -PAUSE
-        self._first_epoch = self._last_epoch = 0
+        self._first_epoch = self._last_epoch = self._last_step = 0
 
     @property
     def news(self) -> bool:
@@ -50,9 +51,19 @@ class PictureSeries:
         return self._since > 0
 
     def add(self, interval: IntervalRecord) -> bool:
-        """Takes in the next interval; whether it is time for a picture, epochs aside."""
+        """Takes in the next interval; whether it is time for a picture, epochs aside.
+
+        Steps that are left out, because the tracker has them already, stay white. An interval that comes late, after later
+        ones, is not in the picture.
+        """
         first = not len(self._timeline)
+        begins = interval.step - interval.steps + 1
+        if not first and begins <= self._last_step:
+            return False
+        if not first and begins > self._last_step + 1:
+            self._timeline.add(_nothing(interval, steps=begins - self._last_step - 1))
         self._timeline.add(interval)
+        self._last_step = interval.step
         self._since += 1
         self._last_epoch = interval.epoch
         if first:
@@ -69,6 +80,12 @@ class PictureSeries:
         self._since, self._drawn = 0, monotonic()
         first, last = self._first_epoch, self._last_epoch
         return draw(self._timeline.heatmap(), f"epoch {last}" if first == last else f"epochs {first} to {last}")
+
+
+def _nothing(before: IntervalRecord, steps: int) -> IntervalRecord:
+    """An interval without scores, right before another one."""
+    empty = {"count": 0, "excluded": 0, "mean": np.nan, "minimum": np.nan, "maximum": np.nan, "histogram": Histogram()}
+    return before.model_copy(update={"step": before.step - before.steps, "steps": steps, **empty})
 
 
 def draw(heatmap: Heatmap, title: str) -> Image.Image:

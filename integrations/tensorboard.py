@@ -8,13 +8,14 @@ A record is one event: it is in the file as a whole or not at all. TensorBoard k
 """
 
 import os
+from collections import Counter
 from os import PathLike
 from pathlib import Path
 from time import sleep, time
 from typing import Any
 
 import numpy as np
-from tensorboard.backend.event_processing.event_accumulator import SCALARS, TENSORS, EventAccumulator
+from tensorboard.backend.event_processing.event_accumulator import SCALARS, TENSORS, EventAccumulator, ScalarEvent
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
 from tensorboard.plugins.text.summary_v2 import text_pb
@@ -33,6 +34,7 @@ from gwa_logging.types import (
     RunRecord,
     StopAlert,
     SuspectsRecord,
+    samples_by_epoch,
 )
 
 
@@ -82,16 +84,23 @@ class TensorBoardBackend:
         events = EventAccumulator(self._folder, size_guidance={SCALARS: 0, TENSORS: 0}).Reload()
         tags, texts = events.Tags()[SCALARS], events.Tags()[TENSORS]
 
-        def steps(key: str) -> list[int]:
+        def scalars(key: str) -> list[ScalarEvent]:
             tag = f"{self._prefix}/{key}"
-            return [event.step for event in events.Scalars(tag)] if tag in tags else []
+            return events.Scalars(tag) if tag in tags else []
 
-        alerts = steps("stop_epoch")
-        step, epoch, alert = (max(found, default=-1) for found in (steps("step_mean"), steps("mean"), alerts))
-        closed = len(steps("best_epoch")) > len(alerts)  # each alert names the best epoch, and so does the end
+        # Both numbers are in the same event, so they come in the same order.
+        reports = zip(scalars("count"), scalars("excluded"), strict=True)
+        alerts = Counter(event.step for event in scalars("stop_epoch"))
+        # Each alert names the best epoch, and so does the end.
+        ends = Counter(event.step for event in scalars("best_epoch")) - alerts
         table = f"{self._prefix}/suspects"
-        suspects = max((event.step for event in events.Tensors(table)), default=-1) if table in texts else -1
-        return Held(step=step, epoch=epoch, alert=alert, closed=closed, suspects=suspects)
+        return Held(
+            intervals=frozenset(event.step for event in scalars("step_mean")),
+            epochs=samples_by_epoch((count.step, count.value + excluded.value) for count, excluded in reports),
+            alerts=frozenset(alerts),
+            suspects=frozenset(event.step for event in events.Tensors(table)) if table in texts else frozenset(),
+            closes=frozenset(step + 1 for step in ends),
+        )
 
     def write(self, record: AnyRecord) -> None:
         """Writes one record, and has the file hold it before it returns."""

@@ -32,6 +32,7 @@ from gwa_logging.types import (
     RunRecord,
     StopAlert,
     SuspectsRecord,
+    samples_by_epoch,
 )
 
 ALERT_TITLE = "GWA: stop"
@@ -92,18 +93,19 @@ class TrackioBackend:
     def held(self) -> Held:
         """What Trackio has stored of ours; nothing if it is not stored here."""
         where, name, run_id = self.run.project, self.run.name, self.run.id
-        steps: dict[str, list[int]] = {"step_mean": [], "mean": [], "best_epoch": [], "suspects_of": []}
-        for row in SQLiteStorage.get_logs(where, name, run_id=run_id, scalar_only=True):
-            for key, found in steps.items():
-                if f"{self._prefix}/{key}" in row:
-                    found.append(row["step"])
+        rows = SQLiteStorage.get_logs(where, name, run_id=run_id, scalar_only=True)
         alerts = SQLiteStorage.get_alerts(where, name, run_id=run_id)
+        count, excluded = (f"{self._prefix}/{key}" for key in ("count", "excluded"))
+
+        def steps(key: str) -> frozenset[int]:
+            return frozenset(row["step"] for row in rows if f"{self._prefix}/{key}" in row)
+
         return Held(
-            step=max(steps["step_mean"], default=-1),
-            epoch=max(steps["mean"], default=-1),
-            alert=max((alert["step"] for alert in alerts if alert["title"] == ALERT_TITLE), default=-1),
-            closed=bool(steps["best_epoch"]),
-            suspects=max(steps["suspects_of"], default=-1),
+            intervals=steps("step_mean"),
+            epochs=samples_by_epoch((row["step"], row[count] + row[excluded]) for row in rows if count in row),
+            alerts=frozenset(alert["step"] for alert in alerts if alert["title"] == ALERT_TITLE),
+            suspects=steps("suspects_of"),
+            closes=frozenset(step + 1 for step in steps("best_epoch")),
         )
 
     def write(self, record: AnyRecord) -> None:

@@ -12,6 +12,10 @@ into row k, as if they logged it with `step=epoch`: that commits the row before,
 `step=epoch` theirs still lands. W&B's summary says whether they log: it has every key of the rows that are committed.
 Their first row, while it is open, is overlooked, and may be committed by ours.
 
+A late record is appended like any other: its axis, `gwa/step` or `gwa/epoch`, is a metric of the row and may be lower than in
+the row before. So what an outage kept from W&B can be sent in any order. A row of merged intervals says which steps it
+covers, `gwa/covers`, so that it can be read back which intervals the run holds.
+
 All this takes that the user does not log between our look at the step and our log: the training thread stands still
 meanwhile, but not for ever. Where W&B has taken longer, an interval can be missing in it or be counted twice; rows of
 the user's cannot, and the journal has every interval.
@@ -23,7 +27,7 @@ import json
 import sys
 from base64 import b64decode
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from importlib.util import find_spec
 from io import BytesIO
@@ -35,6 +39,7 @@ from time import sleep
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import wandb
 
 from gwa_logging.errors import BackendError, InvalidInputError
@@ -53,6 +58,7 @@ from gwa_logging.types import (
     RunRecord,
     StopAlert,
     SuspectsRecord,
+    samples_by_epoch,
 )
 
 ALERT_TITLE = "GWA: stop"
@@ -151,24 +157,33 @@ class WandbBackend:
         Raises:
             BackendError: what is on disk cannot be read.
         """
-        keys = [f"{self._prefix}/{key}" for key in ("step", "epoch", "stop_epoch", "suspects_step")]
-        found = dict.fromkeys(keys, -1)
-        for row in self._rows(*keys) if not self.run.disabled else ():
-            found |= {key: max(found[key], int(row[key])) for key in keys if key in row}
-        step, epoch, alert, suspects = (found[key] for key in keys)
-        return Held(step, epoch, alert, suspects=suspects)
+        begin = f"{self._prefix}/"
+        intervals: list[tuple[int, int]] = []
+        reports: list[tuple[int, float]] = []
+        alerts, suspects = set[int](), set[int]()
+        for row in self._rows() if not self.run.disabled else ():
+            of = {key.removeprefix(begin): value for key, value in row.items() if key.startswith(begin)}
+            if "step" in of:
+                intervals += of.get("covers", [(of["step"], of["step"])])
+            if "count" in of:
+                reports.append((of["epoch"], of["count"] + of["excluded"]))
+            alerts.update(of.get("stop_epochs", ()))
+            suspects.update(of.get("suspects_steps", ()))
+        return Held(_Steps(intervals), samples_by_epoch(reports), alerts, suspects)
 
-    def _rows(self, step: str, epoch: str, *others: str) -> Iterator[Mapping[str, Any]]:
-        """Rows of the history, and of the summary what is only there: the rest of it can be ahead of the history."""
+    def _rows(self) -> Iterator[Mapping[str, Any]]:
+        """The rows of the history with our axes, and what only the summary has: the rest of it can be ahead of the history."""
+        only_in_summary = [f"{self._prefix}/{key}" for key in ("stop_epochs", "suspects_steps")]
         if self.run.offline:
             for folder in _folders(self.run):
                 for kind, row in _rows_in(folder):
-                    yield row if kind == "history" else {key: row.get(key, -1) for key in others}
+                    yield row if kind == "history" else {key: row[key] for key in only_in_summary if key in row}
         else:
             run = wandb.Api().run(self.run.path)
-            yield {key: run.summary.get(key, -1) for key in others}  # type: ignore[no-untyped-call]
-            yield from run.scan_history(keys=[step])
-            yield from run.scan_history(keys=[epoch])
+            yield {key: run.summary.get(key, ()) for key in only_in_summary}  # type: ignore[no-untyped-call]
+            # A scan gives the rows that have all of its keys, and nothing else of them.
+            for keys in (["step"], ["step", "covers"], ["epoch", "count", "excluded"]):
+                yield from run.scan_history(keys=[f"{self._prefix}/{key}" for key in keys])
 
     def write(self, record: AnyRecord) -> None:
         """Writes one record. Takes about a millisecond; does not wait for the network.
@@ -186,12 +201,12 @@ class WandbBackend:
             self._log(record)
         elif isinstance(record, StopAlert):
             best = {"best_epoch": record.best_epoch, "best_value": record.best_value, "stop_epoch": record.epoch}
-            self._summarise(best)
+            self._summarise({**best, **self._with("stop_epochs", record.epoch)})
             # Last, because a record that fails is written again, and W&B does not drop the second of two alerts.
             self.run.alert(title=ALERT_TITLE, text=_alert_text(record), level="WARN")
         elif isinstance(record, SuspectsRecord):
             self.run.log({f"{self._prefix}/suspects": _table(record)}, commit=self._guest is None)
-            self._summarise({"suspects_step": record.step})
+            self._summarise(self._with("suspects_steps", record.step))
         elif isinstance(record, CloseRecord):
             if record.best_epoch is not None:
                 self._summarise({"best_epoch": record.best_epoch, "best_value": record.best_value})
@@ -215,8 +230,26 @@ class WandbBackend:
         elif row := _row(self._prefix, record):
             self.run.log(row, commit=True)
 
-    def _summarise(self, values: dict[str, float]) -> None:
+    def _with(self, key: str, entry: int) -> dict[str, list[int]]:
+        """A list of the summary, with one more entry."""
+        entries = self.run.summary.get(f"{self._prefix}/{key}") or ()  # type: ignore[no-untyped-call]
+        return {key: sorted({*entries, entry})}
+
+    def _summarise(self, values: Mapping[str, Any]) -> None:
         self.run.summary.update({f"{self._prefix}/{key}": value for key, value in values.items()})
+
+
+class _Steps:
+    """Steps as ranges: few, however long the run."""
+
+    def __init__(self, ranges: Iterable[Sequence[int]] = ()) -> None:
+        """Takes ranges (first, last), both inclusive, in any order; they may overlap."""
+        by_first = np.array(sorted(map(tuple, ranges)), dtype=np.int64).reshape(-1, 2)
+        self._firsts, self._lasts = by_first[:, 0], np.maximum.accumulate(by_first[:, 1])
+
+    def __contains__(self, step: object) -> bool:
+        before = int(np.searchsorted(self._firsts, step, side="right"))  # type: ignore[call-overload]
+        return before > 0 and bool(step <= self._lasts[before - 1])
 
 
 class _Guest:
@@ -228,31 +261,41 @@ class _Guest:
         self._writers = writers
         self._step: int | None = None  # of the row that holds the following two; None: there is nothing of ours
         self._interval: IntervalRecord | None = None
+        self._covers: tuple[tuple[int, int], ...] = ()  # the steps of that interval, as ranges
         self._has_epoch = False
         self._waiting: deque[EpochReport] = deque()
 
     def log(self, record: IntervalRecord | EpochReport) -> None:
         """Adds a record to the open row; an epoch's opens its own if the user does not log."""
-        step = self.run.step
+        step = self._open_row()
         opens = isinstance(record, EpochReport) and step < record.epoch and not self._user_logs(step)
         if opens:
             step = record.epoch
-        interval, has_epoch = (self._interval, self._has_epoch) if step == self._step else (None, False)
+        same_row = step == self._step
+        interval, covers = (self._interval, self._covers) if same_row else (None, ())
+        has_epoch = same_row and self._has_epoch
         waiting = deque(self._waiting)
         row: dict[str, Any] = {}
         if isinstance(record, EpochReport):
             waiting.append(record)
         elif record.count:
             interval = record if interval is None else interval.merge(record)
+            covers = _covering(covers, record)
             row |= _row(self._prefix, interval)
+            if interval is not record:
+                row[f"{self._prefix}/covers"] = covers
         if waiting and not has_epoch:
             row |= _row(self._prefix, waiting.popleft())
             has_epoch = True
         if row:
             # With a step W&B rather drops ours than moves past a row that the user may have opened meanwhile.
             self.run.log(row, step=step if opens else None, commit=False)
-            self._step, self._interval, self._has_epoch = step, interval, has_epoch
+            self._step, self._interval, self._covers, self._has_epoch = step, interval, covers, has_epoch
         self._waiting = waiting
+
+    def _open_row(self) -> int:
+        """The step of the open row. In a run that was resumed W&B says 0 before the first `log`."""
+        return max(self.run.step, self.run.starting_step)
 
     def _user_logs(self, step: int) -> bool:
         keys = list(self.run.summary.keys())  # type: ignore[no-untyped-call]
@@ -265,7 +308,7 @@ class _Guest:
         So W&B's step moves only if epochs had to wait: if the user has logged less often than once per epoch.
         """
         while self._waiting:
-            step = self.run.step
+            step = self._open_row()
             if step == self._step and self._has_epoch:
                 self.run.log({}, commit=True)
                 self._step = None
@@ -273,6 +316,15 @@ class _Guest:
             self.run.log(_row(self._prefix, self._waiting[0]), commit=False)
             self._waiting.popleft()
             self._step, self._has_epoch = step, True
+
+
+def _covering(ranges: tuple[tuple[int, int], ...], record: IntervalRecord) -> tuple[tuple[int, int], ...]:
+    """Ranges of steps and those of one more interval; one that follows the last range makes it longer."""
+    first = record.step - record.steps + 1
+    if ranges and ranges[-1][1] + 1 == first:
+        first = ranges[-1][0]
+        ranges = ranges[:-1]
+    return (*ranges, (first, record.step))
 
 
 def _row(prefix: str, record: IntervalRecord | EpochReport) -> dict[str, Any]:
@@ -307,7 +359,7 @@ def _table(record: SuspectsRecord) -> wandb.Table:
 def _define_metrics(run: wandb.Run, prefix: str) -> None:
     """Gives every key its axis, by its exact name: a pattern would lose against the user's own, at random."""
     axes = {
-        "step": (*(f"scores{subkey}" for subkey in HISTOGRAM_SUBKEYS), *STEP_KEYS, *QUANTILES),
+        "step": (*(f"scores{subkey}" for subkey in HISTOGRAM_SUBKEYS), *STEP_KEYS, *QUANTILES, "covers"),
         "epoch": tuple(EPOCH_KEYS),
     }
     for axis, keys in axes.items():

@@ -5,10 +5,12 @@ import math
 import re
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
@@ -444,6 +446,20 @@ def test_an_interval_without_a_score_writes_no_metric(client: MlflowClient, tmp_
     assert picture_steps(client, where.run) == [0]
 
 
+def test_a_run_of_more_intervals_than_mlflow_gives_in_a_page_is_known_whole(
+    client: MlflowClient, tmp_path: Path
+) -> None:
+    backend = open_backend(context(client, tmp_path))
+    steps = [step for step in range(26_000) if step != 25_007]
+    rows = [("gwa/step_mean", 0.5, step, step, backend.run, 0) for step in steps]
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database, database:
+        columns = "key, value, timestamp, step, run_uuid, is_nan"
+        database.executemany(f"INSERT INTO metrics ({columns}) VALUES (?, ?, ?, ?, ?, ?)", rows)
+    held = backend.held()
+    assert [step for step in range(26_002) if step not in held.intervals] == [25_007, 26_000, 26_001]
+    backend.close()
+
+
 def test_every_key_and_tag_has_the_name_that_the_user_gave(client: MlflowClient, tmp_path: Path) -> None:
     where = context(client, tmp_path, name="student-1.b")
     backend = open_backend(where)
@@ -508,6 +524,15 @@ def test_a_long_epoch_has_a_picture_at_its_first_interval_and_then_one_every_so_
             pictures.draw()
     assert due == [0, INTERVALS_PER_PICTURE, 2 * INTERVALS_PER_PICTURE]
     assert pictures.news
+
+
+def test_steps_that_the_tracker_has_already_are_white_in_a_picture_of_those_it_lacked() -> None:
+    pictures = PictureSeries()
+    for step in (19, 29, 79, 9, 89):  # the fourth one comes late
+        pictures.add(interval(step, steps=10))
+    heatmap = pictures._timeline.heatmap()
+    assert heatmap.steps.tolist() == [10, 20, 30, 70, 80, 90]
+    assert heatmap.shares.sum(axis=0) == pytest.approx([1, 1, 0, 1, 1])
 
 
 def test_pictures_leave_a_pause_for_training(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ import json
 import multiprocessing
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from gwa_logging.cli import main
 from gwa_logging.faults import Faults
 from gwa_logging.journal import FILE_NAME, Journal, read_journal
 from gwa_logging.replay import replay
-from gwa_logging.types import AnyRecord
+from gwa_logging.types import RECORDS, AnyRecord
 from tests.trackers import (
     OnMlflow,
     OnMlflowServer,
@@ -106,6 +106,123 @@ def test_what_is_missing_is_sent_once_and_nothing_the_second_time(name: str, fol
     again = replay(folder / FILE_NAME, tracker.backend, run)
     assert (again.sent, again.had) == (0, len(counted))
     check(tracker, run, records)
+
+
+def without(folder: Path, missing: Callable[[AnyRecord], bool], name: str = "outage") -> Path:
+    """A copy of a journal that lacks some records: what a tracker has been sent that was down for a while."""
+    lines = (folder / FILE_NAME).read_bytes().splitlines(keepends=True)
+    other = folder.parent / name / FILE_NAME
+    other.parent.mkdir(parents=True)
+    other.write_bytes(b"".join(line for line in lines if not missing(RECORDS.validate_json(line))))
+    return other
+
+
+@pytest.mark.parametrize("name", TRACKERS)
+def test_what_an_outage_in_the_middle_has_cost_is_sent_though_the_tracker_has_later_records(
+    name: str, folder: Path, monkeypatch
+) -> None:
+    tracker = TRACKERS[name]()
+    tracker.set_up(folder.parent, monkeypatch)
+    records = read_journal(folder / FILE_NAME)[0]
+    (alert,) = (record for record in records if record.kind == "alert")
+
+    def missed(record: AnyRecord) -> bool:
+        if record.kind == "interval":
+            return 5 <= record.step < 16 or record.step == 20
+        return record.kind == "alert" or (record.kind == "epoch" and record.epoch == alert.epoch)
+
+    first = replay(without(folder, missed), tracker.backend, "new")
+    run = first.place.run
+    rest = replay(folder / FILE_NAME, tracker.backend, run)
+    assert (rest.sent, rest.had) == (sum(map(missed, records)), first.sent)
+    held = tracker.read_again(run)
+    for key, values in numbers_in(records).items():
+        assert sorted(held.numbers[key]) == [(step, float(tracker.precision(value))) for step, value in values]
+    assert sorted(held.totals) == (totals_in(records) if held.totals else [])
+    assert len(held.alerts) == 1
+    assert replay(folder / FILE_NAME, tracker.backend, run).sent == 0
+
+
+@pytest.fixture
+def killed_and_resumed(recorded: Path, tmp_path: Path) -> tuple[Path, str]:
+    """A folder with two journals for one run of TensorBoard: killed after step 13, resumed from a checkpoint after 9; and
+    beside them one for no tracker, and one of a process that was killed before its first line. Of the records that are in both
+    journals, the second has other numbers."""
+    run = str(tmp_path / "log directory")
+    runs = tmp_path / "runs"
+    for name, steps, created, shift in (("b", (0, 13), "01", 0.0), ("a", (10, 99), "02", 0.5)):
+        records = []
+        for record in read_journal(recorded / FILE_NAME)[0]:
+            if record.kind == "run":
+                places = {"tensorboard": {"run": run, "url": None}}
+                records.append({**record.model_dump(mode="json"), "created": f"2026-01-{created}", "places": places})
+            elif record.kind not in ("interval", "epoch") or steps[0] <= record.step <= steps[1]:
+                change = {"mean": record.mean + shift} if record.kind in ("interval", "epoch") else {}
+                records.append({**record.model_dump(mode="json"), **change})
+        (runs / name).mkdir(parents=True)
+        (runs / name / FILE_NAME).write_text("".join(json.dumps(record) + "\n" for record in records))
+    shutil.copytree(recorded, runs / "untracked")
+    (runs / "empty").mkdir()
+    (runs / "empty" / FILE_NAME).touch()
+    return runs, run
+
+
+def means(run: str) -> dict[str, dict[int, float]]:
+    numbers = OnTensorBoard().read(run).numbers
+    found = {key: dict(numbers[key]) for key in ("step_mean", "mean")}
+    assert {key: len(values) for key, values in found.items()} == {key: len(numbers[key]) for key in found}
+    return found
+
+
+def test_a_folder_with_the_journals_of_a_resumed_run_is_sent_as_one_run(killed_and_resumed, recorded, capsys) -> None:
+    runs, run = killed_and_resumed
+    assert main(["replay", str(runs), "--backend", "tensorboard"]) == 0
+    told = capsys.readouterr()
+    records = [r for r in read_journal(recorded / FILE_NAME)[0] if r.kind in ("interval", "epoch")]
+    expected = {
+        kind: {position(r): pytest.approx(r.mean + (0.5 if r.step >= 10 else 0.0)) for r in records if r.kind == kind}
+        for kind, position in (("interval", lambda r: r.step), ("epoch", lambda r: r.epoch))
+    }
+    assert means(run) == {"step_mean": expected["interval"], "mean": expected["epoch"]}
+    both = sum(10 <= r.step <= 13 for r in records) + 1  # and the alert
+    assert re.fullmatch(
+        rf"b, a: sent {len(records) + 1}, 0 were there, {both} were repeated after a resume; \S+",
+        told.out.strip().replace(run, "run"),
+    )
+    assert "untracked" in told.err
+    assert "there is no run in it" in told.err
+    assert main(["replay", str(runs), "--backend", "tensorboard"]) == 0
+    assert f"sent 0, {len(records) + 1} were there" in capsys.readouterr().out
+
+
+def test_what_the_tracker_has_of_the_first_journal_is_not_sent_again_from_the_second(killed_and_resumed) -> None:
+    runs, run = killed_and_resumed
+    replay(runs / "b" / FILE_NAME, "tensorboard")
+    before = means(run)
+    assert main(["replay", str(runs), "--backend", "tensorboard"]) == 0
+    after = means(run)
+    assert {key: {step: after[key][step] for step in before[key]} for key in before} == before
+    assert len(after["mean"]) == EPOCHS
+
+
+def test_one_run_of_a_folder_that_cannot_be_replayed_does_not_stop_the_others(killed_and_resumed, capsys) -> None:
+    runs, run = killed_and_resumed
+    text = (runs / "b" / FILE_NAME).read_text()
+    (runs / "a file").touch()
+    (runs / "c").mkdir()
+    (runs / "c" / FILE_NAME).write_text(text.replace(run, f"{runs}/a file"))
+    assert main(["replay", str(runs), "--backend", "tensorboard"]) == 2
+    told = capsys.readouterr()
+    assert "b, a: sent" in told.out
+    assert re.search("c: .*cannot be written", told.err)
+
+
+def test_a_folder_without_a_run_of_this_backend_and_a_run_for_many_are_refused(killed_and_resumed, capsys) -> None:
+    runs, run = killed_and_resumed
+    assert main(["replay", str(runs), "--backend", "mlflow"]) == 2
+    assert "no journal in it was written for a run of mlflow" in capsys.readouterr().err
+    assert main(["replay", str(runs), "--backend", "tensorboard", "--run", run]) == 2
+    assert "with --run, name one of them: a, b, empty, untracked" in capsys.readouterr().err
 
 
 def test_the_run_that_was_logged_to_is_found_without_naming_it(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -71,7 +71,7 @@ def test_a_folder_is_found_again_though_the_user_has_gone_elsewhere(
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert (backend.run, backend.place.run) == ("runs", str(tmp_path / "runs"))
     backend.write(ALERT)
-    assert backend.held() == open_in(tmp_path, backend.place.run).held() == Held(alert=7)
+    assert backend.held() == open_in(tmp_path, backend.place.run).held() == Held(alerts={7})
 
 
 @pytest.mark.parametrize("form", [str, Path, SummaryWriter, lambda folder: SimpleNamespace(logdir=str(folder))])
@@ -210,16 +210,17 @@ def test_a_run_without_a_best_epoch_names_none(tmp_path: Path) -> None:
 
 def test_a_later_backend_knows_what_the_folder_holds(tmp_path: Path) -> None:
     first = open_in(tmp_path)
-    assert first.held() == Held(step=-1, epoch=-1, alert=-1)
+    assert first.held() == Held()
     for step in (0, 20, 40):
         first.write(interval([0.1, 0.2], step))
     first.write(AlignmentSummary.from_scores([0.1, 0.2, 0.4]).report(epoch=3))
     first.write(ALERT)
     first.close()
     second = open_in(tmp_path / "elsewhere", first.place.run)
-    assert second.held() == Held(step=40, epoch=3, alert=7, closed=False)
+    held = Held(intervals={0, 20, 40}, epochs={3: 3}, alerts={7})
+    assert second.held() == held
     second.write(CloseRecord(epochs=8, steps=41, best_epoch=2, best_value=0.5, faults={}))
-    assert second.held() == Held(step=40, epoch=3, alert=7, closed=True)
+    assert second.held() == held._replace(closes={8})
     assert open_in(tmp_path, name="other").held() == Held()
 
 

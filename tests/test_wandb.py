@@ -19,7 +19,7 @@ from gwa_logging import BackendError, EarlyStop, InvalidInputError, Monitor, del
 from gwa_logging.errors import GwaError
 from gwa_logging.integrations.wandb import WandbBackend, open_backend
 from gwa_logging.journal import read_journal
-from gwa_logging.types import EpochReport, IntervalRecord, RunContext, StopAlert
+from gwa_logging.types import EpochReport, IntervalRecord, RunContext, StopAlert, StopReason, SuspectsRecord
 from tests import trackers
 from tests.trackers import BATCH, BATCHES, OnDisk, OnWandb, folder_of, read_back, run_of, start_run
 
@@ -316,6 +316,43 @@ def test_an_interval_without_a_score_leaves_no_row(tmp_path: Path, owned: bool) 
     disk = read_back(folder_of(run))
     assert [row["gwa/step"] for row in disk.history] == [1]
     assert samples_in(disk.history) == 2
+
+
+def test_a_row_of_merged_intervals_says_which_of_them_it_holds(tmp_path: Path) -> None:
+    run = start_run(tmp_path)
+    backend = WandbBackend(run, "gwa", owned=False)
+    scored = gwa_logging.AlignmentSummary.from_scores([0.1, -0.2])
+    for step in (0, 1, 2, 10, 11, 12):  # a resumed run leaves out what the tracker has
+        backend.write(interval_of(scored, step))
+    run.log({"step": 7, "epoch": 0, "count": 3, "excluded": 0})  # the user's keys, without our prefix
+    backend.write(interval_of(scored, 20))
+    backend.close()
+    run.finish()
+    rows = [(row["gwa/step"], row.get("gwa/covers")) for row in read_back(folder_of(run)).history]
+    assert rows == [(12, [[0, 2], [10, 12]]), (20, None)]
+    held = backend.held()
+    assert [step for step in range(-1, 25) if step in held.intervals] == [0, 1, 2, 10, 11, 12, 20]
+    assert held.epochs == {}
+
+
+def test_every_alert_and_list_of_suspects_is_held_not_only_the_last(tmp_path: Path) -> None:
+    run = start_run(tmp_path)
+    backend = WandbBackend(run, "gwa", owned=True)
+    alert = StopAlert(
+        epoch=2,
+        best_epoch=1,
+        statistic="separation",
+        value=0.1,
+        best_value=0.2,
+        reason=StopReason.DECLINE,
+        message="stop",
+    )
+    for epoch in (9, 5):
+        backend.write(alert.model_copy(update={"epoch": epoch}))
+        backend.write(SuspectsRecord(step=10 * epoch, epoch=epoch, samples=3, suspects=()))
+    backend.close()
+    held = backend.held()
+    assert (held.alerts, held.suspects) == ({5, 9}, {50, 90})
 
 
 def interval_of(summary: gwa_logging.AlignmentSummary, step: int) -> IntervalRecord:
@@ -617,7 +654,7 @@ def test_in_shared_mode_every_record_is_a_row_and_the_run_goes_on(
 
 HISTOGRAM = ("scores", "scores._type", "scores.bins", "scores.values")
 AXES = {
-    "step": (*HISTOGRAM, "step_mean", "negative_fraction", "q05", "q25", "q50", "q75", "q95"),
+    "step": (*HISTOGRAM, "step_mean", "negative_fraction", "q05", "q25", "q50", "q75", "q95", "covers"),
     "epoch": ("gwa", "stable", "separation", "mean", "std", "excess_kurtosis", "excluded", "count"),
 }
 

@@ -1,0 +1,147 @@
+"""A training that tests kill and resume: without a framework, so that a process begins within a tenth of a second.
+
+The scores of a step depend on its number alone. So a run that was killed and resumed, however often, must leave the same
+records as one that was not.
+"""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gwa_logging import EarlyStop, Monitor, delivery
+from gwa_logging._watch import _open
+from gwa_logging.settings import WatchSettings
+from gwa_logging.summary import AlignmentSummary
+from gwa_logging.types import AnyRecord
+
+STEPS = 21
+"""Steps, and so intervals, in an epoch."""
+
+CHECKPOINT_EVERY = 5
+STEP_TAKES = 0.002  # seconds; otherwise a training would be over before any tracker has taken anything
+
+
+class Taken(NamedTuple):
+    """A summary that is on the host already."""
+
+    summary: AlignmentSummary
+
+    def ready(self) -> bool:
+        return True
+
+    def result(self) -> AlignmentSummary:
+        return self.summary
+
+
+class HostAdapter:
+    """What a framework does for the monitor, for scores that are NumPy arrays."""
+
+    head, path, shape = "scores by step", "", (2, 2)
+    writes, processes = True, 1
+
+    def __init__(self) -> None:
+        self._summary = AlignmentSummary()
+        self._on_step: Callable[[], None]
+
+    def start(self, on_step: Callable[[], None]) -> None:
+        self._on_step = on_step
+
+    def observe(self, scores: Any, samples: Any) -> None:
+        self._summary = self._summary.merge(AlignmentSummary.from_scores(scores))
+        self._on_step()
+
+    def snapshot(self) -> Taken:
+        taken, self._summary = Taken(self._summary), AlignmentSummary()
+        return taken
+
+    def reduce(self, summary: AlignmentSummary) -> AlignmentSummary:
+        return summary
+
+    def nothing_seen(self) -> str:
+        return "call update"
+
+    def close(self) -> None:
+        """There is nothing to undo."""
+
+
+class Model:
+    """Something that can be watched."""
+
+
+def watch(model: Model, directory: Path, backend: str, run: str | None = None) -> Monitor:
+    """As `gwa_logging.watch`; the alert fires in the fourth epoch."""
+    settings = WatchSettings(
+        backend=backend,
+        run=run,
+        log_every_n_steps=1,
+        early_stop=EarlyStop(patience=3, warmup=0, min_delta=1e9, drop=0),
+    )
+    module: Any = SimpleNamespace(attach=lambda *_: HostAdapter(), subject=lambda model: model)
+    return _open(module, model, settings, directory / f"{time.time_ns()}")
+
+
+def step(monitor: Monitor, number: int) -> None:
+    """Trains a step; with the last one of an epoch it is closed."""
+    monitor.update(np.random.default_rng(number).normal(0.2, 0.3, size=16).clip(-1, 1))
+    if number % STEPS == STEPS - 1:
+        monitor.end_epoch()
+
+
+def train(
+    folder: str, backend: str, run: str | None, environment: dict[str, str], steps: int, ticks: Connection
+) -> None:
+    """Trains from the last checkpoint up to `steps`.
+
+    After each step it sends the number of steps done, and continues when it is answered.
+    """
+    os.environ.pop("WANDB_SERVICE", None)  # the wandb-core of the test's own process
+    os.environ.update(environment)
+    model, checkpoint = Model(), Path(folder) / "checkpoint.json"
+    monitor = watch(model, Path(folder) / "runs", backend, run)
+    first = 0
+    if checkpoint.exists():
+        saved = json.loads(checkpoint.read_text())
+        monitor.load_state_dict(saved)
+        first = saved["step"]
+    for number in range(first, steps):
+        step(monitor, number)
+        time.sleep(STEP_TAKES)
+        if number % CHECKPOINT_EVERY == 0:
+            written = checkpoint.with_suffix(".new")
+            written.write_text(json.dumps(monitor.state_dict()))
+            written.replace(checkpoint)
+        ticks.send(number + 1)
+        ticks.recv()
+    monitor.close()
+
+
+def die_after_sending(kind: str, *arguments: Any) -> None:
+    """Trains until the tracker has taken a record of this kind, and dies before anything else can take note of it."""
+    send = delivery.send
+
+    def sent(backend: Any, records: list[AnyRecord]) -> None:
+        send(backend, records)
+        if any(record.kind == kind for record in records):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    delivery.send = sent
+    train(*arguments)
+
+
+def uninterrupted(folder: Path, steps: int) -> Path:
+    """The journal of the same training, never killed."""
+    model = Model()
+    monitor = watch(model, folder, "local")
+    for number in range(steps):
+        step(monitor, number)
+    monitor.close()
+    assert monitor.journal is not None
+    return monitor.journal
