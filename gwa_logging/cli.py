@@ -9,6 +9,7 @@ from typing import Any
 from gwa_logging import __version__, registry
 from gwa_logging.errors import GwaError, InvalidInputError
 from gwa_logging.journal import FILE_NAME
+from gwa_logging.redact import redact_urls
 from gwa_logging.replay import NEW, journals_of, replay
 from gwa_logging.report import REPORT_NAME, write_report
 
@@ -26,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments.run_command(arguments)
     except (GwaError, OSError) as error:
-        print("gwa-logging:", *str(error).splitlines(), file=sys.stderr)
+        print("gwa-logging:", *redact_urls(str(error)).splitlines(), file=sys.stderr)
         return 2
     return 0
 

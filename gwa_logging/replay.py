@@ -12,6 +12,7 @@ from gwa_logging import registry
 from gwa_logging.delivery import batch_of, send
 from gwa_logging.errors import BackendError, InvalidInputError
 from gwa_logging.journal import FILE_NAME, JournalReader, lock
+from gwa_logging.redact import MASK, has_secret
 from gwa_logging.types import (
     AnyRecord,
     Backend,
@@ -71,6 +72,7 @@ def replay(journal: Path, backend: str, run: str | None = None) -> Replayed:
 def _wanted(first: RunRecord, backend: str, run: str | None) -> str | None:
     """The run to take; None to start one."""
     known = first.places.get(backend, RunPlace()).run
+    known = None if known and MASK in known else known  # an address whose credentials were not written down
     if run is None and known is None:
         raise InvalidInputError(
             f"this journal was not written for a run of {backend} that could be found again: give --run ID, or --run {NEW}"
@@ -98,7 +100,7 @@ def _send(reader: JournalReader, tracker: Backend) -> Replayed:
         raise BackendError(
             f"backend {tracker.name}: {sent} missing records were sent, then: {type(problem).__name__}: {problem}. "
             "Replay again to go on"
-        ) from problem
+        ) from (None if has_secret(problem) else problem)
     return Replayed(sent, had, reader.skipped, tracker.place)
 
 

@@ -89,4 +89,4 @@ def _interpolated(cumulative: npt.NDArray[np.int64], edges: npt.NDArray[np.float
     inner = edges[1:-1]
     right = np.clip(np.searchsorted(_EDGES, inner, side="right"), 1, BINS)
     share = (inner - _EDGES[right - 1]) / (_EDGES[right] - _EDGES[right - 1])
-    return cumulative[:, right - 1] + share * (cumulative[:, right] - cumulative[:, right - 1])
+    return cumulative[:, right - 1].astype(np.float64) + share * (cumulative[:, right] - cumulative[:, right - 1])

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, TypeAdapter
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, TypeAdapter
 
 from gwa_logging.histogram import Histogram
 from gwa_logging.notebook import report_html
+from gwa_logging.redact import redact_urls
 
 JOURNAL_VERSION = 1
 
@@ -40,6 +41,10 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+Address = Annotated[str, AfterValidator(redact_urls)]
+"""A text that may be a URL; credentials in it are masked."""
+
+
 class RunPlace(Record):
     """Where a tracker's run is.
 
@@ -48,8 +53,8 @@ class RunPlace(Record):
         url: where to look at it, or None.
     """
 
-    run: str | None = None
-    url: str | None = None
+    run: Address | None = None
+    url: Address | None = None
 
 
 class RunRecord(Record):
