@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments.run_command(arguments)
     except (GwaError, OSError) as error:
-        print("gwa-logging:", *redact_urls(str(error)).splitlines(), file=sys.stderr)
+        print("gwa-logging:", _printable(" ".join(redact_urls(str(error)).splitlines())), file=sys.stderr)
         return 2
     return 0
 
@@ -91,7 +91,7 @@ def _replay(arguments: argparse.Namespace) -> None:
         run = run and done.place.run  # a new one is for the other heads too
         skipped = f", {done.skipped} lines of the journal skipped" if done.skipped else ""
         where = done.place.url or done.place.run or arguments.backend
-        print(f"{journal}: sent {done.sent}, {done.had} were there{skipped}; {where}")
+        print(_printable(f"{journal}: sent {done.sent}, {done.had} were there{skipped}; {where}"))
 
 
 def _heads(arguments: argparse.Namespace) -> None:
@@ -117,6 +117,11 @@ def _load(where: str) -> Any:
         sys.path.pop(0)
     is_maker = isinstance(found, type) or type(found).__name__ in ("function", "builtin_function_or_method", "partial")
     return found() if is_maker else found
+
+
+def _printable(text: str) -> str:
+    """One line that changes nothing in a terminal: control characters of a foreign journal are shown as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _run_folder(directory: Path) -> Path:

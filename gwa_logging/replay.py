@@ -4,7 +4,8 @@ The tracker is asked what it has. Records come to it in order, so everything aft
 nothing is kept on the side, and sending twice sends nothing the second time.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,27 +58,60 @@ def replay(journal: Path, backend: str, run: str | None = None) -> Replayed:
     """
     if backend == "local":
         raise InvalidInputError("backend='local': that is the journal itself; name a tracker")
+    if not journal.is_file():
+        raise InvalidInputError(f"{journal}: expected a file")
     with journal.open("rb") as file:
         lock(file)
         reader = JournalReader(journal)
         first = next((record for record in reader if isinstance(record, RunRecord)), None)
         if first is None:
             raise InvalidInputError(f"{journal}: there is no run in it (lines skipped: {reader.skipped})")
-        context = RunContext(first.name, _wanted(first, backend, run), journal.parent)
+        context = RunContext(first.name, _wanted(first, journal.parent, backend, run), journal.parent)
         tracker = registry.open_backend(backend, context)
         assert tracker is not None  # it is not "local"
         return _send(JournalReader(journal), tracker)
 
 
-def _wanted(first: RunRecord, backend: str, run: str | None) -> str | None:
+def _wanted(first: RunRecord, folder: Path, backend: str, run: str | None) -> str | None:
     """The run to take; None to start one."""
+    if run is not None:
+        return None if run == NEW else run
     known = first.places.get(backend, RunPlace()).run
-    known = None if known and MASK in known else known  # an address whose credentials were not written down
-    if run is None and known is None:
+    if known is None or MASK in known:  # an address with credentials, which were not written down
         raise InvalidInputError(
             f"this journal was not written for a run of {backend} that could be found again: give --run ID, or --run {NEW}"
         )
-    return None if run == NEW else run or known
+    _check_place(known, first.name, folder, backend)
+    return known
+
+
+_RUN_IDS = {
+    "mlflow": r"[\w-]{1,256}",
+    "wandb": r"(?:[^/\\#?%:]{1,128}/){0,2}[^/\\#?%:]{1,128}",  # [entity/]project/id
+    "trackio": r"[^/\\]{1,256}/.{1,256}",  # project/run
+}
+
+
+def _check_place(known: str, name: str, folder: Path, backend: str) -> None:
+    """Checks the run that a journal names: it may be somebody else's, and must not lead anywhere on this machine.
+
+    Raises:
+        InvalidInputError: it is no run of that backend, or a folder outside the run's own and the working directory.
+    """
+    if backend == "tensorboard":
+        where = f"{known}/{name}"
+        inside = "\0" not in where and "://" not in where and _is_inside(Path(where), (folder, Path.cwd()))
+        remedy = f"outside {str(folder)!r} and the working directory. If it is yours, name it: --run PATH"
+    else:
+        shape = re.fullmatch(_RUN_IDS.get(backend, ".{1,4096}"), known)
+        inside = bool(shape) and known.isprintable() and not {"", ".", ".."} & set(known.split("/"))
+        remedy = f"which is no run of {backend}. Name the run: --run ID, or --run {NEW}"
+    if not inside:
+        raise InvalidInputError(f"this journal was logged to {known[:300]!r}, {remedy}")
+
+
+def _is_inside(path: Path, folders: Iterable[Path]) -> bool:
+    return any(path.resolve().is_relative_to(folder.resolve()) for folder in folders)
 
 
 def _send(reader: JournalReader, tracker: Backend) -> Replayed:
