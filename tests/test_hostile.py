@@ -235,9 +235,10 @@ def test_counts_that_are_added_up_without_end_stay_counts():
 
 def test_a_line_without_an_end_takes_bounded_memory(lines, tmp_path):
     run = write(tmp_path, [*lines[:3]])
-    with (run / FILE_NAME).open("ab") as file:
-        file.write(b'{"kind": "' + b"x")
-        file.seek(500 << 20, os.SEEK_CUR)  # half a gigabyte of zeros that takes no room on the disk
+    with (run / FILE_NAME).open("r+b") as file:
+        file.seek(0, os.SEEK_END)
+        file.write(b'{"kind": "')
+        file.seek(150 << 20, os.SEEK_CUR)  # zeros that take no room on the disk
         file.write(b'"}\n')
         file.write(_json(lines[3]))
     tracemalloc.start()
