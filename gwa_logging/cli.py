@@ -9,6 +9,7 @@ from typing import Any
 from gwa_logging import __version__, registry
 from gwa_logging.errors import GwaError, InvalidInputError
 from gwa_logging.journal import FILE_NAME
+from gwa_logging.redact import redact_urls
 from gwa_logging.replay import NEW, Replayed, journals_of, replay, tracked_runs
 from gwa_logging.report import REPORT_NAME, write_report
 
@@ -26,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return arguments.run_command(arguments) or 0
     except (GwaError, OSError) as error:
-        print("gwa-logging:", *str(error).splitlines(), file=sys.stderr)
+        _print_error(str(error))
         return 2
 
 
@@ -84,7 +85,7 @@ def _replay(arguments: argparse.Namespace) -> int:
     for journal in journals_of(folder):
         done = replay(journal, backend, run)
         run = run and done.place.run  # a new one is for the other heads too
-        print(f"{journal}: {_told(done, backend)}")
+        print(_printable(f"{journal}: {_told(done, backend)}"))
     return 0
 
 
@@ -99,7 +100,7 @@ def _replay_all(folder: Path, backend: str, run: str | None) -> int:
         )
     runs, others = tracked_runs(folder, backend)
     for reason in others.values():
-        print(f"gwa-logging: skipped {reason}", file=sys.stderr)
+        print(_printable(f"gwa-logging: skipped {reason}"), file=sys.stderr)
     if not runs:
         raise InvalidInputError(
             f"{str(folder)!r}: no journal in it was written for a run of {backend}; replay one run's folder with --run ID, or "
@@ -109,9 +110,9 @@ def _replay_all(folder: Path, backend: str, run: str | None) -> int:
     for tracked in runs:
         names = ", ".join(str(journal.parent.relative_to(folder)) for journal in tracked.journals)
         try:
-            print(f"{names}: {_told(replay(tracked.journals, backend), backend)}")
+            print(_printable(f"{names}: {_told(replay(tracked.journals, backend), backend)}"))
         except (GwaError, OSError) as error:
-            print(f"gwa-logging: {names}:", *str(error).splitlines(), file=sys.stderr)
+            _print_error(f"{names}: {error}")
             failed = 2
     return failed
 
@@ -145,6 +146,16 @@ def _load(where: str) -> Any:
         sys.path.pop(0)
     is_maker = isinstance(found, type) or type(found).__name__ in ("function", "builtin_function_or_method", "partial")
     return found() if is_maker else found
+
+
+def _print_error(text: str) -> None:
+    """Prints an error as one line, without credentials."""
+    print("gwa-logging:", _printable(" ".join(redact_urls(text).splitlines())), file=sys.stderr)
+
+
+def _printable(text: str) -> str:
+    """One line that changes nothing in a terminal: control characters of a foreign journal are shown as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _run_folder(directory: Path) -> Path:

@@ -6,9 +6,14 @@ counted by `gwa_logging.faults.Faults` instead and never raised.
 
 from collections.abc import Iterable
 
+from gwa_logging.redact import redact_urls
+
 
 class GwaError(Exception):
-    """Base of every error that gwa_logging raises on purpose."""
+    """Base of every error that gwa_logging raises on purpose. Messages never show credentials."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(redact_urls(str(message)))
 
 
 class InvalidInputError(GwaError, ValueError):

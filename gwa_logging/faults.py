@@ -4,6 +4,8 @@ import logging
 from collections import Counter
 from threading import Lock
 
+from gwa_logging.redact import redact_urls
+
 logger = logging.getLogger("gwa_logging")
 
 
@@ -24,7 +26,8 @@ class Faults:
             first = kind not in self._counts
             self._counts[kind] += times
         if first:
-            logger.warning("gwa_logging: %s: %s. Training goes on; further ones are only counted.", kind, detail)
+            shown = redact_urls(str(detail))
+            logger.warning("gwa_logging: %s: %s. Training goes on; further ones are only counted.", kind, shown)
 
     @property
     def counts(self) -> dict[str, int]:

@@ -20,6 +20,9 @@ LINEAR_WITHIN = 1e-3
 """Below this size of score the bins are about equally wide (3e-5); above it they widen by 3 % a bin."""
 
 DISPLAY_BINS = 64
+MOST = 2**53
+"""No bin counts so many samples: larger numbers are not exact as floats, and 512 of these still fit into an int64."""
+
 _LADDER = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
@@ -51,6 +54,8 @@ class Histogram(BaseModel):
     def _fits(self) -> Self:
         if self.first + len(self.counts) > BINS or min(self.counts, default=0) < 0:
             raise ValueError(f"counts do not fit: first={self.first} and {len(self.counts)} counts, for {BINS} bins")
+        if max(self.counts, default=0) >= MOST:
+            raise ValueError(f"counts: expected less than {MOST} in each bin")
         return self
 
     @classmethod
@@ -82,7 +87,7 @@ class Histogram(BaseModel):
 
     def merge(self, other: "Histogram") -> "Histogram":
         """The histogram of both sets of scores together."""
-        return Histogram.from_dense(self.dense() + other.dense())
+        return Histogram.from_dense(np.minimum(self.dense() + other.dense(), MOST - 1))
 
     def quantiles(self, at: Sequence[float]) -> list[float]:
         """Scores below which the given shares lie, interpolated in the bin: right to within one bin's width.

@@ -27,6 +27,7 @@ except ModuleNotFoundError:  # Windows has no such locks
 
 FILE_NAME = "journal.jsonl"
 _LONGEST_FIRST_LINE = 1 << 20  # bytes
+_LONGEST_LINE = 1 << 25  # bytes: more than 1,000 suspects with pictures
 _HELD_BACK = 10_000  # lines kept in memory while the disk takes none
 
 
@@ -122,7 +123,7 @@ class JournalReader:
         records: list[AnyRecord] = []
         with self.path.open("rb") as file:
             position = file.seek(self._offset)
-            while len(records) < limit and (line := file.readline()).endswith(b"\n"):
+            while len(records) < limit and (line := _whole_line(file)) is not None:
                 try:
                     records += [RECORDS.validate_json(line)] if line.strip() else []
                 except ValidationError:
@@ -151,6 +152,14 @@ class JournalReader:
     def advance(self, position: int) -> None:
         """Moves on to a position that `peek` gave."""
         self._offset = position
+
+
+def _whole_line(file: BinaryIO) -> bytes | None:
+    """The next line; None if it is not finished. Of one that is too long to be ours, a piece that is no record."""
+    line = piece = file.readline(_LONGEST_LINE)
+    while piece and not piece.endswith(b"\n"):
+        line, piece = b"too long", file.readline(_LONGEST_LINE)
+    return line if piece else None
 
 
 def lock(file: BinaryIO) -> None:
@@ -183,12 +192,12 @@ def check_version(path: Path) -> None:
         line = file.readline(_LONGEST_FIRST_LINE)
     try:
         first = json.loads(line)
-    except ValueError:  # torn or foreign: will be skipped and counted
+    except (ValueError, RecursionError):  # torn or foreign: will be skipped and counted
         return
     version = first.get("version", JOURNAL_VERSION) if isinstance(first, dict) else JOURNAL_VERSION
     if version != JOURNAL_VERSION:
         raise InvalidInputError(
-            f"{path}: the journal is of version {version!r}, this gwa_logging reads version {JOURNAL_VERSION}; take the "
+            f"{path}: the journal is of version {version!s:.20}, this gwa_logging reads version {JOURNAL_VERSION}; take the "
             "gwa_logging that the run was watched with, or a newer one"
         )
 

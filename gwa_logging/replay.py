@@ -7,7 +7,8 @@ A run that was killed and resumed has several journals. They overlap where the r
 checkpoint: of two records about the same interval or epoch the later journal's counts, and is sent once.
 """
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from gwa_logging import registry
 from gwa_logging.delivery import batch_of, send
 from gwa_logging.errors import BackendError, InvalidInputError
 from gwa_logging.journal import FILE_NAME, JournalReader, lock
+from gwa_logging.redact import MASK, has_secret
 from gwa_logging.types import (
     AnyRecord,
     Backend,
@@ -69,11 +71,14 @@ def replay(journals: Path | Sequence[Path], backend: str, run: str | None = None
     if backend == "local":
         raise InvalidInputError("backend='local': that is the journal itself; name a tracker")
     paths = [journals] if isinstance(journals, Path) else list(journals)
+    for path in paths:
+        if not path.is_file():
+            raise InvalidInputError(f"{path}: expected a file")
     with ExitStack() as locks:
         for path in paths:
             lock(locks.enter_context(path.open("rb")))
-        first = _first(paths[-1])
-        context = RunContext(first.name, _wanted(first, backend, run), paths[-1].parent)
+        first, folder = _first(paths[-1]), paths[-1].parent
+        context = RunContext(first.name, _wanted(first, folder, backend, run), folder)
         tracker = registry.open_backend(backend, context)
         assert tracker is not None  # it is not "local"
         return _send(paths, tracker)
@@ -87,14 +92,46 @@ def _first(journal: Path) -> RunRecord:
     return first
 
 
-def _wanted(first: RunRecord, backend: str, run: str | None) -> str | None:
+def _wanted(first: RunRecord, folder: Path, backend: str, run: str | None) -> str | None:
     """The run to take; None to start one."""
+    if run is not None:
+        return None if run == NEW else run
     known = first.places.get(backend, RunPlace()).run
-    if run is None and known is None:
+    if known is None or MASK in known:  # an address with credentials, which were not written down
         raise InvalidInputError(
             f"this journal was not written for a run of {backend} that could be found again: give --run ID, or --run {NEW}"
         )
-    return None if run == NEW else run or known
+    _check_place(known, first.name, folder, backend)
+    return known
+
+
+_RUN_IDS = {
+    "mlflow": r"[\w-]{1,256}",
+    "wandb": r"(?:[^/\\#?%:]{1,128}/){0,2}[^/\\#?%:]{1,128}",  # [entity/]project/id
+    "trackio": r"[^/\\]{1,256}/.{1,256}",  # project/run
+}
+
+
+def _check_place(known: str, name: str, folder: Path, backend: str) -> None:
+    """Checks the run that a journal names: it may be somebody else's, and must not lead anywhere on this machine.
+
+    Raises:
+        InvalidInputError: it is no run of that backend, or a folder outside the run's own and the working directory.
+    """
+    if backend == "tensorboard":
+        where = f"{known}/{name}"
+        inside = "\0" not in where and "://" not in where and _is_inside(Path(where), (folder, Path.cwd()))
+        remedy = f"outside {str(folder)!r} and the working directory. If it is yours, name it: --run PATH"
+    else:
+        shape = re.fullmatch(_RUN_IDS.get(backend, ".{1,4096}"), known)
+        inside = bool(shape) and known.isprintable() and not {"", ".", ".."} & set(known.split("/"))
+        remedy = f"which is no run of {backend}. Name the run: --run ID, or --run {NEW}"
+    if not inside:
+        raise InvalidInputError(f"this journal was logged to {known[:300]!r}, {remedy}")
+
+
+def _is_inside(path: Path, folders: Iterable[Path]) -> bool:
+    return any(path.resolve().is_relative_to(folder.resolve()) for folder in folders)
 
 
 def _send(journals: list[Path], tracker: Backend) -> Replayed:
@@ -121,7 +158,7 @@ def _send(journals: list[Path], tracker: Backend) -> Replayed:
         raise BackendError(
             f"backend {tracker.name}: {sent} missing records were sent, then: {type(problem).__name__}: {problem}. "
             "Replay again to go on"
-        ) from problem
+        ) from (None if has_secret(problem) else problem)
     return Replayed(sent, had, sum(reader.skipped for reader in readers), tracker.place, repeated)
 
 

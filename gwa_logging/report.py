@@ -14,8 +14,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from gwa_logging.errors import InvalidInputError, MissingDependencyError
 from gwa_logging.figures import epoch_figure, marks, number, score_figure
 from gwa_logging.journal import FILE_NAME
@@ -57,7 +55,7 @@ def write_report(directory: Path) -> Path:
 def _digits(values: Iterable[float]) -> int:
     """Decimals that give a column's typical value four significant digits."""
     sizes = [abs(v) for v in values if math.isfinite(v) and v]
-    return min(max(3 - math.floor(math.log10(float(np.median(sizes)))), 0), 9) if sizes else 3
+    return min(max(3 - math.floor(math.log10(sorted(sizes)[len(sizes) // 2])), 0), 9) if sizes else 3
 
 
 def _headline(story: Story) -> str:

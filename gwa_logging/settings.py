@@ -9,6 +9,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from gwa_logging.errors import InvalidInputError
+from gwa_logging.types import NAME_LENGTH, NAME_PATTERN
 
 
 class Settings(BaseModel):
@@ -62,7 +63,7 @@ class WatchSettings(Settings):
     num_samples: int | None = Field(default=None, ge=1, lt=2**31)
     labels: Any = None
     directory: Path = Path("gwa_runs")
-    name: str = Field(default="gwa", pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=64)
+    name: str = Field(default="gwa", pattern=NAME_PATTERN, max_length=NAME_LENGTH)
 
     @field_validator("backend")
     @classmethod

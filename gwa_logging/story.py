@@ -1,6 +1,7 @@
 """What a journal tells, put in order: for the report and its figures."""
 
 from collections.abc import Callable, Iterable
+from os import SEEK_END
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -43,7 +44,10 @@ def read_story(journal: Path) -> Story:
         )
     try:
         records, skipped = read_journal(journal)
-        unfinished = journal.read_bytes()[-1:] not in (b"", b"\n")
+        with journal.open("rb") as file:
+            size = file.seek(0, SEEK_END)
+            file.seek(max(size - 1, 0))
+            unfinished = file.read(1) not in (b"", b"\n")
     except OSError as error:
         raise InvalidInputError(f"{where}: its {FILE_NAME} cannot be read ({error.strerror})") from error
     if not records:

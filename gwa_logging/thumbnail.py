@@ -1,7 +1,8 @@
 """Small pictures of samples, as PNG, with nothing but NumPy."""
 
+import re
 import struct
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from typing import Any
 from zlib import compress, crc32
 
@@ -11,6 +12,9 @@ import numpy.typing as npt
 from gwa_logging.errors import InvalidInputError
 
 LARGEST = 64  # pixels, wide and high
+_LONGEST = 32_768  # characters: more than an image of that size without any compression
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_HEADER = _SIGNATURE + struct.pack(">I", 13) + b"IHDR"
 
 
 def thumbnail(item: Any) -> str:
@@ -37,6 +41,15 @@ def thumbnail(item: Any) -> str:
     return b64encode(_encoded(_as_bytes(pixels[::every, ::every]))).decode()
 
 
+def is_thumbnail(text: str) -> bool:
+    """Returns True if a text can be what `thumbnail` returned: a small PNG in base64, and nothing else."""
+    if len(text) > _LONGEST or not re.fullmatch(r"[A-Za-z0-9+/]{32,}={0,2}", text):
+        return False
+    start = b64decode(text[:32])
+    width, height = struct.unpack(">II", start[16:24])
+    return start[:16] == _HEADER and 1 <= width <= LARGEST and 1 <= height <= LARGEST
+
+
 def _as_bytes(pixels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     if pixels.dtype == np.uint8:
         return np.asarray(pixels)
@@ -55,9 +68,4 @@ def _encoded(pixels: npt.NDArray[np.uint8]) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", crc32(name + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, kind, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + block(b"IHDR", header)
-        + block(b"IDAT", compress(rows.tobytes(), 9))
-        + block(b"IEND", b"")
-    )
+    return _SIGNATURE + block(b"IHDR", header) + block(b"IDAT", compress(rows.tobytes(), 9)) + block(b"IEND", b"")

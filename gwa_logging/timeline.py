@@ -5,8 +5,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from gwa_logging.histogram import DISPLAY_BINS
+from gwa_logging.histogram import BINS, DISPLAY_BINS, EDGES
 from gwa_logging.types import IntervalRecord
+
+_EDGES = EDGES.astype(np.float64)
 
 
 class Heatmap(NamedTuple):
@@ -54,12 +56,37 @@ class Timeline:
     def heatmap(self, bins: int = DISPLAY_BINS) -> Heatmap:
         """The picture so far, over the range that the run's histograms are shown in."""
         limit = max((r.display_limit for r in self._intervals), default=1.0)
-        columns = [r.histogram.to_display(bins, limit) for r in self._intervals]
-        counts = np.array([c for c, _ in columns], dtype=np.float64).reshape(len(columns), bins)
+        edges = np.linspace(-limit, limit, bins + 1)
+        dense = np.array([r.histogram.dense() for r in self._intervals], dtype=np.int64).reshape(-1, BINS)
+        cumulative = np.pad(np.cumsum(dense, axis=1), ((0, 0), (1, 0)))
+        totals = cumulative[:, -1:]
+        # As `Histogram.to_display` and `IntervalRecord.quantiles` do it, for all columns at once: worker threads draw this
+        # while somebody trains.
+        counts = np.diff(np.rint(_interpolated(cumulative, edges)), axis=1, prepend=0, append=totals)
         first = [r.step - r.steps + 1 for r in self._intervals[:1]]
         return Heatmap(
             steps=np.array([*first, *(r.step + 1 for r in self._intervals)], dtype=np.int64),
-            edges=np.linspace(-limit, limit, bins + 1),
-            shares=(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)).T,
-            medians=np.array([r.quantiles["q50"] for r in self._intervals]),
+            edges=edges,
+            shares=(counts / np.maximum(totals, 1)).T,
+            medians=self._medians(cumulative),
         )
+
+    def _medians(self, cumulative: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        half = cumulative[:, -1] / 2
+        above = np.minimum(
+            (cumulative <= half[:, None]).sum(axis=1), BINS
+        )  # the first edge with more than half below it
+        rows = np.arange(len(cumulative))
+        low, high = cumulative[rows, above - 1], cumulative[rows, above]
+        within = (half - low) / np.maximum(high - low, 1)
+        medians = _EDGES[above - 1] + within * (_EDGES[above] - _EDGES[above - 1])
+        extremes = np.array([(r.minimum, r.maximum) for r in self._intervals], dtype=np.float64).reshape(-1, 2)
+        return np.where(half > 0, np.clip(medians, extremes[:, 0], extremes[:, 1]), np.nan)
+
+
+def _interpolated(cumulative: npt.NDArray[np.int64], edges: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """How many samples lie below the inner ones of `edges`, float64 [columns, edges - 2]."""
+    inner = edges[1:-1]
+    right = np.clip(np.searchsorted(_EDGES, inner, side="right"), 1, BINS)
+    share = (inner - _EDGES[right - 1]) / (_EDGES[right] - _EDGES[right - 1])
+    return cumulative[:, right - 1].astype(np.float64) + share * (cumulative[:, right] - cumulative[:, right - 1])

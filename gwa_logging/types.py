@@ -2,20 +2,37 @@
 
 The records are frozen pydantic models, one JSON line each. Numbers that JSON cannot hold (NaN, infinities) are written
 as null and read back as NaN; wherever one can occur, the record's notes or flags say why.
+
+A journal may come from somebody else, so what is read from JSON is checked: numbers are within bounds in which no
+arithmetic overflows, names are those that `watch(name=)` takes, and a picture is a small PNG.
 """
 
 import math
+import re
 from collections.abc import Callable, Container, Iterable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, TypeAdapter
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    TypeAdapter,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from gwa_logging.histogram import Histogram
+from gwa_logging.histogram import MOST, Histogram
 from gwa_logging.notebook import report_html
+from gwa_logging.redact import redact_urls
+from gwa_logging.thumbnail import is_thumbnail
 
 JOURNAL_VERSION = 1
 
@@ -27,18 +44,46 @@ EPOCH_KEYS = {"gwa": "gwa", "stable": "stable_gwa"} | {
 }
 """What trackers receive of an IntervalRecord, besides its quantiles, and of an EpochReport: metric key to attribute."""
 
+NAME_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
+"""What `watch(name=)` takes, with `NAME_LENGTH` characters at most. It becomes the name of folders."""
+
+NAME_LENGTH = 64
+
+_LARGEST = 1e30
+"""Larger numbers in a journal are not ours: no statistic of scores comes near them."""
+
+
+def _number(value: Any, info: ValidationInfo) -> Any:
+    if value is None:
+        return math.nan
+    if info.mode == "json" and isinstance(value, int | float) and not abs(value) <= _LARGEST:
+        raise ValueError(f"expected a number within +-{_LARGEST:g}")
+    return value
+
+
 Number = Annotated[
     float,
-    BeforeValidator(lambda value: math.nan if value is None else value),
+    BeforeValidator(_number),
     PlainSerializer(lambda value: value if math.isfinite(value) else None, when_used="json"),
 ]
 """A float that may be undefined: null in JSON, NaN in Python."""
+
+
+Count = Annotated[int, Field(ge=0, lt=MOST)]
+"""Steps, epochs, samples."""
+
+Index = Annotated[int, Field(gt=-MOST, lt=MOST)]
+"""Samples' ids and classes, which may be negative where they are left out."""
 
 
 class Record(BaseModel):
     """Base of everything in the journal."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+Address = Annotated[str, AfterValidator(redact_urls)]
+"""A text that may be a URL; credentials in it are masked."""
 
 
 class RunPlace(Record):
@@ -49,8 +94,8 @@ class RunPlace(Record):
         url: where to look at it, or None.
     """
 
-    run: str | None = None
-    url: str | None = None
+    run: Address | None = None
+    url: Address | None = None
 
 
 class RunRecord(Record):
@@ -73,6 +118,16 @@ class RunRecord(Record):
     settings: dict[str, Any]
     places: dict[str, RunPlace] = Field(default_factory=dict)
 
+    @field_validator("name")
+    @classmethod
+    def _is_a_name(cls, value: str) -> str:
+        """A head beside the first one has the name of the run, a slash and its path, in which `watch` leaves no other."""
+        name, _, path = value.partition("/")
+        fits = re.fullmatch(NAME_PATTERN, name) and len(name) <= NAME_LENGTH and re.fullmatch(r"[\w.-]{0,1000}", path)
+        if not fits or path in (".", ".."):
+            raise ValueError("expected a name as watch(name=) takes it")
+        return value
+
 
 class TimedRecord(Record):
     """Something that happened at a time.
@@ -81,7 +136,7 @@ class TimedRecord(Record):
         time: when it was written into the journal, in seconds since 1970 (UTC); 0 in what was not read from a journal.
     """
 
-    time: float = 0.0
+    time: float = Field(default=0.0, ge=0, lt=1e11)
 
 
 class IntervalRecord(TimedRecord):
@@ -99,16 +154,25 @@ class IntervalRecord(TimedRecord):
     """
 
     kind: Literal["interval"] = "interval"
-    step: int
-    epoch: int
-    steps: int
-    count: int
-    excluded: int
+    step: Count
+    epoch: Count
+    steps: Count
+    count: Count
+    excluded: Count
     mean: Number
     minimum: Number
     maximum: Number
     histogram: Histogram
     display_limit: float = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _can_be_shown(self, info: ValidationInfo) -> Self:
+        if info.mode == "json":
+            if not 1e-6 <= self.display_limit <= 1:
+                raise ValueError("display_limit: expected the half-width of a range of scores, at most 1")
+            if bool(self.count) != any(self.histogram.counts):
+                raise ValueError("count: expected as many scores as the histogram has")
+        return self
 
     @property
     def negative_fraction(self) -> float:
@@ -166,10 +230,10 @@ class EpochReport(TimedRecord):
     """
 
     kind: Literal["epoch"] = "epoch"
-    epoch: int
-    step: int
-    count: int
-    excluded: int
+    epoch: Count
+    step: int = Field(ge=-1, lt=MOST)
+    count: Count
+    excluded: Count
     mean: Number
     std: Number
     skewness: Number
@@ -229,8 +293,8 @@ class StopAlert(TimedRecord):
     """
 
     kind: Literal["alert"] = "alert"
-    epoch: int
-    best_epoch: int
+    epoch: Count
+    best_epoch: int = Field(ge=-1, lt=MOST)
     statistic: str
     value: Number
     best_value: Number
@@ -248,11 +312,11 @@ class CloseRecord(TimedRecord):
     """
 
     kind: Literal["close"] = "close"
-    epochs: int
-    steps: int
-    best_epoch: int | None
+    epochs: Count
+    steps: Count
+    best_epoch: Count | None
     best_value: Number
-    faults: dict[str, int]
+    faults: dict[str, Count]
 
 
 class Suspect(Record):
@@ -268,12 +332,19 @@ class Suspect(Record):
         thumbnail: a PNG in base64, at most 64 pixels wide and high; None if there is none.
     """
 
-    id: int
-    mean_score: float
-    times_seen: float
-    label: int | None = None
-    predicted: int | None = None
+    id: Index
+    mean_score: Number
+    times_seen: float = Field(ge=0, lt=MOST)
+    label: Index | None = None
+    predicted: Index | None = None
     thumbnail: str | None = None
+
+    @field_validator("thumbnail")
+    @classmethod
+    def _is_a_picture(cls, value: str | None) -> str | None:
+        if value is not None and not is_thumbnail(value):
+            raise ValueError("expected a PNG of at most 64 x 64 pixels, in base64")
+        return value
 
 
 class SuspectsRecord(TimedRecord):
@@ -287,9 +358,9 @@ class SuspectsRecord(TimedRecord):
     """
 
     kind: Literal["suspects"] = "suspects"
-    step: int
-    epoch: int
-    samples: int
+    step: int = Field(ge=-1, lt=MOST)
+    epoch: Count
+    samples: Count
     suspects: tuple[Suspect, ...]
 
     COLUMNS: ClassVar = ("id", "mean_score", "times_seen", "label", "predicted")

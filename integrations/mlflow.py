@@ -10,7 +10,6 @@ MLflow has no histograms: the quantiles are metrics, and the distribution over t
 import logging
 import math
 import os
-import re
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +29,7 @@ from mlflow.entities import Metric, Run, RunTag
 from gwa_logging.errors import BackendError, InvalidInputError, MissingDependencyError
 from gwa_logging.integrations.picture import PictureSeries
 from gwa_logging.journal import FILE_NAME
+from gwa_logging.redact import redact_urls
 from gwa_logging.types import (
     AnyRecord,
     CloseRecord,
@@ -75,7 +75,7 @@ def open_backend(context: RunContext) -> "MlflowBackend":
         if uri.startswith(DATABASES) and not _is_whole():
             remedy = "mlflow-skinny needs a server: pip install mlflow"
         raise BackendError(
-            f"{what}: MLflow at {_masked(uri)} refuses: {_masked(repr(error))}. {remedy}, or choose another server with "
+            f"{what}: MLflow at {uri} refuses: {error!r}. {remedy}, or choose another server with "
             "mlflow.set_tracking_uri() or MLFLOW_TRACKING_URI"
         ) from None
     if own:
@@ -97,7 +97,10 @@ class MlflowBackend:
 
     def __init__(self, client: MlflowClient, run: Run, context: RunContext, own: "_OwnRun | None" = None) -> None:
         """Writes into `run`; `own` is given if nobody else does, and is ended by `close`."""
-        address, page = _masked(client.tracking_uri), f"/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+        address, page = (
+            redact_urls(client.tracking_uri),
+            f"/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}",
+        )
         self._client = client
         self.run = self._run_id = str(run.info.run_id)
         self.place = RunPlace(run=self.run, url=address.rstrip("/") + page if address.startswith("http") else None)
@@ -228,7 +231,7 @@ class MlflowBackend:
         except Exception as error:  # noqa: BLE001 - whatever an artifact store raises; see above
             self._picture_tries -= 1
             outlook = "the next will be tried" if self._picture_tries else "there will be no more"
-            logger.warning("gwa_logging: backend mlflow: no picture (%s); %s", _masked(repr(error)), outlook)
+            logger.warning("gwa_logging: backend mlflow: no picture (%s); %s", redact_urls(repr(error)), outlook)
 
     def _list(self, record: SuspectsRecord) -> None:
         """Adds the suspects, as a CSV file, which MLflow shows as a table. See `_show`."""
@@ -236,7 +239,7 @@ class MlflowBackend:
             self._client.log_text(self._run_id, record.csv(), f"{self._prefix}/suspects.csv")
             self._client.set_tag(self._run_id, f"{self._prefix}.suspects.step", record.step)
         except Exception as error:  # noqa: BLE001 - see `_show`
-            logger.warning("gwa_logging: backend mlflow: no suspects.csv (%s)", _masked(repr(error)))
+            logger.warning("gwa_logging: backend mlflow: no suspects.csv (%s)", redact_urls(repr(error)))
 
 
 class _OwnRun:
@@ -309,11 +312,13 @@ def _knock(uri: str) -> None:
                 line.sendall(f"HEAD /health HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
                 if not line.recv(1):
                     raise ConnectionError("it hangs up")
-    except (OSError, ValueError) as error:  # ValueError: a port that is none
+    except (OSError, ValueError) as error:
+        # The message of a ValueError quotes the port, which is a piece of the password if that has odd characters.
+        reason = error if isinstance(error, OSError) else "its port is not a number"
         raise BackendError(
-            f"backend='mlflow': nothing answers at {_masked(uri)} ({error}). Start the server, or choose another "
+            f"backend='mlflow': nothing answers at {uri} ({reason}). Start the server, or choose another "
             "with mlflow.set_tracking_uri() or MLFLOW_TRACKING_URI, or use backend='local' and replay the journal later"
-        ) from error
+        ) from None
 
 
 @contextmanager
@@ -322,9 +327,4 @@ def _without_passwords() -> Iterator[None]:
     try:
         yield
     except Exception as error:  # noqa: BLE001 - raised again
-        raise BackendError(_masked(repr(error))) from None
-
-
-def _masked(text: str) -> str:
-    """A text without the user names and passwords of the addresses in it."""
-    return re.sub(r"(?<=://)[^:/@\s]*(:[^@\s]*)?(?=@)|(?<=password=)[^&\s]+", "***", text)
+        raise BackendError(repr(error)) from None

@@ -23,6 +23,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from gwa_logging.errors import BackendError, InvalidInputError
 from gwa_logging.histogram import DISPLAY_BINS
+from gwa_logging.redact import has_secret
 from gwa_logging.types import (
     AnyRecord,
     CloseRecord,
@@ -51,11 +52,11 @@ def open_backend(context: RunContext) -> "TensorBoardBackend":
     log_directory = _log_directory(context.directory if context.run is None else context.run)
     try:
         return TensorBoardBackend(log_directory, context.name)
-    except Exception as error:  # whatever a file system raises, also a remote one
+    except Exception as error:  # noqa: BLE001 - whatever a file system raises, also a remote one
         raise BackendError(
             f"backend='tensorboard': {log_directory!r} cannot be written ({type(error).__name__}: {error}). "
             "Pass a log directory that can: watch(..., run='runs/experiment')"
-        ) from error
+        ) from (None if has_secret(error) else error)
 
 
 def locate(context: RunContext) -> RunPlace:

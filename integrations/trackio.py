@@ -21,6 +21,7 @@ from trackio.utils import TRACKIO_DIR
 
 from gwa_logging.errors import BackendError, InvalidInputError
 from gwa_logging.histogram import DISPLAY_BINS
+from gwa_logging.redact import has_secret
 from gwa_logging.types import (
     AnyRecord,
     CloseRecord,
@@ -59,11 +60,11 @@ def open_backend(context: RunContext) -> "TrackioBackend":
             _knock()
         run = users or (_resume(path) if path else _start(context.name))
         _ = run._next_step  # other versions may have it under another name
-    except Exception as error:  # whatever trackio raises here: nothing could ever be logged
+    except Exception as error:  # noqa: BLE001 - whatever trackio raises here: nothing could ever be logged
         raise BackendError(
             f"backend='trackio': there is no run to log to ({type(error).__name__}: {error}). Set TRACKIO_DIR to a "
             f"folder that can be written{_WITH_PATH if path else ''}, or pass run=trackio.init(project=...)"
-        ) from error
+        ) from (None if has_secret(error) else error)
     return TrackioBackend(run, context.name, owned=users is None)
 
 

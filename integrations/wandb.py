@@ -44,6 +44,7 @@ import wandb
 
 from gwa_logging.errors import BackendError, InvalidInputError
 from gwa_logging.histogram import DISPLAY_BINS
+from gwa_logging.redact import has_secret
 from gwa_logging.types import (
     EPOCH_KEYS,
     QUANTILES,
@@ -90,11 +91,11 @@ def open_backend(context: RunContext) -> "WandbBackend":
             raise LookupError(f"run={wanted!r} is not in {run.settings.wandb_dir}")  # offline, W&B believes any id
         _define_metrics(run, context.name)
         _warm_up()
-    except Exception as error:  # whatever wandb raises here: nothing could ever be logged
+    except Exception as error:  # noqa: BLE001 - whatever wandb raises here: nothing could ever be logged
         raise BackendError(
             f"backend='wandb': there is no run to log to ({type(error).__name__}: {error}). Run `wandb login` or set "
             "WANDB_API_KEY; or set WANDB_MODE=offline to keep the run on disk; or pass run=wandb.init(...)"
-        ) from error
+        ) from (None if has_secret(error) else error)
     return WandbBackend(run, context.name, owned=owned)
 
 
