@@ -64,13 +64,13 @@ class RankAccumulator(Accumulator):
     counts the samples.
     """
 
-    def add_terms(self, terms: Terms, samples: Samples | None) -> None:
+    def add_terms(self, terms: Terms, samples: Samples | None, inputs: int = 0) -> None:
         """Adds the terms of an eager backward pass."""
         if is_split(terms.product):
             counts, terms = _comes_first(terms.product), Terms(*map(_whole, terms))
             if not counts:
                 return
-        super().add_terms(terms, samples)
+        super().add_terms(terms, samples, inputs)
 
     def add_coded(self, rows: Tensor, samples: Samples | None) -> None:
         """Adds the coded rows of a compiled backward pass."""
