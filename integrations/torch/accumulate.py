@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from threading import Lock
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import numpy as np
 import torch
@@ -156,7 +156,7 @@ class _Batch(NamedTuple):
     @property
     def is_grouped(self) -> bool:
         """Whether several rows may belong to one id."""
-        is_coded = isinstance(self.values, Tensor) and self.values.ndim == 2 and self.values.shape[1] > 2
+        is_coded = _is_coded(self.values) and self.values.shape[1] > 2
         return self.samples is not None and (is_coded or self.inputs > 0)
 
 
@@ -192,6 +192,9 @@ class Accumulator:
         self.keeps_samples = num_samples is not None
         self._ledger: _DeviceLedger | None = None
         self._untagged = 0
+        self._untagged_coded: Tensor | int = (
+            0  # of compiled passes, whose rows can be told from padding on the device only
+        )
         self._misfits = 0  # ids that were not as many as their samples; those on the device are the ledger's strays
         self._lock = Lock()  # DataParallel's replicas run their backward passes in threads
 
@@ -240,7 +243,7 @@ class Accumulator:
         with self._lock:
             self._batches.append(_Batch(values, rows, samples, inputs))
             self._rows += rows
-            if samples is None and self.keeps_samples and not misfit:
+            if samples is None and self.keeps_samples and not misfit and not _is_coded(values):
                 self._untagged += rows
             if self._rows >= FOLD_AT:
                 self._fold()
@@ -276,8 +279,9 @@ class Accumulator:
             rows = [values for values in tensors if values.ndim == 2]
             if terms:
                 pieces.insert(0, joined(terms).scores())
-            if rows:
-                pieces.append(decoded(torch.cat(rows)))
+            coded = torch.cat(rows) if rows else None
+            if coded is not None:
+                pieces.append(decoded(coded))
             scores = torch.cat(pieces)
             sizes = [batch.rows for batch in group]
             starts: Sequence[Tensor | None] = [None] * len(group)
@@ -288,6 +292,10 @@ class Accumulator:
                 scores = without_idle(scores, torch.cat(begins))
             vector = fold(scores, self._edges_on(device))
             if self.keeps_samples:
+                untagged = [batch.values for batch in group if batch.samples is None and _is_coded(batch.values)]
+                if untagged:
+                    count = (torch.cat([values[:, 1] for values in untagged]) > 0).sum()
+                    self._untagged_coded += _moved(count, self._ledger_on(device).sums.device)
                 tagged = [
                     (batch.samples, piece, start if batch.is_grouped else None)
                     for batch, piece, start in zip(group, scores.split(sizes), starts, strict=True)
@@ -295,13 +303,14 @@ class Accumulator:
                 ]
                 for _, alike in groupby(tagged, key=_form):  # in their order, so that sums are the same to the bit
                     self._enter(*zip(*alike, strict=True))
-            self._arriving.add(self._with_losses(vector, rows))
+            self._arriving.add(self._with_losses(vector, coded))
 
-    def _with_losses(self, vector: Tensor, rows: list[Tensor]) -> Tensor:
-        """A folded vector, with the samples that were lost after it: rows added to each other, and strays so far."""
+    def _with_losses(self, vector: Tensor, coded: Tensor | None) -> Tensor:
+        """A folded vector, and after it how many samples were lost: in coded rows added to each other, and strays so far."""
         overlaid = torch.zeros(1, dtype=vector.dtype, device=vector.device)
-        for valid in (batch[:, 1] for batch in rows):
-            overlaid += torch.where(valid > 1, valid, 0.0).sum()
+        if coded is not None:
+            valid = coded[:, 1]
+            overlaid += _moved(torch.where(valid > 1, valid, 0.0).sum(), vector.device)
         strays = torch.full_like(overlaid, self._misfits)
         if self._ledger is not None:
             strays += _moved(self._ledger.seen[-1:], vector.device)
@@ -359,7 +368,7 @@ class Accumulator:
         """The ledger, brought to the host: waits for the device."""
         with self._lock:
             self._fold()
-            ledger = self._ledger_on(torch.device("cpu")).to_host(self._untagged)
+            ledger = self._ledger_on(torch.device("cpu")).to_host(self._untagged + int(self._untagged_coded))
             return ledger._replace(strays=ledger.strays + self._misfits)
 
     def load_ledger(self, ledger: Ledger, device: torch.device) -> None:
@@ -368,12 +377,17 @@ class Accumulator:
             rest = (0.0, ledger.strays, UNKNOWN)
             arrays = (np.append(array, end).astype(array.dtype) for array, end in zip(ledger[:3], rest, strict=True))
             self._ledger = _DeviceLedger(*(torch.from_numpy(array).to(device) for array in arrays))
-            self._untagged, self._misfits = ledger.untagged, 0
+            self._untagged, self._untagged_coded, self._misfits = ledger.untagged, 0, 0
+
+
+def _is_coded(values: Terms | Tensor) -> TypeGuard[Tensor]:
+    """Whether these are the rows of a compiled pass."""
+    return isinstance(values, Tensor) and values.ndim == 2
 
 
 def _starts(batch: _Batch, scores: Tensor) -> Tensor:
     """bool [rows]: at which rows of a batch an input begins; at all of them, unless several rows belong to one id."""
-    if batch.samples is not None and isinstance(batch.values, Tensor) and batch.values.ndim == 2:
+    if batch.samples is not None and _is_coded(batch.values):
         return batch.values[:, -1] > 0
     return first_rows(scores, batch.inputs)
 

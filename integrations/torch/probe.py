@@ -312,7 +312,13 @@ class HeadProbe:
                 if not self._forwards.is_open:
                     self._forwards = None
         except Exception as error:  # noqa: BLE001 - nothing may reach the user's forward pass
-            self.fault(error)
+            if type(module.weight).__name__ == "ExpandedWeight":
+                self._faults.record(
+                    "ExpandedWeights",
+                    "passes of call_for_per_sample_grads are not observed: their weights cannot be read",
+                )
+            else:
+                self.fault(error)
 
     def fault(self, error: Exception) -> None:
         """Counts what would otherwise have reached the user's training step."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from threading import Barrier, Thread
 
 import numpy as np
 import pytest
@@ -265,3 +266,115 @@ def test_of_a_gradient_penalty_only_the_outer_pass_counts_and_keeps_its_ids(watc
     assert monitor.end_epoch().count == 2 * N
     assert times_seen(monitor) == dict.fromkeys(range(N), 1.0)
     assert monitor.faults == {"samples without ids": N}
+
+
+# --- what is lost is counted --------------------------------------------------------------------------------------------
+
+
+@width_of
+def test_the_samples_of_too_many_compiled_passes_are_counted_exactly(width):
+    model, (x, y) = net(width), data()
+    with gwa_logging.watch(model, num_samples=40 * N) as monitor:
+        run, loss = run_of(model, True), torch.zeros(())
+        for i in range(40):
+            monitor.tag(torch.arange(N) + i * N)
+            loss = loss + F.cross_entropy(run(x), y)
+        loss.backward()
+        report = monitor.end_epoch()
+        assert (report.count, report.excluded) == (24 * N, 0)
+        assert {s.id for s in monitor.suspects(40 * N)} == set(range(8 * N, 32 * N))
+        assert monitor.faults == {"compiled passes": 16 * N}
+
+
+@compiled_of
+@pytest.mark.parametrize(
+    ("ids", "lost"), [(torch.arange(5), 5), (torch.arange(30), N), (torch.arange(N) + N - 2, N - 2)]
+)
+def test_ids_that_are_lost_are_reported_at_the_interval_without_being_asked_for(ids, lost, compiled):
+    model, (x, y) = net(), data()
+    with gwa_logging.watch(model, num_samples=N, log_every_n_steps=2) as monitor:
+        run = run_of(model, compiled)
+        monitor.tag(ids)
+        F.cross_entropy(run(x), y).backward()
+        assert monitor.faults == {"sample ids": lost}  # the first step is an interval
+        for _ in range(2):
+            monitor.tag(ids)
+            F.cross_entropy(run(x), y).backward()
+        assert monitor.faults == {"sample ids": 3 * lost}
+        monitor.suspects()
+        assert monitor.faults == {"sample ids": 3 * lost}
+
+
+def test_samples_of_compiled_passes_without_ids_are_counted_without_the_padding():
+    model, (x, y) = net(), data()
+    with gwa_logging.watch(model, num_samples=N) as monitor:
+        F.cross_entropy(run_of(model, True)(x), y).backward()
+        monitor.suspects()
+        assert monitor.faults == {"samples without ids": N}
+
+
+def test_expanded_weights_are_a_fault_that_says_why(caplog):
+    from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
+
+    model, (x, y) = net(), data()
+    with gwa_logging.watch(model) as monitor:
+        F.cross_entropy(call_for_per_sample_grads(model)(x), y).backward()
+        assert model[0].weight.grad_sample.shape[0] == N
+        assert monitor.faults == {"ExpandedWeights": 1}
+    assert "passes of call_for_per_sample_grads are not observed" in caplog.text
+
+
+class ChangedInPlace(nn.Module):
+    """It cannot be traced, and changes its logits in place."""
+
+    def __init__(self, width: str) -> None:
+        super().__init__()
+        layers = net(width)
+        self.body, self.head = layers[:2], layers[2]
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(x)
+        if h.isnan().any():
+            raise ValueError
+        return self.head(h).mul_(2.0)
+
+
+@width_of
+def test_the_first_pass_of_a_model_that_changes_its_logits_in_place_is_scored(width):
+    model, (x, y) = ChangedInPlace(width), data()
+    z = model.head(model.body(x))
+    (delta,) = torch.autograd.grad(F.cross_entropy(2 * z, y), z)
+    arrays = (delta, model.body(x), model.head.weight)
+    want = gwa_logging.alignment_scores(*(array.detach().double().numpy() for array in arrays))
+    with gwa_logging.watch(model, num_samples=N) as monitor:
+        for part in (slice(0, 5), slice(5, N)):
+            monitor.tag(torch.arange(N)[part])
+            F.cross_entropy(model(x[part]), y[part]).backward()
+        assert monitor.end_epoch().count == N
+        found = {suspect.id: suspect.mean_score for suspect in monitor.suspects(N)}
+        assert monitor.faults == {}
+    assert found == pytest.approx(dict(enumerate(want)), abs=1e-5)
+
+
+def test_two_threads_that_train_one_model_keep_their_ids_apart():
+    model = net()
+    x, _ = data()
+    want = [one_by_one(model, sign * x, torch.full((N,), i)).mean() for i, sign in enumerate((1, -1))]
+    both = Barrier(2)
+
+    def train(i: int, sign: int) -> None:
+        for _ in range(20):
+            both.wait()
+            monitor.tag(torch.full((N,), i))
+            both.wait()
+            F.cross_entropy(model(sign * x), torch.full((N,), i)).backward()
+
+    with gwa_logging.watch(model, num_samples=2) as monitor:
+        threads = [Thread(target=train, args=each) for each in ((0, 1), (1, -1))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        found = {s.id: (s.mean_score, s.times_seen) for s in monitor.suspects()}
+        assert monitor.faults == {}
+    assert found == {i: (pytest.approx(score, abs=1e-5), 20.0 * N) for i, score in enumerate(want)}
