@@ -40,8 +40,10 @@ class Forwards:
 
     def _begins(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
-            if self._keeps_samples:
+            if self._keeps_samples and not is_exporting():
                 unchecked(self._begins_compiled)
+            return
+        if "_is_replica" in model.__dict__:  # DataParallel runs several at once, each with a part of the batch
             return
         self._sizes = () if self._is_known else batch_sizes(args, kwargs)
         self._rows = self._calls = 0
@@ -53,8 +55,10 @@ class Forwards:
 
     def _ends(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if torch.compiler.is_compiling():
-            if self._keeps_samples:
+            if self._keeps_samples and not is_exporting():
                 unchecked(self._tags.end_forward)
+            return
+        if "_is_replica" in model.__dict__:
             return
         self._tags.end_forward()
         if not self._calls:
@@ -74,6 +78,11 @@ class Forwards:
         if attachment is not None:
             attachment.remove()
         self.is_open = False
+
+
+def is_exporting() -> bool:
+    """Whether torch.export is tracing. Up to 2.11 the compiler answers `torch.compiler.is_exporting()` with True always."""
+    return bool(getattr(torch.compiler, "_is_exporting_flag", False))
 
 
 def batch_sizes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:

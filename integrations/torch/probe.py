@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from gwa_logging.faults import Faults
 from gwa_logging.integrations.torch.accumulate import PASSES, Accumulator, Terms, coded
 from gwa_logging.integrations.torch.distributed import is_distributed, is_freed, is_split
-from gwa_logging.integrations.torch.forwards import Forwards
+from gwa_logging.integrations.torch.forwards import Forwards, is_exporting
 from gwa_logging.integrations.torch.hooks import Attachment, unchecked
 from gwa_logging.integrations.torch.layers import Linear, Pointwise, norm
 from gwa_logging.integrations.torch.tags import UNTAGGED, Tag
@@ -41,11 +41,6 @@ def _in_transform() -> bool:
     The compiler asks while it traces, and keeps the answer.
     """
     return torch._C._functorch.maybe_current_level() is not None
-
-
-def _is_exporting() -> bool:
-    """Whether torch.export is tracing. Up to 2.11 the compiler answers `torch.compiler.is_exporting()` with True always."""
-    return bool(getattr(torch.compiler, "_is_exporting_flag", False))
 
 
 class LogitsProbe(torch.autograd.Function):
@@ -188,7 +183,7 @@ class HeadProbe:
         if not isinstance(embeddings, Tensor) or not embeddings.requires_grad:
             return None
         if torch.compiler.is_compiling():
-            if _is_exporting() or _in_transform() or is_split(module.weight):
+            if is_exporting() or _in_transform() or is_split(module.weight):
                 return None
             leaf = self._leaf(embeddings.numel() // self.layer.features)
             if leaf is None:
@@ -208,7 +203,7 @@ class HeadProbe:
             unchecked(self._evaluated)
             return None
         if torch.compiler.is_compiling():
-            if _is_exporting() or _in_transform():
+            if is_exporting() or _in_transform():
                 return None
             return self._trace(module, _input(args, kwargs), logits)
         self.listen(module, _input(args, kwargs), logits)
