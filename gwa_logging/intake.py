@@ -42,6 +42,10 @@ class Intake:
         Where inputs are mixed out of several samples (mixup, CutMix), say which and how much of each; the score is shared out
         by these weights: `tag(torch.stack([ids, ids[order]], 1), weights=(lam, 1 - lam))`.
 
+        All calls of the head in one forward of the model get the ids. Where its logits are [batch, rows, classes], there may be
+        an id for each row or for each input. Rows without a gradient are then no samples; of several with one, the mean score
+        is entered.
+
         Where the head's pass is itself repeated in the backward pass (reentrant checkpointing of the whole model), of several
         passes before one backward only the last keeps its ids.
 
