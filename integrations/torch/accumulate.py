@@ -198,6 +198,10 @@ class Accumulator:
         self._misfits = 0  # ids that were not as many as their samples; those on the device are the ledger's strays
         self._lock = Lock()  # DataParallel's replicas run their backward passes in threads
 
+    def tag(self, samples: Samples) -> None:
+        """Keeps the ids of the next batch."""
+        self.tags.put(samples)
+
     def add_terms(self, terms: Terms, samples: Samples | None, inputs: int = 0) -> None:
         """Adds the terms of an eager backward pass.
 

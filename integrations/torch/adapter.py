@@ -158,7 +158,7 @@ class TorchAdapter:
 
     def tag(self, samples: Samples) -> None:
         """Notes which samples the next forward pass is about."""
-        self._accumulator.tags.put(self._checked(samples, None))
+        self._accumulator.tag(self._checked(samples, None))
 
     def pause(self, paused: bool) -> None:
         """Counts no pass from now on, or counts them again."""

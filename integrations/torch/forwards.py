@@ -97,6 +97,6 @@ def batch_sizes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...
         if isinstance(value, Tensor) and value.ndim and not value.is_nested:
             is_sequence = value.ndim > 2 or (value.ndim == 2 and not value.is_floating_point())
             return tuple(value.shape[:2]) if is_sequence and value.shape[0] > 1 else (value.shape[0],)
-        if value is not None:
+        if not isinstance(value, str | int | float | None):
             break
     return ()
