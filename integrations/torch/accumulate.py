@@ -58,7 +58,7 @@ class Terms(NamedTuple):
 
 
 def coded(terms: Terms, predicted: Tensor | None = None, columns: int = 2, inputs: int = 0) -> Tensor:
-    """float32 [rows, 2 or 4], always finite, in the form of a gradient. Zeros after the rows are padding.
+    """float32 [rows, 2 or 4], always finite, as it can be a gradient. Zeros after the rows are padding.
 
     Args:
         terms: of the rows.
@@ -145,7 +145,7 @@ class _Batch(NamedTuple):
         values: terms (eager), coded rows (compiled) or scores (from the user).
         rows: how many; of coded rows with the padding.
         samples: which samples they are, if known.
-        inputs: how many inputs the rows belong to, if not each row is one; coded rows know it themselves.
+        inputs: how many inputs the rows belong to, if not each row is one; coded rows of four columns know it themselves.
     """
 
     values: Terms | Tensor
@@ -156,8 +156,8 @@ class _Batch(NamedTuple):
     @property
     def is_grouped(self) -> bool:
         """Whether several rows may belong to one id."""
-        is_coded = _is_coded(self.values) and self.values.shape[1] > 2
-        return self.samples is not None and (is_coded or self.inputs > 0)
+        knows_inputs = _is_coded(self.values) and self.values.shape[1] > 3
+        return self.samples is not None and (knows_inputs or self.inputs > 0)
 
 
 class _DeviceLedger(NamedTuple):
@@ -391,8 +391,9 @@ def _is_coded(values: Terms | Tensor) -> TypeGuard[Tensor]:
 
 def _starts(batch: _Batch, scores: Tensor) -> Tensor:
     """bool [rows]: at which rows of a batch an input begins; at all of them, unless several rows belong to one id."""
-    if batch.samples is not None and _is_coded(batch.values):
-        return batch.values[:, -1] > 0
+    if batch.samples is not None and _is_coded(batch.values) and batch.is_grouped:
+        rows, starts = batch.values[:, 1] > 0, batch.values[:, 3] > 0
+        return torch.where(rows.sum() == batch.samples.ids.shape[0], rows, starts)
     return first_rows(scores, batch.inputs)
 
 

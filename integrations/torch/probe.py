@@ -113,6 +113,7 @@ class Slot:
     def __init__(self, probe: "HeadProbe", device: torch.device, *, counts: bool = True) -> None:
         self.next = self
         self.tag = UNTAGGED
+        self.has_positions = False  # several rows for each input
         self.leaves: list[Tensor] = []
         slot, owner = weakref.ref(self), weakref.ref(probe)
 
@@ -120,7 +121,7 @@ class Slot:
             rows, leaf.grad = leaf.grad, None
             mine, listener = slot(), owner()
             if counts and mine is not None and listener is not None and rows is not None:
-                listener.arrived(rows, mine.tag)
+                listener.arrived(rows, mine.tag, mine.has_positions)
 
         for rows in _LEAF_ROWS:
             leaf = torch.zeros(1, 1, device=device).expand(rows, probe.columns).requires_grad_()
@@ -148,7 +149,6 @@ class HeadProbe:
         self.on_step = on_step
         self._faults = faults
         self._forwards = forwards
-        self._has_positions = False  # a compiled pass with several rows for each input
         self._link: Tensor | None = None  # from `before` to `after`, while a graph is being compiled
         self._slot: Slot | None = None
         self._idle: Slot | None = None  # in place of `_slot` while paused, and the other way round
@@ -185,7 +185,7 @@ class HeadProbe:
         if torch.compiler.is_compiling():
             if is_exporting() or _in_transform() or is_split(module.weight):
                 return None
-            leaf = self._leaf(embeddings.numel() // self.layer.features)
+            leaf = self._leaf(embeddings.numel() // self.layer.features, self._has_positions(embeddings))
             if leaf is None:
                 return None
             tapped, link = InputProbe.apply(embeddings, module.weight, leaf, self.layer)  # type: ignore[no-untyped-call]
@@ -214,43 +214,42 @@ class HeadProbe:
 
     def _trace(self, module: nn.Module, embeddings: Tensor, logits: Tensor) -> Tensor | None:
         """Puts the probe into a graph that is being compiled."""
-        if logits.ndim > 2 and not isinstance(self.layer, Pointwise):
-            unchecked(self._positions)
         link = unchecked(self._exchange_link, None) if self.layer.taps_input else None
         if link is not None:
             return DeltaProbe.apply(logits, link, self.layer)  # type: ignore[no-any-return,no-untyped-call]
-        leaf = self._leaf(self.layer.rows(logits))
+        leaf = self._leaf(self.layer.rows(logits), self._has_positions(logits))
         if leaf is None:
             return None
         weight = self.layer.weight(module)
         return LogitsProbe.apply(logits, embeddings, weight, module.bias, leaf, self.layer)  # type: ignore[no-any-return,no-untyped-call]
 
-    def _positions(self) -> None:
-        self._has_positions = True
+    def _has_positions(self, rows: Tensor) -> bool:
+        """Whether there are several rows for each input."""
+        return not isinstance(self.layer, Pointwise) and any(size != 1 for size in rows.shape[1:-1])
 
-    def _leaf(self, rows: int) -> Tensor | None:
+    def _leaf(self, rows: int, has_positions: bool) -> Tensor | None:
         """The leaf of the pass that is being compiled, cut to its rows."""
-        slot = unchecked(self._next_slot)
+        slot = unchecked(self._next_slot, has_positions)
         if slot is not None:
             for leaf in slot.leaves:
                 if rows <= leaf.shape[0]:
                     return leaf[:rows]  # type: ignore[no-any-return]
         return None
 
-    def _next_slot(self) -> Slot | None:
+    def _next_slot(self, has_positions: bool) -> Slot | None:
         """Goes on to the next slot. The compiler repeats it in each pass, since it changes what it finds, and what it finds
         is of the same kind each time."""
         slot = self._slot
         if slot is not None:
             self._slot = slot.next
-            slot.tag = self.tags.take_next()
+            slot.tag, slot.has_positions = self.tags.take_next(), has_positions
         return slot
 
     def _exchange_link(self, link: Tensor | None) -> Tensor | None:
         before, self._link = self._link, link
         return before
 
-    def arrived(self, rows: Tensor, tag: Tag) -> None:
+    def arrived(self, rows: Tensor, tag: Tag, has_positions: bool) -> None:
         """The scores of a compiled backward pass have arrived, coded, as the gradient of a leaf."""
         try:
             if not self.enabled:
@@ -259,12 +258,12 @@ class HeadProbe:
                 if tag.samples is not None:
                     self.tags.give_back(tag)
                 return
-            if self._has_positions:
+            if has_positions:
                 self._faults.note(
                     "the head saw several rows for each input. Each row with a gradient (a token, a view, a clip) counts as a "
                     "sample"
                 )
-            self._accumulator.add_coded(rows, tag.samples)
+            self._accumulator.add_coded(rows if has_positions else rows[:, :3], tag.samples)
             self.on_step()
         except Exception as error:  # noqa: BLE001 - nothing may reach the user's backward pass
             self.fault(error)
@@ -307,7 +306,7 @@ class HeadProbe:
                 if not self._forwards.is_open:
                     self._forwards = None
         except Exception as error:  # noqa: BLE001 - nothing may reach the user's forward pass
-            if type(module.weight).__name__ == "ExpandedWeight":
+            if type(getattr(module, "weight", None)).__name__ == "ExpandedWeight":
                 self._faults.record(
                     "ExpandedWeights",
                     "passes of call_for_per_sample_grads are not observed: their weights cannot be read",
