@@ -40,10 +40,10 @@ class Forwards:
 
     def _begins(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
-            if self._keeps_samples and not is_exporting():
+            if not is_exporting():
                 unchecked(self._begins_compiled)
             return
-        if "_is_replica" in model.__dict__:  # DataParallel runs several at once, each with a part of the batch
+        if _is_partial(model):
             return
         self._sizes = () if self._is_known else batch_sizes(args, kwargs)
         self._rows = self._calls = 0
@@ -51,14 +51,15 @@ class Forwards:
 
     def _begins_compiled(self) -> None:
         self._is_compiled = True
-        self._tags.begin_forward()
+        if self._keeps_samples:
+            self._tags.begin_forward()
 
     def _ends(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if torch.compiler.is_compiling():
             if self._keeps_samples and not is_exporting():
                 unchecked(self._tags.end_forward)
             return
-        if "_is_replica" in model.__dict__:
+        if _is_partial(model):
             return
         self._tags.end_forward()
         if not self._calls:
@@ -78,6 +79,11 @@ class Forwards:
         if attachment is not None:
             attachment.remove()
         self.is_open = False
+
+
+def _is_partial(model: nn.Module) -> bool:
+    """Whether this is no pass of a whole batch: DataParallel's replicas run at once, and torch.jit.trace trains nothing."""
+    return "_is_replica" in model.__dict__ or torch._C._is_tracing()
 
 
 def is_exporting() -> bool:
