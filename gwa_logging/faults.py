@@ -18,6 +18,7 @@ class Faults:
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
+        self._notes: dict[str, bool] = {}  # and whether they are waiting for a report
         self._lock = Lock()
 
     def record(self, kind: str, detail: object, times: int = 1) -> None:
@@ -28,6 +29,22 @@ class Faults:
         if first:
             shown = redact_urls(str(detail))
             logger.warning("gwa_logging: %s: %s. Training goes on; further ones are only counted.", kind, shown)
+
+    def note(self, text: str) -> None:
+        """Logs, once, something that is no fault but that readers of the next report must know."""
+        with self._lock:
+            is_new = text not in self._notes
+            if is_new:
+                self._notes[text] = True
+        if is_new:
+            logger.warning("gwa_logging: %s.", text)
+
+    def take_notes(self) -> tuple[str, ...]:
+        """The notes since the last call."""
+        with self._lock:
+            notes = tuple(text for text, waits in self._notes.items() if waits)
+            self._notes = dict.fromkeys(self._notes, False)
+        return notes
 
     @property
     def counts(self) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """What a training loop tells the monitor: scores, and which samples they are of."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from gwa_logging.errors import InvalidInputError
@@ -14,6 +15,7 @@ class Intake:
     heads: Mapping[str, "Intake"]
     _adapter: Adapter
     _closed: bool
+    _pauses: int = 0
 
     def update(self, scores: Any, sample_ids: Any = None, *, weights: Any = None, predicted: Any = None) -> None:
         """Takes the scores of one training step (JAX, and PyTorch loops that make their own). Does not wait for them.
@@ -31,7 +33,7 @@ class Intake:
         """
         if sample_ids is None and not (weights is None and predicted is None):
             raise InvalidInputError("weights and predicted are entered by sample id: update(scores, sample_ids, ...)")
-        if not self._closed:
+        if not self._closed and not self._pauses:
             self._adapter.observe(scores, None if sample_ids is None else Samples(sample_ids, weights, predicted))
 
     def tag(self, sample_ids: Any, weights: Any = None) -> None:
@@ -39,6 +41,10 @@ class Intake:
 
         Where inputs are mixed out of several samples (mixup, CutMix), say which and how much of each; the score is shared out
         by these weights: `tag(torch.stack([ids, ids[order]], 1), weights=(lam, 1 - lam))`.
+
+        All calls of the head in one forward of the model get the ids. Where its logits are [batch, rows, classes], there may be
+        an id for each row or for each input. Rows without a gradient are then no samples; of several with one, the mean score
+        is entered.
 
         Where the head's pass is itself repeated in the backward pass (reentrant checkpointing of the whole model), of several
         passes before one backward only the last keeps its ids.
@@ -49,6 +55,28 @@ class Intake:
         """
         for monitor in (self, *self.heads.values()):
             monitor._adapter.tag(Samples(sample_ids, weights))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Counts nothing in the body of a `with` statement, for passes that are not training.
+
+        Examples are the passes that make adversarial examples, and a generator's step through a watched discriminator. A
+        forward or backward pass in the body is not counted, compiled or not, nor is `update`; ids from `tag` wait for the
+        next counted pass. It holds for all heads and all threads, and may be nested.
+        """
+        monitors = (self, *self.heads.values())
+        for monitor in monitors:
+            monitor._pause(1)
+        try:
+            yield
+        finally:
+            for monitor in monitors:
+                monitor._pause(-1)
+
+    def _pause(self, change: int) -> None:
+        was_paused, self._pauses = self._pauses > 0, self._pauses + change
+        if was_paused != (self._pauses > 0):
+            self._adapter.pause(self._pauses > 0)
 
     def value_and_grad(
         self, fun: Any, argnums: int | tuple[int, ...] = 0, has_aux: bool = False, **options: Any

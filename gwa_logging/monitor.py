@@ -155,6 +155,7 @@ class Monitor(Intake):
                 f"{self._adapter.nothing_seen()}"
             )
         report = summary.report(epoch=len(self.history), step=self._intervals.steps - 1)
+        report = report.model_copy(update={"notes": (*report.notes, *self._faults.take_notes())})
         alert, withdrawn = None, False
         if partial:
             report = report.model_copy(update={"notes": (*report.notes, "closed before the end of the epoch")})

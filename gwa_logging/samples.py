@@ -68,6 +68,28 @@ def _kind(array: Any) -> tuple[str, tuple[int, ...] | None]:
     return str(getattr(array, "dtype", type(array).__name__)), None if shape is None else tuple(shape)
 
 
+SAMPLE_IDS = "sample ids"
+"""The kind of the fault for ids that were left out."""
+
+
+def record_strays(faults: Faults, strays: int, num_samples: int | None) -> None:
+    """Reports ids that were left out.
+
+    Args:
+        faults: where; those that it has already are not reported again.
+        strays: how many there are so far.
+        num_samples: size of the ledger.
+    """
+    new = strays - faults.counts.get(SAMPLE_IDS, 0)
+    if new > 0:
+        faults.record(
+            SAMPLE_IDS,
+            f"{new} ids were not in [0, {num_samples}), not as many as their samples, or weighted by a negative number or NaN, "
+            "and were left out",
+            new,
+        )
+
+
 COLLAPSED = 0.9
 """Share of the samples that are predicted as one class from which a model is called collapsed."""
 
@@ -117,7 +139,7 @@ class LedgerReader:
         self._num_samples = num_samples
         self._labels = labels
         self._faults = faults
-        self._told = (0, 0)  # strays, untagged
+        self._told = 0  # samples without ids
 
     def read(self, what: str) -> Ledger:
         """The ledger of all processes, each of which must call this. Waits for the device.
@@ -128,15 +150,9 @@ class LedgerReader:
         if self._num_samples is None:
             raise InvalidInputError(f"{what}: there is no ledger: watch(..., num_samples=<size of the training set>)")
         ledger: Ledger = self._adapter.ledger()
-        strays, untagged = (max(0, now - told) for now, told in zip(ledger[-2:], self._told, strict=True))
-        self._told = (ledger.strays, ledger.untagged)
-        if strays:
-            self._faults.record(
-                "sample ids",
-                f"{strays} ids were not in [0, {self._num_samples}), not as many as their samples, or weighted by a negative "
-                "number or NaN, and were left out",
-                strays,
-            )
+        record_strays(self._faults, ledger.strays, self._num_samples)
+        untagged = max(0, ledger.untagged - self._told)
+        self._told = ledger.untagged
         if untagged:
             self._faults.record(
                 "samples without ids",

@@ -437,6 +437,10 @@ class Adapter(Protocol):
         """Notes which `Samples` the next forward pass is about."""
         ...
 
+    def pause(self, paused: bool) -> None:
+        """Counts no training pass from now on, or counts them again."""
+        ...
+
     def start(self, on_step: Callable[[], None]) -> None:
         """Begins to observe; `on_step` is called after each training step that was seen."""
         ...

@@ -251,6 +251,9 @@ class JaxAdapter:
         """Is for PyTorch."""
         raise InvalidInputError("tag() is for PyTorch; in JAX pass the ids along: monitor.update(scores, sample_ids)")
 
+    def pause(self, paused: bool) -> None:
+        """Does nothing: only `update` counts, and the monitor does not hand on its scores while paused."""
+
     def snapshot(self) -> JaxSnapshot:
         """Hands over what was gathered since the last one."""
         with self._at_ease():

@@ -6,22 +6,27 @@ one vector of ten numbers and a histogram, which is copied to the host in the ba
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from threading import Lock
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gwa_logging.alignment import DEAD, NO_GRADIENT, NOT_FINITE, SCORE_TOLERANCE, SMALLEST
+from gwa_logging.faults import Faults
 from gwa_logging.histogram import BINS, EDGES
-from gwa_logging.samples import UNKNOWN, Ledger, Samples
+from gwa_logging.integrations.torch.tags import Tags
+from gwa_logging.samples import SAMPLE_IDS, UNKNOWN, Ledger, Samples, record_strays
 from gwa_logging.summary import AlignmentSummary
 
 FOLD_AT = 65_536
 """Samples kept on the device before they are folded: 768 KB at most."""
+
+PASSES = 32
+"""How many compiled passes may wait for one backward pass; of more of them, some have no scores."""
 
 _NUMBERS = ("count", "mean", "m2", "m3", "m4", "minimum", "maximum", "no_gradient", "dead", "not_finite")
 _PADDING = 4.0  # marks a row that is no sample; no score is above 1
@@ -52,22 +57,78 @@ class Terms(NamedTuple):
         return torch.where(torch.isfinite(self.product + self.delta_norms + seen), scores, NOT_FINITE)
 
 
-def coded(terms: Terms, predicted: Tensor | None = None, columns: int = 2) -> Tensor:
-    """float32 [rows, 2 or 3], always finite: (score, 1, predicted class) of each row. Zeros after them are padding."""
+def coded(terms: Terms, predicted: Tensor | None = None, columns: int = 2, inputs: int = 0) -> Tensor:
+    """float32 [rows, 2 or 4], always finite, as it can be a gradient. Zeros after the rows are padding.
+
+    Args:
+        terms: of the rows.
+        predicted: int or float [rows], the predicted classes; None if not known.
+        columns: 2 for (score, 1); 4 for (score, 1, predicted class, 1 if the row is the first one of its input).
+        inputs: how many inputs the rows belong to, the same number of rows each; 0 if each row is an input.
+    """
     scores = torch.nan_to_num(terms.scores(), nan=_NO_GRADIENT, posinf=_NOT_FINITE, neginf=_DEAD)
     coded = [scores, torch.ones_like(scores)]
     if columns > 2:
         coded.append(torch.full_like(scores, UNKNOWN) if predicted is None else predicted.float())
+        coded.append(first_rows(scores, inputs).float())
     return torch.stack(coded, dim=-1)
 
 
+def first_rows(scores: Tensor, inputs: int) -> Tensor:
+    """bool [rows]: which rows are the first ones of their input, if all inputs have the same number of rows."""
+    starts = torch.ones_like(scores, dtype=torch.bool)
+    if inputs and scores.shape[0] != inputs:
+        starts = torch.arange(scores.shape[0], device=scores.device) % (scores.shape[0] // inputs) == 0
+    return starts
+
+
 def decoded(rows: Tensor) -> Tensor:
-    """The scores of coded rows, float32 [rows]. Rows that were added to each other are marked NOT_FINITE."""
+    """The scores of coded rows, float32 [rows]. Rows that were added to each other have none, and count as padding."""
     scores, valid = rows[:, 0], rows[:, 1]
     scores = torch.add(scores, 1 - valid, alpha=_PADDING)
     for code, mark in ((_NO_GRADIENT, NO_GRADIENT), (_NOT_FINITE, NOT_FINITE), (_DEAD, DEAD)):
         scores = torch.where(scores == code, mark, scores)
-    return torch.where(valid > 1, NOT_FINITE, scores)
+    return torch.where(valid > 1, _PADDING, scores)
+
+
+def without_idle(scores: Tensor, starts: Tensor) -> Tensor:
+    """The scores, with padding instead of rows that are no samples: those without a gradient, beside rows of the same input.
+
+    A decoder's classifier runs its head on all tokens, and only one of them has a gradient. An input none of whose rows has a
+    gradient keeps its first one.
+
+    Args:
+        scores: float32 [rows], with the marks.
+        starts: bool [rows], True at the first row of each input.
+    """
+    places = torch.arange(scores.shape[0], device=scores.device)
+    first = torch.cummax(torch.where(starts, places, 0), 0).values
+    has_gradient = ~torch.isnan(scores)
+    inputs_gradient = torch.zeros_like(scores).index_add_(0, first, (has_gradient & (scores != _PADDING)).float()) > 0
+    return torch.where(has_gradient | (starts & ~inputs_gradient), scores, _PADDING)
+
+
+def by_input(scores: Tensor, starts: Tensor, predicted: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The mean score of each input's rows, and its predicted class where one row alone has a score.
+
+    Args:
+        scores: float32 [batches, rows].
+        starts: bool [batches, rows], True at the first row of each input.
+        predicted: [batches, rows] of the rows, or None.
+
+    Returns:
+        The same shapes: the i-th place is that of the i-th input, padding after the last one.
+    """
+    counted = scores.abs() <= 1 + SCORE_TOLERANCE
+    owner = (starts.cumsum(1) - 1).clamp(min=0)
+    sums = torch.zeros_like(scores).scatter_add_(1, owner, torch.where(counted, scores, 0.0))
+    rows = torch.zeros_like(scores).scatter_add_(1, owner, counted.float())
+    means = torch.where(rows > 0, sums / rows, NO_GRADIENT)
+    inputs = torch.arange(scores.shape[1], device=scores.device) < starts.sum(1, keepdim=True)
+    if predicted is not None:
+        alone = torch.zeros_like(predicted).scatter_add_(1, owner, torch.where(counted, predicted, 0))
+        predicted = torch.where(rows == 1, alone, UNKNOWN)
+    return torch.where(inputs, means, _PADDING), predicted
 
 
 def joined(batches: list[Terms]) -> Terms:
@@ -77,22 +138,26 @@ def joined(batches: list[Terms]) -> Terms:
     return Terms(*map(torch.cat, (products, delta_norms, embedding_norms, weight_norms)))
 
 
-class Tag:
-    """Which samples one pass is about, tensors, or None: a box, since the compiler looks at tensors, not into boxes."""
-
-    def __init__(self, samples: Samples | None) -> None:
-        self.samples = samples
-
-
-UNTAGGED = Tag(None)
-
-
 class _Batch(NamedTuple):
-    """One backward pass: terms (eager), coded rows (compiled) or scores (from the user), and which samples, if known."""
+    """One backward pass.
+
+    Attributes:
+        values: terms (eager), coded rows (compiled) or scores (from the user).
+        rows: how many; of coded rows with the padding.
+        samples: which samples they are, if known.
+        inputs: how many inputs the rows belong to, if not each row is one; coded rows of four columns know it themselves.
+    """
 
     values: Terms | Tensor
     rows: int
     samples: Samples | None
+    inputs: int
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether several rows may belong to one id."""
+        knows_inputs = _is_coded(self.values) and self.values.shape[1] > 3
+        return self.samples is not None and (knows_inputs or self.inputs > 0)
 
 
 class _DeviceLedger(NamedTuple):
@@ -113,32 +178,55 @@ class Accumulator:
 
     Attributes:
         keeps_samples: whether there is a ledger.
+        tags: the ids that wait for a pass.
     """
 
-    def __init__(self, num_samples: int | None) -> None:
+    def __init__(self, num_samples: int | None, faults: Faults | None = None) -> None:
+        self.tags = Tags()
+        self._faults = faults or Faults()
         self._batches: list[_Batch] = []
         self._rows = 0
-        self._arriving = TorchSnapshot()
+        self._arriving = TorchSnapshot(self._lost)
         self._edges: dict[torch.device, Tensor] = {}
         self._num_samples = num_samples
         self.keeps_samples = num_samples is not None
         self._ledger: _DeviceLedger | None = None
         self._untagged = 0
-        self._tag = UNTAGGED
+        self._untagged_coded: Tensor | int = (
+            0  # of compiled passes, whose rows can be told from padding on the device only
+        )
+        self._misfits = 0  # ids that were not as many as their samples; those on the device are the ledger's strays
         self._lock = Lock()  # DataParallel's replicas run their backward passes in threads
 
     def tag(self, samples: Samples) -> None:
         """Keeps the ids of the next batch."""
-        self._tag = Tag(samples)
+        self.tags.put(samples)
 
-    def take_tag(self) -> Tag:
-        """The ids of the present batch, once."""
-        tag, self._tag = self._tag, UNTAGGED
-        return tag
+    def add_terms(self, terms: Terms, samples: Samples | None, inputs: int = 0) -> None:
+        """Adds the terms of an eager backward pass.
 
-    def add_terms(self, terms: Terms, samples: Samples | None) -> None:
-        """Adds the terms of an eager backward pass."""
-        self._add(terms, terms.product.numel(), samples)
+        Args:
+            terms: of the rows.
+            samples: which samples they are, if known: as many ids as there are rows, or inputs.
+            inputs: how many inputs there are, the same number of rows each, in their order; 0 if that is not known.
+        """
+        rows = terms.product.numel()
+        if samples is None or (given := samples.ids.shape[0]) == rows:
+            self._add(terms, rows, samples)
+        elif given == inputs:
+            self._add(terms, rows, samples, inputs)
+        else:
+            self._misfit(given, rows)
+            self._add(terms, rows, None, misfit=True)
+
+    def _misfit(self, ids: int, rows: int) -> None:
+        lost = min(ids, rows)
+        self._misfits += lost
+        self._faults.record(
+            SAMPLE_IDS,
+            f"{lost} ids were left out: a forward pass was tagged with {ids} ids, but the head saw {rows} rows in it",
+            lost,
+        )
 
     def add_coded(self, rows: Tensor, samples: Samples | None) -> None:
         """Adds the coded rows of a compiled backward pass, which may be overwritten after this."""
@@ -151,13 +239,15 @@ class Accumulator:
         """Adds scores from the user, float [...], which may be overwritten after this."""
         self._add(scores.flatten().clone(), scores.numel(), samples)
 
-    def _add(self, values: Terms | Tensor, rows: int, samples: Samples | None) -> None:
+    def _add(
+        self, values: Terms | Tensor, rows: int, samples: Samples | None, inputs: int = 0, *, misfit: bool = False
+    ) -> None:
         if not rows:
             return
         with self._lock:
-            self._batches.append(_Batch(values, rows, samples))
+            self._batches.append(_Batch(values, rows, samples, inputs))
             self._rows += rows
-            if samples is None and self.keeps_samples:
+            if samples is None and self.keeps_samples and not misfit and not _is_coded(values):
                 self._untagged += rows
             if self._rows >= FOLD_AT:
                 self._fold()
@@ -166,8 +256,18 @@ class Accumulator:
         """Everything since the last one, on its way to the host."""
         with self._lock:
             self._fold()
-            snapshot, self._arriving = self._arriving, TorchSnapshot()
+            snapshot, self._arriving = self._arriving, TorchSnapshot(self._lost)
             return snapshot
+
+    def _lost(self, overlaid: int, strays: int) -> None:
+        """What a folded vector says of samples that were lost on the device has come to the host."""
+        if overlaid:
+            self._faults.record(
+                "compiled passes",
+                f"{overlaid} samples have no score: more than {PASSES} compiled forward passes waited for one backward pass",
+                overlaid,
+            )
+        record_strays(self._faults, strays, self._num_samples)
 
     def _fold(self) -> None:
         batches, self._batches, self._rows = self._batches, [], 0
@@ -183,22 +283,49 @@ class Accumulator:
             rows = [values for values in tensors if values.ndim == 2]
             if terms:
                 pieces.insert(0, joined(terms).scores())
-            if rows:
-                pieces.append(decoded(torch.cat(rows)))
+            coded = torch.cat(rows) if rows else None
+            if coded is not None:
+                pieces.append(decoded(coded))
             scores = torch.cat(pieces)
-            self._arriving.add(fold(scores, self._edges_on(device)))
+            sizes = [batch.rows for batch in group]
+            starts: Sequence[Tensor | None] = [None] * len(group)
+            if any(batch.is_grouped for batch in group):
+                starts = begins = [
+                    _starts(batch, piece) for batch, piece in zip(group, scores.split(sizes), strict=True)
+                ]
+                scores = without_idle(scores, torch.cat(begins))
+            vector = fold(scores, self._edges_on(device))
             if self.keeps_samples:
-                split = torch.split(scores, [batch.rows for batch in group])
-                tagged = [(b.samples, piece) for b, piece in zip(group, split, strict=True) if b.samples is not None]
+                untagged = [batch.values for batch in group if batch.samples is None and _is_coded(batch.values)]
+                if untagged:
+                    count = (torch.cat([values[:, 1] for values in untagged]) > 0).sum()
+                    self._untagged_coded += _moved(count, self._ledger_on(device).sums.device)
+                tagged = [
+                    (batch.samples, piece, start if batch.is_grouped else None)
+                    for batch, piece, start in zip(group, scores.split(sizes), starts, strict=True)
+                    if batch.samples is not None
+                ]
                 for _, alike in groupby(tagged, key=_form):  # in their order, so that sums are the same to the bit
                     self._enter(*zip(*alike, strict=True))
+            self._arriving.add(self._with_losses(vector, coded))
+
+    def _with_losses(self, vector: Tensor, coded: Tensor | None) -> Tensor:
+        """A folded vector, and after it how many samples were lost: in coded rows added to each other, and strays so far."""
+        overlaid = torch.zeros(1, dtype=vector.dtype, device=vector.device)
+        if coded is not None:
+            valid = coded[:, 1]
+            overlaid += _moved(torch.where(valid > 1, valid, 0.0).sum(), vector.device)
+        strays = torch.full_like(overlaid, self._misfits)
+        if self._ledger is not None:
+            strays += _moved(self._ledger.seen[-1:], vector.device)
+        return torch.cat([vector, overlaid, strays])
 
     def _edges_on(self, device: torch.device) -> Tensor:
         if device not in self._edges:
             self._edges[device] = torch.from_numpy(EDGES.copy()).to(_fold_device(device))
         return self._edges[device]
 
-    def _enter(self, batches: Sequence[Samples], scores: Sequence[Tensor]) -> None:
+    def _enter(self, batches: Sequence[Samples], scores: Sequence[Tensor], starts: Sequence[Tensor | None]) -> None:
         """Enters the scores of n batches of one form into the ledger."""
         sums, seen, predicted = self._ledger_on(scores[0].device)
         device, size = sums.device, sums.shape[0] - 1
@@ -206,12 +333,17 @@ class Accumulator:
         score = _stacked(scores, device)  # [n, rows]
         assert ids is not None
         assert score is not None
+        begins = _stacked(starts, device)
+        if begins is not None:
+            score, known = by_input(score, begins, known)
         ids, rows = ids.to(torch.int64), min(score.shape[1], ids.shape[1])
-        misfit = (score != _PADDING).sum(1) != ids.shape[1]
+        real = score != _PADDING
+        misfit = real.sum(1, keepdim=True) != ids.shape[1]
         stray = (ids < 0) | (ids >= size) | misfit.reshape(-1, *[1] * (ids.ndim - 1))
-        score, ids, stray = score[:, :rows], ids[:, :rows], stray[:, :rows]
+        score, ids, stray, real = score[:, :rows], ids[:, :rows], stray[:, :rows], real[:, :rows]
         counted = score.abs() <= 1 + SCORE_TOLERANCE
         score = torch.where(counted, score, 0.0)
+        counted |= misfit & real  # whose id is lost, whether it has a score or not
         if weights is None:
             shares = counted.float()
         else:
@@ -240,7 +372,8 @@ class Accumulator:
         """The ledger, brought to the host: waits for the device."""
         with self._lock:
             self._fold()
-            return self._ledger_on(torch.device("cpu")).to_host(self._untagged)
+            ledger = self._ledger_on(torch.device("cpu")).to_host(self._untagged + int(self._untagged_coded))
+            return ledger._replace(strays=ledger.strays + self._misfits)
 
     def load_ledger(self, ledger: Ledger, device: torch.device) -> None:
         """Puts back what `ledger` gave."""
@@ -248,12 +381,26 @@ class Accumulator:
             rest = (0.0, ledger.strays, UNKNOWN)
             arrays = (np.append(array, end).astype(array.dtype) for array, end in zip(ledger[:3], rest, strict=True))
             self._ledger = _DeviceLedger(*(torch.from_numpy(array).to(device) for array in arrays))
-            self._untagged = ledger.untagged
+            self._untagged, self._untagged_coded, self._misfits = ledger.untagged, 0, 0
 
 
-def _form(entry: tuple[Samples, Tensor]) -> object:
+def _is_coded(values: Terms | Tensor) -> TypeGuard[Tensor]:
+    """Whether these are the rows of a compiled pass."""
+    return isinstance(values, Tensor) and values.ndim == 2
+
+
+def _starts(batch: _Batch, scores: Tensor) -> Tensor:
+    """bool [rows]: at which rows of a batch an input begins; at all of them, unless several rows belong to one id."""
+    if batch.samples is not None and _is_coded(batch.values) and batch.is_grouped:
+        rows, starts = batch.values[:, 1] > 0, batch.values[:, 3] > 0
+        return torch.where(rows.sum() == batch.samples.ids.shape[0], rows, starts)
+    return first_rows(scores, batch.inputs)
+
+
+def _form(entry: tuple[Samples, Tensor, Tensor | None]) -> object:
     """What must be the same of batches that are entered together."""
-    return [None if tensor is None else (tensor.shape, tensor.dtype, tensor.device) for tensor in (*entry[0], entry[1])]
+    samples, *others = entry
+    return [None if tensor is None else (tensor.shape, tensor.dtype, tensor.device) for tensor in (*samples, *others)]
 
 
 def _stacked(tensors: Sequence[Tensor | None], device: torch.device) -> Tensor | None:
@@ -331,7 +478,9 @@ def fold(scores: Tensor, edges: Tensor) -> Tensor:
 class TorchSnapshot:
     """Folded vectors on their way to the host."""
 
-    def __init__(self) -> None:
+    def __init__(self, lost: Callable[[int, int], None]) -> None:
+        """Calls `lost(overlaid, strays)` with the last two numbers of each vector, once they have come."""
+        self._lost = lost
         self._vectors: list[tuple[Tensor, torch.cuda.Event | None]] = []
         self._merged = AlignmentSummary()
 
@@ -349,7 +498,9 @@ class TorchSnapshot:
 
     def _merge_arrived(self) -> None:
         while self._vectors and (self._vectors[0][1] is None or self._vectors[0][1].query()):
-            self._merged = self._merged.merge(unpack(self._vectors.pop(0)[0]))
+            vector = self._vectors.pop(0)[0]
+            self._merged = self._merged.merge(unpack(vector[:-2]))
+            self._lost(*map(int, vector[-2:].tolist()))
 
     def ready(self) -> bool:
         """Whether everything has come."""

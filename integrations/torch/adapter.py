@@ -23,6 +23,7 @@ from gwa_logging.integrations.torch.distributed import (
     replica_group,
     unsharded,
 )
+from gwa_logging.integrations.torch.forwards import Forwards
 from gwa_logging.integrations.torch.heads import FirstPass, Head, HeadCall, find_head, unwrapped
 from gwa_logging.integrations.torch.layers import layer_of
 from gwa_logging.integrations.torch.probe import HeadProbe
@@ -76,7 +77,7 @@ class TorchAdapter:
         self._found = head  # until the start: it would keep the head of a model that is dropped
         self._num_samples = num_samples
         self._attendance = attendance
-        self._accumulator = RankAccumulator(num_samples, attendance)
+        self._accumulator = RankAccumulator(num_samples, faults, attendance)
         self._early: list[TorchSnapshot] = []  # until the first scores are known
         self._first = Identity().first
         self.notes: tuple[str, ...] = ()
@@ -154,12 +155,21 @@ class TorchAdapter:
         self._watching = probe = self._probe(head)
         model = self._model()
         if model is not None:
+            tags = self._accumulator.tags
             with unsharded(model, head.module):
+                tags.begin_forward()
                 for call in calls:  # of the pass that told the head
-                    probe.listen(call.module, call.embeddings, call.output)
+                    if call.module.training:
+                        probe.listen(*call)
+                    else:
+                        probe.saw_evaluation = True
+                tags.end_forward()
 
     def _probe(self, head: Head) -> HeadProbe:
-        return HeadProbe(layer_of(head.module), self._accumulator, self._first_step, self._faults)
+        model, accumulator, forwards = self._model(), self._accumulator, None
+        if model is not None:
+            forwards = Forwards(model, accumulator.tags, self._faults, keeps_samples=accumulator.keeps_samples)
+        return HeadProbe(layer_of(head.module), accumulator, self._first_step, self._faults, forwards)
 
     def _first_step(self) -> None:
         """The first step that the probe sees ends the wait for it; the others go straight to the monitor."""
@@ -194,6 +204,15 @@ class TorchAdapter:
     def tag(self, samples: Samples) -> None:
         """Notes which samples the next forward pass is about."""
         self._accumulator.tag(self._checked(samples, None))
+
+    def pause(self, paused: bool) -> None:
+        """Counts no pass from now on, or counts them again."""
+        if paused:
+            self._accumulator.tags.pause()
+        else:
+            self._accumulator.tags.resume()
+        if isinstance(self._watching, HeadProbe):
+            self._watching.exchange_slots()
 
     def _checked(self, samples: Samples, count: int | None) -> Samples:
         samples.check(count, self._num_samples)
@@ -235,9 +254,15 @@ class TorchAdapter:
 
     def nothing_seen(self) -> str:
         """What to check when no step has passed the probe."""
+        evaluation = ""
+        if isinstance(self._watching, HeadProbe) and self._watching.saw_evaluation:
+            evaluation = (
+                "There were passes with the head in eval mode, which are not counted: call model.train(), or train() of "
+                "the head alone. "
+            )
         return (
-            f"Watched: {self.head}. Check that loss.backward() runs on the output of this model in training mode with "
-            "gradients enabled; that the head is called as a module (not through F.linear on its weight, nor inside of a "
+            f"Watched: {self.head}. {evaluation}Check that loss.backward() runs on the output of this model in training mode "
+            "with gradients enabled; that the head is called as a module (not through F.linear on its weight, nor inside of a "
             "fused loss); and that watch() came before the first call of a compiled model. A compiled model whose head "
             "only a first pass can tell needs watch(model, head='dotted.path'). Gradients taken in a compiled model by "
             "torch.autograd.grad or backward(inputs=), or inside of torch.func transforms, are not seen."

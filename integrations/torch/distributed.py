@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
+from gwa_logging.faults import Faults
 from gwa_logging.integrations.torch.accumulate import Accumulator, Terms, pack, unpack
 from gwa_logging.ranks import Attendance, Counted, Identity, counted
 from gwa_logging.samples import UNKNOWN, Ledger, Samples
@@ -108,11 +109,11 @@ class RankAccumulator(Accumulator):
     counts the samples. If one of them does not watch, there is nobody to make them whole with, and nothing is counted.
     """
 
-    def __init__(self, num_samples: int | None, attendance: Attendance) -> None:
-        super().__init__(num_samples)
+    def __init__(self, num_samples: int | None, faults: Faults, attendance: Attendance) -> None:
+        super().__init__(num_samples, faults)
         self._attendance = attendance
 
-    def add_terms(self, terms: Terms, samples: Samples | None) -> None:
+    def add_terms(self, terms: Terms, samples: Samples | None, inputs: int = 0) -> None:
         """Adds the terms of an eager backward pass."""
         if is_split(terms.product):
             if self._attendance.missing():
@@ -120,7 +121,7 @@ class RankAccumulator(Accumulator):
             counts, terms = _comes_first(terms.product), Terms(*map(_whole, terms))
             if not counts:
                 return
-        super().add_terms(terms, samples)
+        super().add_terms(terms, samples, inputs)
 
     def add_coded(self, rows: Tensor, samples: Samples | None) -> None:
         """Adds the coded rows of a compiled backward pass."""

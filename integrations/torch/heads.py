@@ -203,11 +203,16 @@ def _by_library(model: nn.Module, declared: _Declared | None) -> Head | None:
 
 
 class HeadCall(NamedTuple):
-    """One call of a layer, with what went in and what came out."""
+    """One call of a layer, with what went in and what came out.
+
+    Attributes:
+        node: of an output that has been changed in place since, its node in the autograd graph; else None.
+    """
 
     module: nn.Module
     embeddings: Tensor
     output: Tensor
+    node: Any = None
 
 
 class FirstPass:
@@ -238,8 +243,9 @@ class FirstPass:
             return
         self.close()
         head = chosen(makers, model, "the output of the first pass comes from it")
-        # An output that was changed in place since is another tensor: its gradient is not delta.
-        heard = [c for node, c in calls.items() if c.module is head.module and c.output.grad_fn is node]
+        # An output that was changed in place since is another tensor: its gradient is not delta, but that of its node is.
+        own = ((node, call) for node, call in calls.items() if call.module is head.module)
+        heard = [call if call.output.grad_fn is node else call._replace(node=node) for node, call in own]
         self._tell(head, heard)
 
     def close(self) -> None:

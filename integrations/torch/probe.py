@@ -20,18 +20,18 @@ import torch
 from torch import Tensor, nn
 
 from gwa_logging.faults import Faults
-from gwa_logging.integrations.torch.accumulate import UNTAGGED, Accumulator, Terms, coded
+from gwa_logging.integrations.torch.accumulate import PASSES, Accumulator, Terms, coded
 from gwa_logging.integrations.torch.distributed import is_distributed, is_freed, is_split
+from gwa_logging.integrations.torch.forwards import Forwards, is_exporting
 from gwa_logging.integrations.torch.hooks import Attachment, unchecked
-from gwa_logging.integrations.torch.layers import Linear, norm
-from gwa_logging.samples import Samples
+from gwa_logging.integrations.torch.layers import Linear, Pointwise, norm
+from gwa_logging.integrations.torch.tags import UNTAGGED, Tag
 
 # Leaves are views of a single number: they cost no memory, whatever their length. A gradient does, so the shortest leaf
 # that fits the batch is taken; factors of four keep both the waste and the number of recompilations small.
 _LEAF_ROWS = tuple(4**k for k in range(3, 13))
 
-PASSES = 32
-"""How many compiled passes may wait for one backward pass; the samples of more of them count as not finite."""
+_will_execute = torch._C._will_engine_execute_node
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -43,13 +43,8 @@ def _in_transform() -> bool:
     return torch._C._functorch.maybe_current_level() is not None
 
 
-def _is_exporting() -> bool:
-    """Whether torch.export is tracing. Up to 2.11 the compiler answers `torch.compiler.is_exporting()` with True always."""
-    return bool(getattr(torch.compiler, "_is_exporting_flag", False))
-
-
 class LogitsProbe(torch.autograd.Function):
-    """Identity on the logits. The gradient of `leaf`, float32 [rows, 2 or 3], is defined as (score, 1, predicted class)."""
+    """Identity on the logits. The gradient of `leaf`, float32 [rows, 2 or 4], is defined as the coded scores."""
 
     @staticmethod
     def forward(
@@ -66,7 +61,7 @@ class LogitsProbe(torch.autograd.Function):
         terms = ctx.layer.by_logits(delta, logits, embeddings, bias, weight_norm)
         is_known = ctx.columns > 2 and not is_split(logits)  # of split logits, nobody has all of a row
         predicted = ctx.layer.predicted(logits) if is_known else None
-        return delta, None, None, None, coded(terms, predicted, ctx.columns), None
+        return delta, None, None, None, coded(terms, predicted, ctx.columns, _inputs(logits)), None
 
 
 class InputProbe(torch.autograd.Function):
@@ -76,14 +71,15 @@ class InputProbe(torch.autograd.Function):
     def forward(ctx: Any, embeddings: Tensor, weight: Tensor, leaf: Tensor, layer: Linear) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(embeddings, norm(weight))
         ctx.layer = layer
-        return embeddings.clone(), leaf.new_zeros(leaf.shape[0], leaf.shape[1] - 1)
+        ctx.columns = leaf.shape[1]
+        return embeddings.clone(), leaf.new_zeros(leaf.shape[0], 2 if ctx.columns > 2 else 1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, kept: Tensor) -> tuple[Tensor | None, ...]:
         embeddings, weight_norm = ctx.saved_tensors
         delta_norms, predicted = kept[:, 0], kept[:, 1] if kept.shape[1] > 1 else None
         terms = ctx.layer.by_input_terms(delta_norms, grad, embeddings, weight_norm)
-        return grad, None, coded(terms, predicted, 1 + kept.shape[1]), None
+        return grad, None, coded(terms, predicted, ctx.columns, _inputs(embeddings)), None
 
 
 class DeltaProbe(torch.autograd.Function):
@@ -102,6 +98,11 @@ class DeltaProbe(torch.autograd.Function):
         return delta, torch.stack(columns, dim=1), None
 
 
+def _inputs(rows: Tensor) -> int:
+    """How many inputs the rows [inputs, ..., K] belong to; 0 if each row is one, or there is no batch."""
+    return rows.shape[0] if rows.ndim > 2 else 0
+
+
 class Slot:
     """The leaves of one compiled pass, the ids of its samples, and the slot of the next pass.
 
@@ -109,17 +110,18 @@ class Slot:
     anything that leads back to the leaves.
     """
 
-    def __init__(self, probe: "HeadProbe", device: torch.device) -> None:
+    def __init__(self, probe: "HeadProbe", device: torch.device, *, counts: bool = True) -> None:
         self.next = self
         self.tag = UNTAGGED
+        self.has_positions = False  # several rows for each input
         self.leaves: list[Tensor] = []
         slot, owner = weakref.ref(self), weakref.ref(probe)
 
         def arrived(leaf: Tensor) -> None:
             rows, leaf.grad = leaf.grad, None
             mine, listener = slot(), owner()
-            if mine is not None and listener is not None and rows is not None:
-                listener.arrived(rows, mine.tag.samples)
+            if counts and mine is not None and listener is not None and rows is not None:
+                listener.arrived(rows, mine.tag, mine.has_positions)
 
         for rows in _LEAF_ROWS:
             leaf = torch.zeros(1, 1, device=device).expand(rows, probe.columns).requires_grad_()
@@ -130,15 +132,26 @@ class Slot:
 class HeadProbe:
     """The hooks on one head. It does not keep the head: a model that nobody else has may go, watched or not."""
 
-    def __init__(self, layer: Linear, accumulator: Accumulator, on_step: Callable[[], None], faults: Faults) -> None:
+    def __init__(
+        self,
+        layer: Linear,
+        accumulator: Accumulator,
+        on_step: Callable[[], None],
+        faults: Faults,
+        forwards: Forwards | None = None,
+    ) -> None:
         self.enabled = True
         self.layer = layer
+        self.tags = accumulator.tags
+        self.saw_evaluation = False  # a pass that would have counted if the head were in training mode
         self._accumulator = accumulator
-        self.columns = 3 if accumulator.keeps_samples else 2  # of a compiled pass's coded rows
+        self.columns = 4 if accumulator.keeps_samples else 2  # of a compiled pass's coded rows
         self.on_step = on_step
         self._faults = faults
+        self._forwards = forwards
         self._link: Tensor | None = None  # from `before` to `after`, while a graph is being compiled
         self._slot: Slot | None = None
+        self._idle: Slot | None = None  # in place of `_slot` while paused, and the other way round
         self._device = torch.device("meta")
         head = layer.module
         self._moved(head)
@@ -154,19 +167,25 @@ class HeadProbe:
         slots = [Slot(self, device) for _ in range(PASSES)]
         for slot, following in zip(slots, slots[1:] + slots[:1], strict=True):
             slot.next = following
-        self._slot = slots[0]
+        self._slot, self._idle = slots[0], Slot(self, device, counts=False)
+        if self.tags.paused:
+            self.exchange_slots()
+
+    def exchange_slots(self) -> None:
+        """Has compiled passes counted no longer, or again: the compiler does not notice that the slots are others."""
+        self._slot, self._idle = self._idle, self._slot
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Taps the head's input: a view, so that its gradient is this head's alone."""
-        if not self.enabled or not torch.is_grad_enabled():
+        if not self.enabled or not module.training or not torch.is_grad_enabled():
             return None
         embeddings = _input(args, kwargs)
         if not isinstance(embeddings, Tensor) or not embeddings.requires_grad:
             return None
         if torch.compiler.is_compiling():
-            if _is_exporting() or _in_transform() or is_split(module.weight):
+            if is_exporting() or _in_transform() or is_split(module.weight):
                 return None
-            leaf = self._leaf(embeddings.numel() // self.layer.features)
+            leaf = self._leaf(embeddings.numel() // self.layer.features, self._has_positions(embeddings))
             if leaf is None:
                 return None
             tapped, link = InputProbe.apply(embeddings, module.weight, leaf, self.layer)  # type: ignore[no-untyped-call]
@@ -180,57 +199,86 @@ class HeadProbe:
         """Taps the logits of a training pass."""
         if not self.enabled or not isinstance(logits, Tensor) or not logits.requires_grad:
             return None
+        if not module.training:
+            unchecked(self._evaluated)
+            return None
         if torch.compiler.is_compiling():
-            if _is_exporting() or _in_transform():
+            if is_exporting() or _in_transform():
                 return None
             return self._trace(module, _input(args, kwargs), logits)
         self.listen(module, _input(args, kwargs), logits)
         return None
+
+    def _evaluated(self) -> None:
+        self.saw_evaluation = True
 
     def _trace(self, module: nn.Module, embeddings: Tensor, logits: Tensor) -> Tensor | None:
         """Puts the probe into a graph that is being compiled."""
         link = unchecked(self._exchange_link, None) if self.layer.taps_input else None
         if link is not None:
             return DeltaProbe.apply(logits, link, self.layer)  # type: ignore[no-any-return,no-untyped-call]
-        leaf = self._leaf(self.layer.rows(logits))
+        leaf = self._leaf(self.layer.rows(logits), self._has_positions(logits))
         if leaf is None:
             return None
         weight = self.layer.weight(module)
         return LogitsProbe.apply(logits, embeddings, weight, module.bias, leaf, self.layer)  # type: ignore[no-any-return,no-untyped-call]
 
-    def _leaf(self, rows: int) -> Tensor | None:
+    def _has_positions(self, rows: Tensor) -> bool:
+        """Whether there are several rows for each input."""
+        return not isinstance(self.layer, Pointwise) and any(size != 1 for size in rows.shape[1:-1])
+
+    def _leaf(self, rows: int, has_positions: bool) -> Tensor | None:
         """The leaf of the pass that is being compiled, cut to its rows."""
-        slot = unchecked(self._next_slot)
+        slot = unchecked(self._next_slot, has_positions)
         if slot is not None:
             for leaf in slot.leaves:
                 if rows <= leaf.shape[0]:
                     return leaf[:rows]  # type: ignore[no-any-return]
         return None
 
-    def _next_slot(self) -> Slot | None:
+    def _next_slot(self, has_positions: bool) -> Slot | None:
         """Goes on to the next slot. The compiler repeats it in each pass, since it changes what it finds, and what it finds
         is of the same kind each time."""
         slot = self._slot
         if slot is not None:
             self._slot = slot.next
-            slot.tag = self._accumulator.take_tag()
+            slot.tag, slot.has_positions = self.tags.take_next(), has_positions
         return slot
 
     def _exchange_link(self, link: Tensor | None) -> Tensor | None:
         before, self._link = self._link, link
         return before
 
-    def arrived(self, rows: Tensor, samples: Samples | None) -> None:
+    def arrived(self, rows: Tensor, tag: Tag, has_positions: bool) -> None:
         """The scores of a compiled backward pass have arrived, coded, as the gradient of a leaf."""
         try:
-            if self.enabled:
-                self._accumulator.add_coded(rows, samples)
-                self.on_step()
+            if not self.enabled:
+                return
+            if self.tags.paused:
+                if tag.samples is not None:
+                    self.tags.give_back(tag)
+                return
+            if has_positions:
+                self._faults.note(
+                    "the head saw several rows for each input. Each row with a gradient (a token, a view, a clip) counts as a "
+                    "sample"
+                )
+            self._accumulator.add_coded(rows if has_positions else rows[:, :3], tag.samples)
+            self.on_step()
         except Exception as error:  # noqa: BLE001 - nothing may reach the user's backward pass
             self.fault(error)
 
-    def listen(self, module: nn.Module, embeddings: Tensor, logits: Tensor) -> None:
-        """Hooks on to the gradients of one forward pass."""
+    def listen(self, module: nn.Module, embeddings: Tensor, logits: Tensor, node: Any = None) -> None:
+        """Hooks on to the gradients of one forward pass, unless nothing is to be counted.
+
+        Args:
+            module: the head, or a replica of it.
+            embeddings: its input.
+            logits: its output.
+            node: the output's node in the autograd graph, if the output has been changed in place since.
+        """
+        if self.tags.paused:
+            return
         if _in_transform():
             self._faults.record(
                 "torch.func", "passes inside of its transforms (grad, vmap and the like) are not observed"
@@ -238,16 +286,33 @@ class HeadProbe:
             return
         try:
             untapped = getattr(embeddings, "_gwa_tapped", None)
-            if untapped is not None:
-                taken = _Pass(self, module, untapped, logits)
+            if node is not None:
+                bias: Any = module.bias
+                with torch.no_grad():
+                    logits = self.layer.logits(embeddings, self.layer.weight(module), bias)
+                taken = _Pass(self, module, embeddings, logits, node)
+                taken.keep(module, logits)
+                node.register_prehook(taken.node_arrived)
+            elif untapped is not None:
+                taken = _Pass(self, module, untapped, logits, logits.grad_fn)
                 logits.register_hook(taken.delta_arrived)
                 embeddings.register_hook(taken.grad_embeddings_arrived)
             else:
-                taken = _Pass(self, module, embeddings, logits)
+                taken = _Pass(self, module, embeddings, logits, logits.grad_fn)
                 taken.keep(module, logits)
                 logits.register_hook(taken.all_arrived)
+            if self._forwards is not None:
+                self._forwards.head_called(self.layer.rows(logits))
+                if not self._forwards.is_open:
+                    self._forwards = None
         except Exception as error:  # noqa: BLE001 - nothing may reach the user's forward pass
-            self.fault(error)
+            if type(getattr(module, "weight", None)).__name__ == "ExpandedWeight":
+                self._faults.record(
+                    "ExpandedWeights",
+                    "passes of call_for_per_sample_grads are not observed: their weights cannot be read",
+                )
+            else:
+                self.fault(error)
 
     def fault(self, error: Exception) -> None:
         """Counts what would otherwise have reached the user's training step."""
@@ -259,6 +324,8 @@ class HeadProbe:
         attachment = self._attachment()
         if attachment is not None:
             attachment.remove()
+        if self._forwards is not None:
+            self._forwards.close()
         self.layer.close()
 
 
@@ -274,17 +341,20 @@ class _Pass:
     __slots__ = (
         "bias",
         "embeddings",
+        "inputs",
         "kept",
         "logits",
         "logits_version",
         "probe",
         "samples",
+        "tag",
         "versions",
         "weight",
+        "weight_node",
         "weight_norm",
     )
 
-    def __init__(self, probe: HeadProbe, module: nn.Module, embeddings: Tensor, logits: Tensor) -> None:
+    def __init__(self, probe: HeadProbe, module: nn.Module, embeddings: Tensor, logits: Tensor, node: Any) -> None:
         self.probe = probe
         # One token of all would keep the others alive until the backward pass.
         self.embeddings = embeddings.detach().clone() if _is_small_part(embeddings) else embeddings
@@ -295,9 +365,14 @@ class _Pass:
         self.logits: Tensor | None = None
         self.logits_version = 0
         self.kept: Tensor | None = None
-        self.samples = probe._accumulator.take_tag().samples
-        if self.samples is not None and not is_split(logits):
-            self.samples = self.samples._replace(predicted=probe.layer.predicted(logits))
+        self.weight_node = _weight_node(node)
+        self.tag = probe.tags.take()
+        self.samples = self.tag.samples
+        self.inputs = 0
+        if self.samples is not None:
+            self.inputs = _inputs(logits)
+            if not is_split(logits):
+                self.samples = self.samples._replace(predicted=probe.layer.predicted(logits))
 
     def keep(self, module: nn.Module, logits: Tensor) -> None:
         """For the form by the logits: keeps them."""
@@ -327,6 +402,11 @@ class _Pass:
         except Exception as error:  # noqa: BLE001 - nothing may reach the user's backward pass
             self.probe.fault(error)
 
+    def node_arrived(self, gradients: tuple[Tensor | None, ...]) -> None:
+        """The gradients of the logits' node."""
+        if gradients[0] is not None:
+            self.all_arrived(gradients[0])
+
     def delta_arrived(self, delta: Tensor) -> None:
         """The gradient of the logits, in the form by the input: that of the embeddings will follow."""
         try:
@@ -347,8 +427,13 @@ class _Pass:
             self.probe.fault(error)
 
     def observe(self, terms: Terms) -> None:
-        """Takes the terms in, if the probe is still on."""
-        if not self.probe.enabled:
+        """Takes the terms in, if the probe is still on and this is a pass that counts."""
+        probe = self.probe
+        if not probe.enabled:
+            return
+        if probe.tags.paused or not _is_executed(self.weight_node):
+            if self.samples is not None:
+                probe.tags.give_back(self.tag)
             return
         bias = self.bias
         if self.embeddings._version + (0 if bias is None else bias._version) != self.versions:
@@ -356,8 +441,35 @@ class _Pass:
             raise RuntimeError(
                 "the head's input or bias was changed in place between the forward and the backward pass"
             )
-        self.probe._accumulator.add_terms(terms, self.samples)
-        self.probe.on_step()
+        if self.samples is not None:
+            probe.tags.use(self.tag)
+        probe._accumulator.add_terms(terms, self.samples, self.inputs)
+        probe.on_step()
+
+
+def _weight_node(node: Any) -> Any:
+    """The node of the autograd graph through which the head's weight gets its gradient, from the node of its logits.
+
+    None if the weight gets none, or if it is not known which one it is: PyTorch's linear layers and convolutions have their
+    parameters last.
+    """
+    edges: Any = () if node is None else node.next_functions
+    while len(edges) == 1 and edges[0][0] is not None:  # the logits of [..., D] are a view of those of [rows, D]
+        edges = edges[0][0].next_functions
+    return edges[-1][0] if len(edges) > 1 else None
+
+
+def _is_executed(node: Any) -> bool:
+    """Whether the backward pass that is running reaches a node; True if it cannot be known.
+
+    One that is asked for the gradient of other tensors only, by autograd.grad or backward(inputs=), does not.
+    """
+    if node is None:
+        return True
+    try:
+        return _will_execute(node)
+    except RuntimeError:  # the node is a leaf that autograd.grad was asked for, or the backward pass is compiled
+        return True
 
 
 def _is_small_part(tensor: Tensor) -> bool:

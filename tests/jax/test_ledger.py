@@ -134,3 +134,12 @@ def test_what_does_not_fit_together_is_refused(ids, options, said):
         with pytest.raises(InvalidInputError, match=said):
             monitor.update(jnp.asarray(SCORES), ids, **options)
         assert monitor.suspects() == []
+
+
+def test_update_inside_of_paused_counts_nothing():
+    with watched() as monitor:
+        with monitor.paused():
+            monitor.update(jnp.asarray(SCORES), np.arange(6))
+        monitor.update(jnp.asarray(SCORES[:4]), np.arange(4))
+        assert monitor.end_epoch().count == 4
+        assert by_id(monitor).keys() == set(range(4))

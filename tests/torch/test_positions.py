@@ -1,0 +1,260 @@
+"""Several rows of the head for one input: tokens, views, clips, and repeated calls."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gwa_logging
+from gwa_logging import Monitor, alignment_scores
+
+B, T = 6, 4
+WIDTH = {"by logits": (16, 5), "by the input's gradient": (4, 9)}
+width_of = pytest.mark.parametrize("width", WIDTH)
+compiled_of = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+
+
+class Net(nn.Module):
+    """A body, a head, and what makes one row of logits out of the head's rows."""
+
+    def __init__(self, width: str, after: Callable[[Tensor], Tensor], before: Callable[[Tensor], Tensor] | None = None):
+        super().__init__()
+        torch.manual_seed(0)
+        features, classes = WIDTH[width]
+        self.body, self.head = nn.Sequential(nn.Linear(8, features), nn.Tanh()), nn.Linear(features, classes)
+        self.before, self.after = before or (lambda x: x), after
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.head(self.body(self.before(x))))
+
+
+def data(tokens: int = T) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(B, tokens, 8, generator=generator), torch.randint(0, 5, (B,), generator=generator)
+
+
+def rows_of(model: Net, x: Tensor, y: Tensor) -> np.ndarray:
+    """The oracle, [B, T]: the score of each row by its own gradient, in float64; NaN where it has none."""
+    h = model.body(x).detach().double()
+    head = model.head.double()
+    logits = head(h)
+    logits.retain_grad()
+    F.cross_entropy(model.after(logits), y).backward()
+    scores = alignment_scores(logits.grad.numpy(), h.numpy(), head.weight.detach().numpy())
+    model.zero_grad()
+    model.float()
+    return scores
+
+
+def run_of(model: nn.Module, compiled: bool) -> nn.Module:
+    return torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+
+
+def by_id(monitor: Monitor) -> dict[int, tuple[float, float]]:
+    return {suspect.id: (suspect.mean_score, suspect.times_seen) for suspect in monitor.suspects()}
+
+
+# --- decoders -----------------------------------------------------------------------------------------------------------
+
+
+@compiled_of
+@width_of
+@pytest.mark.parametrize("tokens", [3, 11])
+def test_a_decoder_classifier_has_one_sample_for_each_input_with_its_id(tokens, width, compiled):
+    last = torch.arange(B) % tokens
+    model = Net(width, lambda z: z[torch.arange(B), last])
+    x, y = data(tokens)
+    want = rows_of(model, x, y)[np.arange(B), last]
+    predicted = model(x).argmax(-1)
+    with gwa_logging.watch(model, num_samples=3 * B, head="head") as monitor:
+        run = run_of(model, compiled)
+        for first in (0, B, 2 * B):
+            monitor.tag(torch.arange(first, first + B))
+            F.cross_entropy(run(x), y).backward()
+        report, found = monitor.end_epoch(), monitor.suspects()
+        assert monitor.faults == {}
+    assert (report.count, report.excluded) == (3 * B, 0)
+    assert report.mean == pytest.approx(want.mean(), abs=1e-6)
+    assert {s.id: s.mean_score for s in found} == pytest.approx(dict(enumerate([*want] * 3)), abs=1e-5)
+    assert {s.times_seen for s in found} == {1.0}
+    assert {s.id: s.predicted for s in found} == dict(enumerate([*predicted.tolist()] * 3))
+
+
+@compiled_of
+@width_of
+def test_an_input_of_a_decoder_whose_token_has_no_gradient_is_one_sample_without_a_score(width, compiled):
+    last = torch.arange(B) % T
+    model = Net(width, lambda z: z[torch.arange(B), last])
+    x, y = data()
+    y[2] = -100
+    with gwa_logging.watch(model, num_samples=B, head="head") as monitor:
+        monitor.tag(torch.arange(B))
+        F.cross_entropy(run_of(model, compiled)(x), y).backward()
+        report = monitor.end_epoch()
+        assert by_id(monitor).keys() == set(range(B)) - {2}
+    assert (report.count, report.excluded) == (B - 1, 1)
+
+
+@pytest.mark.parametrize("family", ["GPT2", "Llama"])
+@pytest.mark.parametrize("tokens", [3, 12])
+def test_the_decoder_classifiers_of_transformers_give_every_sample_its_score(family, tokens):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "num_labels": 5, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    sizes |= {"GPT2": {"n_layer": 1, "n_head": 2, "n_embd": 16}}.get(
+        family,
+        {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 16},
+    )
+    model = getattr(transformers, f"{family}ForSequenceClassification")(
+        getattr(transformers, f"{family}Config")(**sizes)
+    )
+    model.train()
+    for part in model.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    x, y = torch.randint(3, 50, (B, tokens)), torch.randint(0, 5, (B,))
+    x[1, -1:] = 0  # padded
+    want = []
+    for i in range(B):
+        loss = model(input_ids=x[i : i + 1], labels=y[i : i + 1]).loss
+        (gradient,) = torch.autograd.grad(loss, model.score.weight)
+        want.append(-F.cosine_similarity(gradient.flatten(), model.score.weight.flatten(), 0).item())
+    with gwa_logging.watch(model, num_samples=B) as monitor:
+        monitor.tag(torch.arange(B))
+        model(input_ids=x, labels=y).loss.backward()
+        report, found = monitor.end_epoch(), by_id(monitor)
+        assert monitor.faults == {}
+    assert (report.count, report.excluded) == (B, 0)
+    assert found == {i: (pytest.approx(score, abs=1e-5), 1.0) for i, score in enumerate(want)}
+
+
+# --- positions ----------------------------------------------------------------------------------------------------------
+
+
+@compiled_of
+@width_of
+def test_rows_that_are_pooled_after_the_head_are_noted_once_and_their_mean_is_the_ids_score(width, compiled, caplog):
+    model = Net(width, lambda z: z.mean(1))
+    x, y = data()
+    want = rows_of(model, x, y)
+    with gwa_logging.watch(model, num_samples=B, head="head") as monitor:
+        run, history = run_of(model, compiled), []
+        for _ in range(2):
+            for _ in range(2):
+                monitor.tag(torch.arange(B))
+                F.cross_entropy(run(x), y).backward()
+            history.append(monitor.end_epoch())
+        found = by_id(monitor)
+        assert monitor.faults == {}
+    assert [report.count for report in history] == [2 * B * T] * 2
+    assert found == {i: (pytest.approx(score, abs=1e-5), 4.0) for i, score in enumerate(want.mean(1))}
+    said = "several rows for each input" if compiled else f"{B * T} rows in one pass of {B} inputs"
+    assert [sum(said in note for note in report.notes) for report in history] == [1, 0]
+    assert sum(said in message for message in caplog.messages) == 1
+
+
+def views_side_by_side(x: Tensor) -> Tensor:
+    return x.flatten(0, 1)
+
+
+def segments(z: Tensor) -> Tensor:
+    return z.view(-1, T, z.shape[-1]).mean(1)
+
+
+def twice(model: Net) -> nn.Module:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x[:, 0]) + self.net(x[:, 1])
+
+    return Twice()
+
+
+POOLED: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "segments of a video": (lambda: Net("by logits", segments, views_side_by_side), T),
+    "token mean": (lambda: Net("by logits", lambda z: z.mean(1)), T),
+    "called twice": (lambda: twice(Net("by logits", lambda z: z)), 2),
+}
+
+
+@pytest.mark.parametrize("kind", POOLED)
+def test_more_rows_than_inputs_are_noted_without_a_ledger_too(kind, caplog):
+    make, rows = POOLED[kind]
+    model, (x, y) = make(), data()
+    with gwa_logging.watch(model, head="net.head" if kind == "called twice" else "head") as monitor:
+        for _ in range(3):
+            F.cross_entropy(model(x), y).backward()
+        report = monitor.end_epoch()
+        assert monitor.faults == {}
+    assert report.count == 3 * B * rows
+    assert any(f"{B * rows} rows in one pass of {B} inputs" in note for note in report.notes)
+    assert sum("rows in one pass" in message for message in caplog.messages) == 1
+
+
+SINGLE: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
+    "one row for each input": lambda: (nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 5)), torch.randn(B, 8)),
+    "sequences with the time first": lambda: (Net("by logits", lambda z: z, lambda x: x[-1]), torch.randn(T, B, 8)),
+}
+
+
+@pytest.mark.parametrize("kind", SINGLE)
+def test_one_row_for_each_input_is_not_worth_a_note_and_leaves_no_hook_on_the_model(kind):
+    model, x = SINGLE[kind]()
+    hooks = len(model._forward_hooks)
+    with gwa_logging.watch(model, head="head" if kind.startswith("seq") else None) as monitor:
+        F.cross_entropy(model(x), torch.zeros(B, dtype=torch.int64)).backward()
+        assert len(model._forward_hooks) == hooks
+        assert not any("rows in one pass" in note for note in monitor.end_epoch().notes)
+
+
+def test_ids_for_rows_that_lie_side_by_side_are_reported_at_once_and_never_guessed(caplog):
+    model, (x, y) = Net("by logits", segments, views_side_by_side), data()
+    with gwa_logging.watch(model, num_samples=B, head="head") as monitor:
+        monitor.tag(torch.arange(B))
+        F.cross_entropy(model(x), y).backward()
+        assert monitor.faults == {"sample ids": B}
+        assert f"tagged with {B} ids, but the head saw {B * T} rows" in caplog.text
+        assert monitor.suspects() == []
+        assert monitor.faults == {"sample ids": B}
+
+
+# --- the head called several times --------------------------------------------------------------------------------------
+
+
+@compiled_of
+@width_of
+def test_every_call_of_the_head_in_one_forward_gets_the_ids(width, compiled):
+    model = twice(Net(width, lambda z: z))
+    x, y = data()
+    h = model.net.body(x[:, :2]).detach().double()
+    with gwa_logging.watch(model, num_samples=2 * B, head="net.head") as monitor:
+        run = run_of(model, compiled)
+        for first in (0, B):
+            monitor.tag(torch.arange(first, first + B))
+            z = run(x)
+            z.retain_grad()
+            F.cross_entropy(z, y).backward()
+        run(x).sum().backward()  # of nobody knows which samples
+        report, found = monitor.end_epoch(), by_id(monitor)
+        assert monitor.faults == {"samples without ids": 2 * B}
+    weight = model.net.head.weight.detach().double().numpy()
+    want = np.mean([alignment_scores(z.grad.numpy(), h[:, i].numpy(), weight) for i in range(2)], 0)
+    assert report.count == 6 * B
+    assert found == {i: (pytest.approx(want[i % B], abs=1e-5), 2.0) for i in range(2 * B)}
+
+
+def test_a_forward_without_ids_after_one_with_ids_does_not_get_them():
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 5))
+    x, y = torch.randn(B, 8), torch.zeros(B, dtype=torch.int64)
+    with gwa_logging.watch(model, num_samples=B) as monitor:
+        for _ in range(2):
+            monitor.tag(torch.arange(B))
+            (F.cross_entropy(model(x), y) + F.cross_entropy(model(x), y)).backward()
+        assert {seen for _, seen in by_id(monitor).values()} == {2.0}
+        assert monitor.faults == {"samples without ids": 2 * B}
