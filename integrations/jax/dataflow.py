@@ -241,7 +241,8 @@ class _Flow:
             return together._replace(
                 rank=max(value.rank for value in operation.outputs), traits=_traits(operation, sources)
             )
-        if together.makers and any(source.rank > 1 for source in bare):
+        is_open = together.makers and not any(isinstance(maker, str) for maker in together.makers)
+        if is_open and any(source.rank > 1 for source in bare):
             return Origin(frozenset({_phrase(bare, operation)}))
         if operation.name == "reduce_sum" and "scaled" in together.traits:
             return Origin(frozenset({"a sum over a product with a vector of parameters"}))

@@ -82,7 +82,11 @@ class Keras(Library):
             )
 
     def run(self, session: Session, fun: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        variables = {v.path: v.shape for v in self.model.trainable_variables}
         with entered(session), _heard(self.model):
+            for value in args:  # as stateless_call takes them
+                if isinstance(value, list) and [getattr(v, "shape", None) for v in value] == list(variables.values()):
+                    session.parameters(dict(zip(variables, value, strict=True)))
             return fun(*args, **kwargs)
 
     def forward(self, inputs: Sequence[Any]) -> tuple[Callable[..., Any], Sequence[Any]]:

@@ -93,7 +93,7 @@ def _heard(
         return next_fun(inputs, *rest, **kwargs)  # type: ignore[no-any-return]
 
     given = (session, ".".join(module.path), layer, inputs, weight, parameters.get("bias"))
-    if isinstance(module, linen.DenseGeneral) and not module.batch_dims:
+    if isinstance(module, linen.DenseGeneral) and module.batch_dims == ():
         return general(*given, [module.axis] if isinstance(module.axis, int) else module.axis)
     if isinstance(module, linen.Einsum):
         return einsum(*given, kwargs.get("einsum_str", rest[0] if rest else None) or module.einsum_str or "")
