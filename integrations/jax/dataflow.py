@@ -19,8 +19,8 @@ PREFIX = "gwa_logging:"
 """Starts the name of every note: `PREFIX` kind `:` number."""
 
 COSINE = (
-    "a normalised vector (a cosine head): its scores are zero whatever is learnt, since the output does not change with the "
-    "length of the weight"
+    "a normalised vector (a cosine head, or logits that are normalised): the output does not change with the length of the "
+    "weight, so the scores would be zero whatever is learnt"
 )
 
 Maker = int | str
@@ -88,13 +88,13 @@ class Graph:
     def __init__(self, jaxpr: Any) -> None:
         self.operations: list[Operation] = []
         self._constants: dict[int, Value] = {}
-        open_jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+        open_jaxpr = _open(jaxpr)
         self.inputs = [Value(v.aval) for v in open_jaxpr.invars]
         self.outputs = self._inline(jaxpr, self.inputs)
 
     def _inline(self, jaxpr: Any, inputs: list[Value]) -> list[Value]:
-        open_jaxpr, constants = getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
-        values = dict(zip(open_jaxpr.invars, inputs, strict=True))
+        open_jaxpr, constants = _open(jaxpr), getattr(jaxpr, "consts", ())
+        values: dict[Any, Value] = dict(zip(open_jaxpr.invars, inputs, strict=True))
         values |= {v: Value(v.aval) for v in open_jaxpr.constvars}
         for variable, constant in zip(open_jaxpr.constvars, constants, strict=False):
             values[variable] = self._constants.setdefault(id(constant), values[variable])
@@ -102,7 +102,7 @@ class Graph:
         def read(variable: Any) -> Value:
             if not hasattr(variable, "val"):
                 return values[variable]
-            return Value(variable.aval, ("literal", str(variable.val), str(variable.aval)))
+            return Value(variable.aval, None if variable.aval.shape else (str(variable.val), str(variable.aval)))
 
         for equation in open_jaxpr.eqns:
             sources = [read(v) for v in equation.invars]
@@ -111,9 +111,24 @@ class Graph:
                 made = [Value(v.aval) for v in equation.outvars]
                 self.operations.append(Operation(equation.primitive.name, equation.params, sources, made))
             else:
-                made = self._inline(body, sources)
+                inside = [self._seen_as(v.aval, value) for v, value in zip(_open(body).invars, sources, strict=True)]
+                outside = self._inline(body, inside)
+                made = [self._seen_as(v.aval, value) for v, value in zip(equation.outvars, outside, strict=True)]
             values.update(zip(equation.outvars, made, strict=True))
         return [read(v) for v in open_jaxpr.outvars]
+
+    def _seen_as(self, aval: Any, value: Value) -> Value:
+        """The value itself, or its part where a function is called on parts, as in shard_map."""
+        if getattr(value.aval, "shape", None) == getattr(aval, "shape", None):
+            return value
+        part = Value(aval)
+        self.operations.append(Operation("part", {}, [value], [part]))
+        return part
+
+
+def _open(jaxpr: Any) -> Any:
+    """A jaxpr without its constants."""
+    return getattr(jaxpr, "jaxpr", jaxpr)
 
 
 def jaxprs_in(params: Mapping[str, Any]) -> Iterator[Any]:
@@ -129,7 +144,7 @@ def _called(equation: Any) -> Any:
     bodies = list(jaxprs_in(equation.params))
     if len(bodies) != 1 or equation.primitive.name in _LOOPS:
         return None
-    body = getattr(bodies[0], "jaxpr", bodies[0])
+    body = _open(bodies[0])
     fits = len(body.invars) == len(equation.invars) and len(body.outvars) == len(equation.outvars)
     return bodies[0] if fits else None
 
@@ -368,7 +383,7 @@ class _Layer:
 
     def _source(self, value: Value, is_broadcast: bool = False) -> Value:
         """What a value is a copy of, but for shape and type."""
-        while (operation := self._by.get(value)) is not None and operation.name in _MOVES:
+        while (operation := self._by.get(value)) is not None and operation.name in {*_MOVES, "stop_gradient"}:
             before = operation.inputs[0]
             grows = before.aval.size != value.aval.size and not is_broadcast
             if grows or not _has_gradient(before):

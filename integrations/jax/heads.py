@@ -83,19 +83,8 @@ def _choose(jaxpr: Any, discovery: Discovery, wanted: str | None, what: str, nam
     lines = [str(call) for call in dict.fromkeys(calls) if call.path not in refused]
     if wanted in refused:
         raise HeadNotFoundError(f"head={wanted!r}: {refused[wanted]}.", lines)
-    if wanted:
-        found = [number for number, call in enumerate(calls) if call.path == wanted]
-    else:
-        unfit = [f"{path!r} ({reason})" for path, reason in discovery.refused]
-        nearest = makers(jaxpr, discovery.names, unfit)
-        found = [
-            number
-            for number, call in enumerate(calls)
-            if call.path in {calls[n].path for n in nearest if n in range(len(calls))}
-        ]
-        others = sorted(maker for maker in nearest if isinstance(maker, str))
-        if others:
-            raise HeadNotFoundError(_comes_from(what, [repr(calls[n].path) for n in found] + others), lines)
+    paths = {wanted} if wanted else _nearest(jaxpr, discovery, what, lines)
+    found = [number for number, call in enumerate(calls) if call.path in paths]
     runs = places(jaxpr.jaxpr, found)  # more than calls, if an inner jit runs twice
     if len(found) == 1 and len(runs) <= 1:
         return _head(jaxpr, calls[found[0]], found[0], runs, what, lines)
@@ -108,15 +97,22 @@ def _choose(jaxpr: Any, discovery: Discovery, wanted: str | None, what: str, nam
     elif len({calls[n].path for n in found}) == 1:
         problem = f"{calls[found[0]].path!r} runs {max(len(found), len(runs))} times in {what}; a head must run once."
     else:
-        paths = sorted({repr(calls[n].path) for n in found})
-        problem = f"{what} comes from several linear layers: {', '.join(paths)}."
+        problem = f"{what} comes from several linear layers: {', '.join(sorted(map(repr, paths)))}."
     raise HeadNotFoundError(problem, lines)
 
 
-def _comes_from(what: str, makers: Sequence[str]) -> str:
-    return (
-        f"{what} does not come from one linear layer, but from {'; '.join(dict.fromkeys(makers))}. A product of your own is "
-        "marked as the head with gwa_logging.integrations.jax.tap"
+def _nearest(jaxpr: Any, discovery: Discovery, what: str, lines: Sequence[str]) -> set[str]:
+    """The paths of the linear layers that the first output of a jaxpr comes from, if it comes from nothing else."""
+    unfit = [f"{path!r} ({reason})" for path, reason in discovery.refused]
+    nearest = makers(jaxpr, discovery.names, unfit)
+    paths = {discovery.calls[maker].path for maker in nearest if isinstance(maker, int)}
+    others = sorted(maker for maker in nearest if isinstance(maker, str))
+    if not others:
+        return paths
+    raise HeadNotFoundError(
+        f"{what} does not come from one linear layer, but from {'; '.join([*map(repr, sorted(paths)), *others])}. "
+        "A product of your own is marked as the head with gwa_logging.integrations.jax.tap",
+        lines,
     )
 
 

@@ -30,19 +30,19 @@ _KINDS = (
 
 
 @cache
-def _heard_kind(kind: type) -> type:
+def _heard_kind(kind: Any) -> type:
     """A subclass of a linear layer that tells of its calls."""
 
     def call(self: Any, inputs: Array, *args: Any, **kwargs: Any) -> Any:
         session = current()
         activation = self.activation
         if session is None:
-            return kind.call(self, inputs, *args, **kwargs)  # type: ignore[attr-defined]
+            return kind.call(self, inputs, *args, **kwargs)
 
         def layer(inputs: Array) -> Array:
             object.__setattr__(self, "activation", None)
             try:
-                return kind.call(self, inputs, *args, **kwargs)  # type: ignore[attr-defined,no-any-return]
+                return kind.call(self, inputs, *args, **kwargs)  # type: ignore[no-any-return]
             finally:
                 object.__setattr__(self, "activation", activation)
 
@@ -95,7 +95,9 @@ class Keras(Library):
 
 @contextmanager
 def _heard(model: keras.Model) -> Iterator[None]:
-    layers = [(layer, type(layer)) for layer in model._flatten_layers() if isinstance(layer, _KINDS)]
+    layers: list[tuple[Any, Any]] = [
+        (layer, type(layer)) for layer in model._flatten_layers() if isinstance(layer, _KINDS)
+    ]
     for layer, kind in layers:
         object.__setattr__(layer, "__class__", _heard_kind(kind))
     try:

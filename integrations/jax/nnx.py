@@ -61,7 +61,7 @@ _METHODS: dict[type, tuple[str, Callable[[Session, Any, Layer, Array], Array]]] 
 
 
 @cache
-def _heard_kind(kind: type) -> type:
+def _heard_kind(kind: Any) -> type:
     """A subclass of a linear layer that tells of its calls."""
     name, by_way_of = next(method for base, method in _METHODS.items() if issubclass(kind, base))
     original = getattr(kind, name)
@@ -134,7 +134,7 @@ class NNX(Library):
 
 @contextmanager
 def _heard(models: Sequence[nnx.Module]) -> Iterator[None]:
-    layers = {
+    layers: dict[int, tuple[Any, Any, str]] = {
         id(node): (node, type(node), ".".join(map(str, path)))
         for model in models
         for path, node in nnx.iter_graph(model)

@@ -231,7 +231,7 @@ LINEN: dict[str, tuple[Make, str | None]] = {
     ),
     "parameter, cosine": (
         of_linen(lambda h: unit(h) @ unit(parameter("w", D, C), 0)),
-        "a normalised vector (a cosine head)",
+        "a normalised vector (a cosine head, or logits that are normalised)",
     ),
     "parameter, closed over": (
         frozen_head,
@@ -239,7 +239,7 @@ LINEN: dict[str, tuple[Make, str | None]] = {
     ),
     "Dense, normalised": (
         of_linen(lambda h: unit(linen.Dense(C, name="head")(h))),
-        "a normalised vector (a cosine head)",
+        "a normalised vector (a cosine head, or logits that are normalised)",
     ),
     "Dense, scaling dot_general": (
         of_linen(lambda h: linen.Dense(C, dot_general_cls=ScalingDot, name="head")(h)),
