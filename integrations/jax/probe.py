@@ -93,7 +93,7 @@ def tap(
         logits: float [..., C], on the device, `embeddings @ weight + bias`.
         embeddings: float [..., D].
         weight: float, [D, C] or [C, D]; only its norm is used.
-        bias: float [C], or None.
+        bias: float [C]; None only if the logits have none. With a `probe` of your own this is not checked.
         probe: float32 [...], zeros, one for each sample; or None.
 
     Returns:

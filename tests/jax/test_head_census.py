@@ -1,6 +1,7 @@
 """A census of JAX heads: every way in which Flax, Equinox, Haiku and Keras make logits is scored exactly, or refused."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -15,7 +16,7 @@ from flax import linen, nnx
 from jax import Array
 
 import gwa_logging
-from gwa_logging import HeadNotFoundError
+from gwa_logging import HeadNotFoundError, InvalidInputError
 from gwa_logging.integrations.jax import tap
 
 N, D, C = 6, 4, 3
@@ -224,6 +225,18 @@ LINEN: dict[str, tuple[Make, str | None]] = {
     "parameter, product by hand": (
         of_linen(lambda h: (h[:, :, None] * parameter("w", D, C)).sum(1)),
         "an operation with the parameter 'w' (4 x 3)",
+    ),
+    "parameter, vector by hand": (
+        of_linen(lambda h: (h * parameter("w", D)).sum(-1, keepdims=True) * jnp.arange(C)),
+        "a sum over a product with a vector of parameters",
+    ),
+    "parameter, in a loop": (
+        of_linen(lambda h: jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, parameter("w", 2, D, D))[0][:, :C]),
+        "a matrix product with the parameter 'w' (2 x 4 x 4), outside any layer",
+    ),
+    "parameter, in a branch": (
+        of_linen(lambda h: jax.lax.cond(True, lambda h, w: h @ w, lambda h, w: h[:, :C], h, parameter("w", D, C))),
+        "a matrix product with the parameter 'w' (4 x 3), outside any layer",
     ),
     "parameter, distances to prototypes": (
         of_linen(lambda h: -((h[:, None] - parameter("w", C, D)) ** 2).sum(-1)),
@@ -623,3 +636,29 @@ def test_logits_of_any_other_kind_are_refused_with_what_made_them_and_never_scor
     with gwa_logging.watch(net.model) as monitor, pytest.raises(HeadNotFoundError) as error:
         scores_of(net, monitor)
     assert reason in str(error.value)
+
+
+@pytest.mark.parametrize("head", [["a", "b"], ("a", "b")], ids=["list", "tuple"])
+def test_several_heads_are_refused_with_what_to_name_instead(head):
+    with pytest.raises(InvalidInputError, match=r"head=\['a', 'b'\]: in JAX one head is watched.*head='a'"):
+        gwa_logging.watch(Tied(), head=head)
+
+
+def test_a_layer_that_is_no_head_is_refused_by_name_too():
+    net = LINEN["Dense, scaling dot_general"][0]()
+    with (
+        gwa_logging.watch(net.model, head="head") as monitor,
+        pytest.raises(HeadNotFoundError, match="'head' is no linear layer") as error,
+    ):
+        scores_of(net, monitor)
+    assert error.value.candidates == ("'hidden': 4 -> 4",)
+
+
+def test_the_published_census_is_this_one():
+    rows = [
+        f"| {library} | {name} | {'exact' if reason is None else f'refused: {reason}'} |"
+        for library, constructions in CENSUS.items()
+        for name, (_, reason) in constructions.items()
+    ]
+    page = (Path(__file__).parents[2] / "docs" / "census.md").read_text()
+    assert "\n".join(rows) in page
