@@ -97,6 +97,10 @@ def watch(
     subject = room.subject(model)
     _close_previous(subject)
     heads = settings.heads
+    if len(heads) > 1 and not room.SEVERAL_HEADS:
+        raise InvalidInputError(
+            f"head={list(heads)!r}: in JAX one head is watched, whose scores your step returns; name one: head={heads[0]!r}"
+        )
     folder = settings.directory.absolute() / f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
     monitor = _open(room, model, settings.for_head(heads[0]), folder)
     try:

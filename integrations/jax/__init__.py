@@ -5,4 +5,7 @@ from gwa_logging.integrations.jax.adapter import JaxAdapter, attach, subject
 from gwa_logging.integrations.jax.heads import describe
 from gwa_logging.integrations.jax.probe import tap
 
+SEVERAL_HEADS = False
+"""Whether head= takes a list: each step returns the scores of one head."""
+
 __all__ = ["AlignmentState", "JaxAdapter", "attach", "describe", "subject", "tap"]

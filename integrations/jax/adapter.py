@@ -164,7 +164,7 @@ class JaxAdapter:
             if is_jitted and not _is_traced():
                 return jitted(*args, **kwargs)  # type: ignore[no-any-return]
             args, kwargs = self._library.positional(fun, args, kwargs)  # type: ignore[assignment]
-            head, is_inner, is_jitted = find_head(self._library, self._wanted, fun, args, kwargs, has_aux)
+            head, is_inner, is_jitted = find_head(self._library, self._wanted, fun, args, kwargs, has_aux, argnums)
             self._tell(head)
             if is_inner and not _is_traced():
                 if is_jitted:

@@ -1,4 +1,4 @@
-"""Equinox: hears of the Linear layers of a model that is an argument of the loss, also under `jax.vmap`."""
+"""Equinox: hears of the linear layers of a model that is an argument of the loss, also under `jax.vmap`."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,20 +8,27 @@ import jax
 from jax import Array
 
 from gwa_logging.errors import InvalidInputError
-from gwa_logging.integrations.jax.library import Library
+from gwa_logging.integrations.jax.contractions import pointwise
+from gwa_logging.integrations.jax.library import Library, named, path_of
 from gwa_logging.integrations.jax.probe import Session, entered
 
 
 class _Heard(eqx.Module):
-    """Stands in for a Linear layer for the time of a trace, and tells of its calls."""
+    """Stands in for a linear layer for the time of a trace, and tells of its calls."""
 
-    inner: eqx.nn.Linear
+    inner: eqx.nn.Linear | eqx.nn.Conv
     path: str = eqx.field(static=True)
     session: Session = eqx.field(static=True)
 
-    def __call__(self, x: Array, *, key: Any = None) -> Array:
+    def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Array:
         inner = self.inner
-        return self.session.linear(self.path, lambda h: inner(h, key=key), x, inner.weight, inner.bias)
+
+        def layer(x: Array) -> Array:
+            return inner(x, *args, **kwargs)
+
+        if isinstance(inner, eqx.nn.Linear):
+            return self.session.linear(self.path, layer, x, inner.weight, inner.bias)
+        return pointwise(self.session, self.path, layer, x, inner.weight, inner.bias, range(1, x.ndim))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
@@ -32,7 +39,10 @@ class Equinox(Library):
 
     def run(self, session: Session, fun: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         def heard(value: Any) -> Any:
-            return _with_heard_layers(value, session) if self.is_model(value) else value
+            if not self.is_model(value):
+                return value
+            session.parameters(named(value))
+            return _with_heard_layers(value, session)
 
         with entered(session):
             return fun(*map(heard, args), **{key: heard(value) for key, value in kwargs.items()})
@@ -64,14 +74,15 @@ class Equinox(Library):
 
 
 def _is_linear(value: Any) -> bool:
-    return type(value) is eqx.nn.Linear
+    if isinstance(value, eqx.nn.Conv):
+        return set(value.kernel_size) == {1}
+    return isinstance(value, eqx.nn.Linear)
 
 
 def _with_heard_layers(model: Any, session: Session) -> Any:
-    """The model with a stand-in for each Linear layer; the parameters are the same, so the gradients are the model's."""
+    """The model with a stand-in for each linear layer; the parameters are the same, so the gradients are the model's."""
 
     def stand_in(path: Any, value: Any) -> Any:
-        name = ".".join(str(getattr(key, "name", getattr(key, "idx", getattr(key, "key", key)))) for key in path)
-        return _Heard(value, name, session) if _is_linear(value) else value
+        return _Heard(value, path_of(path), session) if _is_linear(value) else value
 
     return jax.tree_util.tree_map_with_path(stand_in, model, is_leaf=_is_linear)

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import jax
 
 from gwa_logging.errors import HeadNotFoundError, InvalidInputError
-from gwa_logging.integrations.jax.library import Library
-from gwa_logging.integrations.jax.probe import Call, Discovery, apart, makers, places
+from gwa_logging.integrations.jax.dataflow import ADDED, flaw, makers
+from gwa_logging.integrations.jax.library import Library, named
+from gwa_logging.integrations.jax.probe import HAND_WRITTEN, Call, Discovery, apart, places
 from gwa_logging.registry import import_room
 
 _LIBRARIES = {"flax.linen": "Linen", "flax.nnx": "NNX", "equinox": "Equinox", "haiku": "Haiku", "keras": "Keras"}
@@ -45,54 +46,102 @@ def find_head(
     args: Sequence[Any],
     kwargs: dict[str, Any],
     has_aux: bool,
+    argnums: Any,
 ) -> Head:
     """Traces a loss once, abstractly, and finds the head's call in it.
 
     Raises:
-        HeadNotFoundError: the loss does not run the head once.
+        HeadNotFoundError: the loss does not run the head once, or the head is no linear layer.
     """
-    jaxpr, calls = _trace(library, lambda *a, **k: fun(*a, **k)[0] if has_aux else fun(*a, **k), args, kwargs)
-    return _choose(jaxpr, calls, wanted, "the loss", library.name)
+    numbers = argnums if isinstance(argnums, tuple) else (argnums,)
+    trained = [args[n] for n in numbers if isinstance(n, int) and -len(args) <= n < len(args)]
+    value = lambda *a, **k: fun(*a, **k)[0] if has_aux else fun(*a, **k)  # noqa: E731
+    return _choose(*_trace(library, value, args, kwargs, trained), wanted, "the loss", library.name)
 
 
 def _trace(
-    library: Library, fun: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
-) -> tuple[Any, list[Call]]:
+    library: Library, fun: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], trained: Any = ()
+) -> tuple[Any, Discovery]:
     discovery = Discovery()
+
+    def run() -> Any:
+        discovery.parameters(named(trained))
+        return library.run_apart(discovery, fun, args, kwargs)
+
     with apart():
-        jaxpr = jax.make_jaxpr(lambda: library.run_apart(discovery, fun, args, kwargs))()
-    return jaxpr, discovery.calls
+        jaxpr = jax.make_jaxpr(run)()
+    return jaxpr, discovery
 
 
-def _choose(jaxpr: Any, calls: list[Call], wanted: str | None, what: str, name: str) -> Head:
-    if not calls:
+def _choose(jaxpr: Any, discovery: Discovery, wanted: str | None, what: str, name: str) -> Head:
+    calls, refused = discovery.calls, dict(discovery.refused)
+    if not calls and not refused:
         raise HeadNotFoundError(
             f"{what} does not run a linear layer of {name}. Check that the loss calls the watched "
             "model (the very one given to watch()), or, in a hand-written net, gwa_logging.integrations.jax.tap"
         )
-    paths = {wanted} if wanted else makers(jaxpr)
-    found = [call for call in calls if call.path in paths]
-    runs = places(jaxpr.jaxpr, found[0].path) if found else []  # more than calls, if an inner jit runs twice
+    lines = [str(call) for call in dict.fromkeys(calls) if call.path not in refused]
+    if wanted in refused:
+        raise HeadNotFoundError(f"head={wanted!r}: {refused[wanted]}.", lines)
+    paths = {wanted} if wanted else _nearest(jaxpr, discovery, what, lines)
+    found = [number for number, call in enumerate(calls) if call.path in paths]
+    runs = places(jaxpr.jaxpr, found)  # more than calls, if an inner jit runs twice
     if len(found) == 1 and len(runs) <= 1:
-        around = frozenset[str]().union(*runs)
-        if around & {"scan", "while"}:
-            raise HeadNotFoundError(
-                f"{found[0].path!r} runs in a loop (lax.scan, lax.map, fori_loop) inside of {what}, once for each part "
-                "of the batch; a head must run once. Take value_and_grad of the loss of one part, and loop over that"
-            )
-        primitives = [equation.primitive.name for equation in jaxpr.eqns]
-        return Head(found[0], bool(around), primitives in (["jit"], ["pjit"]))
+        return _head(jaxpr, calls[found[0]], found[0], runs, what, lines)
     if not found:
         problem = (
             f"head={wanted!r}: {what} runs no such layer of {name}."
             if wanted
             else f"{what} does not come from a linear layer of {name}."
         )
-    elif len({call.path for call in found}) == 1:
-        problem = f"{found[0].path!r} runs {max(len(found), len(runs))} times in {what}; a head must run once."
+    elif len({calls[n].path for n in found}) == 1:
+        problem = f"{calls[found[0]].path!r} runs {max(len(found), len(runs))} times in {what}; a head must run once."
     else:
-        problem = f"{what} comes from several linear layers: {', '.join(sorted(repr(c.path) for c in found))}."
-    raise HeadNotFoundError(problem, dict.fromkeys(map(str, calls)))
+        problem = f"{what} comes from several linear layers: {', '.join(sorted(map(repr, paths)))}."
+    raise HeadNotFoundError(problem, lines)
+
+
+def _nearest(jaxpr: Any, discovery: Discovery, what: str, lines: Sequence[str]) -> set[str]:
+    """The paths of the linear layers that the first output of a jaxpr comes from, if it comes from nothing else."""
+    unfit = [f"{path!r} ({reason})" for path, reason in discovery.refused]
+    nearest = makers(jaxpr, discovery.names, unfit)
+    paths = {discovery.calls[maker].path for maker in nearest if isinstance(maker, int)}
+    others = sorted(maker for maker in nearest if isinstance(maker, str))
+    if not others:
+        return paths
+    raise HeadNotFoundError(
+        f"{what} does not come from one linear layer, but from {'; '.join([*map(repr, sorted(paths)), *others])}. "
+        "A product of your own is marked as the head with gwa_logging.integrations.jax.tap",
+        lines,
+    )
+
+
+def _head(jaxpr: Any, call: Call, number: int, runs: list[frozenset[str]], what: str, lines: Sequence[str]) -> Head:
+    around = frozenset[str]().union(*runs)
+    if around & {"scan", "while"}:
+        raise HeadNotFoundError(
+            f"{call.path!r} runs in a loop (lax.scan, lax.map, fori_loop) inside of {what}, once for each part "
+            "of the batch; a head must run once. Take value_and_grad of the loss of one part, and loop over that"
+        )
+    problem = flaw(jaxpr, number, call.has_bias)
+    if problem is not None:
+        raise HeadNotFoundError(_flawed(call, problem), [line for line in lines if line != str(call)])
+    primitives = [e.primitive.name for e in jaxpr.eqns if e.primitive.name != "name"]
+    return Head(call, bool(around), primitives in (["jit"], ["pjit"]))
+
+
+def _flawed(call: Call, problem: str) -> str:
+    if call.path != HAND_WRITTEN:
+        return f"{call.path!r} is no linear layer: {problem}"
+    remedy = (
+        "pass it: tap(logits, embeddings, weight, bias)"
+        if problem == ADDED
+        else (
+            "give tap the very logits, embeddings and weight of logits = embeddings @ weight + bias, before anything else is "
+            "done to the logits"
+        )
+    )
+    return f"tap: {problem}; {remedy}"
 
 
 def describe(model: Any, wanted: Any = None, inputs: Iterable[Any] = ()) -> str:
@@ -117,15 +166,17 @@ def describe(model: Any, wanted: Any = None, inputs: Iterable[Any] = ()) -> str:
             "function that returns both, (model, input)"
         )
     fun, args = library.forward(inputs)
-    jaxpr, calls = _trace(library, fun, args, {})
+    jaxpr, discovery = _trace(library, fun, args, {})
+    calls, refused = discovery.calls, dict(discovery.refused)
     try:
-        head = _choose(jaxpr, calls, wanted, "the output", library.name).call
+        head = _choose(jaxpr, discovery, wanted, "the output", library.name).call
         chosen, verdict = head.path, f"head {head}: {'named by head=' if wanted else 'the output comes from it'}"
     except HeadNotFoundError as error:
         chosen, verdict = None, f"no head: {str(error).splitlines()[0]}"
-    width = max((len(call.path) for call in calls), default=0)
+    width = max((len(path) for path in (*refused, *(call.path for call in calls))), default=0)
     table = [
         f"{call.path.ljust(width)}  {call.features} -> {call.logits.shape[-1]}{'  HEAD' if call.path == chosen else ''}"
         for call in calls
-    ]
-    return "\n".join([f"{library.name}: {len(calls)} linear layers run", *table, verdict])
+        if call.path not in refused
+    ] + [f"{path.ljust(width)}  refused: {reason}" for path, reason in refused.items()]
+    return "\n".join([f"{library.name}: {len(table)} linear layers run", *table, verdict])

@@ -1,10 +1,13 @@
-"""Keras 3 on its JAX backend: hears of the Dense layers of the watched model, as NNX's are heard.
+"""Keras 3 on its JAX backend: hears of the linear layers of the watched model, as NNX's are heard.
 
 The loss runs `model.stateless_call`; a layer's activation is applied after the probe.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
+from inspect import signature
 from typing import Any
 
 import jax
@@ -12,25 +15,58 @@ import keras
 from jax import Array
 
 from gwa_logging.errors import InvalidInputError
+from gwa_logging.integrations.jax.contractions import Layer, einsum, pointwise
 from gwa_logging.integrations.jax.library import Library
 from gwa_logging.integrations.jax.probe import Session, current, entered
 from gwa_logging.monitor import Monitor
 
+_KINDS = (
+    keras.layers.Dense,
+    keras.layers.EinsumDense,
+    keras.layers.Conv1D,
+    keras.layers.Conv2D,
+    keras.layers.Conv3D,
+)
 
-class _Heard(keras.layers.Dense):  # type: ignore[misc]  # keras comes without types
-    """A Dense layer that tells of its calls."""
 
-    def call(self, inputs: Array, training: bool | None = None) -> Any:
-        def layer(inputs: Array) -> Any:
-            products = keras.ops.matmul(inputs, self.kernel)
-            return products if self.bias is None else keras.ops.add(products, self.bias)
+@cache
+def _heard_kind(kind: Any) -> type:
+    """A subclass of a linear layer that tells of its calls."""
 
+    def call(self: Any, inputs: Array, *args: Any, **kwargs: Any) -> Any:
         session = current()
+        activation = self.activation
         if session is None:
-            return super().call(inputs, training=training)
-        parameters = (keras.ops.convert_to_tensor(v) for v in (self.kernel, self.bias) if v is not None)
-        logits = session.linear(self.path, layer, inputs, next(parameters), next(parameters, None))
-        return logits if self.activation is None else self.activation(logits)
+            return kind.call(self, inputs, *args, **kwargs)
+
+        def layer(inputs: Array) -> Array:
+            object.__setattr__(self, "activation", None)
+            try:
+                return kind.call(self, inputs, *args, **kwargs)  # type: ignore[no-any-return]
+            finally:
+                object.__setattr__(self, "activation", activation)
+
+        logits = _run(session, self, layer, inputs)
+        return logits if activation is None else activation(logits)
+
+    call.__signature__ = signature(kind.call)  # type: ignore[attr-defined]
+    return type(kind.__name__, (kind,), {"call": call})
+
+
+def _run(session: Session, layer: Any, call: Layer, inputs: Array) -> Array:
+    """Runs a layer, without its activation, by way of a session."""
+    if layer.quantization_mode is not None:
+        return session.unfit(layer.path, call(inputs), "its weight is packed or quantised, which is not read")
+    weight, bias = (None if v is None else keras.ops.convert_to_tensor(v) for v in (layer.kernel, layer.bias))
+    assert weight is not None
+    if isinstance(layer, keras.layers.EinsumDense):
+        return einsum(session, layer.path, call, inputs, weight, bias, layer.equation)
+    if isinstance(layer, keras.layers.Dense):
+        return session.linear(layer.path, call, inputs, weight, bias)
+    if weight.size != math.prod(weight.shape[-2:]):
+        return call(inputs)
+    first = 1 if layer.data_format == "channels_last" else 2
+    return pointwise(session, layer.path, call, inputs, weight, bias, range(first, first + weight.ndim - 2))
 
 
 class Keras(Library):
@@ -46,7 +82,11 @@ class Keras(Library):
             )
 
     def run(self, session: Session, fun: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        variables = {v.path: v.shape for v in self.model.trainable_variables}
         with entered(session), _heard(self.model):
+            for value in args:  # as stateless_call takes them
+                if isinstance(value, list) and [getattr(v, "shape", None) for v in value] == list(variables.values()):
+                    session.parameters(dict(zip(variables, value, strict=True)))
             return fun(*args, **kwargs)
 
     def forward(self, inputs: Sequence[Any]) -> tuple[Callable[..., Any], Sequence[Any]]:
@@ -55,14 +95,16 @@ class Keras(Library):
 
 @contextmanager
 def _heard(model: keras.Model) -> Iterator[None]:
-    layers = [layer for layer in model._flatten_layers() if type(layer) is keras.layers.Dense]
-    for layer in layers:
-        object.__setattr__(layer, "__class__", _Heard)
+    layers: list[tuple[Any, Any]] = [
+        (layer, type(layer)) for layer in model._flatten_layers() if isinstance(layer, _KINDS)
+    ]
+    for layer, kind in layers:
+        object.__setattr__(layer, "__class__", _heard_kind(kind))
     try:
         yield
     finally:
-        for layer in layers:
-            object.__setattr__(layer, "__class__", keras.layers.Dense)
+        for layer, kind in layers:
+            object.__setattr__(layer, "__class__", kind)
 
 
 # --- fit ----------------------------------------------------------------------------------------------------------------

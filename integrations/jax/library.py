@@ -80,3 +80,17 @@ class Library:
 def zeros(shapes: Any) -> Any:
     """Arrays of the shapes of a pytree, for a trace."""
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+def named(tree: Any) -> dict[str, Array]:
+    """The floating-point arrays of a pytree, by their dotted paths."""
+    return {
+        path_of(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+    }
+
+
+def path_of(keys: Sequence[Any]) -> str:
+    """The dotted path of a leaf of a pytree."""
+    return ".".join(str(getattr(key, "name", getattr(key, "idx", getattr(key, "key", key)))) for key in keys)

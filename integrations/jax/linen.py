@@ -1,14 +1,17 @@
-"""Flax Linen: hears of the Dense layers that run, without touching the model."""
+"""Flax Linen: hears of the linear layers that run, without touching the model."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 from flax import linen
+from jax import Array
 
-from gwa_logging.integrations.jax.library import Library, zeros
+from gwa_logging.integrations.jax.contractions import einsum, general, pointwise
+from gwa_logging.integrations.jax.library import Library, named, zeros
 from gwa_logging.integrations.jax.probe import Session, entered
 
 
@@ -21,7 +24,10 @@ class Linen(Library):
         def intercept(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
             root = not context.module.path  # the watched model, or another one, such as a teacher
             if root:
-                inside.append(self._is_watched(context.module))
+                inside.append(self._enter(context.module, session, is_outermost=not inside))
+            elif not inside:  # a part of a bound model: model.bind(variables).head(h)
+                inside.append(self._enter(_top(context.module), session))
+                root = True
             try:
                 return heard(next_fun, args, kwargs, context.module, context.method_name)
             finally:
@@ -29,13 +35,9 @@ class Linen(Library):
                     inside.pop()
 
         def heard(next_fun: Callable[..., Any], args: Any, kwargs: Any, module: linen.Module, method: str) -> Any:
-            parameters = module.variables.get("params", {})
-            is_linear = isinstance(module, linen.Dense) and method == "__call__" and "kernel" in parameters
-            if not (is_linear and inside and inside[-1]):
+            if not (inside and inside[-1]):
                 return next_fun(*args, **kwargs)
-            embeddings = args[0] if args else kwargs["inputs"]
-            path = ".".join(module.path)
-            return session.linear(path, next_fun, embeddings, parameters["kernel"], parameters.get("bias"))
+            return _heard(session, next_fun, args, kwargs, module, method)
 
         with entered(session), linen.intercept_methods(intercept):
             return fun(*args, **kwargs)
@@ -49,6 +51,13 @@ class Linen(Library):
 
         return run, inputs
 
+    def _enter(self, bound: linen.Module, session: Session, is_outermost: bool = True) -> bool:
+        """Whether a bound root is the watched model; if so, the session is given its parameters."""
+        is_watched = self._is_watched(bound)
+        if is_watched and is_outermost:
+            session.parameters(named(linen.meta.unbox(bound.variables.get("params", {}))))
+        return is_watched
+
     def _is_watched(self, bound: linen.Module) -> bool:
         """Whether a bound module is the watched one: of the same class, and with the same plain settings."""
         if not self.is_model(bound):
@@ -56,3 +65,40 @@ class Linen(Library):
         names = [f.name for f in dataclasses.fields(self.model) if f.name not in ("parent", "name")]
         pairs = [(getattr(bound, name, None), getattr(self.model, name, None)) for name in names]
         return all(a == b for a, b in pairs if isinstance(a, bool | int | float | str) and isinstance(b, type(a)))
+
+
+def _top(module: linen.Module) -> linen.Module:
+    """The model that a bound module is a part of."""
+    while isinstance(module.parent, linen.Module):
+        module = module.parent
+    return module
+
+
+def _heard(
+    session: Session, next_fun: Callable[..., Any], args: Any, kwargs: Any, module: linen.Module, method: str
+) -> Any:
+    """Runs a method of a module, by way of the session if the module is a linear layer and the method its product."""
+    kinds = linen.Dense | linen.DenseGeneral | linen.Einsum | linen.Conv
+    is_tied = isinstance(module, linen.Embed) and method == "attend"
+    parameters = linen.meta.unbox(module.variables.get("params", {}))
+    weight = parameters.get("embedding" if is_tied else "kernel")
+    name = "query" if is_tied else "inputs"
+    is_given = bool(args) or name in kwargs
+    if weight is None or not is_given or not (is_tied or (isinstance(module, kinds) and method == "__call__")):
+        return next_fun(*args, **kwargs)
+    kwargs = dict(kwargs)
+    inputs, *rest = args or (kwargs.pop(name),)
+
+    def layer(inputs: Array) -> Array:
+        return next_fun(inputs, *rest, **kwargs)  # type: ignore[no-any-return]
+
+    given = (session, ".".join(module.path), layer, inputs, weight, parameters.get("bias"))
+    if isinstance(module, linen.DenseGeneral) and module.batch_dims == ():
+        return general(*given, [module.axis] if isinstance(module.axis, int) else module.axis)
+    if isinstance(module, linen.Einsum):
+        return einsum(*given, kwargs.get("einsum_str", rest[0] if rest else None) or module.einsum_str or "")
+    if isinstance(module, linen.Conv) and weight.size == math.prod(weight.shape[-2:]):
+        return pointwise(*given, range(-weight.ndim + 1, -1))
+    if is_tied or isinstance(module, linen.Dense):
+        return session.linear(*given[1:])
+    return layer(inputs)

@@ -1,35 +1,80 @@
-"""Flax NNX: hears of the Linear layers of a model that is an argument of the loss.
+"""Flax NNX: hears of the linear layers of a model that is an argument of the loss.
 
 For the time of a trace each of them is of a subclass that tells the session; then it is what it was. So the paths of the
 parameters, the graph and the gradients are the user's.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import jax
 from flax import nnx
 from jax import Array
 
+from gwa_logging.integrations.jax.contractions import Layer, einsum, general, pointwise
 from gwa_logging.integrations.jax.library import Library
 from gwa_logging.integrations.jax.probe import Session, current, entered
 
 
-class _Heard(nnx.Linear):  # type: ignore[misc]  # flax comes without types
-    """A Linear layer that tells of its calls."""
+def _linear(session: Session, module: Any, layer: Layer, inputs: Array) -> Array:
+    return session.linear(module.path_heard, layer, inputs, module.kernel[...], _bias(module))
 
-    def __call__(self, inputs: Array, *args: Any, **kwargs: Any) -> Array:
+
+def _linear_general(session: Session, module: Any, layer: Layer, inputs: Array) -> Array:
+    if module.batch_axis:
+        return layer(inputs)
+    return general(session, module.path_heard, layer, inputs, module.kernel[...], _bias(module), module.axis)
+
+
+def _einsum(session: Session, module: Any, layer: Layer, inputs: Array) -> Array:
+    equation = module.einsum_str or ""
+    return einsum(session, module.path_heard, layer, inputs, module.kernel[...], _bias(module), equation)
+
+
+def _conv(session: Session, module: Any, layer: Layer, inputs: Array) -> Array:
+    weight = module.kernel[...]
+    if weight.size != math.prod(weight.shape[-2:]):
+        return layer(inputs)
+    return pointwise(session, module.path_heard, layer, inputs, weight, _bias(module), range(-weight.ndim + 1, -1))
+
+
+def _attend(session: Session, module: Any, layer: Layer, inputs: Array) -> Array:
+    return session.linear(module.path_heard, layer, inputs, module.embedding[...], None)
+
+
+def _bias(module: Any) -> Array | None:
+    return None if module.bias is None else module.bias[...]
+
+
+_METHODS: dict[type, tuple[str, Callable[[Session, Any, Layer, Array], Array]]] = {
+    nnx.Linear: ("__call__", _linear),
+    nnx.LinearGeneral: ("__call__", _linear_general),
+    nnx.Einsum: ("__call__", _einsum),
+    nnx.Conv: ("__call__", _conv),
+    nnx.Embed: ("attend", _attend),
+}
+"""The linear layers, with the method that is their product, and how it runs by way of a session."""
+
+
+@cache
+def _heard_kind(kind: Any) -> type:
+    """A subclass of a linear layer that tells of its calls."""
+    name, by_way_of = next(method for base, method in _METHODS.items() if issubclass(kind, base))
+    original = getattr(kind, name)
+
+    def heard(self: Any, *args: Any, **kwargs: Any) -> Any:
         session = current()
+        keyword = "query" if name == "attend" else "inputs"
+        if session is None or not (args or keyword in kwargs):
+            return original(self, *args, **kwargs)
+        inputs, *rest = args or (kwargs.pop(keyword),)
+        return by_way_of(session, self, lambda inputs: original(self, inputs, *rest, **kwargs), inputs)
 
-        def layer(inputs: Array) -> Array:
-            return super(_Heard, self).__call__(inputs, *args, **kwargs)  # type: ignore[no-any-return]
-
-        bias = None if self.bias is None else self.bias[...]
-        if session is None:
-            return layer(inputs)
-        return session.linear(self.path_heard, layer, inputs, self.kernel[...], bias)
+    return type(kind.__name__, (kind,), {name: heard})
 
 
 class NNX(Library):
@@ -38,6 +83,9 @@ class NNX(Library):
     def run(self, session: Session, fun: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         models = [value for value in (*args, *kwargs.values()) if self.is_model(value)]
         with entered(session), _heard(models):
+            for model in models:
+                parameters = ((p, node) for p, node in nnx.iter_graph(model) if isinstance(node, nnx.Param))
+                session.parameters({".".join(map(str, path)): node[...] for path, node in parameters})
             return fun(*args, **kwargs)
 
     def run_apart(self, session: Session, fun: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -86,18 +134,18 @@ class NNX(Library):
 
 @contextmanager
 def _heard(models: Sequence[nnx.Module]) -> Iterator[None]:
-    layers = {
-        id(node): (node, ".".join(map(str, path)))
+    layers: dict[int, tuple[Any, Any, str]] = {
+        id(node): (node, type(node), ".".join(map(str, path)))
         for model in models
         for path, node in nnx.iter_graph(model)
-        if type(node) is nnx.Linear
+        if isinstance(node, tuple(_METHODS))
     }
-    for layer, path in layers.values():
+    for layer, kind, path in layers.values():
         object.__setattr__(layer, "path_heard", path)  # goes along where a transformation of NNX makes a copy
-        object.__setattr__(layer, "__class__", _Heard)
+        object.__setattr__(layer, "__class__", _heard_kind(kind))
     try:
         yield
     finally:
-        for layer, _ in layers.values():
-            object.__setattr__(layer, "__class__", nnx.Linear)
+        for layer, kind, _ in layers.values():
+            object.__setattr__(layer, "__class__", kind)
             object.__delattr__(layer, "path_heard")

@@ -9,7 +9,7 @@ The scalar product of a sample's head gradient with the weights has two forms, <
 one needs the logits in the backward pass, the second one the embeddings and their gradient: the smaller of the two is taken.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol
@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec, reshard
 
 from gwa_logging.alignment import DEAD, NO_GRADIENT, NOT_FINITE, SMALLEST
 from gwa_logging.errors import InvalidInputError
+from gwa_logging.integrations.jax.dataflow import PREFIX, jaxprs_in
 
 HAND_WRITTEN = "tap"
 """The path under which a call of `tap` is known."""
@@ -38,6 +39,14 @@ class Session(Protocol):
 
     def marked(self, logits: Array, embeddings: Array, weight: Array, bias: Array | None) -> Array:
         """The user has called `tap` with these; returns the logits, tapped or not."""
+        ...
+
+    def unfit(self, path: str, output: Array, reason: str) -> Array:
+        """A layer has run that is linear in its weight, but cannot be watched; returns its output."""
+        ...
+
+    def parameters(self, named: Mapping[str, Array]) -> None:
+        """These are parameters of the model, whichever layer uses them."""
         ...
 
 
@@ -84,7 +93,7 @@ def tap(
         logits: float [..., C], on the device, `embeddings @ weight + bias`.
         embeddings: float [..., D].
         weight: float, [D, C] or [C, D]; only its norm is used.
-        bias: float [C], or None.
+        bias: float [C]; None only if the logits have none. With a `probe` of your own this is not checked.
         probe: float32 [...], zeros, one for each sample; or None.
 
     Returns:
@@ -216,6 +225,7 @@ class Call(NamedTuple):
     path: str
     features: int
     logits: Any
+    has_bias: bool = True
 
     def __str__(self) -> str:
         return f"{self.path!r}: {self.features} -> {self.logits.shape[-1]}"
@@ -235,30 +245,58 @@ class Call(NamedTuple):
         return jax.lax.pcast(zeros, varying, to="varying") if varying else zeros
 
 
-_NAME = "gwa_logging:"
-
-
 class Discovery:
-    """A session that notes every linear layer, and marks its output so that dataflow can be followed in the jaxpr."""
+    """A session that notes every linear layer in the jaxpr, so that `dataflow` can follow it.
+
+    Attributes:
+        calls: of the layers, in the order in which they run; a note's number is the index in here.
+        refused: path and reason of the layers that cannot be watched.
+        names: what to call the parameters.
+    """
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
+        self.refused: list[tuple[str, str]] = []
+        self.names: list[str] = []
 
     def linear(
         self, path: str, layer: Callable[[Array], Array], embeddings: Array, weight: Array, bias: Array | None
     ) -> Array:
-        return self._note(path, embeddings, layer(embeddings))
+        number = self._call(path, embeddings, weight, bias)
+        return self._output(number, layer(embeddings), weight)
 
     def marked(self, logits: Array, embeddings: Array, weight: Array, bias: Array | None) -> Array:
-        return self._note(HAND_WRITTEN, embeddings, logits)
+        return self._output(self._call(HAND_WRITTEN, embeddings, weight, bias), logits, weight)
 
-    def _note(self, path: str, embeddings: Array, logits: Array) -> Array:
+    def unfit(self, path: str, output: Array, reason: str) -> Array:
+        self.refused.append((path, reason))
+        return _note("unfit", len(self.refused) - 1, output)
+
+    def parameters(self, named: Mapping[str, Array]) -> None:
+        for name, value in named.items():
+            shape = " x ".join(map(str, value.shape))
+            self.names.append(f"the parameter {name!r}{f' ({shape})' if shape else ''}")
+            _note("parameter", len(self.names) - 1, value)
+
+    def _call(self, path: str, embeddings: Array, weight: Array, bias: Array | None) -> int:
         number = len(self.calls)
-        self.calls.append(Call(path, embeddings.shape[-1], jax.typeof(logits)))
+        self.calls.append(Call(path, embeddings.shape[-1], None, bias is not None))
+        for kind, value in (("input", embeddings), ("weight", weight), ("bias", bias)):
+            if value is not None:
+                _note(kind, number, value)
+        return number
+
+    def _output(self, number: int, logits: Array, weight: Array) -> Array:
+        call = self.calls[number] = self.calls[number]._replace(logits=jax.typeof(logits))
+        if weight.size != call.features * logits.shape[-1]:
+            shape = " x ".join(map(str, weight.shape))
+            return self.unfit(
+                call.path, logits, f"its weight ({shape}) does not map {call.features} to {logits.shape[-1]}"
+            )
 
         @jax.custom_batching.custom_vmap
         def mark(z: Array) -> Array:
-            return checkpoint_name(z, _NAME + path)  # type: ignore[no-any-return,no-untyped-call]
+            return _note("layer", number, z)
 
         @mark.def_vmap
         def batched(size: int, in_batched: list[bool], z: Array) -> tuple[Array, bool]:
@@ -266,6 +304,11 @@ class Discovery:
             return mark(z), True
 
         return mark(logits)  # type: ignore[no-any-return]
+
+
+def _note(kind: str, number: int, value: Array) -> Array:
+    """An identity by which `dataflow` knows the value."""
+    return checkpoint_name(value, f"{PREFIX}{kind}:{number}")  # type: ignore[no-any-return,no-untyped-call]
 
 
 class Tapping:
@@ -290,6 +333,12 @@ class Tapping:
 
     def marked(self, logits: Array, embeddings: Array, weight: Array, bias: Array | None) -> Array:
         return self._at(logits, embeddings, bias, _size(weight)) if self._path == HAND_WRITTEN else logits
+
+    def unfit(self, path: str, output: Array, reason: str) -> Array:
+        return output
+
+    def parameters(self, named: Mapping[str, Array]) -> None:
+        pass
 
     def _at(self, logits: Array, embeddings: Array, bias: Array | None, weight_norm: Array) -> Array:
         rows, shared = (logits, embeddings), (bias, weight_norm)
@@ -332,59 +381,14 @@ def _whole_batch(
     return row(probe, arrays)
 
 
-def makers(jaxpr: Any) -> frozenset[str]:
-    """The layers that the first output of a jaxpr comes from, without passing through another one of them."""
-    sets = _follow(jaxpr.jaxpr, [frozenset()] * len(jaxpr.jaxpr.invars))
-    return sets[0]
-
-
-def places(jaxpr: Any, path: str) -> list[frozenset[str]]:
-    """Where a marked layer runs: of every time, the primitives, such as jit or scan, that it is inside of."""
+def places(jaxpr: Any, numbers: Collection[int]) -> list[frozenset[str]]:
+    """Where marked layers run: of every time, the primitives, such as jit or scan, that it is inside of."""
     found = []
+    tags = {f"{PREFIX}layer:{number}" for number in numbers}
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "name" and eqn.params["name"] == _NAME + path:
+        if eqn.primitive.name == "name" and eqn.params["name"] in tags:
             found.append(frozenset[str]())
         around = {eqn.primitive.name} - {"custom_vmap_call"}  # the mark's own
-        found.extend(inner | around for sub in _jaxprs_in(eqn.params) for inner in places(sub, path))
+        for sub in jaxprs_in(eqn.params):
+            found.extend(inner | around for inner in places(getattr(sub, "jaxpr", sub), numbers))
     return found
-
-
-def _follow(jaxpr: Any, inputs: list[frozenset[str]]) -> list[frozenset[str]]:
-    """For every output of a jaxpr, the marked layers nearest to it, given those of its inputs."""
-    known: dict[Any, frozenset[str]] = dict(zip(jaxpr.invars, inputs, strict=True))
-
-    def of(variable: Any) -> frozenset[str]:
-        return frozenset() if hasattr(variable, "val") else known.get(variable, frozenset())  # literals have a value
-
-    for eqn in jaxpr.eqns:
-        sources = [of(v) for v in eqn.invars]
-        together = frozenset().union(*sources)
-        outputs = [together] * len(eqn.outvars)
-        name = eqn.params.get("name")
-        if eqn.primitive.name == "name" and str(name).startswith(_NAME):
-            outputs = [frozenset({str(name).removeprefix(_NAME)})]
-        elif eqn.primitive.name == "stop_gradient":
-            outputs = [frozenset()] * len(eqn.outvars)
-        else:
-            inner = [_follow_inner(sub, sources, together) for sub in _jaxprs_in(eqn.params)]
-            if inner:
-                fits = all(len(sets) == len(eqn.outvars) for sets in inner)
-                columns = zip(*inner, strict=True) if fits else [[s for sets in inner for s in sets]] * len(eqn.outvars)
-                outputs = [frozenset().union(*column) for column in columns]
-        known.update(zip(eqn.outvars, outputs, strict=True))
-    return [of(v) for v in jaxpr.outvars]
-
-
-def _follow_inner(jaxpr: Any, sources: list[frozenset[str]], together: frozenset[str]) -> list[frozenset[str]]:
-    """An inner jaxpr whose inputs are not the equation's own one by one (a loop, a branch) is given them all."""
-    fits = len(jaxpr.invars) == len(sources)
-    return _follow(jaxpr, sources if fits else [together] * len(jaxpr.invars))
-
-
-def _jaxprs_in(params: dict[str, Any]) -> Iterator[Any]:
-    for value in params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            if hasattr(item, "jaxpr") and hasattr(item.jaxpr, "eqns"):
-                yield item.jaxpr
-            elif hasattr(item, "eqns"):
-                yield item

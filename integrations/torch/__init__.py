@@ -4,4 +4,7 @@ from gwa_logging.integrations.torch.adapter import TorchAdapter, attach
 from gwa_logging.integrations.torch.heads import Head, describe, find_head
 from gwa_logging.integrations.torch.heads import unwrapped as subject
 
+SEVERAL_HEADS = True
+"""Whether head= takes a list."""
+
 __all__ = ["Head", "TorchAdapter", "attach", "describe", "find_head", "subject"]
