@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gwa_logging.errors import HeadNotFoundError, InvalidInputError
 from gwa_logging.integrations.torch.candidates import (
     candidates,
+    is_adapter,
     lines,
     lookalikes,
     refusal,
@@ -51,6 +52,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def _adapted_model(model: nn.Module) -> nn.Module:
+    """The model that PEFT's wrapper has put adapters into, whose output it returns; other models as they are."""
+    if any(base.__module__.startswith("peft.") for base in type(model).__mro__):
+        inside = getattr(model, "get_base_model", lambda: None)()
+        if isinstance(inside, nn.Module):
+            return inside
+    return model
+
+
 def find_head(model: nn.Module, wanted: Any = None) -> Head | None:
     """The classifier head of a model, or None if only a training pass can tell.
 
@@ -76,12 +86,13 @@ def find_head(model: nn.Module, wanted: Any = None) -> Head | None:
         )
     if "" in possible:
         return chosen([model], model, "the output comes from it (traced)")
-    declared = _declared(model)
+    core = _adapted_model(model)
+    declared = _declared(core)
     if declared is not None and not declared.parts:
         raise HeadNotFoundError(
             f"{type(model).__name__} has no classifier: so its own {declared.by} says", lines(model)
         )
-    makers = traced_makers(model, wholes(model))
+    makers = traced_makers(core, wholes(core))
     if makers is not None:
         return chosen(makers, model, "the output comes from it (traced)")
     return _by_library(model, declared)
@@ -191,7 +202,7 @@ def _by_library(model: nn.Module, declared: _Declared | None) -> Head | None:
         return None
     found: list[Maker] = []
     for part in declared.parts:
-        inside = list(candidates(part).values())
+        inside = [*candidates(part).values(), *(module for module in part.modules() if is_adapter(module))]
         inside = [layer for layer in inside if declared.classes is None or width(layer) == declared.classes]
         if len(inside) != 1:
             return None
@@ -216,11 +227,17 @@ class FirstPass:
     The calls of all layers are noted; when the model returns, its output is walked back on the autograd graph.
     """
 
-    def __init__(self, model: nn.Module, tell: Callable[[Head, list[HeadCall]], None]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tell: Callable[[Head, list[HeadCall]], None],
+        copied: Callable[[Any, nn.Module], None] | None = None,
+    ) -> None:
+        """Calls `tell(head, calls)` after the first training pass, and `copied` as an `Attachment` does."""
         self._tell = tell
         self._calls: dict[Any, HeadCall] = {}  # by the output's node in the autograd graph, which is kept alive by it
         self._attachments = [Attachment(layer, after=self._called) for layer in wholes(model)]
-        self._attachments.append(Attachment(model, after=self._returned))
+        self._attachments.append(Attachment(model, after=self._returned, copied=copied))
 
     def _called(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         embeddings = args[0] if args else kwargs.get("input")

@@ -41,10 +41,15 @@ class Attachment:
         after: Callable[..., Any],
         before: Callable[..., Any] | None = None,
         moved: Callable[[nn.Module], None] | None = None,
+        copied: Callable[[Any, nn.Module], None] | None = None,
     ) -> None:
-        """Calls `before(module, args, kwargs)`, `after(module, args, kwargs, output)` as PyTorch does, and `moved(module)`."""
+        """Calls `before(module, args, kwargs)`, `after(module, args, kwargs, output)` as PyTorch does, and `moved(module)`.
+
+        After each deep copy it calls `copied(memo, copy)`, with the memo of `copy.deepcopy`.
+        """
         self._module = module
         self._moved = moved
+        self._copied = copied
         # First of all hooks, on the layer's own output: those of sharded training would free the weight before.
         self._handles = [module.register_forward_hook(after, with_kwargs=True, prepend=True)]
         if before is not None:
@@ -96,10 +101,13 @@ class Attachment:
         try:
             module.__dict__.clear()
             module.__dict__.update(_bare(attributes))
-            return copy.deepcopy(module, memo)
+            copied = copy.deepcopy(module, memo)
         finally:
             module.__dict__.clear()
             module.__dict__.update(attributes)
+        if self._copied is not None:
+            self._copied(memo, copied)
+        return copied
 
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
         """As ever; then tells that parameters may be somewhere else."""

@@ -130,7 +130,14 @@ class Slot:
 class HeadProbe:
     """The hooks on one head. It does not keep the head: a model that nobody else has may go, watched or not."""
 
-    def __init__(self, layer: Linear, accumulator: Accumulator, on_step: Callable[[], None], faults: Faults) -> None:
+    def __init__(
+        self,
+        layer: Linear,
+        accumulator: Accumulator,
+        on_step: Callable[[], None],
+        faults: Faults,
+        copied: Callable[[Any, nn.Module], None] | None = None,
+    ) -> None:
         self.enabled = True
         self.layer = layer
         self._accumulator = accumulator
@@ -143,7 +150,9 @@ class HeadProbe:
         head = layer.module
         self._moved(head)
         before = self.before if layer.taps_input else None
-        self._attachment = weakref.ref(Attachment(head, before=before, after=self.after, moved=self._moved))
+        self._attachment = weakref.ref(
+            Attachment(head, before=before, after=self.after, moved=self._moved, copied=copied)
+        )
 
     def _moved(self, head: nn.Module) -> None:
         """Makes the leaves, where the head is now."""
