@@ -116,7 +116,10 @@ class TorchAdapter:
         if model is not None:
             with unsharded(model, head.module):
                 for call in calls:  # of the pass that told the head
-                    probe.listen(call.module, call.embeddings, call.output)
+                    if call.output.grad_fn is call.node:
+                        probe.listen(call.module, call.embeddings, call.output)
+                    else:
+                        probe.listen_to_node(call.node, call.module, call.embeddings)
 
     def _probe(self, head: Head) -> HeadProbe:
         model = self._model()

@@ -214,11 +214,17 @@ def _by_library(model: nn.Module, declared: _Declared | None) -> Head | None:
 
 
 class HeadCall(NamedTuple):
-    """One call of a layer, with what went in and what came out."""
+    """One call of a layer, with what went in and what came out.
+
+    Attributes:
+        module, embeddings, output: the layer, its input, and its output.
+        node: the output's node in the autograd graph; no longer that of `output` if that was changed in place.
+    """
 
     module: nn.Module
     embeddings: Tensor
     output: Tensor
+    node: Any
 
 
 class FirstPass:
@@ -244,7 +250,7 @@ class FirstPass:
         if torch.compiler.is_compiling() or not (isinstance(output, Tensor) and isinstance(embeddings, Tensor)):
             return
         if output.grad_fn is not None:
-            self._calls[output.grad_fn] = HeadCall(layer, embeddings, output)
+            self._calls[output.grad_fn] = HeadCall(layer, embeddings, output, output.grad_fn)
 
     def _returned(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
@@ -255,9 +261,7 @@ class FirstPass:
             return
         self.close()
         head = chosen(makers, model, "the output of the first pass comes from it")
-        # An output that was changed in place since is another tensor: its gradient is not delta.
-        heard = [c for node, c in calls.items() if c.module is head.module and c.output.grad_fn is node]
-        self._tell(head, heard)
+        self._tell(head, [call for call in calls.values() if call.module is head.module])
 
     def close(self) -> None:
         """Takes the hooks off."""

@@ -258,6 +258,23 @@ class HeadProbe:
         except Exception as error:  # noqa: BLE001 - nothing may reach the user's forward pass
             self.fault(error)
 
+    def listen_to_node(self, node: Any, module: nn.Module, embeddings: Tensor) -> None:
+        """Hooks on to a forward pass whose logits were changed in place since: the logits' node still receives their gradient.
+
+        Args:
+            node: the node of the unchanged logits in the autograd graph.
+            module: the head.
+            embeddings: its input.
+        """
+        try:
+            with torch.no_grad():
+                logits = self.layer.logits(embeddings, self.layer.weight(module), module.bias)  # type: ignore[arg-type]
+            taken = _Pass(self, module, embeddings, logits)
+            taken.keep(module, logits)
+            node.register_prehook(lambda gradients: taken.all_arrived(gradients[0]))
+        except Exception as error:  # noqa: BLE001 - nothing may reach the user's forward pass
+            self.fault(error)
+
     def fault(self, error: Exception) -> None:
         """Counts what would otherwise have reached the user's training step."""
         self._faults.record("probe", f"{type(error).__name__}: {error}")

@@ -513,6 +513,29 @@ def test_the_finders_view_ends_with_the_verdict(model, wanted, last):
     assert describe(model, wanted).splitlines()[-1].startswith(last)
 
 
+@pytest.mark.parametrize("head", [nn.Linear(8, 5), nn.Linear(8, 5, bias=False), nn.Linear(8, 50)])
+def test_the_first_pass_counts_if_it_changes_its_logits_in_place(head):
+    class ChangesLogits(Headed):
+        def forward(self, x):
+            z = super().forward(x)
+            z.div_(2.0)
+            z[:, 0].masked_fill_(x[:, 0] > 1, -1e4)
+            return z
+
+    model = ChangesLogits(head, False)
+    x, y, wants = torch.randn(6, 8), torch.arange(6).clamp(1, 4), []
+    for i in range(6):
+        (gradient,) = torch.autograd.grad(F.cross_entropy(model(x[i : i + 1]), y[i : i + 1]), head.weight)
+        wants.append(-(gradient * head.weight).sum() / gradient.norm() / head.weight.norm())
+    monitor = gwa_logging.watch(model, num_samples=6)
+    monitor.tag(torch.arange(6))
+    F.cross_entropy(model(x), y).backward()
+    ledger = monitor._adapter.ledger()
+    assert torch.from_numpy(ledger.sums).tolist() == pytest.approx(torch.stack(wants).tolist(), abs=1e-6)
+    assert ledger.predicted.tolist() == head(torch.relu(model.body(x))).argmax(1).tolist()
+    assert monitor.faults == {}
+
+
 # --- sizes are not data -----------------------------------------------------------------------------------------------
 
 
