@@ -162,6 +162,8 @@ class TorchAdapter:
 
     def check_head(self, steps: int = 0) -> bool:
         """See `silence.Watched`."""
+        if isinstance(self._watching, FirstPass):
+            self._watching.resume()
         model, place = self._model(), self._place
         if model is None or place is None:
             return False

@@ -6,6 +6,7 @@ layer that made it: on the symbolic trace of the model, if `torch.fx` can trace 
 say which one it is (timm, transformers); else it is walked back on the autograd graph of the first training pass.
 """
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from gwa_logging.integrations.torch.candidates import (
     width,
 )
 from gwa_logging.integrations.torch.distributed import WRAPPERS
-from gwa_logging.integrations.torch.hooks import Attachment
+from gwa_logging.integrations.torch.hooks import Attachment, is_tracing
 from gwa_logging.integrations.torch.layers import shape_of
 from gwa_logging.integrations.torch.trace import Maker, differentiated_makers, traced_makers
 
@@ -241,24 +242,41 @@ class FirstPass:
     ) -> None:
         """Calls `tell(head, calls)` after the first training pass, and `copied` as an `Attachment` does."""
         self._tell = tell
+        self._model = weakref.ref(model)
+        self._copied = copied
+        self._attachments: list[Attachment] = []
+        self._told = False
         self._calls: dict[Any, HeadCall] = {}  # by the output's node in the autograd graph, which is kept alive by it
-        self._attachments = [Attachment(layer, after=self._called) for layer in wholes(model)]
-        self._attachments.append(Attachment(model, after=self._returned, copied=copied))
+        self.resume()
+
+    def resume(self) -> None:
+        """Puts the hooks on, if they are not. torch.jit.script takes them off, since it could not compile them."""
+        model = self._model()
+        if model is None or self._attachments or self._told:
+            return
+        for layer in wholes(model):
+            self._attachments.append(Attachment(layer, after=self._called, scripted=self.close))
+        self._attachments.append(Attachment(model, after=self._returned, copied=self._copied, scripted=self.close))
 
     def _called(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         embeddings = args[0] if args else kwargs.get("input")
-        if torch.compiler.is_compiling() or not (isinstance(output, Tensor) and isinstance(embeddings, Tensor)):
+        if (
+            torch.compiler.is_compiling()
+            or is_tracing()
+            or not (isinstance(output, Tensor) and isinstance(embeddings, Tensor))
+        ):
             return
         if output.grad_fn is not None:
             self._calls[output.grad_fn] = HeadCall(layer, embeddings, output, output.grad_fn)
 
     def _returned(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or is_tracing():
             return
         calls, self._calls = self._calls, {}
         makers = differentiated_makers(output, {node: call.module for node, call in calls.items()})
         if makers is None:
             return
+        self._told = True
         self.close()
         head = chosen(makers, model, "the output of the first pass comes from it")
         self._tell(head, [call for call in calls.values() if call.module is head.module])

@@ -22,7 +22,14 @@ from torch import Tensor, nn
 from gwa_logging.faults import Faults
 from gwa_logging.integrations.torch.accumulate import UNTAGGED, Accumulator, Terms, coded
 from gwa_logging.integrations.torch.distributed import is_distributed, is_freed, is_split
-from gwa_logging.integrations.torch.hooks import Attachment, unchecked
+from gwa_logging.integrations.torch.hooks import (
+    Attachment,
+    after_in_script,
+    before_in_script,
+    is_tracing,
+    scripted_as,
+    unchecked,
+)
 from gwa_logging.integrations.torch.layers import Linear, norm
 from gwa_logging.samples import Samples
 
@@ -165,9 +172,12 @@ class HeadProbe:
             slot.next = following
         self._slot = slots[0]
 
+    @scripted_as(before_in_script)
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Taps the head's input: a view, so that its gradient is this head's alone."""
         if not self.enabled or not torch.is_grad_enabled():
+            return None
+        if not torch.compiler.is_compiling() and is_tracing():
             return None
         embeddings = _input(args, kwargs)
         if not isinstance(embeddings, Tensor) or not embeddings.requires_grad:
@@ -185,6 +195,7 @@ class HeadProbe:
             tapped._gwa_tapped = embeddings  # type: ignore[attr-defined]
         return ((tapped, *args[1:]), kwargs) if args else (args, {**kwargs, "input": tapped})
 
+    @scripted_as(after_in_script)
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], logits: Any) -> Tensor | None:
         """Taps the logits of a training pass."""
         if not self.enabled or not isinstance(logits, Tensor) or not logits.requires_grad:
@@ -193,7 +204,8 @@ class HeadProbe:
             if _is_exporting() or _in_transform():
                 return None
             return self._trace(module, _input(args, kwargs), logits)
-        self.listen(module, _input(args, kwargs), logits)
+        if not is_tracing():
+            self.listen(module, _input(args, kwargs), logits)
         return None
 
     def _trace(self, module: nn.Module, embeddings: Tensor, logits: Tensor) -> Tensor | None:
