@@ -2,6 +2,6 @@
 
 from gwa_logging.integrations.torch.adapter import TorchAdapter, attach
 from gwa_logging.integrations.torch.heads import Head, describe, find_head
-from gwa_logging.integrations.torch.heads import unwrapped as subject
+from gwa_logging.integrations.torch.heads import inside_adapters as subject
 
 __all__ = ["Head", "TorchAdapter", "attach", "describe", "find_head", "subject"]

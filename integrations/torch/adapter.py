@@ -19,7 +19,7 @@ from gwa_logging.integrations.torch.distributed import (
     ranks,
     unsharded,
 )
-from gwa_logging.integrations.torch.heads import FirstPass, Head, HeadCall, find_head, unwrapped
+from gwa_logging.integrations.torch.heads import FirstPass, Head, HeadCall, find_head, inside_adapters, unwrapped
 from gwa_logging.integrations.torch.layers import layer_of
 from gwa_logging.integrations.torch.probe import HeadProbe
 from gwa_logging.integrations.torch.replacement import HeadPlace
@@ -62,7 +62,8 @@ class TorchAdapter:
     def __init__(self, model: nn.Module, head: Head | None, num_samples: int | None, faults: Faults) -> None:
         self.head = str(head) if head else "head: the first training pass will tell"
         self.path = head.path if head else ""
-        self._model = weakref.ref(unwrapped(model))
+        self._model = weakref.ref(inside_adapters(model))
+        self._wrapped = weakref.ref(unwrapped(model))
         self._found = head  # until the start: it would keep the head of a model that is dropped
         self._num_samples = num_samples
         self._accumulator = RankAccumulator(num_samples)
@@ -104,8 +105,8 @@ class TorchAdapter:
         found, self._found = self._found, None
         if found is not None:
             self._watching = self._probe(found)
-        elif model is not None:
-            self._watching = FirstPass(model, self._tell, self._copied)
+        elif (wrapped := self._wrapped()) is not None:
+            self._watching = FirstPass(wrapped, self._tell, self._copied)
 
     def _tell(self, head: Head, calls: list[HeadCall]) -> None:
         _check(head)

@@ -53,8 +53,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def _adapted_model(model: nn.Module) -> nn.Module:
-    """The model that PEFT's wrapper has put adapters into, whose output it returns; other models as they are."""
+def inside_adapters(model: nn.Module) -> nn.Module:
+    """The user's own module as PEFT got it, which outlives PEFT's wrapper (`merge_and_unload`) and has the same output."""
+    model = unwrapped(model)
     if any(base.__module__.startswith("peft.") for base in type(model).__mro__):
         inside = getattr(model, "get_base_model", lambda: None)()
         if isinstance(inside, nn.Module):
@@ -87,7 +88,7 @@ def find_head(model: nn.Module, wanted: Any = None) -> Head | None:
         )
     if "" in possible:
         return chosen([model], model, "the output comes from it (traced)")
-    core = _adapted_model(model)
+    core = inside_adapters(model)
     declared = _declared(core)
     if declared is not None and not declared.parts:
         raise HeadNotFoundError(

@@ -33,6 +33,9 @@ class HeadPlace:
         self.path = path
         self._names = path.split(".") if path else []
         self._last: weakref.ref[nn.Module] | None = weakref.ref(head)
+        if module_at(model, self._names) is not head:  # the path is that in a wrapper of the model
+            path = next((path for path, module in model.named_modules() if module is head), "")
+            self._names = path.split(".") if path else []
         self._checkable = module_at(model, self._names) is head  # a stand-in for another library's layer is at no path
 
     def check(self, model: nn.Module) -> Finding | None:

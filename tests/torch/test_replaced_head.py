@@ -1,6 +1,7 @@
 """A head that is replaced, moved, switched or copied while its model is watched."""
 
 import copy
+import gc
 import io
 import logging
 
@@ -225,6 +226,38 @@ def test_a_head_watched_by_the_path_of_its_active_copy_is_followed_when_another_
     train(model, 10)
     assert monitor.faults == {"head": 1}
     assert monitor.end_epoch().count == 80
+
+
+def test_a_peft_model_that_is_merged_and_dropped_does_not_end_the_observation():
+    class PeftModel(nn.Module):
+        """As PEFT's: `merge_and_unload` returns the model inside, and users drop this one."""
+
+        __module__ = "peft.peft_model"
+
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.base_model = model
+
+        def get_base_model(self) -> nn.Module:
+            return self.base_model
+
+        def forward(self, *args: torch.Tensor) -> torch.Tensor:
+            return self.base_model(*args)
+
+    inside = Net()
+    inside.fc = Saved(inside.fc)
+    model = PeftModel(inside)
+    monitor = gwa_logging.watch(model)
+    train(model, 5)
+    del model
+    gc.collect()
+    inside.fc = inside.fc.modules_to_save["default"]
+    train(inside, 5)
+    assert monitor.faults == {}
+    assert monitor._adapter.passes == 10
+    inside.fc = nn.Linear(8, 5)
+    train(inside, 10)
+    assert monitor.faults == {"head": 1}
 
 
 def test_one_of_several_heads_is_followed_by_itself():
