@@ -2,7 +2,7 @@
 
 from gwa_logging.integrations.torch.adapter import TorchAdapter, attach
 from gwa_logging.integrations.torch.heads import Head, describe, find_head
-from gwa_logging.integrations.torch.heads import unwrapped as subject
+from gwa_logging.integrations.torch.heads import inside_adapters as subject
 
 SEVERAL_HEADS = True
 """Whether head= takes a list."""

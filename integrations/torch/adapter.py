@@ -24,9 +24,10 @@ from gwa_logging.integrations.torch.distributed import (
     unsharded,
 )
 from gwa_logging.integrations.torch.forwards import Forwards
-from gwa_logging.integrations.torch.heads import FirstPass, Head, HeadCall, find_head, unwrapped
+from gwa_logging.integrations.torch.heads import FirstPass, Head, HeadCall, find_head, inside_adapters, unwrapped
 from gwa_logging.integrations.torch.layers import layer_of
 from gwa_logging.integrations.torch.probe import HeadProbe
+from gwa_logging.integrations.torch.replacement import HeadPlace
 from gwa_logging.integrations.torch.silence import Silence
 from gwa_logging.monitor import logger
 from gwa_logging.ranks import Attendance, Identity, first_scores
@@ -73,7 +74,8 @@ class TorchAdapter:
     ) -> None:
         self.head = str(head) if head else "head: the first training pass will tell"
         self.path = head.path if head else ""
-        self._model = weakref.ref(unwrapped(model))
+        self._model = weakref.ref(inside_adapters(model))
+        self._wrapped = weakref.ref(unwrapped(model))
         self._found = head  # until the start: it would keep the head of a model that is dropped
         self._num_samples = num_samples
         self._attendance = attendance
@@ -86,6 +88,10 @@ class TorchAdapter:
         self._on_step: Callable[[], None] = lambda: None
         self._watching: HeadProbe | FirstPass | None = None
         self._silence: Silence | None = None
+        self._place: HeadPlace | None = None
+        self._copies: list[weakref.ref[nn.Module]] = []
+        self._changes = ""  # what has become of the head since it was found
+        self.passes = 0
 
     @property
     def writes(self) -> bool:
@@ -141,12 +147,12 @@ class TorchAdapter:
         self._attendance.enter()
         model = self._model()
         if model is not None:
-            self._silence = Silence(model, self._silent)
+            self._silence = Silence(model, self)
         found, self._found = self._found, None
         if found is not None:
             self._watching = self._probe(found)
-        elif model is not None:
-            self._watching = FirstPass(model, self._tell)
+        elif (wrapped := self._wrapped()) is not None:
+            self._watching = FirstPass(wrapped, self._tell, self._copied)
 
     def _tell(self, head: Head, calls: list[HeadCall]) -> None:
         _check(head)
@@ -166,25 +172,81 @@ class TorchAdapter:
                 tags.end_forward()
 
     def _probe(self, head: Head) -> HeadProbe:
-        model, accumulator, forwards = self._model(), self._accumulator, None
+        model, whole, accumulator, forwards = self._model(), self._wrapped(), self._accumulator, None
         if model is not None:
-            forwards = Forwards(model, accumulator.tags, self._faults, keeps_samples=accumulator.keeps_samples)
-        return HeadProbe(layer_of(head.module), accumulator, self._first_step, self._faults, forwards)
+            self._place = HeadPlace(model, head.path, head.module)
+        if whole is not None:
+            forwards = Forwards(whole, accumulator.tags, self._faults, keeps_samples=accumulator.keeps_samples)
+        return HeadProbe(layer_of(head.module), accumulator, self._observed, self._faults, forwards, self._copied)
 
-    def _first_step(self) -> None:
-        """The first step that the probe sees ends the wait for it; the others go straight to the monitor."""
-        if isinstance(self._watching, HeadProbe):
-            self._watching.on_step = self._on_step
-        self._hear()
+    def _observed(self) -> None:
+        """Called by the probe after each pass that it has seen."""
+        self.passes += 1
         self._on_step()
 
-    def _hear(self) -> None:
-        if self._silence is not None:
-            self._silence.heard()
+    # --- for the watchdog -----------------------------------------------------------------------------------------
 
-    def _silent(self, steps: int) -> None:
-        """Optimizer steps have passed, and the probe has seen none."""
+    def silent(self, steps: int) -> None:
+        """See `silence.Watched`."""
         self._faults.record("silence", f"{steps} optimizer steps and no observation. {self.nothing_seen()}")
+
+    def copy_trained(self, steps: int) -> None:
+        """See `silence.Watched`."""
+        self._faults.record(
+            "copy",
+            f"{steps} optimizer steps have trained a deep copy of the watched model, and the model itself was not observed "
+            "meanwhile. A copy is not observed: call watch(copy) after copy.deepcopy(model)",
+        )
+
+    def copies(self) -> list[nn.Module]:
+        """See `silence.Watched`."""
+        return [copy for reference in self._copies if (copy := reference()) is not None]
+
+    def _copied(self, memo: Any, head: nn.Module) -> None:
+        """A layer was deep-copied, perhaps as a part of the model."""
+        copy = memo.get(id(self._model()), head)
+        known = [reference for reference in self._copies if reference() not in (None, copy)]
+        self._copies = [*known[-7:], weakref.ref(copy)]
+
+    def fault(self, error: Exception) -> None:
+        """See `silence.Watched`."""
+        self._faults.record("watchdog", f"{type(error).__name__}: {error}")
+
+    def check_head(self, steps: int = 0) -> bool:
+        """See `silence.Watched`."""
+        if isinstance(self._watching, FirstPass):
+            self._watching.resume()
+        model, place = self._model(), self._place
+        if model is None or place is None:
+            return False
+        try:
+            finding = place.check(model)
+            if finding is None:
+                return False
+            if self._watching is not None:
+                self._watching.close()
+            self._watching = None
+            unseen = f"; {steps} optimizer steps before this were not observed" if steps else ""
+            if finding.module is None:
+                self._changes = (
+                    f"{finding.what}. Nothing is observed until a linear layer or 1x1 convolution is there again"
+                )
+            else:
+                head = Head(place.path, finding.module, "it was put there after watch()")
+                _check(head)
+                self._watching = self._probe(head)
+                self.head = str(head)
+                self._changes = f"{finding.what}. It is observed from now on; the ledger goes on"
+            self._faults.record("head", f"{self._changes}{unseen}")
+        except Exception as error:  # noqa: BLE001 - it is called in the middle of training
+            self.fault(error)
+            return False
+        return finding.module is not None
+
+    @property
+    def is_paused(self) -> bool:
+        """See `silence.Watched`."""
+        return self._accumulator.tags.paused
 
     def observe(self, scores: Any, samples: Samples | None) -> None:
         """Takes in scores of the user's own making."""
@@ -197,12 +259,12 @@ class TorchAdapter:
             raise InvalidInputError(f"scores: expected a floating-point tensor [batch], found {found}")
         if samples is not None:
             samples = self._checked(samples, scores.numel())
-        self._hear()
         self._accumulator.add_scores(scores.detach(), samples)
-        self._on_step()
+        self._observed()
 
     def tag(self, samples: Samples) -> None:
         """Notes which samples the next forward pass is about."""
+        self.check_head()
         self._accumulator.tag(self._checked(samples, None))
 
     def pause(self, paused: bool) -> None:
@@ -224,6 +286,7 @@ class TorchAdapter:
 
     def snapshot(self) -> TorchSnapshot:
         """Hands over what was gathered since the last one."""
+        self.check_head()
         snapshot = self._accumulator.snapshot()
         if is_distributed() and len(self._early) < _EARLY and self._first == Identity().first:
             self._early.append(snapshot)
@@ -254,6 +317,8 @@ class TorchAdapter:
 
     def nothing_seen(self) -> str:
         """What to check when no step has passed the probe."""
+        self.check_head()
+        changes = f"{self._changes}. " if self._changes else ""
         evaluation = ""
         if isinstance(self._watching, HeadProbe) and self._watching.saw_evaluation:
             evaluation = (
@@ -261,8 +326,9 @@ class TorchAdapter:
                 "the head alone. "
             )
         return (
-            f"Watched: {self.head}. {evaluation}Check that loss.backward() runs on the output of this model in training mode "
-            "with gradients enabled; that the head is called as a module (not through F.linear on its weight, nor inside of a "
+            f"Watched: {self.head}. {changes}{evaluation}Check that loss.backward() runs on the output of this model in "
+            "training mode with gradients enabled; that the head is called as a module (not through F.linear on its weight, "
+            "nor inside a "
             "fused loss); and that watch() came before the first call of a compiled model. A compiled model whose head "
             "only a first pass can tell needs watch(model, head='dotted.path'). Gradients taken in a compiled model by "
             "torch.autograd.grad or backward(inputs=), or inside of torch.func transforms, are not seen."
@@ -270,7 +336,9 @@ class TorchAdapter:
 
     def close(self) -> None:
         """Takes the probe off."""
-        self._hear()
+        if self._silence is not None:
+            self._silence.close()
+        self._place = None
         if self._watching is not None:
             self._watching.close()
             self._watching = None

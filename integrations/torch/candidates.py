@@ -1,5 +1,9 @@
 """Which layers of a model could be its head, which only look like one, and what to say of each."""
 
+import copy
+import math
+import random
+
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -7,7 +11,8 @@ from torch.nn.parameter import is_lazy
 from gwa_logging.integrations.torch.layers import refusal as refused_kind
 from gwa_logging.integrations.torch.layers import shape_of
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRIAL_ROWS = 32
+_CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 def refusal(module: nn.Module) -> str | None:
@@ -18,8 +23,8 @@ def refusal(module: nn.Module) -> str | None:
     kind = type(module).__name__
     if is_adapter(module):
         return (
-            f"{kind} is an adapter: the layer in it, and a low-rank product; their sum is no weight that could be read. "
-            "Leave the head out of the adapted layers"
+            f"{kind} is an adapter: the layer in it, and terms that are added to it; their sum is no weight that could be read."
+            " Train the head itself: leave it out of the adapted layers, and with PEFT name it in modules_to_save"
         )
     if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and any(map(is_lazy, module.parameters())):
         return f"{kind} has no shape yet: run one forward pass before watch()"
@@ -33,28 +38,49 @@ def refusal(module: nn.Module) -> str | None:
 
 
 def untrue(module: nn.Module) -> str | None:
-    """Why a candidate with a forward of its own is no head after all: it is tried on two rows; None if it is one."""
+    """Why a candidate with a forward of its own is no head after all; None if it is one.
+
+    A copy of it is tried in training mode, which is the mode that is observed: there it may do other things than in evaluation,
+    and change its own weight and buffers.
+    """
     if not _own_forward(module):
         return None
-    assert isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    kind, weight, bias = type(module).__name__, module.weight, module.bias
-    if weight.is_meta:
+    assert isinstance(module, nn.Linear | _CONVOLUTIONS)
+    kind = type(module).__name__
+    parameter = next(module.parameters())
+    if parameter.is_meta:
         return f"{kind} has a forward of its own, and on the meta device it cannot be tried whether it is linear"
+    devices, state = [parameter.device] if parameter.is_cuda else [], random.getstate()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            gap = _distance_from_linear(copy.deepcopy(module).train())
+    except Exception as error:  # noqa: BLE001 - whatever somebody's forward may raise
+        return f"{kind} has a forward of its own, which could not be tried: {type(error).__name__}: {error}"
+    finally:
+        random.setstate(state)
+    if gap <= 8 * torch.finfo(parameter.dtype).eps ** 0.75:
+        return None
+    return f"{kind} has a forward of its own, which does not compute W h + b in training mode"
+
+
+def _distance_from_linear(module: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) -> float:
+    """The largest difference between a layer's output and W h + b, relative to the size of the terms of W h + b.
+
+    Rows of very different lengths show a layer that clips or caps its output.
+    """
+    weight, bias = module.weight, module.bias
     features = weight.shape[1]
-    rows = torch.arange(2 * features, device=weight.device).cos().to(weight.dtype)
-    rows = rows.view(2, features, *(1,) * (weight.ndim - 2))
-    devices = [weight.device] if weight.is_cuda else []
-    with torch.no_grad(), torch.random.fork_rng(devices):
-        try:
-            found = module.forward(rows)
-            expected = nn.functional.linear(rows.flatten(1), weight.flatten(1), bias)
-        except Exception as error:  # noqa: BLE001 - whatever somebody's forward may raise
-            return f"{kind} has a forward of its own, which could not be tried: {type(error).__name__}: {error}"
-    if isinstance(found, torch.Tensor) and found.shape[:2] == expected.shape:
-        gap = (found.reshape(expected.shape).double() - expected.double()).abs().max()
-        if gap <= 8 * torch.finfo(weight.dtype).eps ** 0.75 * expected.double().abs().max():
-            return None
-    return f"{kind} has a forward of its own, which does not compute W h + b"
+    rows = torch.arange(_TRIAL_ROWS * features, device=weight.device, dtype=torch.float32).cos()
+    lengths = torch.logspace(-2, 2, _TRIAL_ROWS, device=weight.device)
+    rows = (rows.view(_TRIAL_ROWS, features) * lengths[:, None]).to(weight.dtype)
+    found = module.forward(rows.view(_TRIAL_ROWS, features, *(1,) * (weight.ndim - 2)))
+    weight = module.weight.flatten(1)  # what the forward pass has made of it
+    expected = nn.functional.linear(rows, weight, bias)
+    if not isinstance(found, torch.Tensor) or found.shape[:2] != expected.shape:
+        return math.inf
+    size = nn.functional.linear(rows.abs(), weight.abs(), None if bias is None else bias.abs()).double()
+    gap = (found.reshape(expected.shape).double() - expected.double()).abs().amax(1)
+    return float((gap / size.amax(1).clamp(min=torch.finfo(weight.dtype).tiny)).max())
 
 
 def candidates(model: nn.Module) -> dict[str, nn.Module]:
@@ -89,10 +115,11 @@ def lookalikes(model: nn.Module) -> dict[str, str]:
 
 
 def is_adapter(module: nn.Module) -> bool:
-    """Whether a module adds a low-rank product to a layer that it wraps, as those of PEFT do."""
-    return isinstance(getattr(module, "base_layer", None), nn.Module) and any(
-        name.startswith("lora_") for name, _ in module.named_children()
-    )
+    """Returns True if a module adds terms to a layer that it wraps, as the adapters of PEFT do."""
+    if any(base.__name__ == "BaseTunerLayer" for base in type(module).__mro__):  # every adapter of PEFT
+        return True
+    adds = any(name.startswith("lora_") for name in (*module._modules, *module._parameters))
+    return adds and any(isinstance(part, nn.Linear | _CONVOLUTIONS) for part in module.children())
 
 
 def lines(model: nn.Module) -> list[str]:
@@ -106,12 +133,14 @@ def shown(path: str) -> str:
 
 
 def width(module: nn.Module) -> int:
-    """How many outputs a candidate has."""
+    """How many outputs a candidate has, or the layer that an adapter wraps."""
+    if is_adapter(module):
+        module = next((part for part in module.children() if isinstance(part, nn.Linear | _CONVOLUTIONS)), module)
     return int(getattr(module, "out_features", 0) or getattr(module, "out_channels", 0))
 
 
 def _own_forward(module: nn.Module) -> bool:
-    for kind in (nn.Linear, *_CONVOLUTIONS):
+    for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
         if isinstance(module, kind):
             return type(module).forward is not kind.forward
     return False

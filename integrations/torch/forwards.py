@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gwa_logging.faults import Faults
-from gwa_logging.integrations.torch.hooks import Attachment, unchecked
+from gwa_logging.integrations.torch.hooks import Attachment, is_tracing, unchecked
 from gwa_logging.integrations.torch.tags import Tags
 
 
@@ -31,7 +31,7 @@ class Forwards:
         self._sizes: tuple[int, ...] = ()
         self._rows = 0
         self._calls = 0
-        self._attachment = weakref.ref(Attachment(model, before=self._begins, after=self._ends))
+        self._attachment = weakref.ref(Attachment(model, before=self._begins, after=self._ends, scripted=self.close))
 
     def head_called(self, rows: int) -> None:
         """The head has seen so many rows in an eager training pass."""
@@ -83,7 +83,7 @@ class Forwards:
 
 def _is_partial(model: nn.Module) -> bool:
     """Whether this is no pass of a whole batch: DataParallel's replicas run at once, and torch.jit.trace trains nothing."""
-    return "_is_replica" in model.__dict__ or torch._C._is_tracing()
+    return "_is_replica" in model.__dict__ or is_tracing()
 
 
 def is_exporting() -> bool:

@@ -6,6 +6,7 @@ layer that made it: on the symbolic trace of the model, if `torch.fx` can trace 
 say which one it is (timm, transformers); else it is walked back on the autograd graph of the first training pass.
 """
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from gwa_logging.errors import HeadNotFoundError, InvalidInputError
 from gwa_logging.integrations.torch.candidates import (
     candidates,
+    is_adapter,
     lines,
     lookalikes,
     refusal,
@@ -24,7 +26,7 @@ from gwa_logging.integrations.torch.candidates import (
     width,
 )
 from gwa_logging.integrations.torch.distributed import WRAPPERS
-from gwa_logging.integrations.torch.hooks import Attachment
+from gwa_logging.integrations.torch.hooks import Attachment, is_tracing
 from gwa_logging.integrations.torch.layers import shape_of
 from gwa_logging.integrations.torch.trace import Maker, differentiated_makers, traced_makers
 
@@ -49,6 +51,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model.module
         else:
             return model
+
+
+def inside_adapters(model: nn.Module) -> nn.Module:
+    """The user's own module as PEFT got it, which outlives PEFT's wrapper (`merge_and_unload`) and has the same output."""
+    model = unwrapped(model)
+    if any(base.__module__.startswith("peft.") for base in type(model).__mro__):
+        inside = getattr(model, "get_base_model", lambda: None)()
+        if isinstance(inside, nn.Module):
+            return inside
+    return model
 
 
 def find_head(model: nn.Module, wanted: Any = None) -> Head | None:
@@ -76,12 +88,13 @@ def find_head(model: nn.Module, wanted: Any = None) -> Head | None:
         )
     if "" in possible:
         return chosen([model], model, "the output comes from it (traced)")
-    declared = _declared(model)
+    core = inside_adapters(model)
+    declared = _declared(core)
     if declared is not None and not declared.parts:
         raise HeadNotFoundError(
             f"{type(model).__name__} has no classifier: so its own {declared.by} says", lines(model)
         )
-    makers = traced_makers(model, wholes(model))
+    makers = traced_makers(core, wholes(core))
     if makers is not None:
         return chosen(makers, model, "the output comes from it (traced)")
     return _by_library(model, declared)
@@ -191,7 +204,7 @@ def _by_library(model: nn.Module, declared: _Declared | None) -> Head | None:
         return None
     found: list[Maker] = []
     for part in declared.parts:
-        inside = list(candidates(part).values())
+        inside = [*candidates(part).values(), *(module for module in part.modules() if is_adapter(module))]
         inside = [layer for layer in inside if declared.classes is None or width(layer) == declared.classes]
         if len(inside) != 1:
             return None
@@ -206,6 +219,7 @@ class HeadCall(NamedTuple):
     """One call of a layer, with what went in and what came out.
 
     Attributes:
+        module, embeddings, output: the layer, its input, and its output.
         node: of an output that has been changed in place since, its node in the autograd graph; else None.
     """
 
@@ -221,32 +235,54 @@ class FirstPass:
     The calls of all layers are noted; when the model returns, its output is walked back on the autograd graph.
     """
 
-    def __init__(self, model: nn.Module, tell: Callable[[Head, list[HeadCall]], None]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tell: Callable[[Head, list[HeadCall]], None],
+        copied: Callable[[Any, nn.Module], None] | None = None,
+    ) -> None:
+        """Calls `tell(head, calls)` after the first training pass, and `copied` as an `Attachment` does."""
         self._tell = tell
+        self._model = weakref.ref(model)
+        self._copied = copied
+        self._attachments: list[Attachment] = []
+        self._told = False
         self._calls: dict[Any, HeadCall] = {}  # by the output's node in the autograd graph, which is kept alive by it
-        self._attachments = [Attachment(layer, after=self._called) for layer in wholes(model)]
-        self._attachments.append(Attachment(model, after=self._returned))
+        self.resume()
+
+    def resume(self) -> None:
+        """Puts the hooks on, if they are not. torch.jit.script takes them off, since it could not compile them."""
+        model = self._model()
+        if model is None or self._attachments or self._told:
+            return
+        for layer in wholes(model):
+            self._attachments.append(Attachment(layer, after=self._called, scripted=self.close))
+        self._attachments.append(Attachment(model, after=self._returned, copied=self._copied, scripted=self.close))
 
     def _called(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         embeddings = args[0] if args else kwargs.get("input")
-        if torch.compiler.is_compiling() or not (isinstance(output, Tensor) and isinstance(embeddings, Tensor)):
+        if (
+            torch.compiler.is_compiling()
+            or is_tracing()
+            or not (isinstance(output, Tensor) and isinstance(embeddings, Tensor))
+        ):
             return
         if output.grad_fn is not None:
             self._calls[output.grad_fn] = HeadCall(layer, embeddings, output)
 
     def _returned(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or is_tracing():
             return
         calls, self._calls = self._calls, {}
         makers = differentiated_makers(output, {node: call.module for node, call in calls.items()})
         if makers is None:
             return
+        self._told = True
         self.close()
         head = chosen(makers, model, "the output of the first pass comes from it")
         # An output that was changed in place since is another tensor: its gradient is not delta, but that of its node is.
         own = ((node, call) for node, call in calls.items() if call.module is head.module)
-        heard = [call if call.output.grad_fn is node else call._replace(node=node) for node, call in own]
-        self._tell(head, heard)
+        self._tell(head, [call if call.output.grad_fn is node else call._replace(node=node) for node, call in own])
 
     def close(self) -> None:
         """Takes the hooks off."""

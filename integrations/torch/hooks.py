@@ -12,9 +12,15 @@ ones, which do what they always do, without anything of ours in the result, and 
 import copy
 from collections.abc import Callable
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+Hook = TypeVar("Hook", bound=Callable[..., Any])
+
+is_tracing: Callable[[], bool] = torch._C._is_tracing
+"""Returns True inside torch.jit.trace, whose graph must not contain anything of ours."""
 
 # Calls a function that keeps something on an object, also inside of a compiled region where the compiler allows no such
 # thing, like a checkpointed one. That is safe if what is kept in the end was there before.
@@ -26,6 +32,26 @@ except ImportError:  # an older PyTorch: there the compiler breaks the graph
 
     def unchecked(function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
+
+
+def before_in_script(self: Any, input: tuple[Tensor]) -> None:
+    """What torch.jit.script compiles instead of a hook of ours before the call of a layer with one input."""
+    return
+
+
+def after_in_script(self: Any, input: tuple[Tensor], output: Tensor) -> None:
+    """The same after the call."""
+    return
+
+
+def scripted_as(substitute: Callable[..., Any]) -> Callable[[Hook], Hook]:
+    """Has torch.jit.script, which compiles hooks from their source, compile another function instead of a hook."""
+
+    def marked(hook: Hook) -> Hook:
+        hook.__wrapped__ = substitute  # type: ignore[attr-defined]
+        return hook
+
+    return marked
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
@@ -41,10 +67,18 @@ class Attachment:
         after: Callable[..., Any],
         before: Callable[..., Any] | None = None,
         moved: Callable[[nn.Module], None] | None = None,
+        copied: Callable[[Any, nn.Module], None] | None = None,
+        scripted: Callable[[], None] | None = None,
     ) -> None:
-        """Calls `before(module, args, kwargs)`, `after(module, args, kwargs, output)` as PyTorch does, and `moved(module)`."""
+        """Calls `before(module, args, kwargs)`, `after(module, args, kwargs, output)` as PyTorch does, and `moved(module)`.
+
+        After each deep copy it calls `copied(memo, copy)`, with the memo of `copy.deepcopy`; and `scripted()` before
+        torch.jit.script looks at the module.
+        """
         self._module = module
         self._moved = moved
+        self._copied = copied
+        self._scripted = scripted
         # First of all hooks, on the layer's own output: those of sharded training would free the weight before.
         self._handles = [module.register_forward_hook(after, with_kwargs=True, prepend=True)]
         if before is not None:
@@ -57,6 +91,7 @@ class Attachment:
             else lambda *args, **kwargs: original(*args, **kwargs),
             "__reduce_ex__": self._reduce,
             "__deepcopy__": self._deepcopy,
+            "__prepare_scriptable__": self._prepare,
             "_apply": self._apply,
             "_load_from_state_dict": self._load,
             "_replicate_for_data_parallel": self._replicate,
@@ -96,10 +131,20 @@ class Attachment:
         try:
             module.__dict__.clear()
             module.__dict__.update(_bare(attributes))
-            return copy.deepcopy(module, memo)
+            copied = copy.deepcopy(module, memo)
         finally:
             module.__dict__.clear()
             module.__dict__.update(attributes)
+        if self._copied is not None:
+            self._copied(memo, copied)
+        return copied
+
+    def _prepare(self) -> nn.Module:
+        """Called by torch.jit.script. Returns what the module's class makes of itself for that."""
+        if self._scripted is not None:
+            self._scripted()
+        prepare = getattr(type(self._module), "__prepare_scriptable__", None)
+        return self._module if prepare is None else prepare(self._module)
 
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
         """As ever; then tells that parameters may be somewhere else."""

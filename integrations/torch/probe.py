@@ -23,7 +23,14 @@ from gwa_logging.faults import Faults
 from gwa_logging.integrations.torch.accumulate import PASSES, Accumulator, Terms, coded
 from gwa_logging.integrations.torch.distributed import is_distributed, is_freed, is_split
 from gwa_logging.integrations.torch.forwards import Forwards, is_exporting
-from gwa_logging.integrations.torch.hooks import Attachment, unchecked
+from gwa_logging.integrations.torch.hooks import (
+    Attachment,
+    after_in_script,
+    before_in_script,
+    is_tracing,
+    scripted_as,
+    unchecked,
+)
 from gwa_logging.integrations.torch.layers import Linear, Pointwise, norm
 from gwa_logging.integrations.torch.tags import UNTAGGED, Tag
 
@@ -139,6 +146,7 @@ class HeadProbe:
         on_step: Callable[[], None],
         faults: Faults,
         forwards: Forwards | None = None,
+        copied: Callable[[Any, nn.Module], None] | None = None,
     ) -> None:
         self.enabled = True
         self.layer = layer
@@ -156,7 +164,9 @@ class HeadProbe:
         head = layer.module
         self._moved(head)
         before = self.before if layer.taps_input else None
-        self._attachment = weakref.ref(Attachment(head, before=before, after=self.after, moved=self._moved))
+        self._attachment = weakref.ref(
+            Attachment(head, before=before, after=self.after, moved=self._moved, copied=copied)
+        )
 
     def _moved(self, head: nn.Module) -> None:
         """Makes the leaves, where the head is now."""
@@ -175,9 +185,12 @@ class HeadProbe:
         """Has compiled passes counted no longer, or again: the compiler does not notice that the slots are others."""
         self._slot, self._idle = self._idle, self._slot
 
+    @scripted_as(before_in_script)
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Taps the head's input: a view, so that its gradient is this head's alone."""
         if not self.enabled or not module.training or not torch.is_grad_enabled():
+            return None
+        if not torch.compiler.is_compiling() and is_tracing():
             return None
         embeddings = _input(args, kwargs)
         if not isinstance(embeddings, Tensor) or not embeddings.requires_grad:
@@ -195,6 +208,7 @@ class HeadProbe:
             tapped._gwa_tapped = embeddings  # type: ignore[attr-defined]
         return ((tapped, *args[1:]), kwargs) if args else (args, {**kwargs, "input": tapped})
 
+    @scripted_as(after_in_script)
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], logits: Any) -> Tensor | None:
         """Taps the logits of a training pass."""
         if not self.enabled or not isinstance(logits, Tensor) or not logits.requires_grad:
@@ -206,7 +220,8 @@ class HeadProbe:
             if is_exporting() or _in_transform():
                 return None
             return self._trace(module, _input(args, kwargs), logits)
-        self.listen(module, _input(args, kwargs), logits)
+        if not is_tracing():
+            self.listen(module, _input(args, kwargs), logits)
         return None
 
     def _evaluated(self) -> None:

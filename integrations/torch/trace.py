@@ -32,6 +32,13 @@ _NORMALISING = {
     torch.linalg.vector_norm,
     "norm",
 }
+_FORM_ATTRIBUTES = {"shape", "dtype", "device", "ndim", "layout", "is_cuda", "itemsize", "nbytes"}
+_FORM_CALLS = {
+    *("size", "dim", "ndimension", "numel", "nelement", "stride", "get_device", "element_size"),
+    *("new_zeros", "new_ones", "new_empty"),
+    *(torch.numel, torch.zeros_like, torch.ones_like, torch.empty_like),
+}
+_TAKE_THE_FORM_OF_AN_ARGUMENT = {"view_as", "reshape_as", "expand_as", "type_as", "to"}
 
 
 def functional(shape: Sequence[int], name: str = "") -> str:
@@ -139,7 +146,22 @@ def _makers(model: nn.Module, layers: list[nn.Module], known: dict[str, Any]) ->
     output = next(node for node in graph.nodes if node.op == "output")
     leaves = torch.utils._pytree.tree_leaves(primary(output.args[0]))
     nodes = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
-    return walk_back(nodes, maker, lambda node: node.all_input_nodes)
+    return walk_back(nodes, maker, _data_sources)
+
+
+def _data_sources(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose data a node was computed from: not those of which it only uses sizes, dtype or device."""
+    sources = node.all_input_nodes
+    if node.op == "call_method" and node.target in _TAKE_THE_FORM_OF_AN_ARGUMENT:
+        sources = [source for source in sources if source is node.args[0]]
+    return [source for source in sources if not _is_form(source)]
+
+
+def _is_form(node: fx.Node) -> bool:
+    """Returns True for sizes, dtype and device of a tensor, and for constants that are made in its form."""
+    if node.target is getattr:
+        return node.args[1] in _FORM_ATTRIBUTES
+    return node.target in _FORM_CALLS
 
 
 class _Tracer(fx.Tracer):

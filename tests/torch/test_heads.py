@@ -438,9 +438,9 @@ def test_a_model_built_without_a_classifier_has_none():
     [
         (Cosine(), "a normalised vector (a cosine head)"),
         (Functional(), "(5 x 8) that is not called as a layer of its own (F.linear on a parameter"),
-        (Scaled(8, 5), "'head' (Scaled has a forward of its own, which does not compute W h + b)"),
+        (Scaled(8, 5), "'head' (Scaled has a forward of its own, which does not compute W h + b in training mode)"),
         (LowRank(8, 5), "'head' (LowRank has a forward of its own, with 'down', 'up' besides its weight)"),
-        (Adapter(nn.Linear(8, 5)), "'head' (Adapter is an adapter: the layer in it, and a low-rank product"),
+        (Adapter(nn.Linear(8, 5)), "'head' (Adapter is an adapter: the layer in it, and terms that are added"),
         (nn.Sequential(nn.Linear(8, 5), nn.LayerNorm(5)), "'head.1' (LayerNorm is neither a linear layer"),
         (nn.Bilinear(8, 8, 5), "'head' (Bilinear is neither a linear layer"),
     ],
@@ -511,3 +511,212 @@ def test_the_finders_view_names_every_candidate_and_the_choice():
 )
 def test_the_finders_view_ends_with_the_verdict(model, wanted, last):
     assert describe(model, wanted).splitlines()[-1].startswith(last)
+
+
+@pytest.mark.parametrize("head", [nn.Linear(8, 5), nn.Linear(8, 5, bias=False), nn.Linear(8, 50)])
+def test_the_first_pass_counts_if_it_changes_its_logits_in_place(head):
+    class ChangesLogits(Headed):
+        def forward(self, x):
+            z = super().forward(x)
+            z.div_(2.0)
+            z[:, 0].masked_fill_(x[:, 0] > 1, -1e4)
+            return z
+
+    model = ChangesLogits(head, False)
+    x, y, wants = torch.randn(6, 8), torch.arange(6).clamp(1, 4), []
+    for i in range(6):
+        (gradient,) = torch.autograd.grad(F.cross_entropy(model(x[i : i + 1]), y[i : i + 1]), head.weight)
+        wants.append(-(gradient * head.weight).sum() / gradient.norm() / head.weight.norm())
+    monitor = gwa_logging.watch(model, num_samples=6)
+    monitor.tag(torch.arange(6))
+    F.cross_entropy(model(x), y).backward()
+    ledger = monitor._adapter.ledger()
+    assert torch.from_numpy(ledger.sums).tolist() == pytest.approx(torch.stack(wants).tolist(), abs=1e-6)
+    assert ledger.predicted.tolist() == head(torch.relu(model.body(x))).argmax(1).tolist()
+    assert monitor.faults == {}
+
+
+# --- sizes are not data -----------------------------------------------------------------------------------------------
+
+
+class Segments(nn.Module):
+    """As torchvision's FCN and DeepLab: the head's output is resized to the input; `traceable` or not."""
+
+    def __init__(self, traceable: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.traceable = traceable
+        self.backbone = nn.Conv2d(3, 6, 3, stride=2, padding=1)
+        self.classifier = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 4, 1))
+
+    def forward(self, x):
+        if not self.traceable and x.sum() > 1e9:
+            return x
+        logits = self.classifier(self.backbone(x))
+        return {"out": F.interpolate(logits, size=x.shape[-2:], mode="bilinear", align_corners=False)}
+
+
+class Shaped(Base):
+    """Its logits are brought into a form that is taken from other tensors."""
+
+    def __init__(self, reshape: Any) -> None:
+        super().__init__()
+        self.reshape = reshape
+
+    def forward(self, x):
+        h = self.body(x)
+        return self.reshape(self.first(h), x, h)
+
+
+@pytest.mark.parametrize(
+    "reshape",
+    [
+        lambda z, x, h: z.view(x.size(0), -1),
+        lambda z, x, h: z.view(h.shape[0], -1),
+        lambda z, x, h: z.reshape(x.numel() // x.shape[1], 5).to(x.dtype).to(x),
+        lambda z, x, h: z.type_as(x).view_as(torch.zeros_like(z)) + h.new_zeros(h.size(0), 5),
+        lambda z, x, h: z.view(x.shape[0] // 2, 2, -1).mean(1),
+    ],
+    ids=["view", "of a layer's output", "dtype", "as another tensor", "mean over segments"],
+)
+def test_sizes_and_types_that_are_taken_from_a_tensor_do_not_make_it_a_source_of_the_logits(reshape):
+    assert find_head(Shaped(reshape)).path == "first"
+
+
+@pytest.mark.parametrize(
+    "reshape", [lambda z, x, h: z + x.mean(), lambda z, x, h: z.view_as(z) * h.sum()], ids=["the input", "a layer"]
+)
+def test_a_source_whose_data_is_used_is_still_refused(reshape):
+    with pytest.raises(HeadNotFoundError, match=r"from the input|several layers"):
+        find_head(Shaped(reshape))
+
+
+@pytest.mark.parametrize("traceable", [True, False], ids=["traced", "first pass"])
+def test_the_head_of_a_segmentation_net_is_found_and_its_images_are_scored(traceable):
+    model = Segments(traceable)
+    x, y = torch.randn(3, 3, 8, 8), torch.randint(0, 4, (3, 8, 8))
+    weight, wants = model.classifier[2].weight, []
+    for image, label in zip(x, y, strict=True):
+        (gradient,) = torch.autograd.grad(F.cross_entropy(model(image[None])["out"], label[None]), weight)
+        wants.append(-(gradient * weight).sum() / gradient.norm() / weight.norm())
+    monitor = gwa_logging.watch(model)
+    F.cross_entropy(model(x)["out"], y).backward()
+    report = monitor.end_epoch()
+    assert "head 'classifier.2'" in monitor._adapter.head
+    assert report.count == 3
+    assert report.mean == pytest.approx(float(torch.stack(wants).mean().detach()), abs=1e-6)
+
+
+# --- heads with a forward of their own, in training -------------------------------------------------------------------
+
+
+class StandardisedInTraining(nn.Linear):
+    def forward(self, input):
+        weight = self.weight - self.weight.mean(1, keepdim=True) if self.training else self.weight
+        return F.linear(input, weight, self.bias)
+
+
+class DroppedInTraining(nn.Linear):
+    def forward(self, input):
+        return super().forward(F.dropout(input, 0.5, self.training))
+
+
+class Capped(nn.Linear):
+    """As the logits of Gemma: only large ones are changed."""
+
+    def forward(self, input):
+        return 30 * torch.tanh(super().forward(input) / 30)
+
+
+class Constrained(nn.Linear):
+    """As in EEGNet: its forward limits the length of its own weight; what it computes is linear."""
+
+    def forward(self, input):
+        self.calls = getattr(self, "calls", 0) + 1
+        self.weight.data = torch.renorm(self.weight.data, 2, 0, 0.1 + 0 * torch.rand(()).item())
+        return super().forward(input)
+
+
+@pytest.mark.parametrize("kind", [StandardisedInTraining, DroppedInTraining, Capped])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_a_head_that_is_not_linear_in_training_is_refused_whatever_mode_it_is_in(kind, training):
+    model = Headed(kind(64, 5), True)
+    model.body = nn.Linear(8, 64)
+    model.train(training)
+    with pytest.raises(HeadNotFoundError, match="does not compute W h \\+ b in training mode"):
+        gwa_logging.watch(model)
+
+
+def test_the_trial_of_a_head_changes_neither_it_nor_its_mode_nor_the_random_numbers():
+    model = Headed(Constrained(8, 5), True).eval()
+    head = model.head
+    before, attributes = head.weight.detach().clone(), set(vars(head))
+    state = torch.get_rng_state()
+    assert find_head(model, "head").module is head
+    assert torch.equal(head.weight, before)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert set(vars(head)) == attributes
+    assert not head.training
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+
+class BaseTunerLayer:
+    """Of this name is the base of all adapters of PEFT."""
+
+
+class Scaling(nn.Module, BaseTunerLayer):
+    """As PEFT's IA3: no term is added, the output is scaled."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer, self.ia3_l = layer, nn.Parameter(torch.ones(layer.out_features))
+
+    def forward(self, x):
+        return self.base_layer(x) * self.ia3_l
+
+
+class LowRankBeside(nn.Module):
+    """A LoRA layer as many write it themselves."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.linear = layer
+        self.lora_A = nn.Parameter(torch.randn(2, layer.in_features))
+        self.lora_B = nn.Parameter(torch.zeros(layer.out_features, 2))
+
+    def forward(self, x):
+        return self.linear(x) + x @ self.lora_A.T @ self.lora_B.T
+
+
+class PeftModel(nn.Module):
+    """As PEFT's: its own forward cannot be traced, that of the model inside can."""
+
+    __module__ = "peft.peft_model"
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.base_model = model
+
+    def get_base_model(self) -> nn.Module:
+        return self.base_model
+
+    def forward(self, *args, **kwargs):
+        return self.base_model(*args, **kwargs) if len(kwargs) < 9 else None
+
+
+@pytest.mark.parametrize("adapter", [Adapter, Scaling, LowRankBeside])
+@pytest.mark.parametrize("wrapper", [nn.Sequential, PeftModel, Declaring])
+def test_an_adapter_on_the_head_is_refused_by_watch_with_the_remedy(adapter, wrapper):
+    head = adapter(nn.Linear(8, 5))
+    model = wrapper(head if wrapper is Declaring else Headed(head, True))
+    with pytest.raises(HeadNotFoundError, match=f"{adapter.__name__} is an adapter.*modules_to_save"):
+        gwa_logging.watch(model)
+
+
+def test_the_head_of_a_peft_model_whose_body_is_adapted_is_found_before_the_first_pass():
+    model = Headed(nn.Linear(8, 5), True)
+    model.body = Adapter(model.body)
+    head = find_head(PeftModel(model))
+    assert head.path == "base_model.head"

@@ -1,0 +1,100 @@
+"""Where the head lies in its model, and whether another module has taken its place.
+
+A head is replaced when a model is fine-tuned (`model.fc = nn.Linear(...)`, timm's `reset_classifier`), and moved or switched
+when an adapter is added, disabled or merged (PEFT). The probe stays with the module that was found first, so it would see
+nothing.
+"""
+
+import weakref
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from gwa_logging.integrations.torch.candidates import is_adapter, refusal, shown, untrue
+from gwa_logging.integrations.torch.layers import shape_of
+
+
+class Finding(NamedTuple):
+    """What runs at the head's path instead of the watched head.
+
+    Attributes:
+        module: the module to observe from now on; None if there is nothing to observe.
+        what: a sentence about it.
+    """
+
+    module: nn.Module | None
+    what: str
+
+
+class HeadPlace:
+    """The path of a head, and the module that was found there last. It keeps neither model nor head alive."""
+
+    def __init__(self, model: nn.Module, path: str, head: nn.Module) -> None:
+        self.path = path
+        self._names = path.split(".") if path else []
+        self._last: weakref.ref[nn.Module] | None = weakref.ref(head)
+        if module_at(model, self._names) is not head:  # the path is that in a wrapper of the model
+            path = next((path for path, module in model.named_modules() if module is head), "")
+            self._names = path.split(".") if path else []
+        self._checkable = module_at(model, self._names) is head  # a stand-in for another library's layer is at no path
+
+    def check(self, model: nn.Module) -> Finding | None:
+        """Returns what is at the path now, if that has changed since the last check. Costs a microsecond if it has not."""
+        if not self._checkable:
+            return None
+        found = module_at(model, self._names)
+        last = self._last() if self._last is not None else None
+        if found is last and (found is not None or self._last is None):
+            return None
+        self._last = None if found is None else weakref.ref(found)
+        return self._changed(model, last, found)
+
+    def _changed(self, model: nn.Module, last: nn.Module | None, found: nn.Module | None) -> Finding | None:
+        before = f" ({_described(last)})" if last is not None else ""
+        if found is not None and is_adapter(found):
+            return Finding(
+                None, f"the head {shown(self.path)}{before} was given an adapter after watch(): {refusal(found)}"
+            )
+        moved = next((path for path, module in model.named_modules() if module is last), None)
+        if (
+            last is not None and moved is not None and not _is_unused(model, moved)
+        ):  # wrapped, or taken out of its wrapper: it is still used
+            self.path, self._names, self._last = moved, moved.split(".") if moved else [], weakref.ref(last)
+            return None
+        if found is None:
+            return Finding(None, f"the head {shown(self.path)}{before} was removed from the model after watch()")
+        now = f"the head {shown(self.path)}{before} was replaced by another module ({_described(found)}) after watch()"
+        refused = refusal(found) or untrue(found)
+        return Finding(None, f"{now}: {refused}") if refused else Finding(found, now)
+
+
+def module_at(model: nn.Module, names: list[str]) -> nn.Module | None:
+    """The module that runs at a path: of PEFT's `modules_to_save`, the copy that is active. None if there is none."""
+    module: Any = model
+    remaining = iter(names)
+    for name in remaining:
+        module = module._modules.get(name)
+        if module is None:
+            return None
+        if "modules_to_save" in module._modules and "original_module" in module._modules:
+            module = _active(module)
+            if next(remaining, None) == "modules_to_save":
+                next(remaining, None)
+    return module  # type: ignore[no-any-return]
+
+
+def _active(wrapper: Any) -> nn.Module:
+    adapters = wrapper.active_adapters
+    if wrapper.disable_adapters or not adapters or adapters[0] not in wrapper.modules_to_save:
+        return wrapper.original_module  # type: ignore[no-any-return]
+    return wrapper.modules_to_save[adapters[0]]  # type: ignore[no-any-return]
+
+
+def _is_unused(model: nn.Module, path: str) -> bool:
+    """Whether a module is one of PEFT's copies that are not active."""
+    modules = dict(model.named_modules())
+    return module_at(model, path.split(".") if path else []) is not modules[path]
+
+
+def _described(module: nn.Module) -> str:
+    return f"{type(module).__name__} {shape_of(module)}".strip()
