@@ -159,9 +159,20 @@ class Follower:
         Raises:
             InvalidInputError: it does not fit.
         """
+        if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get("epoch"), int | None):
+            raise InvalidInputError(
+                f"state: not a state_dict() of a {type(self).__name__}: found {str(state_dict)[:80]}"
+            )
         self._state = state_dict
         if self.monitor is not None and self._training is not None:
-            self.monitor.load_state_dict(_restored(state_dict.get("monitor", {})))
+            try:
+                state = _restored(state_dict.get("monitor", {}))
+            except (TypeError, ValueError) as error:
+                raise InvalidInputError(
+                    f"state: an array in the checkpoint is damaged ({error}). Nothing was loaded: take an earlier "
+                    "checkpoint, or start without the state"
+                ) from error
+            self.monitor.load_state_dict(state)
             self._open, self._state = state_dict.get("epoch"), None
 
 

@@ -16,8 +16,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gwa_logging.alignment import DEAD, SCORE_TOLERANCE
 from gwa_logging.histogram import BINS, EDGES
+from gwa_logging.integrations.jax.probe import FINITE_MARKS
 from gwa_logging.samples import UNKNOWN, Ledger, Samples
 from gwa_logging.summary import AlignmentSummary
+
+BEYOND = 2.0
+"""The minimum of no scores, and minus their maximum: an infinity would alarm `jax_debug_infs`."""
 
 
 class AlignmentState(NamedTuple):
@@ -30,7 +34,7 @@ class AlignmentState(NamedTuple):
     Give it to `monitor.update` now and then, in place of scores, and start anew from `empty()`.
 
     Attributes:
-        numbers: float32 [7]: pivot, mean - pivot, m2, m3, m4, minimum, maximum.
+        numbers: float32 [7]: pivot, mean - pivot, m2, m3, m4, minimum, maximum; the last two are 2 and -2 while count is 0.
         counts: int32 [516]: count, no_gradient, dead, not_finite, and 512 bin counts.
     """
 
@@ -40,8 +44,9 @@ class AlignmentState(NamedTuple):
     @classmethod
     def empty(cls) -> Self:
         """Of no scores."""
-        numbers, counts = _nothing()
-        return cls(jnp.asarray(numbers), jnp.asarray(counts))
+        with jax.transfer_guard("allow"):  # it is asked for
+            numbers, counts = _nothing()
+            return cls(jnp.asarray(numbers), jnp.asarray(counts))
 
     @classmethod
     def empty_on_host(cls) -> Self:
@@ -66,15 +71,16 @@ class AlignmentState(NamedTuple):
         c = jnp.where(valid, x0 - mean, 0)
         batch = jnp.stack([jnp.sum(c**2), jnp.sum(c**3), jnp.sum(c**4)])
         moments = _merge(self.counts[0], self.numbers[1], self.numbers[2:5], number, mean, batch)
-        smallest = jnp.minimum(self.numbers[5], jnp.min(jnp.where(valid, x, jnp.inf), initial=jnp.inf))
-        largest = jnp.maximum(self.numbers[6], jnp.max(jnp.where(valid, x, -jnp.inf), initial=-jnp.inf))
-        no_gradient, dead = jnp.isnan(x), x == DEAD
-        reasons = [jnp.sum(no_gradient), jnp.sum(dead), jnp.sum(~(valid | no_gradient | dead))]
+        smallest = jnp.minimum(self.numbers[5], jnp.min(jnp.where(valid, x, BEYOND), initial=BEYOND))
+        largest = jnp.maximum(self.numbers[6], jnp.max(jnp.where(valid, x, -BEYOND), initial=-BEYOND))
+        no_gradient = jnp.isnan(x) | (x == FINITE_MARKS.no_gradient)
+        dead = (x == DEAD) | (x == FINITE_MARKS.dead)
+        counts = [jnp.sum(v, dtype=jnp.int32) for v in (valid, no_gradient, dead, ~(valid | no_gradient | dead))]
         index = jnp.clip(jnp.searchsorted(EDGES, x, side="right") - 1, 0, BINS - 1)
         bins = jnp.zeros(BINS, jnp.int32).at[jnp.where(valid, index, BINS)].add(1, mode="drop")
         return AlignmentState(
             jnp.concatenate([pivot[None], moments, smallest[None], largest[None]]),
-            self.counts + jnp.concatenate([jnp.stack([number, *reasons]).astype(jnp.int32), bins]),
+            self.counts + jnp.concatenate([jnp.stack(counts), bins]),
         )
 
     def merge(self, other: "AlignmentState") -> "AlignmentState":
@@ -99,16 +105,16 @@ class AlignmentState(NamedTuple):
 
     def summary(self) -> AlignmentSummary:
         """On the host, in float64; waits for the device."""
-        pivot, mean, m2, m3, m4, minimum, maximum = (float(v) for v in np.asarray(self.numbers))
-        counts = np.asarray(self.counts)
+        numbers, counts = jax.device_get(self)
+        pivot, mean, m2, m3, m4, minimum, maximum = numbers.tolist()
         return AlignmentSummary(
             count=int(counts[0]),
             mean=pivot + mean,
             m2=m2,
             m3=m3,
             m4=m4,
-            minimum=minimum,
-            maximum=maximum,
+            minimum=minimum if counts[0] else np.inf,
+            maximum=maximum if counts[0] else -np.inf,
             bins=counts[4:].astype(np.int64),
             no_gradient=int(counts[1]),
             dead=int(counts[2]),
@@ -117,13 +123,13 @@ class AlignmentState(NamedTuple):
 
 
 def _nothing() -> tuple[np.ndarray, np.ndarray]:
-    return np.array([0, 0, 0, 0, 0, np.inf, -np.inf], np.float32), np.zeros(4 + BINS, np.int32)
+    return np.array([0, 0, 0, 0, 0, BEYOND, -BEYOND], np.float32), np.zeros(4 + BINS, np.int32)
 
 
 def _merge(count_a: Array, mean_a: Array, a: Array, count_b: Array, mean_b: Array, b: Array) -> Array:
     """float32 [4]: mean, m2, m3, m4 of both; a and b hold m2, m3, m4. As `AlignmentSummary.merge`."""
     n = jnp.maximum(count_a + count_b, 1).astype(jnp.float32)
-    p, q = count_a / n, count_b / n
+    p, q = count_a.astype(jnp.float32) / n, count_b.astype(jnp.float32) / n
     mean_a = jnp.where(count_a > 0, mean_a, mean_b)
     d = mean_b - mean_a
     cross = d * p * q * n
@@ -146,6 +152,9 @@ def update(state: AlignmentState, scores: Array) -> AlignmentState:
 
 
 merge = jax.jit(AlignmentState.merge)
+
+copied = jax.jit(partial(jax.tree.map, jnp.copy))
+"""A pytree in memory of its own, so that it may be donated, wherever it is."""
 
 
 @lru_cache(maxsize=8)
@@ -187,8 +196,9 @@ class DeviceLedger(NamedTuple):
 
     def to_host(self, untagged: int) -> Ledger:
         """Waits for the device."""
-        sums, seen = np.array(self.sums), np.array(self.seen)
-        known = np.full(sums.shape, UNKNOWN, np.int32) if self.predicted is None else np.array(self.predicted)
+        sums, seen, known = (None if array is None else np.array(array) for array in jax.device_get(self))
+        if known is None:
+            known = np.full(sums.shape, UNKNOWN, np.int32)
         return Ledger(sums[:-1], seen[:-1], known[:-1], round(float(seen[-1])), untagged)
 
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache, reduce
-from typing import Any
+from functools import lru_cache, reduce, wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from gwa_logging.integrations.jax.accumulate import (
     AlignmentState,
     DeviceLedger,
     JaxSnapshot,
+    copied,
     enter,
     global_update,
     merge,
@@ -75,6 +76,28 @@ def _auto_mesh(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+def _deliberate(
+    method: Callable[Concatenate["JaxAdapter", P], R],
+) -> Callable[Concatenate["JaxAdapter", P], R]:
+    """What this method moves between host and device is moved on purpose, so `jax.transfer_guard` does not apply to it."""
+
+    @wraps(method)
+    def moving(self: "JaxAdapter", *args: P.args, **kwargs: P.kwargs) -> R:
+        config: Any = jax.config
+        guards = (
+            config.jax_transfer_guard_host_to_device,
+            config.jax_transfer_guard_device_to_device,
+            config.jax_transfer_guard_device_to_host,
+        )
+        with jax.transfer_guard("allow") if {*guards} - {None, "allow"} else nullcontext():
+            return method(self, *args, **kwargs)
+
+    return moving
+
+
 class JaxAdapter:
     """Watches one model. See `gwa_logging.types.Adapter`."""
 
@@ -118,6 +141,7 @@ class JaxAdapter:
         """Features and classes of the head; None while it is not known."""
         return (self._call.features, self._call.logits.shape[-1]) if self._call else None
 
+    @_deliberate
     def reduce(self, summary: AlignmentSummary) -> AlignmentSummary:
         """The summary of all processes. Every one must call it, and all must have given scores of the same kind.
 
@@ -191,6 +215,7 @@ class JaxAdapter:
             self.head = f"head {head}: the loss comes from it"
             logger.info("gwa_logging: %s", self.head)
 
+    @_deliberate
     def observe(self, scores: Any, samples: Samples | None) -> None:
         """Takes in the scores of one step."""
         if isinstance(scores, jax.core.Tracer):
@@ -202,7 +227,7 @@ class JaxAdapter:
                 raise InvalidInputError(
                     "scores: found a tracer; return the state from the jitted loop and call update outside"
                 )
-            self._state = scores if self._state is None else merge(self._state, scores)
+            self._state = copied(scores) if self._state is None else merge(self._state, scores)  # never the user's own
             self._on_step()
             return
         is_array = isinstance(scores, jax.Array | np.ndarray)
@@ -254,6 +279,7 @@ class JaxAdapter:
     def pause(self, paused: bool) -> None:
         """Does nothing: only `update` counts, and the monitor does not hand on its scores while paused."""
 
+    @_deliberate
     def snapshot(self) -> JaxSnapshot:
         """Hands over what was gathered since the last one."""
         with self._at_ease():
@@ -265,6 +291,7 @@ class JaxAdapter:
             self._ledger = DeviceLedger.empty(self._num_samples or 0)
         return self._ledger
 
+    @_deliberate
     def ledger(self) -> Ledger:
         """The ledger of all processes, on the host. Every one must call it."""
         own = self._device_ledger().to_host(self._untagged)
@@ -279,6 +306,7 @@ class JaxAdapter:
         merged = reduce(Ledger.merge, parts)
         return merged._replace(strays=int(merged.strays), untagged=int(merged.untagged))
 
+    @_deliberate
     def load_ledger(self, ledger: Ledger) -> None:
         """Puts back what `ledger` gave: in the first process, so that the sum is what it was."""
         if self.writes:

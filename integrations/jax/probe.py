@@ -24,6 +24,25 @@ from gwa_logging.alignment import DEAD, NO_GRADIENT, NOT_FINITE, SMALLEST
 from gwa_logging.errors import InvalidInputError
 from gwa_logging.integrations.jax.dataflow import PREFIX, jaxprs_in
 
+
+class Marks(NamedTuple):
+    """What the scores of samples without a score are, see `gwa_logging.alignment`."""
+
+    no_gradient: float
+    dead: float
+    not_finite: float
+
+
+MARKS = Marks(NO_GRADIENT, DEAD, NOT_FINITE)
+
+FINITE_MARKS = Marks(64.0, -128.0, 128.0)
+"""Where `jax_debug_nans` or `jax_debug_infs` would end the training at the first padded sample."""
+
+
+def _is_debugging() -> bool:
+    return bool(jax.config.jax_debug_nans or jax.config.jax_debug_infs)  # type: ignore[attr-defined]  # not in the stubs
+
+
 HAND_WRITTEN = "tap"
 """The path under which a call of `tap` is known."""
 
@@ -139,11 +158,26 @@ def _forward(
 
 def _backward(kept: tuple[Array, Array, Array | None, Array], delta: Array) -> tuple[Array, None, None, None, Array]:
     logits, embeddings, bias, weight_norm = kept
-    product = _product(delta, logits if bias is None else logits.astype(jnp.float32) - bias)
-    return delta, None, None, None, _scores(product, _norm(delta), _norm(embeddings) * weight_norm)
+    return delta, None, None, None, _unseen(_scores_by_logits, delta, logits, embeddings, bias, weight_norm)
 
 
 _probed.defvjp(_forward, _backward)
+
+
+def _unseen(scores: Callable[..., Array], *args: Any) -> Array:
+    """Computes scores where `jax_debug_nans` and `jax_debug_infs` look at the outcome only, which is finite then."""
+    return (jax.jit(scores) if _is_debugging() else scores)(*args)
+
+
+def _scores_by_logits(delta: Array, logits: Array, embeddings: Array, bias: Array | None, weight_norm: Array) -> Array:
+    logits = logits.astype(jnp.float32)
+    if bias is not None:
+        logits -= bias.astype(jnp.float32).reshape((1,) * (logits.ndim - bias.ndim) + bias.shape)
+    return _scores(_product(delta, logits), _norm(delta), _norm(embeddings) * weight_norm)
+
+
+def _scores_by_embeddings(gradient: Array, embeddings: Array, delta_norm: Array, weight_norm: Array) -> Array:
+    return _scores(_product(gradient, embeddings), delta_norm, _norm(embeddings) * weight_norm)
 
 
 def _product(a: Array, b: Array) -> Array:
@@ -176,17 +210,19 @@ _after.defvjp(lambda norm, embeddings: (_after(norm, embeddings), None), lambda 
 
 
 def _scores(product: Array, delta_norm: Array, seen: Array) -> Array:
-    """float32 [...]: the score of every sample; not finite where there is none, see `gwa_logging.alignment`.
+    """float32 [...]: the score of every sample, or the mark of why there is none.
 
     Args:
         product: of the sample's head gradient with the weight.
         delta_norm: of the logit gradient.
         seen: norm of the embedding times that of the weight.
     """
-    scores = -product / delta_norm / seen
-    scores = jnp.where(seen == 0, DEAD, scores)
-    scores = jnp.where(delta_norm < SMALLEST, NO_GRADIENT, scores)
-    return jnp.where(jnp.isfinite(product + delta_norm + seen), scores, NOT_FINITE)
+    marks = FINITE_MARKS if _is_debugging() else MARKS
+    has_none, is_dead = delta_norm < SMALLEST, seen == 0
+    scores = -product / jnp.where(has_none, 1, delta_norm) / jnp.where(is_dead, 1, seen)
+    scores = jnp.where(is_dead, marks.dead, scores)
+    scores = jnp.where(has_none, marks.no_gradient, scores)
+    return jnp.where(jnp.isfinite(product + delta_norm + seen), scores, marks.not_finite)
 
 
 @jax.custom_vjp
@@ -204,7 +240,7 @@ def _opened_forward(
 def _opened_backward(kept: tuple[Array, Array], cotangents: tuple[Array, Array]) -> tuple[Array, None, Array]:
     embeddings, weight_norm = kept
     gradient, delta_norm = cotangents
-    return gradient, None, _scores(_product(gradient, embeddings), delta_norm, _norm(embeddings) * weight_norm)
+    return gradient, None, _unseen(_scores_by_embeddings, gradient, embeddings, delta_norm, weight_norm)
 
 
 _opened.defvjp(_opened_forward, _opened_backward)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from gwa_logging import MissingDependencyError
+from gwa_logging import InvalidInputError, MissingDependencyError
 from gwa_logging.follow import Follower, _plain, _restored
 from gwa_logging.journal import read_journal
 
@@ -72,6 +72,26 @@ def test_state_that_does_not_fit_is_refused_and_leaves_nothing_watched():
         other._begin(model, training=object(), planned=None, runs={})
     assert not model._forward_hooks
     assert other.monitor._closed
+
+
+@pytest.mark.parametrize(
+    "damage", [{"base64": "!"}, {"base64": ""}, {"dtype": "nothing"}, {"shape": [7]}, {"shape": "x"}, {"base64": None}]
+)
+def test_a_checkpoint_whose_arrays_are_damaged_is_refused_and_nothing_is_loaded(damage):
+    model, follower = nn.Linear(4, 3), Follower(num_samples=2)
+    follower._begin(model, training=object(), planned=None, runs={})
+    follower.monitor.tag(torch.arange(2))
+    model(torch.ones(2, 4)).square().sum().backward()
+    follower.monitor.end_epoch()
+    state = follower.state_dict()
+    state["monitor"]["ledger"]["sums"] |= damage
+    before = str(follower.monitor.state_dict())
+    with pytest.raises(InvalidInputError, match="state: an array in the checkpoint is damaged"):
+        follower.load_state_dict(state)
+    with pytest.raises(InvalidInputError, match=r"state: not a state_dict\(\) of a Follower"):
+        follower.load_state_dict({**state, "epoch": "x"})
+    assert str(follower.monitor.state_dict()) == before
+    follower._end()
 
 
 @pytest.mark.parametrize(
