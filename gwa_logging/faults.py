@@ -26,6 +26,10 @@ class Faults:
         if first:
             logger.warning("gwa_logging: %s: %s. Training goes on; further ones are only counted.", kind, detail)
 
+    def renew_lock(self) -> None:
+        """For a forked process: a thread of the parent may have held the lock, and would never release this copy of it."""
+        self._lock = Lock()
+
     @property
     def counts(self) -> dict[str, int]:
         """How often each kind has happened so far."""
