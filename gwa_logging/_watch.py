@@ -15,7 +15,7 @@ from gwa_logging import registry
 from gwa_logging.errors import InvalidInputError
 from gwa_logging.faults import Faults
 from gwa_logging.journal import FILE_NAME, Journal
-from gwa_logging.monitor import Monitor, logger
+from gwa_logging.monitor import Monitor, close_all, logger
 from gwa_logging.settings import EarlyStop, WatchSettings
 from gwa_logging.types import Backend, RunContext, RunPlace
 
@@ -105,7 +105,7 @@ def watch(
     monitor = _open(room, model, settings.for_head(heads[0]), folder)
     try:
         for other in heads[1:]:
-            monitor._add(_open(room, model, settings.for_other_head(other, monitor._runs()), folder, beside=True))
+            monitor._add(_open(room, model, settings.for_other_head(other, monitor._runs()), folder, beside=monitor))
     except BaseException:
         monitor.close()
         raise
@@ -115,8 +115,8 @@ def watch(
     return monitor
 
 
-def _open(room: Any, model: Any, settings: WatchSettings, folder: Path, *, beside: bool = False) -> Monitor:
-    """Watches one head; what was begun is undone if anything fails."""
+def _open(room: Any, model: Any, settings: WatchSettings, folder: Path, *, beside: Monitor | None = None) -> Monitor:
+    """Watches one head, perhaps beside that of another monitor; what was begun is undone if anything fails."""
     faults = Faults()
     adapter = room.attach(model, settings, faults)
     backends: list[Backend] = []
@@ -135,7 +135,7 @@ def _open(room: Any, model: Any, settings: WatchSettings, folder: Path, *, besid
                 if opened is not None:
                     backends.append(opened)
                     _check_is_free(opened, getattr(opened, "place", RunPlace()), name)
-        monitor = Monitor(settings, journal, faults)
+        monitor = Monitor(settings, journal, faults, beside._group if beside else None)
         monitor._start(name, adapter, backends)
         adapter.start(monitor._on_step)
     except BaseException:
@@ -204,5 +204,4 @@ def _close_previous(subject: Any) -> None:
 
 
 def _close_all() -> None:
-    for _, monitor in _watched:
-        monitor.close()
+    close_all(monitor for _, monitor in _watched if not monitor.is_copy)

@@ -46,6 +46,10 @@ class Faults:
             self._notes = dict.fromkeys(self._notes, False)
         return notes
 
+    def renew_lock(self) -> None:
+        """For a forked process: a thread of the parent may have held the lock, and would never release this copy of it."""
+        self._lock = Lock()
+
     @property
     def counts(self) -> dict[str, int]:
         """How often each kind has happened so far."""

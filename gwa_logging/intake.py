@@ -5,11 +5,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from gwa_logging.errors import InvalidInputError
+from gwa_logging.forks import Owned
 from gwa_logging.samples import Samples
 from gwa_logging.types import Adapter
 
 
-class Intake:
+class Intake(Owned):
     """The part of a monitor that is called at every training step. Nothing in it waits for the device."""
 
     heads: Mapping[str, "Intake"]
@@ -33,7 +34,7 @@ class Intake:
         """
         if sample_ids is None and not (weights is None and predicted is None):
             raise InvalidInputError("weights and predicted are entered by sample id: update(scores, sample_ids, ...)")
-        if not self._closed and not self._pauses:
+        if not self._closed and not self._is_refused("update()") and not self._pauses:
             self._adapter.observe(scores, None if sample_ids is None else Samples(sample_ids, weights, predicted))
 
     def tag(self, sample_ids: Any, weights: Any = None) -> None:
@@ -53,6 +54,8 @@ class Intake:
             sample_ids: int [batch] into the ledger (`watch(num_samples=)`); of mixed samples int [batch, m]. On any device.
             weights: float [m], the same for every sample of the batch, or [batch, m]; at least 0.
         """
+        if self.is_copy and self._is_refused("tag()"):
+            return
         for monitor in (self, *self.heads.values()):
             monitor._adapter.tag(Samples(sample_ids, weights))
 

@@ -6,7 +6,7 @@ the stop alert) wait for the device.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from threading import RLock
 from time import monotonic
@@ -16,7 +16,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import numpy.typing as npt
 
-from gwa_logging.delivery import Delivery
+from gwa_logging.delivery import Delivery, DeliveryGroup, wait_for
 from gwa_logging.early_stop import StopRule
 from gwa_logging.errors import InvalidInputError, NoObservationsError
 from gwa_logging.faults import Faults
@@ -44,7 +44,7 @@ from gwa_logging.types import (
 logger = logging.getLogger("gwa_logging")
 
 CLOSE_WITHIN = 10.0
-"""Seconds that `close` gives the backends."""
+"""Seconds that `close` gives the backends, all of them together."""
 
 SUSPECTS = 100
 """How many suspects are written down without being asked for."""
@@ -53,6 +53,9 @@ SUSPECTS = 100
 class Monitor(Intake):
     """Watches one model. Made by `gwa_logging.watch`.
 
+    It belongs to the process that made it. In a process that was forked from that one it can be read (`history`, `alert`,
+    `journal`, `should_stop`, `faults`), and everything else does nothing, with one warning.
+
     Attributes:
         journal: path of the run's journal, in whose folder the report goes too; None in a process that does not write.
         history: reports of the epochs so far.
@@ -60,7 +63,11 @@ class Monitor(Intake):
         heads: monitors of the further heads that are watched beside this one, by path. They follow its epochs.
     """
 
-    def __init__(self, settings: WatchSettings, journal: Journal | None, faults: Faults) -> None:
+    def __init__(
+        self, settings: WatchSettings, journal: Journal | None, faults: Faults, group: DeliveryGroup | None = None
+    ) -> None:
+        """`group` is that of the first head, if this is another one of the same model."""
+        super().__init__()
         self.journal = journal.path if journal else None
         self.history: list[EpochReport] = []
         self.alert: StopAlert | None = None
@@ -70,6 +77,7 @@ class Monitor(Intake):
         self._journal = journal
         self._faults = faults
         self._lock = RLock()
+        self._group = group or DeliveryGroup()
         self._deliveries: list[Delivery] = []
         self._adapter: Adapter
         self._name: str
@@ -97,6 +105,8 @@ class Monitor(Intake):
         )
         if self._journal is not None:
             self._deliveries = [Delivery(backend, self._journal, self._faults) for backend in backends]
+        for delivery in self._deliveries:
+            self._group.add(delivery)
         self._notify()
 
     def _backends(self) -> list[Backend]:
@@ -110,6 +120,13 @@ class Monitor(Intake):
         """The trackers' runs, by backend, for the other heads."""
         return {delivery.backend.name: getattr(delivery.backend, "run", None) for delivery in self._deliveries}
 
+    def _disown(self) -> None:
+        super()._disown()
+        self._lock = RLock()
+        self._faults.renew_lock()
+        if self._journal is not None:
+            self._journal.disown()
+
     # --- training steps -------------------------------------------------------------------------------------------
 
     def _on_step(self) -> None:
@@ -117,13 +134,20 @@ class Monitor(Intake):
         with self._lock:
             if self._closed:
                 return
+            if self.is_copy:
+                self._is_refused("a training step")
+                self.close()
+                return
             if self._expected is not None:
                 self._compare_heads(self._expected)
             if self._intervals.step():
-                self._notify()
                 window = self._settings.samples_per_epoch
                 if window is not None and self._intervals.summary.seen >= window:
                     self.end_epoch()
+                else:
+                    self._notify()
+            elif self._group.waiting:
+                self._group.take_turns(self)
 
     # --- epochs ---------------------------------------------------------------------------------------------------
 
@@ -136,18 +160,24 @@ class Monitor(Intake):
         Raises:
             NoObservationsError: no training step has passed the probe since the last epoch.
         """
+        if self._is_refused("end_epoch()"):
+            return AlignmentSummary().report(epoch=len(self.history), step=self._intervals.steps - 1)
         with self._lock:
             if self._closed:
                 raise InvalidInputError("end_epoch(): this monitor is closed; watch the model again")
-            for path, other in self.heads.items():
-                try:
-                    other.end_epoch()
-                except NoObservationsError as error:  # a head that this epoch did not train
-                    self._faults.record(f"head {path!r}", error)
-            return self._end_epoch()
+            try:
+                for path, other in self.heads.items():
+                    try:
+                        with other._lock:
+                            other._end_epoch()
+                    except NoObservationsError as error:  # a head that this epoch did not train
+                        self._faults.record(f"head {path!r}", error)
+                return self._end_epoch()
+            finally:
+                self._notify()
 
     def _end_epoch(self, *, partial: bool = False) -> EpochReport:
-        self._gather()
+        self._intervals.gather()
         summary = self._intervals.summary if partial else self._adapter.reduce(self._intervals.summary)
         if not summary.seen:
             raise NoObservationsError(
@@ -177,7 +207,6 @@ class Monitor(Intake):
             self._write(alert, sync=True)
             self._write_suspects()
             self._call_back(alert)
-        self._notify()
         return report
 
     def _write(self, record: AnyRecord, *, sync: bool = False) -> None:
@@ -216,6 +245,8 @@ class Monitor(Intake):
         """
         if n < 1:
             raise InvalidInputError(f"epochs(n={n}): expected at least 1")
+        if self._is_refused("epochs()"):
+            return iter(range(len(self.history), n))
         self._rule.planned = n
         return self._epochs(n)
 
@@ -234,6 +265,7 @@ class Monitor(Intake):
                     break
             for monitor in (self, *self.heads.values()):  # here are all processes; in `close` there may be one
                 monitor._write_suspects()
+            self._notify()
         finally:
             if bar is not None:
                 bar.close()
@@ -248,6 +280,7 @@ class Monitor(Intake):
         Raises:
             InvalidInputError: there is no ledger: `watch(..., num_samples=N)`.
         """
+        self._refuse_copy("suspects()")
         with self._lock:
             return self._ledger.suspects(k)[0]
 
@@ -263,6 +296,7 @@ class Monitor(Intake):
         Raises:
             InvalidInputError: there is no ledger: `watch(..., num_samples=N)`.
         """
+        self._refuse_copy("label_quality()")
         with self._lock:
             return np.clip((self._ledger.read("label_quality()").means + 1) / 2, 0, 1)
 
@@ -283,6 +317,13 @@ class Monitor(Intake):
         Raises:
             InvalidInputError: there is no ledger: `watch(..., num_samples=N)`.
         """
+        if self._is_refused("log_suspects()"):
+            return []
+        found = self._log_suspects(k, images)
+        self._notify()
+        return found
+
+    def _log_suspects(self, k: int, images: Any) -> list[Suspect]:
         with self._lock:
             if self._closed:
                 raise InvalidInputError("log_suspects(): this monitor is closed; call it before close()")
@@ -293,7 +334,6 @@ class Monitor(Intake):
                 self._write(record, sync=True)
                 self._write_csv(record)
             self._suspects_of = len(self.history)
-        self._notify()
         return found
 
     def _write_csv(self, record: SuspectsRecord) -> None:
@@ -308,7 +348,7 @@ class Monitor(Intake):
         if self._settings.num_samples is None or self._suspects_of == len(self.history):
             return
         try:
-            self.log_suspects()
+            self._log_suspects(SUSPECTS, None)
         except Exception as error:  # noqa: BLE001 - nobody has asked for it; training goes on
             self._faults.record("suspects", f"{type(error).__name__}: {error}")
 
@@ -318,10 +358,11 @@ class Monitor(Intake):
 
         Of several processes, each must call it, and all get the state of all of them together, but for their own step.
         """
+        self._refuse_copy("state_dict()")
         with self._lock:
             heads = {path: other.state_dict() for path, other in self.heads.items()}
             taken, interval = self._intervals.hold()
-            self._notify()
+            self._group.notify(self._deliveries)
             epoch = self._intervals.summary
             return MonitorState(
                 head=HeadShape.of(self._adapter),
@@ -351,6 +392,8 @@ class Monitor(Intake):
         Raises:
             InvalidInputError: the state is of another version, head or number of processes, or its ledger of another size.
         """
+        if self._is_refused("load_state_dict()"):
+            return
         mine = self._fitting(state)
         others = {path: other._fitting(mine.heads[path]) for path, other in self.heads.items()}
         self._go_on(mine)
@@ -418,36 +461,56 @@ class Monitor(Intake):
 
     # --- the end --------------------------------------------------------------------------------------------------
 
+    def _refuse_copy(self, call: str) -> None:
+        """For calls that read the device, whose state a fork does not copy.
+
+        Raises:
+            InvalidInputError: this is a copy in a forked process.
+        """
+        if self.is_copy:
+            raise InvalidInputError(f"{call}: the monitor belongs to process {self._owner}; call it there")
+
     def _notify(self) -> None:
-        for delivery in self._deliveries:
-            delivery.notify()
+        """Says that there are new records, of this head and of those beside it. Blocks for `delivery.PATIENCE` at most."""
+        for monitor in (self, *self.heads.values()):
+            self._group.notify(monitor._deliveries)
+        self._group.take_turns(self)
 
     def flush(self, timeout: float = CLOSE_WITHIN) -> bool:
         """Sends on everything seen so far. Waits for the device, and at most `timeout` seconds for the backends.
 
         Returns:
-            Whether every backend has everything.
+            Whether the journal and every backend have everything.
         """
-        with self._lock:
-            self._gather()
-        self._notify()
-        deadline = monotonic() + timeout
-        taken = [delivery.wait(deadline) for delivery in self._deliveries]
-        taken += [other.flush(max(0.0, deadline - monotonic())) for other in self.heads.values()]
-        return all(taken)
+        if self._is_refused("flush()"):
+            return False
+        monitors = (self, *self.heads.values())
+        for monitor in monitors:
+            with monitor._lock:
+                monitor._intervals.gather()
+        everything = [delivery for monitor in monitors for delivery in monitor._deliveries]
+        taken = wait_for(everything, monotonic() + timeout)
+        return taken and all(monitor._journal is None or monitor._journal.is_complete for monitor in monitors)
 
     def close(self) -> None:
         """Takes the probe off, reports an epoch in progress, ends the backends. Never raises; a second call does nothing.
 
         Waits at most 10 s for the backends; what a tracker has not taken by then stays in the journal.
         """
-        for other in self.heads.values():
-            other.close()
+        if self._is_refused("close()"):
+            for monitor in (*self.heads.values(), self):
+                monitor._closed = True
+                monitor._adapter.close()
+            return
+        close_all([self])
+
+    def _finish(self) -> bool:
+        """Writes the end into the journal, and takes the probe off; whether there was anything to end."""
         with self._lock:
             if self._closed:
-                return
+                return False
             try:
-                self._gather()
+                self._intervals.gather()
                 if self._intervals.summary.seen:
                     self._end_epoch(partial=True)
                 if self._adapter.processes == 1:  # of several, the others may be gone
@@ -467,16 +530,24 @@ class Monitor(Intake):
             ),
             sync=True,
         )
-        self._notify()
-        deadline = monotonic() + CLOSE_WITHIN
+        return True
+
+    def _begin_close(self, deadline: float) -> None:
+        """Has the backends closed; that of a run which other heads share, after theirs."""
         for delivery in self._deliveries:
-            if not delivery.close(deadline):
+            others = [other for head in self.heads.values() for other in head._deliveries]
+            delivery.begin_close(deadline, [o for o in others if o.backend.name == delivery.backend.name])
+
+    def _end_close(self) -> None:
+        """Waits until the backends are closed, and says what they lack; closes the journal."""
+        for delivery in self._deliveries:
+            if shortfall := delivery.shortfall():
                 name, folder = delivery.backend.name, self.journal and self.journal.parent
                 logger.warning(
-                    "gwa_logging: backend %s has not taken everything in time: %d records are left. Send them with: "
-                    "gwa-logging replay %s --backend %s",
-                    *(name, delivery.left, folder, name),
+                    "gwa_logging: backend %s %s. To send what it lacks: gwa-logging replay %s --backend %s",
+                    *(name, shortfall, folder, name),
                 )
+        self._group.remove(self._deliveries)
         if self._journal is not None:
             self._journal.close()
 
@@ -488,6 +559,17 @@ class Monitor(Intake):
     ) -> Literal[False]:
         self.close()
         return False
+
+
+def close_all(monitors: Iterable[Monitor]) -> None:
+    """Closes monitors, and those of their further heads, with one deadline for all backends. Never raises."""
+    families = [(*monitor.heads.values(), monitor) for monitor in monitors]
+    closing = [member for family in families for member in family if member._finish()]
+    deadline = monotonic() + CLOSE_WITHIN
+    for member in closing:
+        member._begin_close(deadline)
+    for member in closing:
+        member._end_close()
 
 
 def _progress_bar(total: int, done: int) -> Any:

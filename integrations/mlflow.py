@@ -10,7 +10,6 @@ MLflow has no histograms: the quantiles are metrics, and the distribution over t
 import logging
 import math
 import os
-import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -19,8 +18,6 @@ from importlib import metadata
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 import mlflow
 from mlflow import MlflowClient
@@ -28,6 +25,7 @@ from mlflow.entities import Metric, Run, RunTag
 
 from gwa_logging.errors import BackendError, InvalidInputError, MissingDependencyError
 from gwa_logging.integrations.picture import PictureSeries
+from gwa_logging.integrations.reach import check_reachable
 from gwa_logging.journal import FILE_NAME
 from gwa_logging.redact import redact_urls
 from gwa_logging.types import (
@@ -46,8 +44,6 @@ from gwa_logging.types import (
 
 logger = logging.getLogger("gwa_logging")
 
-CONNECT_WITHIN = 2.0  # seconds, for each address of a server: it may have two, IPv4 and IPv6
-ANSWER_WITHIN = 2.0  # seconds
 METRICS_PER_CALL = 1000  # MLflow's limit
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 PICTURE_TRIES = 3  # so many pictures in a row may fail; then there are no more
@@ -301,17 +297,7 @@ def _is_whole() -> bool:
 def _knock(uri: str) -> None:
     """Looks whether anybody is there: MLflow itself would try for four minutes. Behind a proxy there is no telling."""
     try:
-        scheme, host, port = urlsplit(uri).scheme, urlsplit(uri).hostname, urlsplit(uri).port
-        if scheme not in ("http", "https") or not host:
-            return
-        if getproxies().keys() & {scheme, "all"} and not proxy_bypass(host):
-            return
-        with socket.create_connection((host, port or (443 if scheme == "https" else 80)), CONNECT_WITHIN) as line:
-            if scheme == "http":  # whatever it answers: a server that hangs takes connections, and answers nothing
-                line.settimeout(ANSWER_WITHIN)
-                line.sendall(f"HEAD /health HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
-                if not line.recv(1):
-                    raise ConnectionError("it hangs up")
+        check_reachable(uri, "/health")
     except (OSError, ValueError) as error:
         # The message of a ValueError quotes the port, which is a piece of the password if that has odd characters.
         reason = error if isinstance(error, OSError) else "its port is not a number"

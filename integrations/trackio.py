@@ -9,6 +9,7 @@ warns, and raises nothing: they are in the journal then, and nowhere else. The r
 that of a process that is killed before, a replay must start a new one.
 """
 
+import os
 from contextvars import copy_context
 from tempfile import TemporaryFile
 from typing import Any
@@ -21,6 +22,7 @@ from trackio.utils import TRACKIO_DIR
 
 from gwa_logging.errors import BackendError, InvalidInputError
 from gwa_logging.histogram import DISPLAY_BINS
+from gwa_logging.integrations.reach import check_reachable
 from gwa_logging.redact import has_secret
 from gwa_logging.types import (
     AnyRecord,
@@ -58,6 +60,8 @@ def open_backend(context: RunContext) -> "TrackioBackend":
     try:
         if users is None or users.url is None:  # stored here, not sent to a server
             _knock()
+        if users is None and (server := os.environ.get("TRACKIO_SERVER_URL")):
+            check_reachable(server)
         run = users or (_resume(path) if path else _start(context.name))
         _ = run._next_step  # other versions may have it under another name
     except Exception as error:  # noqa: BLE001 - whatever trackio raises here: nothing could ever be logged

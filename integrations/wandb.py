@@ -44,6 +44,7 @@ import wandb
 
 from gwa_logging.errors import BackendError, InvalidInputError
 from gwa_logging.histogram import DISPLAY_BINS
+from gwa_logging.integrations.reach import check_reachable
 from gwa_logging.redact import has_secret
 from gwa_logging.types import (
     EPOCH_KEYS,
@@ -64,6 +65,9 @@ from gwa_logging.types import (
 
 ALERT_TITLE = "GWA: stop"
 
+UPLOAD_FAILURE = b"filestream: fatal error"
+"""What W&B's log says when it has given up uploading."""
+
 HISTOGRAM_SUBKEYS = ("", "._type", ".bins", ".values")
 """W&B stores a histogram under these, and looks each of them up by itself."""
 
@@ -80,6 +84,8 @@ def open_backend(context: RunContext) -> "WandbBackend":
     named: dict[str, Any] = _named(wanted) if isinstance(wanted, str) else {}
     run = None if named or wanted is None else _checked(wanted)
     owned = run is None
+    if run is None:
+        _knock()
     try:
         if run is None:
             if named:
@@ -106,6 +112,29 @@ def locate(context: RunContext) -> RunPlace:
         known = [run.path for run in _writers if f"/{run.path}".endswith(f"/{wanted.strip('/')}")]
         return RunPlace(run=known[0] if known else wanted)
     return RunPlace() if wanted is None else _place(_checked(wanted))
+
+
+def _knock() -> None:
+    """Looks whether anybody is there: W&B itself would try for a minute and a half.
+
+    Raises:
+        BackendError: nobody is.
+    """
+    settings = wandb.setup().settings
+    if (
+        settings.mode not in ("online", "run", "shared")
+        or settings.http_proxy
+        or settings.https_proxy
+        or settings.x_proxies
+    ):
+        return
+    try:
+        check_reachable(settings.base_url)
+    except (OSError, ValueError) as error:
+        raise BackendError(
+            f"backend='wandb': nothing answers at {settings.base_url} ({error}). Check the network and WANDB_BASE_URL; or set "
+            "WANDB_MODE=offline to keep the run on disk; or use backend='local' and replay the journal later"
+        ) from error
 
 
 class _Writers:
@@ -141,6 +170,7 @@ class WandbBackend:
         writers = _writers.setdefault(run, _Writers())
         writers.prefixes.add(prefix)
         self._lock = writers.lock
+        self._log_read = 0  # bytes of W&B's own log
         stepless = run.settings.mode == "shared" or run.disabled
         self._guest = None if owned or stepless else _Guest(run, prefix, writers)
         # As a guest, while the training thread waits: otherwise the user's `log` could come between looking at the step and
@@ -214,6 +244,28 @@ class WandbBackend:
         elif isinstance(record, RunRecord) and self._owned:
             config = {self._prefix: record.settings}
             self.run.config.update(config, allow_val_change=True)  # type: ignore[no-untyped-call]
+
+    def refusal(self) -> str | None:
+        """Why W&B has stopped uploading this run, if it has: after an answer such as 401 it never tries again, only prints a
+        line, and takes rows as before. It tells that in its own log alone.
+        """
+        path = Path(self.run.settings.log_internal)
+        if self.run.disabled or self.run.offline or not path.is_file():
+            return None
+        with path.open("rb") as log:
+            log.seek(self._log_read)
+            lines = log.readlines()
+        if lines and not lines[-1].endswith(b"\n"):
+            lines.pop()  # is still being written
+        self._log_read += sum(map(len, lines))
+        for line in lines:
+            if UPLOAD_FAILURE in line:
+                message = json.loads(line)["msg"].partition(UPLOAD_FAILURE.decode())[2].strip(": ")
+                return (
+                    f"W&B has stopped uploading this run ({message}); from now on it is only in {self.run.settings.sync_dir}. "
+                    "Send it with `wandb sync` when W&B takes it again"
+                )
+        return None
 
     def close(self) -> None:
         """Writes what is left; finishes the run if it is ours. Does nothing to a run that is finished already."""

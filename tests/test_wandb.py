@@ -2,6 +2,7 @@
 
 import json
 import logging
+import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import wandb
 import gwa_logging
 from gwa_logging import BackendError, EarlyStop, InvalidInputError, Monitor, delivery
 from gwa_logging.errors import GwaError
+from gwa_logging.integrations import reach
 from gwa_logging.integrations.wandb import WandbBackend, open_backend
 from gwa_logging.journal import read_journal
 from gwa_logging.types import EpochReport, IntervalRecord, RunContext, StopAlert, StopReason, SuspectsRecord
@@ -601,14 +603,24 @@ ANSWER = {
 
 
 class Server(BaseHTTPRequestHandler):
-    """As much of a W&B server as it takes to start a run: one answer to every question."""
+    """As much of a W&B server as it takes to start a run: one answer to every question.
+
+    Attributes:
+        uploads: the status with which it answers uploads of rows.
+    """
 
     protocol_version = "HTTP/1.1"
+    uploads = 200
+
+    def do_HEAD(self) -> None:
+        self.send_response(404)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
-        body = json.dumps({"data": ANSWER}).encode()
-        self.send_response(200)
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = json.dumps({"data": ANSWER, "limits": {}}).encode()
+        self.send_response(self.uploads if self.path.endswith("/file_stream") else 200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -648,6 +660,58 @@ def test_in_shared_mode_every_record_is_a_row_and_the_run_goes_on(
     assert disk.column("gwa/epoch") == [0, 1]
     assert disk.column("still") == ["open"]
     assert monitor.faults == {}
+
+
+# --- a server that is not there, or refuses ---------------------------------------------------------------------------
+
+
+def test_a_run_that_wandb_gives_up_uploading_is_a_fault_in_mid_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delivery, "LOOK_EVERY", 0.05)
+    with serving() as address:
+        wandb.teardown()
+        for key, value in {"BASE_URL": address, "API_KEY": "0" * 40, "MODE": "online", "DIR": str(tmp_path)}.items():
+            monkeypatch.setenv(f"WANDB_{key}", value)
+        quick = wandb.Settings(silent=True, console="off", x_disable_stats=True, x_file_stream_transmit_interval=0.1)
+        run = wandb.init(reinit="create_new", id=BUCKET["name"], settings=quick)
+        training = Training()
+        monitor = training.watch(tmp_path, run=run)
+        training.epoch(monitor)
+        assert monitor.flush(30)
+        assert monitor.faults == {}
+        monkeypatch.setattr(Server, "uploads", 401)
+        deadline = time.monotonic() + 30
+        while not monitor.faults:
+            training.step(0)
+            run.log({"user/loss": 0.5})
+            assert time.monotonic() < deadline
+        assert monitor.faults == {"backend wandb": 1}
+        assert not monitor.flush(5)
+        assert "401" in monitor._deliveries[0].refusal()
+        monitor.close()
+        run.finish()
+    wandb.teardown()
+
+
+@pytest.mark.parametrize("answering", ["nobody listens", "it hangs"])
+def test_a_server_that_does_not_answer_is_an_error_within_ten_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answering: str
+) -> None:
+    monkeypatch.setattr(reach, "CALL_WITHIN", 0.3)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if answering == "it hangs":
+            server.listen()
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        wandb.teardown()
+        for key, value in {"BASE_URL": address, "API_KEY": "0" * 40, "MODE": "online", "DIR": str(tmp_path)}.items():
+            monkeypatch.setenv(f"WANDB_{key}", value)
+        begin = time.monotonic()
+        with pytest.raises(BackendError, match=f"backend='wandb': nothing answers at {address}.*WANDB_MODE=offline"):
+            Training().watch(tmp_path)
+        assert time.monotonic() - begin < 10
+        wandb.teardown()
 
 
 # --- names and axes ---------------------------------------------------------------------------------------------------

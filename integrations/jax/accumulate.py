@@ -196,10 +196,9 @@ class DeviceLedger(NamedTuple):
 
     def to_host(self, untagged: int) -> Ledger:
         """Waits for the device."""
-        sums, seen, known = (None if array is None else np.array(array) for array in jax.device_get(self))
-        if known is None:
-            known = np.full(sums.shape, UNKNOWN, np.int32)
-        return Ledger(sums[:-1], seen[:-1], known[:-1], round(float(seen[-1])), untagged)
+        sums, seen, predicted = jax.device_get(self)
+        known = np.full(sums.shape, UNKNOWN, np.int32) if predicted is None else predicted
+        return Ledger(*(np.array(array[:-1]) for array in (sums, seen, known)), round(float(seen[-1])), untagged)
 
 
 @partial(jax.jit, donate_argnums=0)

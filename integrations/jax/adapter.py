@@ -76,7 +76,8 @@ def _auto_mesh(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def _deliberate(
@@ -85,7 +86,7 @@ def _deliberate(
     """What this method moves between host and device is moved on purpose, so `jax.transfer_guard` does not apply to it."""
 
     @wraps(method)
-    def moving(self: "JaxAdapter", *args: P.args, **kwargs: P.kwargs) -> R:
+    def moving(self: "JaxAdapter", /, *args: P.args, **kwargs: P.kwargs) -> R:
         config: Any = jax.config
         guards = (
             config.jax_transfer_guard_host_to_device,

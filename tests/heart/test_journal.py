@@ -1,6 +1,11 @@
 """The journal: append-only, survives torn and foreign lines, and a disk that takes no more."""
 
 import math
+import os
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from time import time
 
@@ -8,9 +13,10 @@ import pandas
 import pytest
 
 from gwa_logging import AlignmentSummary, BackendError
+from gwa_logging import journal as journal_module
 from gwa_logging.faults import Faults
-from gwa_logging.journal import Journal, JournalReader, read_journal
-from gwa_logging.types import IntervalRecord
+from gwa_logging.journal import Journal, JournalFeed, JournalReader, read_journal
+from gwa_logging.types import IntervalRecord, RunRecord
 
 
 def interval(step: int, scores=(0.1, 0.2, -0.1)) -> IntervalRecord:
@@ -106,18 +112,163 @@ def test_a_line_is_skipped_and_counted_once_however_often_one_looks(tmp_path, li
     assert reader.skipped == 3
 
 
-def test_a_full_disk_is_counted_and_what_it_did_not_take_follows_later(tmp_path):
+@contextmanager
+def full_disk(path: Path, room: int) -> Iterator[None]:
+    """As under a quota: the file cannot grow by more than `room` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("room", [0, 1, 100, 900])
+def test_a_full_disk_is_counted_and_what_it_did_not_take_follows_later_without_a_torn_line(tmp_path, room):
     faults = Faults()
     journal = Journal(tmp_path / "journal.jsonl", faults)
     journal.append(interval(0))
-    real = journal._file
-    with Path("/dev/full").open("ab", buffering=0) as journal._file:
+    with full_disk(journal.path, room):
         journal.append(interval(1))
         journal.append(interval(2))
     assert faults.counts == {"journal": 2}
-    journal._file = real
+    assert not journal.is_complete
     journal.append(interval(3))
-    assert [r.step for r in read_journal(journal.path)[0]] == [0, 1, 2, 3]
+    records, skipped = read_journal(journal.path)
+    assert [r.step for r in records] == [0, 1, 2, 3]
+    assert skipped == 0
+    assert journal.is_complete
+
+
+def test_a_line_that_a_full_disk_tore_is_written_again_if_somebody_else_wrote_behind_it(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl", Faults())
+    journal.append(interval(0))
+    with full_disk(journal.path, 100):
+        journal.append(interval(1))
+    with journal.path.open("ab") as file:
+        file.write(b"garbage")
+    journal.append(interval(2))
+    records, skipped = read_journal(journal.path)
+    assert [r.step for r in records] == [0, 1, 2]
+    assert skipped == 1
+
+
+# --- a journal that somebody else damages -----------------------------------------------------------------------------
+
+
+def delete(path: Path) -> None:
+    path.unlink()
+
+
+def delete_the_folder(path: Path) -> None:
+    shutil.rmtree(path.parent)
+
+
+def rename(path: Path) -> None:
+    path.rename(path.with_name("moved.jsonl"))
+
+
+def replace_by_a_copy(path: Path) -> None:
+    shutil.copy(path, path.with_name("copy"))
+    path.with_name("copy").rename(path)
+
+
+def replace_by_something_else(path: Path) -> None:
+    path.unlink()
+    path.write_text("something else")
+
+
+def empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def cut_off_a_piece(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1000)
+
+
+DAMAGES = [
+    delete,
+    delete_the_folder,
+    rename,
+    replace_by_a_copy,
+    replace_by_something_else,
+    empty,
+    cut_off_a_piece,
+]
+
+
+def begun(path: Path, faults: Faults, intervals: int = 5) -> Journal:
+    journal = Journal(path, faults)
+    journal.append(RunRecord(name="gwa", head="h", created="now", settings={}))
+    for step in range(intervals):
+        journal.append(interval(step))
+    return journal
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_journal_that_somebody_damages_goes_on_whole_at_the_next_line(tmp_path, damage):
+    faults = Faults()
+    journal = begun(tmp_path / "run" / "journal.jsonl", faults)
+    damage(journal.path)
+    journal.append(interval(5))
+    journal.append(interval(6))
+    records, _ = read_journal(journal.path)
+    assert [record.kind for record in records] == ["run"] + 7 * ["interval"]
+    assert [record.step for record in records[1:]] == list(range(7))
+    assert journal.is_complete
+    assert faults.counts == ({} if damage is replace_by_a_copy else {"journal": 1})
+
+
+@pytest.mark.parametrize("damage", [delete, rename, empty])
+def test_what_memory_does_not_have_any_more_is_counted_as_lost(tmp_path, damage, monkeypatch):
+    monkeypatch.setattr(journal_module, "_RECENT", 3000)  # two or three intervals
+    faults = Faults()
+    journal = begun(tmp_path / "journal.jsonl", faults, intervals=10)
+    damage(journal.path)
+    journal.append(interval(10))
+    records, skipped = read_journal(journal.path)
+    assert records[0].kind == "run"
+    kept = [record.step for record in records[1:]]
+    assert 1 < len(kept) < 5
+    assert kept == list(range(11 - len(kept), 11))
+    assert faults.counts == {"journal": 1, "records lost": 12 - len(kept)}  # the old line of the run was one of them
+    assert not journal.is_complete
+    assert skipped == 0
+
+
+@pytest.mark.parametrize("damage", [delete, rename, replace_by_something_else])
+def test_a_backend_that_is_behind_reads_on_in_the_file_that_was_taken_away(tmp_path, damage, monkeypatch):
+    monkeypatch.setattr(journal_module, "_RECENT", 3000)
+    journal = begun(tmp_path / "journal.jsonl", Faults(), intervals=10)
+    feed = JournalFeed(journal)
+    damage(journal.path)
+    for step in range(10, 20):
+        journal.append(interval(step))
+    steps = []
+    while (found := feed.peek(3))[0]:
+        steps += [record.step for record in found[0] if record.kind == "interval"]
+        feed.advance(found[1])
+    assert steps == list(range(20))
+    assert feed.lost == 0
+    assert not feed.behind()
+
+
+def test_a_backend_that_is_behind_counts_what_was_cut_off(tmp_path, monkeypatch):
+    monkeypatch.setattr(journal_module, "_RECENT", 3000)
+    journal = begun(tmp_path / "journal.jsonl", Faults(), intervals=10)
+    feed = JournalFeed(journal)
+    third = read_journal(journal.path)[0][:4]
+    os.truncate(journal.path, sum(len(record.model_dump_json()) + 1 for record in third))
+    for step in range(10, 20):
+        journal.append(interval(step))
+    steps = []
+    while (found := feed.peek())[0]:
+        steps += [record.step for record in found[0] if record.kind == "interval"]
+        feed.advance(found[1])
+    assert steps[:3] == [0, 1, 2]
+    assert steps[3:] == list(range(20 - len(steps[3:]), 20))
+    assert feed.lost == 20 - len(steps) == journal.lost
+    assert [r.step for r in read_journal(journal.path)[0] if r.kind == "interval"] == steps
 
 
 def test_a_folder_that_cannot_be_made_is_an_error_at_once(tmp_path):
