@@ -198,7 +198,8 @@ class DeviceLedger(NamedTuple):
         """Waits for the device."""
         sums, seen, predicted = jax.device_get(self)
         known = np.full(sums.shape, UNKNOWN, np.int32) if predicted is None else predicted
-        return Ledger(*(np.array(array[:-1]) for array in (sums, seen, known)), round(float(seen[-1])), untagged)
+        own = [np.array(array[:-1]) for array in (sums, seen, known)]  # what JAX returns can be read-only
+        return Ledger(own[0], own[1], own[2], round(float(seen[-1])), untagged)
 
 
 @partial(jax.jit, donate_argnums=0)
