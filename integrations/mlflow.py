@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from importlib import metadata
 from queue import SimpleQueue
 from threading import Thread
+from time import sleep
 from typing import Any
 
 import mlflow
@@ -47,6 +48,9 @@ logger = logging.getLogger("gwa_logging")
 METRICS_PER_CALL = 1000  # MLflow's limit
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 PICTURE_TRIES = 3  # so many pictures in a row may fail; then there are no more
+BREATH = 0.05
+"""Seconds between writing numbers, drawing a picture and encoding it. Each takes the interpreter for 5 to 10 ms; without a
+pause a single training step could wait for all three."""
 
 
 def open_backend(context: RunContext) -> "MlflowBackend":
@@ -221,7 +225,9 @@ class MlflowBackend:
         step = record.steps - 1 if isinstance(record, CloseRecord) else record.step
         key, timestamp = f"{self._prefix}/scores", int(1000 * record.time)
         try:
+            sleep(BREATH)
             image = self._pictures.draw()
+            sleep(BREATH)
             self._client.log_image(self._run_id, image, key=key, step=step, timestamp=timestamp, synchronous=True)
             self._picture_tries = PICTURE_TRIES
         except Exception as error:  # noqa: BLE001 - whatever an artifact store raises; see above
