@@ -18,8 +18,17 @@ from gwa_logging.integrations.jax.probe import Session, entered
 class Linen(Library):
     """A `flax.linen.Module`; parameters are arguments of the loss."""
 
+    def __init__(self, model: linen.Module) -> None:
+        super().__init__(model)
+        self._classes = {type(model), _untransformed(type(model))}
+
+    def is_model(self, value: Any) -> bool:
+        """Whether a module is the watched model; inside `nn.remat(Net)` and `nn.jit(Net)` it is a plain `Net`."""
+        return type(value) in self._classes
+
     def run(self, session: Session, fun: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         inside: list[bool] = []
+        running: list[tuple[str, ...]] = []  # paths of the layers that are being called
 
         def intercept(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
             root = not context.module.path  # the watched model, or another one, such as a teacher
@@ -35,9 +44,15 @@ class Linen(Library):
                     inside.pop()
 
         def heard(next_fun: Callable[..., Any], args: Any, kwargs: Any, module: linen.Module, method: str) -> Any:
-            if not (inside and inside[-1]):
+            if (
+                not (inside and inside[-1]) or module.path in running[-1:]
+            ):  # the latter: `super().__call__` of a subclass
                 return next_fun(*args, **kwargs)
-            return _heard(session, next_fun, args, kwargs, module, method)
+            running.append(module.path)
+            try:
+                return _heard(session, next_fun, args, kwargs, module, method)
+            finally:
+                running.pop()
 
         with entered(session), linen.intercept_methods(intercept):
             return fun(*args, **kwargs)
@@ -65,6 +80,13 @@ class Linen(Library):
         names = [f.name for f in dataclasses.fields(self.model) if f.name not in ("parent", "name")]
         pairs = [(getattr(bound, name, None), getattr(self.model, name, None)) for name in names]
         return all(a == b for a, b in pairs if isinstance(a, bool | int | float | str) and isinstance(b, type(a)))
+
+
+def _untransformed(kind: type) -> type:
+    """The class that `nn.remat` or `nn.jit` was applied to; the class itself if neither was."""
+    names = ("Checkpoint", "Jit")
+    base = kind.__bases__[0]
+    return base if kind.__name__ in [name + base.__name__ for name in names] else kind
 
 
 def _top(module: linen.Module) -> linen.Module:

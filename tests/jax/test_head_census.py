@@ -75,8 +75,10 @@ def unit(rows: Array, axis: int = -1) -> Array:
 # --- Linen ------------------------------------------------------------------------------------------------------------
 
 
-def of_linen(head: Callable[[Array], Array], path: str = "head.kernel") -> Make:
-    """A hidden Dense layer and a head, with the path of its weight."""
+def of_linen(
+    head: Callable[[Array], Array], path: str = "head.kernel", transform: Callable[[Any], Any] = lambda kind: kind
+) -> Make:
+    """A hidden Dense layer and a head, with the path of its weight, and what is made of the whole model's class."""
 
     class Linen(linen.Module):
         @linen.compact
@@ -84,7 +86,7 @@ def of_linen(head: Callable[[Array], Array], path: str = "head.kernel") -> Make:
             return head(jnp.tanh(linen.Dense(D, name="hidden")(x)))
 
     def make() -> Net:
-        model = Linen()
+        model = transform(Linen)()
         params = moved(model.init(jax.random.key(0), X))
         return Net(model, params, model.apply, lambda p: parts(p["params"], path))
 
@@ -103,6 +105,16 @@ def tapped(h: Array) -> Array:
 
 def hidden_of(params: Any, x: Array) -> Array:
     return jnp.tanh(x @ params["params"]["hidden"]["kernel"] + params["params"]["hidden"]["bias"])
+
+
+class LinenSuper(linen.Dense):
+    def __call__(self, inputs: Array) -> Array:
+        return super().__call__(inputs)
+
+
+class LinenScaling(linen.Dense):
+    def __call__(self, inputs: Array) -> Array:
+        return 0.5 * super().__call__(inputs)
 
 
 class ScalingDot:
@@ -200,6 +212,13 @@ LINEN: dict[str, tuple[Make, str | None]] = {
     ),
     "Dense, relu after it": (of_linen(lambda h: linen.relu(linen.Dense(C, name="head")(h))), None),
     "Dense, subclass": (of_linen(lambda h: LinenSubclass(C, name="head")(h)), None),
+    "Dense, subclass that calls super()": (of_linen(lambda h: LinenSuper(C, name="head")(h)), None),
+    "Dense, scaling subclass that calls super()": (
+        of_linen(lambda h: LinenScaling(C, name="head")(h)),
+        "'head' is no linear layer: it does not end with a product of its input and its weight, plus its bias",
+    ),
+    "Dense, the model in nn.remat": (of_linen(lambda h: linen.Dense(C, name="head")(h), transform=linen.remat), None),
+    "Dense, the model in nn.jit": (of_linen(lambda h: linen.Dense(C, name="head")(h), transform=linen.jit), None),
     "Dense, partitioned": (of_linen(partitioned), None),
     "Dense, WeightNorm": (weight_normalised, None),
     "Dense of model.bind": (bound, None),
