@@ -27,7 +27,7 @@ from gwa_logging.integrations.jax.heads import find_head, library_of
 from gwa_logging.integrations.jax.probe import Call, Tapping, apart
 from gwa_logging.integrations.jax.processes import board
 from gwa_logging.monitor import logger
-from gwa_logging.ranks import Attendance, Counted, Identity, counted
+from gwa_logging.ranks import Attendance, Identity, counted
 from gwa_logging.samples import Ledger, Samples
 from gwa_logging.settings import WatchSettings
 from gwa_logging.state import HeadShape
@@ -76,6 +76,9 @@ def _auto_mesh(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
+LOST = "lost processes"
+"""Fault: a process of jax.distributed has died."""
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -110,6 +113,7 @@ class JaxAdapter:
         self._attendance = attendance
         self.notes: tuple[str, ...] = ()
         self._recorded: set[str] = set()
+        self._lost: dict[str, str] = {}  # the fault, once a process has died
         self.is_detached = False  # scores come from the user, whatever has become of the model
         self._library = library_of(model)
         self._wanted = head
@@ -152,19 +156,35 @@ class JaxAdapter:
             return summary
         problems = self._attendance.problems()
         if not problems:
-            summary, (_, problems) = self._merged_over_processes(summary)
+            summary, problems = self._merged_over_processes(summary)
         self._record(problems)
         self.notes = tuple(problems.values())
         return summary
 
-    def _merged_over_processes(self, summary: AlignmentSummary) -> tuple[AlignmentSummary, Counted]:
+    def _merged_over_processes(self, summary: AlignmentSummary) -> tuple[AlignmentSummary, dict[str, str]]:
+        """The summary of all processes, and what is wrong with them."""
         head = "" if self.shape is None else str(HeadShape(self.path, *self.shape))
         own, identity = summary.to_bytes(), Identity(head, group=jax.process_index()).to_vector().tobytes()
-        gathered = multihost_utils.process_allgather(np.frombuffer(own + identity, np.uint8), tiled=False)
+        gathered = self._gathered(np.frombuffer(own + identity, np.uint8))
+        if gathered is None:
+            return summary, self._lost
         parts = [part.tobytes() for part in np.asarray(gathered)]
         summaries = [AlignmentSummary.from_bytes(part[: len(own)]) for part in parts]
         found = counted([Identity.from_vector(np.frombuffer(part[len(own) :])) for part in parts], summaries)
-        return AlignmentSummary.merge_all(summaries[number] for number in found.ranks), found
+        return AlignmentSummary.merge_all(summaries[number] for number in found.ranks), found.problems
+
+    def _gathered(self, value: Any) -> Any:
+        """What all processes give, stacked; None once one of them has died, which would fail again, or never return."""
+        if self._lost:
+            return None
+        try:
+            return multihost_utils.process_allgather(value, tiled=False)
+        except (ValueError, RuntimeError) as error:  # which of them depends on the moment of the death
+            reason = str(error).partition("\n")[0][:200]
+            self._lost = {
+                LOST: f"another process no longer answers ({reason}); from now on each process reports its own samples only"
+            }
+            return None
 
     def _record(self, problems: dict[str, str]) -> None:
         """Records what is wrong with the processes, each problem once."""
@@ -302,7 +322,10 @@ class JaxAdapter:
         if missing:
             self._record(missing)
             return own
-        every = multihost_utils.process_allgather(own, tiled=False)
+        every = self._gathered(own)
+        if every is None:
+            self._record(self._lost)
+            return own
         parts = [Ledger(*(np.asarray(array)[i] for array in every)) for i in range(jax.process_count())]
         merged = reduce(Ledger.merge, parts)
         return merged._replace(strays=int(merged.strays), untagged=int(merged.untagged))

@@ -1,9 +1,11 @@
 """Finds the classifier head of a JAX model: by dataflow, in an abstract trace of the loss or of the model."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from gwa_logging.errors import HeadNotFoundError, InvalidInputError
 from gwa_logging.integrations.jax.dataflow import ADDED, flaw, makers
@@ -63,6 +65,7 @@ def _trace(
     library: Library, fun: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], trained: Any = ()
 ) -> tuple[Any, Discovery]:
     discovery = Discovery()
+    args, kwargs, trained = (_on_device(each) for each in (tuple(args), kwargs, trained))
 
     def run() -> Any:
         discovery.parameters(named(trained))
@@ -71,6 +74,15 @@ def _trace(
     with apart():
         jaxpr = jax.make_jaxpr(run)()
     return jaxpr, discovery
+
+
+def _on_device(tree: Any) -> Any:
+    """Nested containers with their NumPy arrays as arrays of JAX: a trace takes each use of a NumPy array for another constant."""
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biuf" else leaf,
+        tree,
+        is_leaf=lambda node: not isinstance(node, Mapping | list | tuple),
+    )
 
 
 def _choose(jaxpr: Any, discovery: Discovery, wanted: str | None, what: str, name: str) -> Head:

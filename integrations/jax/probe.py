@@ -298,6 +298,7 @@ class Discovery:
     def linear(
         self, path: str, layer: Callable[[Array], Array], embeddings: Array, weight: Array, bias: Array | None
     ) -> Array:
+        embeddings = jnp.asarray(embeddings)  # of NumPy, the layer and the note would make two constants
         number = self._call(path, embeddings, weight, bias)
         return self._output(number, layer(embeddings), weight)
 

@@ -1,6 +1,7 @@
 """One of two processes: trains with global arrays and with arrays of its own; prints results as JSON. See test_processes.py."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -88,6 +89,34 @@ def watched_by_the_first() -> dict | None:
         report, suspects = monitor.end_epoch(), monitor.suspects(32)
     return {"count": report.count, "notes": report.notes, "faults": monitor.faults, "suspects": len(suspects)}
 
+
+def beside_a_process_that_dies() -> dict:
+    """The second process dies after its first epoch."""
+    own = slice(16 * number, 16 * (number + 1))
+    with gwa_logging.watch(model, num_samples=32) as monitor:
+        (_, scores), _ = monitor.value_and_grad(loss)(params, x[own], y[own])
+        monitor.update(scores, np.arange(32)[own])
+        both = monitor.end_epoch()
+        if number:
+            os._exit(0)
+        monitor.update(scores, np.arange(32)[own])
+        own, suspects = monitor.end_epoch(), monitor.suspects(32)
+        monitor.state_dict()
+        monitor.update(scores, np.arange(32)[own])
+        last = monitor.end_epoch()
+    reports = [both, own, last]
+    return {
+        "counts": [r.count for r in reports],
+        "notes": [r.notes for r in reports],
+        "faults": monitor.faults,
+        "suspects": len(suspects),
+    }
+
+
+if sys.argv[3:] == ["dies"]:
+    Path(f"result{number}.json").write_text(json.dumps(beside_a_process_that_dies()))
+    sys.stdout.flush()
+    os._exit(0)  # jax.distributed's own exit would wait for the other process
 
 out = {
     "global": trained(with_global_arrays),

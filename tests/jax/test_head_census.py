@@ -657,6 +657,21 @@ def test_logits_of_any_other_kind_are_refused_with_what_made_them_and_never_scor
     assert reason in str(error.value)
 
 
+def test_numpy_arrays_in_a_step_without_jit_are_scored_like_those_of_jax():
+    model, x, y = linen.Dense(C), np.asarray(X), np.asarray(Y)
+    params = jax.tree.map(np.asarray, moved(model.init(jax.random.key(0), x)))
+    net = Net(model, jax.tree.map(jnp.asarray, params), model.apply, lambda p: p["params"]["kernel"])
+    with gwa_logging.watch(model) as monitor:
+
+        def loss(params: Any) -> Array:
+            return cross_entropy(model.apply(params, x), y).sum()
+
+        (_, closed_over), _ = monitor.value_and_grad(loss)(params)
+        (_, given), _ = monitor.value_and_grad(lambda p, x: cross_entropy(model.apply(p, x), y).sum())(params, x)
+    for scores in (closed_over, given):
+        np.testing.assert_allclose(np.asarray(scores), oracle(net), atol=2e-6)
+
+
 @pytest.mark.parametrize("head", [["a", "b"], ("a", "b")], ids=["list", "tuple"])
 def test_several_heads_are_refused_with_what_to_name_instead(head):
     with pytest.raises(InvalidInputError, match=r"head=\['a', 'b'\]: in JAX one head is watched.*head='a'"):

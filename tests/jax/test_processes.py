@@ -17,12 +17,18 @@ HERE = Path(__file__)
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("processes")
+    _run(folder)
+    return [json.loads((folder / f"result{i}.json").read_text()) for i in range(2)]
+
+
+def _run(folder: Path, *arguments: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, HERE.with_name("processes.py")]
     running = [
-        subprocess.Popen([*command, str(i), str(port)], cwd=folder, stderr=subprocess.PIPE, text=True) for i in range(2)
+        subprocess.Popen([*command, str(i), str(port), *arguments], cwd=folder, stderr=subprocess.PIPE, text=True)
+        for i in range(2)
     ]
     try:
         said = [process.communicate(timeout=180)[1] for process in running]
@@ -30,7 +36,6 @@ def results(tmp_path_factory) -> list[dict]:
         for process in running:
             process.kill()
     assert [process.returncode for process in running] == [0, 0], said
-    return [json.loads((folder / f"result{i}.json").read_text()) for i in range(2)]
 
 
 @pytest.mark.parametrize("kind", ["global", "own"])
@@ -69,3 +74,13 @@ def test_a_process_that_never_called_watch_is_named_and_not_waited_for(results):
     assert first["count"] == first["suspects"] == 32
     assert first["faults"] == {"ranks without watch()": 1}
     assert "ranks [1] have not called watch()" in "".join(first["notes"])
+
+
+def test_a_process_whose_companion_dies_goes_on_with_its_own_samples(tmp_path):
+    _run(tmp_path, "dies")
+    result = json.loads((tmp_path / "result0.json").read_text())
+    assert result["counts"] == [32, 16, 16]
+    assert result["suspects"] == 16
+    assert result["faults"] == {"lost processes": 1}
+    for notes in result["notes"][1:]:
+        assert "from now on each process reports its own samples only" in "".join(notes)
