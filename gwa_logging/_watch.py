@@ -59,7 +59,7 @@ def watch(
         early_stop: the stop rule, or None for no alert.
         on_alert: called with each StopAlert; a second one comes only after a clearly better epoch took the first one back.
         log_every_n_steps: steps between two histograms; at least 1. After 10,000 histograms it doubles, and again whenever the
-            run has become twice as long, so that a run of any length writes a bounded journal; not with samples_per_epoch.
+            run has become twice as long, so that the histograms in the journal are bounded; not with samples_per_epoch.
         samples_per_epoch: closes an epoch by itself whenever at least so many samples have been seen; looked at each
             time a histogram is taken. For runs without epochs.
         num_samples: size of the training set, below 2**31; turns on the per-sample ledger behind `Monitor.suspects`: 12 bytes a

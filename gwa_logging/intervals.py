@@ -16,7 +16,7 @@ def interval_at(step: int, every: int) -> int:
     """How many steps an interval has: `every`, and twice as many whenever the run has become twice as long.
 
     The first 10,000 intervals are of `every` steps; then each doubling of the run's length adds 5,000 more, so that a run of
-    any length writes a bounded journal: 1e9 steps with `every` = 50 are 65,000 intervals, 65 MB. It depends on the
+    any length writes a bounded number of them: 1e9 steps with `every` = 50 are 65,000 intervals, 65 MB. It depends on the
     step alone, so a resumed run goes on as it would have.
     """
     return every << (step // (every * STEADY)).bit_length()

@@ -439,10 +439,12 @@ def test_the_active_run_is_taken_and_left_running(tmp_path: Path) -> None:
 def test_no_way_to_start_a_run_is_an_error_that_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WANDB_MODE", "online")
-    monkeypatch.setenv("WANDB_API_KEY", "not a key")
-    with pytest.raises(BackendError, match=r"(?s)wandb login.*WANDB_MODE=offline.*run=wandb\.init"):
-        Training().watch(tmp_path)
+    with serving() as address:
+        wandb.teardown()
+        for key, value in {"BASE_URL": address, "API_KEY": "not a key", "MODE": "online"}.items():
+            monkeypatch.setenv(f"WANDB_{key}", value)
+        with pytest.raises(BackendError, match=r"(?s)wandb login.*WANDB_MODE=offline.*run=wandb\.init"):
+            Training().watch(tmp_path)
 
 
 # --- alerts and summary -----------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """The Monitor: steps, intervals, epochs, the alert, closing. On a real PyTorch model."""
 
 import math
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from torch import nn
 import gwa_logging
 from gwa_logging import EarlyStop, InvalidInputError, NoObservationsError, StopReason
 from gwa_logging.journal import read_journal
+from gwa_logging.types import RunPlace
 
 
 @pytest.fixture
@@ -276,3 +279,30 @@ def test_an_undefined_epoch_neither_improves_nor_stops(model):
         monitor.end_epoch()
     assert math.isnan(monitor.history[1].gwa)
     assert monitor.alert.epoch == 3
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, 0)], ids=["deleted", "truncated"])
+def test_a_journal_that_is_damaged_in_mid_run_costs_neither_the_backend_nor_the_journal_a_record(model, damage):
+    class Tracker:
+        name, run, threaded, place = "tracker", None, True, RunPlace()
+
+        def __init__(self) -> None:
+            self.taken = []
+
+        def write(self, record) -> None:
+            self.taken.append(record)
+
+        def close(self) -> None:
+            pass
+
+    tracker = Tracker()
+    monitor = gwa_logging.watch(model, backend=tracker, log_every_n_steps=1)
+    train(model, 5)
+    damage(monitor.journal)
+    train(model, 5)
+    monitor.end_epoch()
+    assert monitor.flush(30)
+    monitor.close()
+    assert [r.step for r in tracker.taken if r.kind == "interval"] == list(range(10))
+    assert read_journal(monitor.journal) == (tracker.taken, 0)
+    assert monitor.faults == {"journal": 1}
