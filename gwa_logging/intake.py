@@ -94,7 +94,8 @@ class Intake(Owned):
 
         Returns:
             A function of the same arguments; it may be jitted. Scores are float32 [...], one for each row of the
-            head's output.
+            head's output. While `jax_debug_nans` or `jax_debug_infs` is on, samples without a score are marked by 64, 128
+            and -128 instead of values that are not finite.
 
         Raises:
             HeadNotFoundError: when it is traced, if `fun` does not run the head once.

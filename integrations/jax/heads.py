@@ -77,7 +77,7 @@ def _trace(
 
 
 def _on_device(tree: Any) -> Any:
-    """Nested containers with their NumPy arrays as arrays of JAX: a trace takes each use of a NumPy array for another constant."""
+    """Nested containers with arrays of JAX instead of NumPy: in a trace each use of a NumPy array is another constant."""
     return jax.tree.map(
         lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biuf" else leaf,
         tree,

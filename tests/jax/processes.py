@@ -100,11 +100,11 @@ def beside_a_process_that_dies() -> dict:
         if number:
             os._exit(0)
         monitor.update(scores, np.arange(32)[own])
-        own, suspects = monitor.end_epoch(), monitor.suspects(32)
+        alone, suspects = monitor.end_epoch(), monitor.suspects(32)
         monitor.state_dict()
         monitor.update(scores, np.arange(32)[own])
         last = monitor.end_epoch()
-    reports = [both, own, last]
+    reports = [both, alone, last]
     return {
         "counts": [r.count for r in reports],
         "notes": [r.notes for r in reports],
