@@ -84,7 +84,7 @@ def own_operations(samples: int) -> None:
         layer, logits = Linear(torch.nn.Linear(8, classes), classes, 8), torch.randn(BATCH, classes)
         took = median_us(lambda layer=layer, logits=logits: layer.predicted(logits))  # type: ignore[misc]
         print(f"PyTorch, prediction of {BATCH} samples, {classes} classes: {took:.0f} us")
-    took = median_us(lambda: accumulator._enter(batches, [scores] * BATCHES)) / BATCHES
+    took = median_us(lambda: accumulator._enter(batches, [scores] * BATCHES, [None] * BATCHES)) / BATCHES
     print(f"PyTorch, entering them, {BATCHES} batches at once: {took:.0f} us a batch")
 
     ledger, device_scores = DeviceLedger.empty(samples), jnp.asarray(scores.numpy())

@@ -199,7 +199,7 @@ The model at 1,024 ranks and 1e9 samples an epoch, 256 of them a step on each ra
 - the journal: rank 0 alone writes, {large["intervals_per_epoch"]:.0f} intervals and
   {large["journal_bytes_per_epoch"] / 1e3:,.0f} KB an epoch at first; a run of 1,000 such epochs,
   {1000 * large["steps"]:,.0f} steps, writes {long["journal_bytes"] / 1e6:,.0f} MB;
-- the queue: a record waits in the journal, not in memory, until a tracker takes it;
+- the queue: a record waits in the journal until a tracker takes it; memory holds the latest 4 MB;
 - the ledger, if it is asked for: 12 bytes a sample on every rank, here {large["ledger_bytes"] / 1e9:.0f} GB, which are
   added up over the ranks where suspects or a state are asked for. At this size, leave it out."""
 

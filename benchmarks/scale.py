@@ -21,10 +21,12 @@ from torch import distributed, nn
 
 import gwa_logging
 from gwa_logging.intervals import STEADY, interval_at
+from gwa_logging.ranks import Identity
 from gwa_logging.summary import AlignmentSummary
 from tests.torch import ranks
 
 SUMMARY_BYTES = len(AlignmentSummary().to_bytes())
+SENT_BYTES = SUMMARY_BYTES + Identity().to_vector().nbytes  # a rank's summary, and what tells which head it is of
 EVERY = 50
 SAMPLES = 10_000
 """Of the ledger, in the measured runs."""
@@ -57,8 +59,8 @@ def predicted(world: int, samples: int, batch: int, epochs: int, line: float, le
     return {
         "steps": steps,
         "to_host_bytes": SUMMARY_BYTES * lines / epochs,  # of each rank, per epoch
-        "sent_bytes": SUMMARY_BYTES * (world > 1),
-        "received_bytes": SUMMARY_BYTES * world * (world > 1),
+        "sent_bytes": SENT_BYTES * (world > 1),
+        "received_bytes": SENT_BYTES * world * (world > 1),
         "ledger_bytes": 12.0 * ledger,
         "intervals_per_epoch": lines / epochs,
         "journal_bytes_per_epoch": line * lines / epochs,

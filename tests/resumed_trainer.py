@@ -46,6 +46,7 @@ class HostAdapter:
 
     head, path, shape = "scores by step", "", (2, 2)
     writes, processes = True, 1
+    is_detached, notes = False, ()
 
     def __init__(self) -> None:
         self._summary = AlignmentSummary()
