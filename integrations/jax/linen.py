@@ -28,7 +28,7 @@ class Linen(Library):
 
     def run(self, session: Session, fun: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         inside: list[bool] = []
-        running: list[tuple[str, ...]] = []  # paths of the layers that are being called
+        running: list[linen.Module] = []  # the linear layers that are being called, the innermost last
 
         def intercept(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
             root = not context.module.path  # the watched model, or another one, such as a teacher
@@ -44,15 +44,10 @@ class Linen(Library):
                     inside.pop()
 
         def heard(next_fun: Callable[..., Any], args: Any, kwargs: Any, module: linen.Module, method: str) -> Any:
-            if (
-                not (inside and inside[-1]) or module.path in running[-1:]
-            ):  # the latter: `super().__call__` of a subclass
+            in_super = bool(running) and running[-1] is module  # a subclass has called `super().__call__`
+            if in_super or not (inside and inside[-1]):
                 return next_fun(*args, **kwargs)
-            running.append(module.path)
-            try:
-                return _heard(session, next_fun, args, kwargs, module, method)
-            finally:
-                running.pop()
+            return _heard(session, next_fun, args, kwargs, module, method, running)
 
         with entered(session), linen.intercept_methods(intercept):
             return fun(*args, **kwargs)
@@ -97,9 +92,18 @@ def _top(module: linen.Module) -> linen.Module:
 
 
 def _heard(
-    session: Session, next_fun: Callable[..., Any], args: Any, kwargs: Any, module: linen.Module, method: str
+    session: Session,
+    next_fun: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    module: linen.Module,
+    method: str,
+    running: list[linen.Module],
 ) -> Any:
-    """Runs a method of a module, by way of the session if the module is a linear layer and the method its product."""
+    """Runs a method of a module, by way of the session if the module is a linear layer and the method its product.
+
+    While the layer runs, it is the last one in `running`.
+    """
     kinds = linen.Dense | linen.DenseGeneral | linen.Einsum | linen.Conv
     is_tied = isinstance(module, linen.Embed) and method == "attend"
     parameters = linen.meta.unbox(module.variables.get("params", {}))
@@ -112,7 +116,11 @@ def _heard(
     inputs, *rest = args or (kwargs.pop(name),)
 
     def layer(inputs: Array) -> Array:
-        return next_fun(inputs, *rest, **kwargs)  # type: ignore[no-any-return]
+        running.append(module)
+        try:
+            return next_fun(inputs, *rest, **kwargs)  # type: ignore[no-any-return]
+        finally:
+            running.pop()
 
     given = (session, ".".join(module.path), layer, inputs, weight, parameters.get("bias"))
     if isinstance(module, linen.DenseGeneral) and module.batch_dims == ():
