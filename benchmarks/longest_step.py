@@ -3,7 +3,7 @@
     python -m benchmarks.longest_step [--steps 3000] [--repeats 3]
 
 A worker thread that holds the interpreter (drawing a picture, encoding a request) makes the training step longer that runs
-at the same time. The rows are measured in turn, each in a process of its own, so that other load on the machine falls on
+at the same time. The rows are measured in turn, each in its own process, so that other load on the machine falls on
 all of them alike.
 """
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from threading import Lock
 
 from gwa_logging.redact import redact_urls
@@ -49,6 +50,12 @@ class Faults:
     def renew_lock(self) -> None:
         """For a forked process: a thread of the parent may have held the lock, and would never release this copy of it."""
         self._lock = Lock()
+
+    def record_once(self, problems: Mapping[str, str]) -> None:
+        """Counts each kind of problem the first time that it is given, with its description: for conditions that last."""
+        for kind, detail in problems.items():
+            if kind not in self.counts:
+                self.record(kind, detail)
 
     @property
     def counts(self) -> dict[str, int]:

@@ -21,7 +21,7 @@ LINEAR_WITHIN = 1e-3
 
 DISPLAY_BINS = 64
 MOST = 2**53
-"""No bin counts so many samples: larger numbers are not exact as floats, and 512 of these still fit into an int64."""
+"""Upper bound of a bin's count: larger numbers are not exact as floats, and 512 of these still fit into an int64."""
 
 _LADDER = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 

@@ -471,7 +471,7 @@ class Monitor(Intake):
             raise InvalidInputError(f"{call}: the monitor belongs to process {self._owner}; call it there")
 
     def _notify(self) -> None:
-        """Says that there are new records, of this head and of those beside it. Blocks for `delivery.PATIENCE` at most."""
+        """Notifies the backends of all heads about new records. Blocks for `delivery.PATIENCE` at most."""
         for monitor in (self, *self.heads.values()):
             self._group.notify(monitor._deliveries)
         self._group.take_turns(self)

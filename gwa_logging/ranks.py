@@ -24,6 +24,7 @@ NOT_WATCHED = "ranks without watch()"
 WATCHED_WITHIN = 60.0
 """Seconds that the first reduction waits for processes that have not called watch() yet."""
 
+NONE_ABSENT = "none"
 _TEXT = 256  # bytes of the head's description
 _CLOSE = 1e-5  # two ranks compute the same scores up to rounding; the scores of different samples are never this close
 
@@ -168,11 +169,11 @@ class Attendance:
     def _settle(self, board: Board) -> tuple[int, ...]:
         try:
             absent = ",".join(map(str, board.absent(self._key, WATCHED_WITHIN)))
-            settled = board.settle(f"{self._key}/missing", absent or "nobody")
+            settled = board.settle(f"{self._key}/missing", absent or NONE_ABSENT)
         except RuntimeError as error:  # if the store fails, so will the reduction, with an error that says more
             logger.debug("gwa_logging: the processes' store does not answer: %s", error)
             return ()
-        return () if settled == "nobody" else tuple(map(int, settled.split(",")))
+        return () if settled == NONE_ABSENT else tuple(map(int, settled.split(",")))
 
     def problems(self) -> dict[str, str]:
         """What users must know of it: a sentence, by kind of fault; empty if all watch."""

@@ -488,7 +488,7 @@ class Held(NamedTuple):
     """What a tracker's run holds already, as it is read back from the tracker.
 
     A tracker can lack records in the middle: it was down, the process was killed, and the resumed run sent later ones. So
-    each field answers for single records. Any container with `in` will do; a tracker that knows only how far it has come
+    each field answers for single records. Any container with `in` will do; a tracker that knows only its last step
     gives ranges, such as `range(last_step + 1)`.
 
     Attributes:

@@ -115,10 +115,10 @@ def locate(context: RunContext) -> RunPlace:
 
 
 def _knock() -> None:
-    """Looks whether anybody is there: W&B itself would try for a minute and a half.
+    """Checks that the server answers: W&B itself would try for a minute and a half.
 
     Raises:
-        BackendError: nobody is.
+        BackendError: it does not.
     """
     settings = wandb.setup().settings
     if (

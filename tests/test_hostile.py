@@ -66,7 +66,7 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def write(folder: Path, lines: list[Any]) -> Path:
-    """A run in a folder of its own, in a folder that nothing else may appear in."""
+    """A run in its own folder, within a folder in which nothing else may appear."""
     run = folder / "outer" / "run"
     run.mkdir(parents=True)
     (run / FILE_NAME).write_bytes(b"".join(line if isinstance(line, bytes) else _json(line) for line in lines))

@@ -61,7 +61,7 @@ class Lives:
             while True:
                 try:
                     self.done = ticks.recv()
-                except (EOFError, ConnectionResetError):  # it has come to its end, or died
+                except (EOFError, ConnectionResetError):  # it has ended or died
                     break
                 if until(self.done):
                     process.kill()

@@ -696,7 +696,7 @@ def test_a_run_that_wandb_gives_up_uploading_is_a_fault_in_mid_run(
     wandb.teardown()
 
 
-@pytest.mark.parametrize("answering", ["nobody listens", "it hangs"])
+@pytest.mark.parametrize("answering", ["no server listens", "it hangs"])
 def test_a_server_that_does_not_answer_is_an_error_within_ten_seconds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answering: str
 ) -> None:

@@ -154,7 +154,7 @@ def update(state: AlignmentState, scores: Array) -> AlignmentState:
 merge = jax.jit(AlignmentState.merge)
 
 copied = jax.jit(partial(jax.tree.map, jnp.copy))
-"""A pytree in memory of its own, so that it may be donated, wherever it is."""
+"""A copy of a pytree, on the same devices, which may be donated."""
 
 
 @lru_cache(maxsize=8)

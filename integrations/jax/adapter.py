@@ -112,7 +112,6 @@ class JaxAdapter:
         self._faults = faults
         self._attendance = attendance
         self.notes: tuple[str, ...] = ()
-        self._recorded: set[str] = set()
         self._lost: dict[str, str] = {}  # the fault, once a process has died
         self.is_detached = False  # scores come from the user, whatever has become of the model
         self._library = library_of(model)
@@ -157,7 +156,7 @@ class JaxAdapter:
         problems = self._attendance.problems()
         if not problems:
             summary, problems = self._merged_over_processes(summary)
-        self._record(problems)
+        self._faults.record_once(problems)
         self.notes = tuple(problems.values())
         return summary
 
@@ -185,12 +184,6 @@ class JaxAdapter:
                 LOST: f"another process no longer answers ({reason}); from now on each process reports its own samples only"
             }
             return None
-
-    def _record(self, problems: dict[str, str]) -> None:
-        """Records what is wrong with the processes, each problem once."""
-        for kind in problems.keys() - self._recorded:
-            self._faults.record(kind, problems[kind])
-        self._recorded |= problems.keys()
 
     def start(self, on_step: Callable[[], None]) -> None:
         """Begins to observe."""
@@ -320,11 +313,11 @@ class JaxAdapter:
             return own
         missing = self._attendance.problems()
         if missing:
-            self._record(missing)
+            self._faults.record_once(missing)
             return own
         every = self._gathered(own)
         if every is None:
-            self._record(self._lost)
+            self._faults.record_once(self._lost)
             return own
         parts = [Ledger(*(np.asarray(array)[i] for array in every)) for i in range(jax.process_count())]
         merged = reduce(Ledger.merge, parts)

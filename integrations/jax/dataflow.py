@@ -382,7 +382,7 @@ class _Layer:
         return any(self._same(x, self._input) and self._same(y, self._weight) for x, y in ((a, b), (b, a)))
 
     def _source(self, value: Value, is_broadcast: bool = False) -> Value:
-        """What a value is a copy of, but for shape and type."""
+        """What a value is a copy of, apart from shape and type."""
         while (operation := self._by.get(value)) is not None and operation.name in {*_MOVES, "stop_gradient"}:
             before = operation.inputs[0]
             grows = before.aval.size != value.aval.size and not is_broadcast
@@ -392,7 +392,7 @@ class _Layer:
         return value
 
     def _same(self, a: Value, b: Value, is_broadcast: bool = False, depth: int = 8) -> bool:
-        """Whether two values are equal, but for shape and type: one value, or computed twice in the same way."""
+        """Returns True if two values are equal apart from shape and type: one value, or computed twice in the same way."""
         a, b = self._source(a, is_broadcast), self._source(b, is_broadcast)
         if a is b or (a.literal is not None and a.literal == b.literal):
             return True

@@ -1,4 +1,4 @@
-"""Equinox: hears of the linear layers of a model that is an argument of the loss, also under `jax.vmap`."""
+"""Equinox: intercepts the linear layers of a model that is an argument of the loss, also under `jax.vmap`."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

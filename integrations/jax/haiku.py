@@ -1,4 +1,4 @@
-"""Haiku: hears of the linear modules that run inside of a transformed function."""
+"""Haiku: intercepts the linear modules that run inside a transformed function."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Keras 3 on its JAX backend: hears of the linear layers of the watched model, as NNX's are heard.
+"""Keras 3 on its JAX backend: intercepts the linear layers of the watched model, as `nnx` does.
 
 The loss runs `model.stateless_call`; a layer's activation is applied after the probe.
 """

@@ -1,4 +1,4 @@
-"""Flax Linen: hears of the linear layers that run, without touching the model."""
+"""Flax Linen: intercepts the linear layers that run, without touching the model."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""Flax NNX: hears of the linear layers of a model that is an argument of the loss.
+"""Flax NNX: intercepts the linear layers of a model that is an argument of the loss.
 
 For the time of a trace each of them is of a subclass that tells the session; then it is what it was. So the paths of the
 parameters, the graph and the gradients are the user's.

@@ -193,7 +193,7 @@ class Accumulator:
         self._ledger: _DeviceLedger | None = None
         self._untagged = 0
         self._untagged_coded: Tensor | int = (
-            0  # of compiled passes, whose rows can be told from padding on the device only
+            0  # of compiled passes, whose rows only the device can distinguish from padding
         )
         self._misfits = 0  # ids that were not as many as their samples; those on the device are the ledger's strays
         self._lock = Lock()  # DataParallel's replicas run their backward passes in threads
@@ -260,7 +260,7 @@ class Accumulator:
             return snapshot
 
     def _lost(self, overlaid: int, strays: int) -> None:
-        """What a folded vector says of samples that were lost on the device has come to the host."""
+        """Records the samples that were lost on the device, once a folded vector has arrived on the host."""
         if overlaid:
             self._faults.record(
                 "compiled passes",

@@ -83,7 +83,6 @@ class TorchAdapter:
         self._early: list[TorchSnapshot] = []  # until the first scores are known
         self._first = Identity().first
         self.notes: tuple[str, ...] = ()
-        self._recorded: set[str] = set()
         self._faults = faults
         self._on_step: Callable[[], None] = lambda: None
         self._watching: HeadProbe | FirstPass | None = None
@@ -121,7 +120,7 @@ class TorchAdapter:
         problems = self._attendance.problems()
         if not problems:
             summary, (_, problems) = merged_over_ranks(summary, self._identity())
-        self._record(problems)
+        self._faults.record_once(problems)
         self.notes = tuple(problems.values())
         return summary
 
@@ -134,12 +133,6 @@ class TorchAdapter:
         shape, model = self.shape, self._model()
         head = "" if shape is None else str(HeadShape(self.path, *shape))
         return Identity(head, self._first, rank() if model is None else replica_group(model))
-
-    def _record(self, problems: dict[str, str]) -> None:
-        """Records what is wrong with the ranks, each problem once."""
-        for kind in problems.keys() - self._recorded:
-            self._faults.record(kind, problems[kind])
-        self._recorded |= problems.keys()
 
     def start(self, on_step: Callable[[], None]) -> None:
         """Begins to observe."""
@@ -300,7 +293,7 @@ class TorchAdapter:
         problems = self._attendance.problems()
         if not problems:
             ledger, (_, problems) = ledger_over_ranks(ledger, self._identity())
-        self._record(problems)
+        self._faults.record_once(problems)
         return ledger
 
     def load_ledger(self, ledger: Ledger) -> None:

@@ -106,7 +106,7 @@ class RankAccumulator(Accumulator):
     """Gathers what this rank sees.
 
     The ranks that share a split head all see the same samples. They make the terms whole together, and the first of them
-    counts the samples. If one of them does not watch, there is nobody to make them whole with, and nothing is counted.
+    counts the samples. If one of them does not watch, the terms cannot be completed, and nothing is counted.
     """
 
     def __init__(self, num_samples: int | None, faults: Faults, attendance: Attendance) -> None:

@@ -34,7 +34,7 @@ class Forwards:
         self._attachment = weakref.ref(Attachment(model, before=self._begins, after=self._ends, scripted=self.close))
 
     def head_called(self, rows: int) -> None:
-        """The head has seen so many rows in an eager training pass."""
+        """Adds a call of the head in an eager training pass, with its number of rows."""
         self._rows += rows
         self._calls += 1
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 is_tracing: Callable[[], bool] = torch._C._is_tracing
-"""Returns True inside torch.jit.trace, whose graph must not contain anything of ours."""
+"""Returns True inside torch.jit.trace, whose graph must not contain our operations."""
 
 # Calls a function that keeps something on an object, also inside of a compiled region where the compiler allows no such
 # thing, like a checkpointed one. That is safe if what is kept in the end was there before.
@@ -35,7 +35,7 @@ except ImportError:  # an older PyTorch: there the compiler breaks the graph
 
 
 def before_in_script(self: Any, input: tuple[Tensor]) -> None:
-    """What torch.jit.script compiles instead of a hook of ours before the call of a layer with one input."""
+    """What torch.jit.script compiles instead of our hook before the call of a layer with one input."""
     return
 
 

@@ -159,7 +159,7 @@ class HeadProbe:
         self._forwards = forwards
         self._link: Tensor | None = None  # from `before` to `after`, while a graph is being compiled
         self._slot: Slot | None = None
-        self._idle: Slot | None = None  # in place of `_slot` while paused, and the other way round
+        self._idle: Slot | None = None  # swapped with `_slot` while paused
         self._device = torch.device("meta")
         head = layer.module
         self._moved(head)

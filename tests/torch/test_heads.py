@@ -14,6 +14,7 @@ from torch import nn
 import gwa_logging
 from gwa_logging import HeadNotFoundError, InvalidInputError
 from gwa_logging.integrations.torch.heads import describe, find_head
+from tests.torch.peft_model import PeftModel
 
 
 class Base(nn.Module):
@@ -688,22 +689,6 @@ class LowRankBeside(nn.Module):
 
     def forward(self, x):
         return self.linear(x) + x @ self.lora_A.T @ self.lora_B.T
-
-
-class PeftModel(nn.Module):
-    """As PEFT's: its own forward cannot be traced, that of the model inside can."""
-
-    __module__ = "peft.peft_model"
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.base_model = model
-
-    def get_base_model(self) -> nn.Module:
-        return self.base_model
-
-    def forward(self, *args, **kwargs):
-        return self.base_model(*args, **kwargs) if len(kwargs) < 9 else None
 
 
 @pytest.mark.parametrize("adapter", [Adapter, Scaling, LowRankBeside])

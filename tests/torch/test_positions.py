@@ -240,7 +240,7 @@ def test_every_call_of_the_head_in_one_forward_gets_the_ids(width, compiled):
             z = run(x)
             z.retain_grad()
             F.cross_entropy(z, y).backward()
-        run(x).sum().backward()  # of nobody knows which samples
+        run(x).sum().backward()  # of unknown samples
         report, found = monitor.end_epoch(), by_id(monitor)
         assert monitor.faults == {"samples without ids": 2 * B}
     weight = model.net.head.weight.detach().double().numpy()

@@ -12,6 +12,7 @@ from torch import nn
 
 import gwa_logging
 from gwa_logging import NoObservationsError
+from tests.torch.peft_model import PeftModel
 
 
 class Net(nn.Module):
@@ -229,21 +230,6 @@ def test_a_head_watched_by_the_path_of_its_active_copy_is_followed_when_another_
 
 
 def test_a_peft_model_that_is_merged_and_dropped_does_not_end_the_observation():
-    class PeftModel(nn.Module):
-        """As PEFT's: `merge_and_unload` returns the model inside, and users drop this one."""
-
-        __module__ = "peft.peft_model"
-
-        def __init__(self, model: nn.Module) -> None:
-            super().__init__()
-            self.base_model = model
-
-        def get_base_model(self) -> nn.Module:
-            return self.base_model
-
-        def forward(self, *args: torch.Tensor) -> torch.Tensor:
-            return self.base_model(*args)
-
     inside = Net()
     inside.fc = Saved(inside.fc)
     model = PeftModel(inside)

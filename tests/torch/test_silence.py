@@ -69,3 +69,16 @@ def test_closing_ends_the_listening():
     monitor.close()
     assert len(ours) == 1
     assert ours.isdisjoint(_global_optimizer_post_hooks)
+
+
+@pytest.mark.parametrize("seen_before", [False, True])
+def test_steps_inside_paused_are_not_taken_for_silence(seen_before):
+    model = nn.Linear(8, 5)
+    monitor = gwa_logging.watch(model)
+    if seen_before:
+        train(model, 3)
+    with monitor.paused():
+        train(model, 100)
+    assert monitor.faults == {}
+    train(model, 3)
+    assert monitor.end_epoch().count == 12 * (1 + seen_before)
