@@ -166,7 +166,7 @@ def test_a_forked_process_does_not_keep_the_journal_from_others(model):
     monitor.close()
     Journal(monitor.journal, monitor._faults).close()  # would be refused if somebody still held it
     os.write(writing, b".")
-    os.waitpid(child, 0)
+    assert os.waitpid(child, 0) == (child, 0)  # it was alive all the time
 
 
 def test_the_workers_of_a_data_loader_neither_warn_nor_write(model, capfd):

@@ -127,5 +127,9 @@ def test_a_model_that_no_longer_exists_does_not_keep_its_run():
 
 
 def test_models_whose_runs_are_started_for_them_do_not_meet(model):
-    with gwa_logging.watch(model, backend="tensorboard"), gwa_logging.watch(nn.Linear(4, 3), backend="tensorboard"):
-        pass
+    with (
+        gwa_logging.watch(model, backend="tensorboard") as first,
+        gwa_logging.watch(nn.Linear(4, 3), backend="tensorboard") as second,
+    ):
+        runs = [read_journal(monitor.journal)[0][0].places["tensorboard"].run for monitor in (first, second)]
+    assert runs[0] != runs[1]
