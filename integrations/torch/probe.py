@@ -278,7 +278,9 @@ class HeadProbe:
                     "the head saw several rows for each input. Each row with a gradient (a token, a view, a clip) counts as a "
                     "sample"
                 )
-            self._accumulator.add_coded(rows if has_positions else rows[:, :3], tag.samples)
+            if rows.shape[1] > 3 and not has_positions:
+                rows = rows[:, :3]
+            self._accumulator.add_coded(rows, tag.samples)
             self.on_step()
         except Exception as error:  # noqa: BLE001 - nothing may reach the user's backward pass
             self.fault(error)
