@@ -7,6 +7,7 @@ then on there is only a client with that URI and that run id, on a thread that m
 MLflow has no histograms: the quantiles are metrics, and the distribution over time is a picture with a step slider.
 """
 
+import gc
 import logging
 import math
 import os
@@ -80,6 +81,8 @@ def open_backend(context: RunContext) -> "MlflowBackend":
         ) from None
     if own:
         logger.info("gwa_logging: no MLflow run is active in this thread; started one: %s", own.run_id)
+    # Loading MLflow makes a full garbage collection due, which would otherwise stop a training step for 0.2 to 0.4 s.
+    gc.collect()
     return MlflowBackend(client, run, context, own)
 
 
