@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 import gwa_logging
-from gwa_logging.intervals import Intervals
+from gwa_logging.interval_recorder import IntervalRecorder
 from gwa_logging.monitor import Monitor
 from tests.trackers import OnMlflow, OnMlflowServer, OnTensorBoard, OnTrackio, OnWandb, Tracker
 
@@ -91,10 +91,10 @@ ROWS = {
 def measure(row: Row, intervals: int, folder: Path) -> np.ndarray:
     """Seconds on the training thread, float [intervals]; without the device's part, which is there without a tracker."""
     times: list[float] = []
-    on_step, take = Monitor._on_step, Intervals._take
+    on_step, take = Monitor._on_step, IntervalRecorder._take
     device = 0.0
 
-    def timed_take(self: Intervals) -> None:
+    def timed_take(self: IntervalRecorder) -> None:
         nonlocal device
         begin = time.perf_counter()
         take(self)
@@ -109,7 +109,7 @@ def measure(row: Row, intervals: int, folder: Path) -> np.ndarray:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Monitor, "_on_step", timed)
-        patch.setattr(Intervals, "_take", timed_take)
+        patch.setattr(IntervalRecorder, "_take", timed_take)
         tracker = row.tracker and row.tracker()
         if tracker is not None:
             tracker.set_up(folder, patch)

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 import gwa_logging
 from gwa_logging.faults import Faults
-from gwa_logging.integrations.torch.layers import Linear, norm
+from gwa_logging.integrations.torch.head_layers import Linear, norm
 
 Step = Callable[[], None]
 SAMPLES = 1_281_167  # of ImageNet: the size of the ledger

@@ -75,11 +75,11 @@ def own_operations(samples: int) -> None:
 
     from gwa_logging.integrations.jax.accumulate import DeviceLedger, enter
     from gwa_logging.integrations.torch.accumulate import Accumulator
-    from gwa_logging.integrations.torch.layers import Linear
-    from gwa_logging.samples import Samples
+    from gwa_logging.integrations.torch.head_layers import Linear
+    from gwa_logging.ledger import TaggedBatch
 
     accumulator, ids, scores = Accumulator(samples), torch.randint(0, samples, (BATCH,)), 0.3 * torch.rand(BATCH)
-    batches = [Samples(torch.randint(0, samples, (BATCH,)), None, torch.zeros(BATCH, dtype=torch.int64))] * BATCHES
+    batches = [TaggedBatch(torch.randint(0, samples, (BATCH,)), None, torch.zeros(BATCH, dtype=torch.int64))] * BATCHES
     for classes in (10, 100, 1000):
         layer, logits = Linear(torch.nn.Linear(8, classes), classes, 8), torch.randn(BATCH, classes)
         took = median_us(lambda layer=layer, logits=logits: layer.predicted(logits))  # type: ignore[misc]
@@ -88,7 +88,7 @@ def own_operations(samples: int) -> None:
     print(f"PyTorch, entering them, {BATCHES} batches at once: {took:.0f} us a batch")
 
     ledger, device_scores = DeviceLedger.empty(samples), jnp.asarray(scores.numpy())
-    device_batch = Samples(ids.numpy().astype(np.int32))
+    device_batch = TaggedBatch(ids.numpy().astype(np.int32))
 
     def entered() -> None:
         nonlocal ledger

@@ -20,12 +20,12 @@ import torch
 from torch import distributed, nn
 
 import gwa_logging
-from gwa_logging.intervals import STEADY, interval_at
+from gwa_logging.interval_recorder import STEADY, interval_at
 from gwa_logging.ranks import Identity
 from gwa_logging.summary import AlignmentSummary
 from tests.torch import ranks
 
-SUMMARY_BYTES = len(AlignmentSummary().to_bytes())
+SUMMARY_BYTES = AlignmentSummary().to_vector().nbytes
 SENT_BYTES = SUMMARY_BYTES + Identity().to_vector().nbytes  # a rank's summary, and what tells which head it is of
 EVERY = 50
 SAMPLES = 10_000
@@ -121,9 +121,9 @@ SCENARIOS = {"epoch": partial(epoch_of_steps, int(os.environ.get("GWA_BENCH_STEP
 def merging(world: int) -> float:
     """Milliseconds that one rank needs to merge so many summaries."""
     scores = np.random.default_rng(0).normal(0.1, 0.05, (world, 256)).astype(np.float32)
-    data = [AlignmentSummary.from_scores(row).to_bytes() for row in scores]
+    data = [AlignmentSummary.from_scores(row).to_vector() for row in scores]
     begin = time.perf_counter()
-    AlignmentSummary.merge_all(AlignmentSummary.from_bytes(each) for each in data)
+    AlignmentSummary.merge_all(AlignmentSummary.from_vector(each) for each in data)
     return 1e3 * (time.perf_counter() - begin)
 
 

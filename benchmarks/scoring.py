@@ -28,7 +28,7 @@ from benchmarks.gpu import (
     published_product,
     scored,
 )
-from gwa_logging.integrations.torch.layers import Linear
+from gwa_logging.integrations.torch.head_layers import Linear
 
 PRODUCT_ROWS_BYTES = 2**27
 """The published product is timed on as many samples as fit; its time is proportional to them."""

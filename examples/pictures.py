@@ -14,10 +14,10 @@ from pytorch_digits import CNN
 from torch import nn
 
 import gwa_logging
-from gwa_logging.integrations.picture import draw
+from gwa_logging.integrations.heatmap_picture import draw
 from gwa_logging.journal import read_journal
-from gwa_logging.timeline import Timeline
-from gwa_logging.types import EpochReport, IntervalRecord
+from gwa_logging.records import EpochReport, IntervalRecord
+from gwa_logging.report.heatmap import Timeline
 
 COLOURS = 128
 """Of the palette that the pictures are saved with; the files are half as large."""

@@ -12,9 +12,9 @@ from gwa_logging.errors import (
     NoObservationsError,
 )
 from gwa_logging.monitor import Monitor
+from gwa_logging.records import EpochReport, StopAlert, StopReason, Suspect
 from gwa_logging.settings import EarlyStop
 from gwa_logging.summary import AlignmentSummary
-from gwa_logging.types import EpochReport, StopAlert, StopReason, Suspect
 
 __version__ = "0.1.0"
 

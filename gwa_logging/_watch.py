@@ -16,8 +16,9 @@ from gwa_logging.errors import InvalidInputError
 from gwa_logging.faults import Faults
 from gwa_logging.journal import FILE_NAME, Journal
 from gwa_logging.monitor import Monitor, close_all, logger
+from gwa_logging.protocols import Backend, RunContext
+from gwa_logging.records import TrackerRunRef
 from gwa_logging.settings import EarlyStop, WatchSettings
-from gwa_logging.types import Backend, RunContext, RunPlace
 
 _watched: list[tuple[Callable[[], Any], Monitor]] = []  # weak references to models, and their monitors
 _DEFAULT = EarlyStop()
@@ -134,7 +135,7 @@ def _open(room: Any, model: Any, settings: WatchSettings, folder: Path, *, besid
                 opened = registry.open_backend(wanted, context)
                 if opened is not None:
                     backends.append(opened)
-                    _check_is_free(opened, getattr(opened, "place", RunPlace()), name)
+                    _check_is_free(opened, getattr(opened, "run_ref", TrackerRunRef()), name)
         monitor = Monitor(settings, journal, faults, beside._group if beside else None)
         monitor._start(name, adapter, backends)
         adapter.start(monitor._on_step)
@@ -161,15 +162,15 @@ class RunTakenError(InvalidInputError):
         self.monitor = monitor
 
 
-def _check_is_free(backend: Any, place: RunPlace, name: str) -> None:
-    """Closes the monitor of a model that no longer exists, if it writes to this place under this name.
+def _check_is_free(backend: Any, run_ref: TrackerRunRef, name: str) -> None:
+    """Closes the monitor of a model that no longer exists, if it writes to this run_ref under this name.
 
     Raises:
         RunTakenError: the monitor of another model writes there.
     """
     for reference, watcher in list(_watched):
         for monitor in (watcher, *watcher.heads.values()):
-            if monitor._name != name or not any(_is_at(other, backend, place) for other in monitor._backends()):
+            if monitor._name != name or not any(_is_at(other, backend, run_ref) for other in monitor._backends()):
                 continue
             gc.collect()
             if reference() is None and monitor._adapter.is_detached:
@@ -177,7 +178,7 @@ def _check_is_free(backend: Any, place: RunPlace, name: str) -> None:
                 watcher.close()
                 break
             kind = backend if isinstance(backend, str) else getattr(backend, "name", type(backend).__name__)
-            run = "it" if place == RunPlace() else f"its run {place.run or place.url!r}"
+            run = "it" if run_ref == TrackerRunRef() else f"its run {run_ref.run or run_ref.url!r}"
             raise RunTakenError(
                 f"backend={kind!r}: the monitor of another model ({monitor._adapter.head}) still writes to {run} under "
                 f"name={monitor._settings.name!r}, and their values would be mixed. Close that monitor first, or give this one "
@@ -186,13 +187,13 @@ def _check_is_free(backend: Any, place: RunPlace, name: str) -> None:
             )
 
 
-def _is_at(opened: Backend, backend: Any, place: RunPlace) -> bool:
-    """Returns True if an opened backend is the same one, or writes to the same place."""
+def _is_at(opened: Backend, backend: Any, run_ref: TrackerRunRef) -> bool:
+    """Returns True if an opened backend is the same one, or writes to the same run_ref."""
     if opened is backend:
         return True
     kind = backend if isinstance(backend, str) else getattr(backend, "name", None)
-    its = getattr(opened, "place", RunPlace())
-    return opened.name == kind and its != RunPlace() and (its.run or its.url) == (place.run or place.url)
+    its = getattr(opened, "run_ref", TrackerRunRef())
+    return opened.name == kind and its != TrackerRunRef() and (its.run or its.url) == (run_ref.run or run_ref.url)
 
 
 def _close_previous(subject: Any) -> None:

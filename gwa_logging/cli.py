@@ -11,7 +11,7 @@ from gwa_logging.errors import GwaError, InvalidInputError
 from gwa_logging.journal import FILE_NAME
 from gwa_logging.redact import redact_urls
 from gwa_logging.replay import NEW, Replayed, journals_of, replay, tracked_runs
-from gwa_logging.report import REPORT_NAME, write_report
+from gwa_logging.report.page import REPORT_NAME, write_report
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -84,7 +84,7 @@ def _replay(arguments: argparse.Namespace) -> int:
         return _replay_all(folder, backend, run)
     for journal in journals_of(folder):
         done = replay(journal, backend, run)
-        run = run and done.place.run  # a new one is for the other heads too
+        run = run and done.run_ref.run  # a new one is for the other heads too
         print(_printable(f"{journal}: {_told(done, backend)}"))
     return 0
 
@@ -120,7 +120,9 @@ def _replay_all(folder: Path, backend: str, run: str | None) -> int:
 def _told(done: Replayed, backend: str) -> str:
     skipped = f", {done.skipped} lines of the journal skipped" if done.skipped else ""
     repeated = f", {done.repeated} were repeated after a resume" if done.repeated else ""
-    return f"sent {done.sent}, {done.had} were there{repeated}{skipped}; {done.place.url or done.place.run or backend}"
+    return (
+        f"sent {done.sent}, {done.had} were there{repeated}{skipped}; {done.run_ref.url or done.run_ref.run or backend}"
+    )
 
 
 def _heads(arguments: argparse.Namespace) -> None:

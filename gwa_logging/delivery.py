@@ -17,7 +17,8 @@ from time import monotonic
 
 from gwa_logging.faults import Faults
 from gwa_logging.journal import Journal, JournalFeed
-from gwa_logging.types import AnyRecord, Backend, Held
+from gwa_logging.protocols import Backend, TrackerContents
+from gwa_logging.records import AnyRecord
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds between two tries
 RECORDS_PER_NOTICE = 8  # while the training thread stands still, so that catching up never holds a step for long
@@ -55,7 +56,9 @@ class Delivery:
         self._reader = JournalFeed(journal)
         self._faults = faults
         self._pause, self._not_before = FIRST_PAUSE, 0.0
-        self._held: Held | None = Held()  # what the tracker need not be sent; None: it has to be asked
+        self._held: TrackerContents | None = (
+            TrackerContents()
+        )  # what the tracker need not be sent; None: it has to be asked
         self._called: float | None = None  # when the call into the backend that is under way began
         self._reported: float | None = None  # the last such call that was reported because it hangs
         self._refusal: str | None = None
@@ -160,7 +163,9 @@ class Delivery:
                 held = self._held  # after the records were read: those of a run that goes on come after `go_on`
                 if held is None:
                     # What an earlier close has written is replaced by what this one will know.
-                    self._held = held = getattr(self.backend, "held", Held)()._replace(closes=frozenset())
+                    self._held = held = getattr(self.backend, "contents", TrackerContents)()._replace(
+                        closes=frozenset()
+                    )
                     if not self.backend.threaded and not self._closing.is_set():
                         return  # the training thread may not have waited
                 records, position = found

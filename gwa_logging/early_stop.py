@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
-from gwa_logging.estimates import Estimate, estimate
+from gwa_logging.records import EpochReport, StopAlert, StopReason
 from gwa_logging.settings import EarlyStop
-from gwa_logging.types import EpochReport, StopAlert, StopReason
+from gwa_logging.statistic import Estimate, estimate
 
 CLEARLY = 3.0
 """Standard errors by which a new best must exceed the one that an alert has named, to take the alert back."""

@@ -6,8 +6,8 @@ from typing import Any
 
 from gwa_logging.errors import InvalidInputError
 from gwa_logging.forks import Owned
-from gwa_logging.samples import Samples
-from gwa_logging.types import Adapter
+from gwa_logging.ledger import TaggedBatch
+from gwa_logging.protocols import Adapter
 
 
 class Intake(Owned):
@@ -35,7 +35,7 @@ class Intake(Owned):
         if sample_ids is None and not (weights is None and predicted is None):
             raise InvalidInputError("weights and predicted are entered by sample id: update(scores, sample_ids, ...)")
         if not self._closed and not self._is_refused("update()") and not self._pauses:
-            self._adapter.observe(scores, None if sample_ids is None else Samples(sample_ids, weights, predicted))
+            self._adapter.observe(scores, None if sample_ids is None else TaggedBatch(sample_ids, weights, predicted))
 
     def tag(self, sample_ids: Any, weights: Any = None) -> None:
         """Says which samples the next forward pass is about (PyTorch).
@@ -57,7 +57,7 @@ class Intake(Owned):
         if self.is_copy and self._is_refused("tag()"):
             return
         for monitor in (self, *self.heads.values()):
-            monitor._adapter.tag(Samples(sample_ids, weights))
+            monitor._adapter.tag(TaggedBatch(sample_ids, weights))
 
     @contextmanager
     def paused(self) -> Iterator[None]:

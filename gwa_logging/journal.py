@@ -25,7 +25,7 @@ from pydantic import ValidationError
 
 from gwa_logging.errors import BackendError, InvalidInputError
 from gwa_logging.faults import Faults
-from gwa_logging.types import JOURNAL_VERSION, RECORDS, AnyRecord, RunRecord, TimedRecord
+from gwa_logging.records import JOURNAL_VERSION, RECORDS, AnyRecord, RunRecord, TimedRecord
 
 try:
     import fcntl

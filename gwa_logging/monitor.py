@@ -16,30 +16,29 @@ from typing import Any, Literal, Self
 import numpy as np
 import numpy.typing as npt
 
+from gwa_logging.checkpoint import HeadShape, MonitorState
 from gwa_logging.delivery import Delivery, DeliveryGroup, wait_for
 from gwa_logging.early_stop import StopRule
 from gwa_logging.errors import InvalidInputError, NoObservationsError
 from gwa_logging.faults import Faults
 from gwa_logging.intake import Intake
-from gwa_logging.intervals import Intervals
+from gwa_logging.interval_recorder import IntervalRecorder
 from gwa_logging.journal import Journal
-from gwa_logging.notebook import monitor_html
-from gwa_logging.samples import LedgerReader
-from gwa_logging.settings import EarlyStop, WatchSettings
-from gwa_logging.state import HeadShape, MonitorState
-from gwa_logging.summary import AlignmentSummary
-from gwa_logging.types import (
-    Adapter,
+from gwa_logging.protocols import Adapter, Backend
+from gwa_logging.records import (
     AnyRecord,
-    Backend,
     CloseRecord,
     EpochReport,
-    RunPlace,
     RunRecord,
     StopAlert,
     Suspect,
     SuspectsRecord,
+    TrackerRunRef,
 )
+from gwa_logging.report.notebook import monitor_html
+from gwa_logging.settings import EarlyStop, WatchSettings
+from gwa_logging.summary import AlignmentSummary
+from gwa_logging.suspects import SuspectFinder
 
 logger = logging.getLogger("gwa_logging")
 
@@ -81,8 +80,8 @@ class Monitor(Intake):
         self._deliveries: list[Delivery] = []
         self._adapter: Adapter
         self._name: str
-        self._intervals: Intervals
-        self._ledger: LedgerReader
+        self._intervals: IntervalRecorder
+        self._ledger: SuspectFinder
         self._suspects_of = -1  # how many epochs there were when they were written down last
         self._expected: HeadShape | None = None  # the head of a loaded state, while the present one is not known
         self._closed = False
@@ -92,15 +91,15 @@ class Monitor(Intake):
         # A window closes where an interval ends, so there the intervals must stay as short as they were asked for.
         grow = self._settings.samples_per_epoch is None
         every = self._settings.log_every_n_steps
-        self._intervals = Intervals(adapter, every, self._write, self._faults, grow=grow)
-        self._ledger = LedgerReader(adapter, self._settings.num_samples, self._settings.labels, self._faults)
+        self._intervals = IntervalRecorder(adapter, every, self._write, self._faults, grow=grow)
+        self._ledger = SuspectFinder(adapter, self._settings.num_samples, self._settings.labels, self._faults)
         self._write(
             RunRecord(
                 name=name,
                 head=adapter.head,
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
                 settings=self._settings.plain(),
-                places={backend.name: getattr(backend, "place", RunPlace()) for backend in backends},
+                places={backend.name: getattr(backend, "run_ref", TrackerRunRef()) for backend in backends},
             )
         )
         if self._journal is not None:
@@ -182,7 +181,7 @@ class Monitor(Intake):
         if not summary.seen:
             raise NoObservationsError(
                 f"epoch {len(self.history)} has ended, but no training step has passed the probe. "
-                f"{self._adapter.nothing_seen()}"
+                f"{self._adapter.no_observation_hint()}"
             )
         report = summary.report(epoch=len(self.history), step=self._intervals.steps - 1)
         report = report.model_copy(update={"notes": (*report.notes, *self._faults.take_notes())})

@@ -5,7 +5,8 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from gwa_logging.errors import InvalidInputError, MissingDependencyError
-from gwa_logging.types import Backend, RunContext, RunPlace
+from gwa_logging.protocols import Backend, RunContext
+from gwa_logging.records import TrackerRunRef
 
 BACKENDS = {
     "wandb": "gwa_logging.integrations.wandb",
@@ -33,18 +34,18 @@ def open_backend(backend: Any, context: RunContext) -> Backend | None:
     return find_backend(backend).open_backend(context)  # type: ignore[no-any-return]
 
 
-def locate(backend: Any, context: RunContext) -> RunPlace:
+def locate(backend: Any, context: RunContext) -> TrackerRunRef:
     """The place of the run that `open_backend` would take; empty if it would start one, or if only opening it can tell."""
     if not isinstance(backend, str) or backend == "local":
-        return RunPlace()
-    found: RunPlace = getattr(find_backend(backend), "locate", lambda _: RunPlace())(context)
+        return TrackerRunRef()
+    found: TrackerRunRef = getattr(find_backend(backend), "locate", lambda _: TrackerRunRef())(context)
     return found
 
 
 def find_backend(name: str) -> Any:
     """The module of a backend, imported."""
     if name in BACKENDS:
-        return import_room(BACKENDS[name], third_party=name, extra=name)
+        return import_integration(BACKENDS[name], third_party=name, extra=name)
     found = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
     if name in found:
         return found[name].load()
@@ -52,7 +53,7 @@ def find_backend(name: str) -> Any:
     raise InvalidInputError(f"backend={name!r}: there is no such backend; there are {names}")
 
 
-def import_room(module: str, third_party: str, extra: str) -> Any:
+def import_integration(module: str, third_party: str, extra: str) -> Any:
     """Imports a module of `integrations`, whose missing third party becomes a MissingDependencyError."""
     try:
         return importlib.import_module(module)
@@ -81,15 +82,15 @@ def find_adapter(model: Any) -> Any:
     """
     bases = {f"{base.__module__}.{base.__qualname__}" for base in type(model).__mro__}
     if "torch.nn.modules.module.Module" in bases:
-        return import_room("gwa_logging.integrations.torch", "torch", "torch")
+        return import_integration("gwa_logging.integrations.torch", "torch", "torch")
     if bases & _JAX_MODELS:
-        return import_room("gwa_logging.integrations.jax", "jax", "jax")
+        return import_integration("gwa_logging.integrations.jax", "jax", "jax")
     if (
         callable(model)
         and not isinstance(model, type)
         and type(model).__module__ in ("builtins", "functools", "jaxlib._jax")
     ):
-        return import_room("gwa_logging.integrations.jax", "jax", "jax")
+        return import_integration("gwa_logging.integrations.jax", "jax", "jax")
     hint = " (the class; pass an instance)" if isinstance(model, type) else ""
     raise InvalidInputError(
         "model: expected a torch.nn.Module, a model of Flax, Equinox, Haiku or Keras, or a JAX function, found "

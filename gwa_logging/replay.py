@@ -17,20 +17,19 @@ from gwa_logging import registry
 from gwa_logging.delivery import batch_of, send
 from gwa_logging.errors import BackendError, InvalidInputError
 from gwa_logging.journal import FILE_NAME, JournalReader, lock
-from gwa_logging.redact import MASK, has_secret
-from gwa_logging.types import (
+from gwa_logging.protocols import Backend, RunContext
+from gwa_logging.records import (
     AnyRecord,
-    Backend,
     CloseRecord,
     EpochReport,
     IntervalRecord,
-    RunContext,
-    RunPlace,
     RunRecord,
     StopAlert,
     SuspectsRecord,
     TimedRecord,
+    TrackerRunRef,
 )
+from gwa_logging.redact import MASK, has_secret
 
 NEW = "new"
 """In place of a run: one that is started for it."""
@@ -43,14 +42,14 @@ class Replayed(NamedTuple):
         sent: intervals with a score, epochs, alerts and lists of suspects that were missing and are in the tracker now.
         had: the same, which the tracker had already.
         skipped: lines of the journals that were torn or not ours.
-        place: the tracker's run.
+        run_ref: the tracker's run.
         repeated: records that a later journal of the same run, or a later line, replaces; they were not sent.
     """
 
     sent: int
     had: int
     skipped: int
-    place: RunPlace
+    run_ref: TrackerRunRef
     repeated: int = 0
 
 
@@ -96,7 +95,7 @@ def _wanted(first: RunRecord, folder: Path, backend: str, run: str | None) -> st
     """The run to take; None to start one."""
     if run is not None:
         return None if run == NEW else run
-    known = first.places.get(backend, RunPlace()).run
+    known = first.places.get(backend, TrackerRunRef()).run
     if known is None or MASK in known:  # an address with credentials, which were not written down
         raise InvalidInputError(
             f"this journal was not written for a run of {backend} that could be found again: give --run ID, or --run {NEW}"
@@ -139,7 +138,7 @@ def _send(journals: list[Path], tracker: Backend) -> Replayed:
     problem: Exception | None = None
     readers = [JournalReader(journal) for journal in journals]
     try:
-        held = tracker.held()
+        held = tracker.contents()
         last = _last_of_each(journals)
         for records in _batches(readers, batch_of(tracker)):
             wanted = [record for number, record in records if last[_subject(record)] == number]
@@ -159,7 +158,7 @@ def _send(journals: list[Path], tracker: Backend) -> Replayed:
             f"backend {tracker.name}: {sent} missing records were sent, then: {type(problem).__name__}: {problem}. "
             "Replay again to go on"
         ) from (None if has_secret(problem) else problem)
-    return Replayed(sent, had, sum(reader.skipped for reader in readers), tracker.place, repeated)
+    return Replayed(sent, had, sum(reader.skipped for reader in readers), tracker.run_ref, repeated)
 
 
 def _batches(readers: Sequence[JournalReader], size: int) -> Iterator[list[tuple[int, AnyRecord]]]:
@@ -217,7 +216,7 @@ def tracked_runs(directory: Path, backend: str) -> tuple[list[TrackedRun], dict[
         except (InvalidInputError, OSError) as error:
             others[journal] = str(error)
             continue
-        run = first.places.get(backend, RunPlace()).run
+        run = first.places.get(backend, TrackerRunRef()).run
         if run is None:
             others[journal] = f"{journal}: it was not written for a run of {backend} that could be found again"
             continue

@@ -9,7 +9,11 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from gwa_logging.errors import InvalidInputError
-from gwa_logging.types import NAME_LENGTH, NAME_PATTERN
+
+NAME_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
+"""What `watch(name=)` takes, with `NAME_LENGTH` characters at most. It becomes the name of folders."""
+
+NAME_LENGTH = 64
 
 
 class Settings(BaseModel):

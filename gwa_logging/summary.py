@@ -27,15 +27,16 @@ from gwa_logging.alignment import (
     gwa_from_moments,
     is_constant,
 )
-from gwa_logging.estimates import estimate
 from gwa_logging.histogram import BINS, EDGES, Histogram
-from gwa_logging.types import EpochReport, score_quantiles
+from gwa_logging.records import EpochReport, score_quantiles
+from gwa_logging.statistic import estimate
 
 FEW_SAMPLES = 200
 """Below this, the standard error of a normal sample's kurtosis, sqrt(24 / n), is above a third."""
 
 
-_NUMBERS = ("count", "mean", "m2", "m3", "m4", "minimum", "maximum", "no_gradient", "dead", "not_finite")
+SUMMARY_NUMBERS = ("count", "mean", "m2", "m3", "m4", "minimum", "maximum", "no_gradient", "dead", "not_finite")
+"""The order of a summary's numbers in its vector; the adapters fold scores on the device into the same order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,18 +99,16 @@ class AlignmentSummary:
             total = total.merge(summary)
         return total
 
-    def to_bytes(self) -> bytes:
-        """4,176 bytes, for other processes: the numbers and the bins as float64."""
-        numbers = [float(getattr(self, name)) for name in _NUMBERS]
-        return np.concatenate([numbers, self.bins]).astype(np.float64).tobytes()
+    def to_vector(self) -> FloatArray:
+        """float64 [522]: the ten numbers in the order of `SUMMARY_NUMBERS`, then the bins. For processes and checkpoints."""
+        return np.concatenate([[float(getattr(self, name)) for name in SUMMARY_NUMBERS], self.bins])
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Self:
-        """What `to_bytes` made."""
-        values = np.frombuffer(data, dtype=np.float64)
-        numbers: dict[str, Any] = {name: float(v) for name, v in zip(_NUMBERS, values[:-BINS], strict=True)}
+    def from_vector(cls, vector: FloatArray) -> Self:
+        """The inverse of `to_vector`; counts up to 2**53 are exact."""
+        numbers: dict[str, Any] = dict(zip(SUMMARY_NUMBERS, vector[:-BINS].tolist(), strict=True))
         numbers |= {name: int(numbers[name]) for name in ("count", "no_gradient", "dead", "not_finite")}
-        return cls(**numbers, bins=values[-BINS:].astype(np.int64))
+        return cls(**numbers, bins=vector[-BINS:].astype(np.int64))
 
     def merge(self, other: "AlignmentSummary") -> "AlignmentSummary":
         """The summary of both sets of scores together."""

@@ -14,9 +14,9 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from gwa_logging.errors import InvalidInputError, MissingDependencyError
-from gwa_logging.follow import Follower
 from gwa_logging.monitor import Monitor
 from gwa_logging.registry import BACKENDS
+from gwa_logging.trainer_session import TrainerSession
 
 try:
     from accelerate import Accelerator
@@ -30,7 +30,7 @@ class _Kept:
     """What an accelerator's checkpoints keep of a model: the state of the monitor that watches it now."""
 
     def __init__(self, accelerator: Accelerator) -> None:
-        self.follower: Follower
+        self.follower: TrainerSession
         self.accelerator = accelerator
         accelerator.register_for_checkpointing(self)
 
@@ -68,7 +68,7 @@ def watch(accelerator: Accelerator, model: Any, **arguments: Any) -> Monitor:
         raise InvalidInputError(
             f"accelerator: expected an accelerate.Accelerator, found {type(accelerator).__name__}: watch(accelerator, model)"
         )
-    follower = Follower(**arguments)
+    follower = TrainerSession(**arguments)
     runs = {}
     if accelerator.is_main_process:
         runs = {tracker.name: tracker.tracker for tracker in accelerator.trackers if tracker.name in BACKENDS}

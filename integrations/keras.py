@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gwa_logging.errors import InvalidInputError, MissingDependencyError
-from gwa_logging.follow import Follower
+from gwa_logging.trainer_session import TrainerSession
 
 try:
     import keras
@@ -27,7 +27,7 @@ except ModuleNotFoundError as error:
 logger = logging.getLogger("gwa_logging")
 
 
-class GWACallback(Follower, keras.callbacks.Callback):  # type: ignore[misc]  # keras comes without types
+class GWACallback(TrainerSession, keras.callbacks.Callback):  # type: ignore[misc]  # keras comes without types
     """Watches the model while it is fitted.
 
     GWA joins the epoch's logs, as the learning rate does: it shows in the progress bar and in the history, and ModelCheckpoint

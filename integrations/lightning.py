@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any
 
 from gwa_logging.errors import InvalidInputError, MissingDependencyError
-from gwa_logging.follow import Follower
+from gwa_logging.trainer_session import TrainerSession
 
 # The two names are two packages, with a Callback each, which a Trainer of the other does not take.
 _BASES: list[type] = []
@@ -26,7 +26,7 @@ if not _BASES:
     raise MissingDependencyError("lightning", "lightning")
 
 
-class GWACallback(Follower, *_BASES):  # type: ignore[misc]  # lightning comes without types that both names share
+class GWACallback(TrainerSession, *_BASES):  # type: ignore[misc]  # lightning comes without types that both names share
     """Watches the model of a LightningModule while it is fitted.
 
     Results are sent to the trainer's own loggers (W&B, MLflow, TensorBoard) unless `backend=` says otherwise; GWA shows in the

@@ -26,23 +26,21 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Run, RunTag
 
 from gwa_logging.errors import BackendError, InvalidInputError, MissingDependencyError
-from gwa_logging.integrations.picture import PictureSeries
-from gwa_logging.integrations.reach import check_reachable
+from gwa_logging.integrations._reachable import check_reachable
+from gwa_logging.integrations.heatmap_picture import PictureSeries
 from gwa_logging.journal import FILE_NAME
-from gwa_logging.redact import redact_urls
-from gwa_logging.types import (
+from gwa_logging.protocols import RunContext, TrackerContents, samples_by_epoch
+from gwa_logging.records import (
     AnyRecord,
     CloseRecord,
     EpochReport,
-    Held,
     IntervalRecord,
-    RunContext,
-    RunPlace,
     RunRecord,
     StopAlert,
     SuspectsRecord,
-    samples_by_epoch,
+    TrackerRunRef,
 )
+from gwa_logging.redact import redact_urls
 
 logger = logging.getLogger("gwa_logging")
 
@@ -86,13 +84,13 @@ def open_backend(context: RunContext) -> "MlflowBackend":
     return MlflowBackend(client, run, context, own)
 
 
-def locate(context: RunContext) -> RunPlace:
+def locate(context: RunContext) -> TrackerRunRef:
     """The place of the run that `open_backend` would take; empty if it would start one."""
-    return RunPlace(run=_wanted_run(context.run))
+    return TrackerRunRef(run=_wanted_run(context.run))
 
 
 class MlflowBackend:
-    """Writes into one run. See `gwa_logging.types.Backend`."""
+    """Writes into one run. See `gwa_logging.protocols.Backend`."""
 
     name = "mlflow"
     threaded = True
@@ -106,7 +104,9 @@ class MlflowBackend:
         )
         self._client = client
         self.run = self._run_id = str(run.info.run_id)
-        self.place = RunPlace(run=self.run, url=address.rstrip("/") + page if address.startswith("http") else None)
+        self.run_ref = TrackerRunRef(
+            run=self.run, url=address.rstrip("/") + page if address.startswith("http") else None
+        )
         self._prefix = context.name
         self._directory = context.directory
         self._own = own
@@ -143,7 +143,7 @@ class MlflowBackend:
             elif isinstance(record, SuspectsRecord):
                 self._list(record)
 
-    def held(self) -> Held:
+    def contents(self) -> TrackerContents:
         """What the run has of ours. Waits for the server.
 
         Raises:
@@ -155,7 +155,7 @@ class MlflowBackend:
             samples = Counter[tuple[int, int]]()  # by epoch and time, because an epoch can have several reports
             for metric in self._history("count") + self._history("excluded"):
                 samples[metric.step, metric.timestamp] += metric.value
-            return Held(
+            return TrackerContents(
                 intervals=frozenset(metric.step for metric in intervals),
                 epochs=samples_by_epoch((epoch, total) for (epoch, _), total in samples.items()),
                 # Only the last alert and the last list can be in MLflow: sending an older one would replace it.
@@ -182,7 +182,7 @@ class MlflowBackend:
                 return
             self._client.log_artifact(self._run_id, str(self._directory / FILE_NAME), self._prefix)
             try:
-                from gwa_logging.report import write_report  # here, because it needs plotly
+                from gwa_logging.report.page import write_report  # here, because it needs plotly
 
                 self._client.log_artifact(self._run_id, str(write_report(self._directory)), self._prefix)
             except MissingDependencyError as error:

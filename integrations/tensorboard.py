@@ -23,20 +23,18 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from gwa_logging.errors import BackendError, InvalidInputError
 from gwa_logging.histogram import DISPLAY_BINS
-from gwa_logging.redact import has_secret
-from gwa_logging.types import (
+from gwa_logging.protocols import RunContext, TrackerContents, samples_by_epoch
+from gwa_logging.records import (
     AnyRecord,
     CloseRecord,
     EpochReport,
-    Held,
     IntervalRecord,
-    RunContext,
-    RunPlace,
     RunRecord,
     StopAlert,
     SuspectsRecord,
-    samples_by_epoch,
+    TrackerRunRef,
 )
+from gwa_logging.redact import has_secret
 
 
 def open_backend(context: RunContext) -> "TensorBoardBackend":
@@ -59,13 +57,13 @@ def open_backend(context: RunContext) -> "TensorBoardBackend":
         ) from (None if has_secret(error) else error)
 
 
-def locate(context: RunContext) -> RunPlace:
+def locate(context: RunContext) -> TrackerRunRef:
     """The place of the log directory that `open_backend` would take."""
-    return RunPlace(run=_absolute(_log_directory(context.directory if context.run is None else context.run)))
+    return TrackerRunRef(run=_absolute(_log_directory(context.directory if context.run is None else context.run)))
 
 
 class TensorBoardBackend:
-    """Writes one event file. See `gwa_logging.types.Backend`."""
+    """Writes one event file. See `gwa_logging.protocols.Backend`."""
 
     name = "tensorboard"
     threaded = True
@@ -75,12 +73,12 @@ class TensorBoardBackend:
         """Opens an event file in the folder `prefix` of `log_directory`."""
         self.run = log_directory
         where = _absolute(log_directory)
-        self.place = RunPlace(run=where)
+        self.run_ref = TrackerRunRef(run=where)
         self._prefix = prefix
         self._folder = os.path.join(where, prefix)  # noqa: PTH118 - it may be an address, gs://
         self._file: EventFileWriter | None = self._open()
 
-    def held(self) -> Held:
+    def contents(self) -> TrackerContents:
         """What the event files in our folder hold. Reads them."""
         events = EventAccumulator(self._folder, size_guidance={SCALARS: 0, TENSORS: 0}).Reload()
         tags, texts = events.Tags()[SCALARS], events.Tags()[TENSORS]
@@ -95,7 +93,7 @@ class TensorBoardBackend:
         # Each alert names the best epoch, and so does the end.
         ends = Counter(event.step for event in scalars("best_epoch")) - alerts
         table = f"{self._prefix}/suspects"
-        return Held(
+        return TrackerContents(
             intervals=frozenset(event.step for event in scalars("step_mean")),
             epochs=samples_by_epoch((count.step, count.value + excluded.value) for count, excluded in reports),
             alerts=frozenset(alerts),

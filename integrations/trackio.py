@@ -22,21 +22,19 @@ from trackio.utils import TRACKIO_DIR
 
 from gwa_logging.errors import BackendError, InvalidInputError
 from gwa_logging.histogram import DISPLAY_BINS
-from gwa_logging.integrations.reach import check_reachable
-from gwa_logging.redact import has_secret
-from gwa_logging.types import (
+from gwa_logging.integrations._reachable import check_reachable
+from gwa_logging.protocols import RunContext, TrackerContents, samples_by_epoch
+from gwa_logging.records import (
     AnyRecord,
     CloseRecord,
     EpochReport,
-    Held,
     IntervalRecord,
-    RunContext,
-    RunPlace,
     RunRecord,
     StopAlert,
     SuspectsRecord,
-    samples_by_epoch,
+    TrackerRunRef,
 )
+from gwa_logging.redact import has_secret
 
 ALERT_TITLE = "GWA: stop"
 
@@ -72,16 +70,16 @@ def open_backend(context: RunContext) -> "TrackioBackend":
     return TrackioBackend(run, context.name, owned=users is None)
 
 
-def locate(context: RunContext) -> RunPlace:
+def locate(context: RunContext) -> TrackerRunRef:
     """The place of the run that `open_backend` would take; empty if it would start one."""
     wanted = context_vars.current_run.get() if context.run is None else _checked(context.run)
     if isinstance(wanted, str):
-        return RunPlace(run=wanted)
-    return RunPlace() if wanted is None else _place(wanted)
+        return TrackerRunRef(run=wanted)
+    return TrackerRunRef() if wanted is None else _place(wanted)
 
 
 class TrackioBackend:
-    """Writes into one run. See `gwa_logging.types.Backend`."""
+    """Writes into one run. See `gwa_logging.protocols.Backend`."""
 
     name = "trackio"
     threaded = False
@@ -91,11 +89,11 @@ class TrackioBackend:
     def __init__(self, run: Run, prefix: str, *, owned: bool) -> None:
         """Writes into `run` under `prefix`; `owned` says that nobody else does, and that `close` finishes it."""
         self.run = run
-        self.place = _place(run)
+        self.run_ref = _place(run)
         self._prefix = prefix
         self._owned = owned
 
-    def held(self) -> Held:
+    def contents(self) -> TrackerContents:
         """What Trackio has stored of ours; nothing if it is not stored here."""
         where, name, run_id = self.run.project, self.run.name, self.run.id
         rows = SQLiteStorage.get_logs(where, name, run_id=run_id, scalar_only=True)
@@ -105,7 +103,7 @@ class TrackioBackend:
         def steps(key: str) -> frozenset[int]:
             return frozenset(row["step"] for row in rows if f"{self._prefix}/{key}" in row)
 
-        return Held(
+        return TrackerContents(
             intervals=steps("step_mean"),
             epochs=samples_by_epoch((row["step"], row[count] + row[excluded]) for row in rows if count in row),
             alerts=frozenset(alert["step"] for alert in alerts if alert["title"] == ALERT_TITLE),
@@ -144,8 +142,8 @@ class TrackioBackend:
         self.run._next_step = users
 
 
-def _place(run: Run) -> RunPlace:
-    return RunPlace(run=f"{run.project}/{run.name}") if run.url is None else RunPlace(url=_page(run.url))
+def _place(run: Run) -> TrackerRunRef:
+    return TrackerRunRef(run=f"{run.project}/{run.name}") if run.url is None else TrackerRunRef(url=_page(run.url))
 
 
 def _page(url: str) -> str:

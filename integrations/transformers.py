@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from gwa_logging.errors import InvalidInputError, MissingDependencyError
-from gwa_logging.follow import Follower
 from gwa_logging.registry import BACKENDS
+from gwa_logging.trainer_session import TrainerSession
 
 try:
     from tqdm.auto import tqdm
@@ -28,7 +28,7 @@ KEY = "gwa_logging"
 """Where our state is in `TrainerState.stateful_callbacks`, and so in a checkpoint's trainer_state.json."""
 
 
-class GWACallback(Follower, TrainerCallback):  # type: ignore[misc]  # transformers is not looked into for types
+class GWACallback(TrainerSession, TrainerCallback):  # type: ignore[misc]  # transformers is not looked into for types
     """Watches the model of a Trainer while it trains.
 
     Results are sent to the trackers of `report_to` unless `backend=` says otherwise; a line for each epoch shows beside the

@@ -44,24 +44,22 @@ import wandb
 
 from gwa_logging.errors import BackendError, InvalidInputError
 from gwa_logging.histogram import DISPLAY_BINS
-from gwa_logging.integrations.reach import check_reachable
-from gwa_logging.redact import has_secret
-from gwa_logging.types import (
+from gwa_logging.integrations._reachable import check_reachable
+from gwa_logging.protocols import RunContext, TrackerContents, samples_by_epoch
+from gwa_logging.records import (
     EPOCH_KEYS,
     QUANTILES,
     STEP_KEYS,
     AnyRecord,
     CloseRecord,
     EpochReport,
-    Held,
     IntervalRecord,
-    RunContext,
-    RunPlace,
     RunRecord,
     StopAlert,
     SuspectsRecord,
-    samples_by_epoch,
+    TrackerRunRef,
 )
+from gwa_logging.redact import has_secret
 
 ALERT_TITLE = "GWA: stop"
 
@@ -105,13 +103,13 @@ def open_backend(context: RunContext) -> "WandbBackend":
     return WandbBackend(run, context.name, owned=owned)
 
 
-def locate(context: RunContext) -> RunPlace:
+def locate(context: RunContext) -> TrackerRunRef:
     """The place of the run that `open_backend` would take; empty if it would start one."""
     wanted = wandb.run if context.run is None else context.run
     if isinstance(wanted, str):
         known = [run.path for run in _writers if f"/{run.path}".endswith(f"/{wanted.strip('/')}")]
-        return RunPlace(run=known[0] if known else wanted)
-    return RunPlace() if wanted is None else _place(_checked(wanted))
+        return TrackerRunRef(run=known[0] if known else wanted)
+    return TrackerRunRef() if wanted is None else _place(_checked(wanted))
 
 
 def _knock() -> None:
@@ -158,7 +156,7 @@ _writers: WeakKeyDictionary[wandb.Run, _Writers] = WeakKeyDictionary()
 
 
 class WandbBackend:
-    """Writes into one run. See `gwa_logging.types.Backend`."""
+    """Writes into one run. See `gwa_logging.protocols.Backend`."""
 
     name = "wandb"
 
@@ -178,11 +176,11 @@ class WandbBackend:
         self.threaded = self._guest is None
 
     @property
-    def place(self) -> RunPlace:
+    def run_ref(self) -> TrackerRunRef:
         """The run's path, and its page; if it is offline, its folder. Nothing if W&B is disabled."""
         return _place(self.run)
 
-    def held(self) -> Held:
+    def contents(self) -> TrackerContents:
         """What the run has of ours: by its history on the server, or, if it is offline, by what W&B has put on disk.
 
         Raises:
@@ -200,7 +198,7 @@ class WandbBackend:
                 reports.append((of["epoch"], of["count"] + of["excluded"]))
             alerts.update(of.get("stop_epochs", ()))
             suspects.update(of.get("suspects_steps", ()))
-        return Held(_Steps(intervals), samples_by_epoch(reports), alerts, suspects)
+        return TrackerContents(_Steps(intervals), samples_by_epoch(reports), alerts, suspects)
 
     def _rows(self) -> Iterator[Mapping[str, Any]]:
         """The rows of the history with our axes, and what only the summary has: the rest of it can be ahead of the history."""
@@ -426,10 +424,10 @@ def _warm_up() -> None:
     getattr(wandb.util, "is_pandas_data_frame", bool)(None)
 
 
-def _place(run: wandb.Run) -> RunPlace:
+def _place(run: wandb.Run) -> TrackerRunRef:
     if run.disabled:
-        return RunPlace()
-    return RunPlace(run=run.path, url=str(run.settings.sync_dir) if run.offline else run.url)
+        return TrackerRunRef()
+    return TrackerRunRef(run=run.path, url=str(run.settings.sync_dir) if run.offline else run.url)
 
 
 def _checked(run: Any) -> wandb.Run:

@@ -18,9 +18,9 @@ import numpy as np
 
 from gwa_logging import EarlyStop, Monitor, delivery
 from gwa_logging._watch import _open
+from gwa_logging.records import AnyRecord
 from gwa_logging.settings import WatchSettings
 from gwa_logging.summary import AlignmentSummary
-from gwa_logging.types import AnyRecord
 
 STEPS = 21
 """Steps, and so intervals, in an epoch."""
@@ -66,7 +66,7 @@ class HostAdapter:
     def reduce(self, summary: AlignmentSummary) -> AlignmentSummary:
         return summary
 
-    def nothing_seen(self) -> str:
+    def no_observation_hint(self) -> str:
         return "call update"
 
     def close(self) -> None:

@@ -15,13 +15,13 @@ import wandb
 from gwa_logging import EarlyStop, InvalidInputError, Monitor
 from gwa_logging.integrations import picture
 from gwa_logging.journal import read_journal
+from gwa_logging.protocols import RunContext
+from gwa_logging.records import EPOCH_KEYS, AnyRecord, StopAlert
 from gwa_logging.registry import BACKENDS, open_backend
-from gwa_logging.types import EPOCH_KEYS, AnyRecord, RunContext, StopAlert
 from tests.trackers import (
     BATCH,
     BATCHES,
     INTERVAL_KEYS,
-    Held,
     OnMlflow,
     OnMlflowServer,
     OnTensorBoard,
@@ -29,6 +29,7 @@ from tests.trackers import (
     OnWandb,
     Series,
     Tracker,
+    TrackerContents,
     Training,
     numbers_in,
     run_of,
@@ -76,7 +77,7 @@ class Trained(NamedTuple):
     monitor: Monitor
     run: Any
     records: list[AnyRecord]
-    held: Held
+    held: TrackerContents
     """What the tracker holds in the end."""
     ended: bool
     """Whether the run had ended after `close()`."""

@@ -13,7 +13,7 @@ from gwa_logging import AlignmentSummary
 from gwa_logging.cli import main
 from gwa_logging.faults import Faults
 from gwa_logging.journal import FILE_NAME, Journal
-from gwa_logging.types import RunRecord
+from gwa_logging.records import RunRecord
 
 
 def make_run(folder: Path, written: int = 0) -> Path:

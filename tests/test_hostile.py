@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from gwa_logging import AlignmentSummary, EarlyStop
 from gwa_logging.cli import main
 from gwa_logging.journal import FILE_NAME, read_journal
-from gwa_logging.report import REPORT_NAME
+from gwa_logging.records import Histogram, IntervalRecord
+from gwa_logging.report.page import REPORT_NAME
 from gwa_logging.thumbnail import thumbnail
-from gwa_logging.types import Histogram, IntervalRecord
 from tests.trackers import Training
 
 PICTURE = thumbnail(np.random.default_rng(0).integers(0, 256, (64, 64, 4), dtype=np.uint8))
@@ -97,7 +97,7 @@ def check(run: Path, capsys: pytest.CaptureFixture[str], *command: str) -> tuple
 
 
 @pytest.mark.parametrize(
-    "place", ["../../outside", "/{}/absolute", "sub/../../..", "gs://bucket/x", "http://host/x", "a\0b", "link", ""]
+    "run_ref", ["../../outside", "/{}/absolute", "sub/../../..", "gs://bucket/x", "http://host/x", "a\0b", "link", ""]
 )
 def test_replay_does_not_follow_a_journal_out_of_its_folder(lines, tmp_path, capsys, place):
     lines = [lines[0] | {"places": {"tensorboard": {"run": place.format(tmp_path)}}}, *lines[1:]]
@@ -134,7 +134,7 @@ def test_a_run_with_a_name_that_watch_would_refuse_is_none(lines, tmp_path, caps
 
 
 @pytest.mark.parametrize(
-    ("backend", "place"),
+    ("backend", "run_ref"),
     [
         ("mlflow", "../../0123"),
         ("mlflow", "a" * 300),

@@ -18,9 +18,9 @@ from gwa_logging import AlignmentSummary
 from gwa_logging.cli import main
 from gwa_logging.integrations.wandb import WandbBackend
 from gwa_logging.journal import read_journal
-from gwa_logging.types import EPOCH_KEYS
+from gwa_logging.records import EPOCH_KEYS
 from tests.resumed_trainer import STEPS, die_after_sending, train, uninterrupted
-from tests.trackers import INTERVAL_KEYS, Held, OnMlflow, OnTensorBoard, OnWandb, Tracker, numbers_in
+from tests.trackers import INTERVAL_KEYS, OnMlflow, OnTensorBoard, OnWandb, Tracker, TrackerContents, numbers_in
 from tests.wandb_server import ENTITY, PROJECT, WandbServer
 
 KILLS = int(os.environ.get("GWA_TEST_KILLS", "4"))
@@ -196,7 +196,7 @@ class OnWandbServer(Tracker):
     def end(self, run: wandb.Run) -> None:
         run.finish()
 
-    def read_again(self, run: str) -> Held:
+    def read_again(self, run: str) -> TrackerContents:
         stored = self.server.runs[run.rpartition("/")[2]]
         axes = {"gwa/step": INTERVAL_KEYS, "gwa/epoch": tuple(EPOCH_KEYS)}
         of = {
@@ -204,7 +204,7 @@ class OnWandbServer(Tracker):
             for axis, keys in axes.items()
             for key in keys
         }
-        return Held(
+        return TrackerContents(
             of, [], stored.alerts, [(row["_step"], row["user/loss"]) for row in stored.history if "user/loss" in row]
         )
 

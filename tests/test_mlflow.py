@@ -29,17 +29,17 @@ import gwa_logging
 from gwa_logging import BackendError, EarlyStop, InvalidInputError, Monitor
 from gwa_logging.histogram import EDGES, Histogram
 from gwa_logging.integrations import picture
+from gwa_logging.integrations.heatmap_picture import INTERVALS_PER_PICTURE, SIZE, PictureSeries
 from gwa_logging.integrations.mlflow import open_backend
-from gwa_logging.integrations.picture import INTERVALS_PER_PICTURE, SIZE, PictureSeries
 from gwa_logging.journal import read_journal
-from gwa_logging.types import (
+from gwa_logging.protocols import RunContext
+from gwa_logging.records import (
     QUANTILES,
     RECORDS,
     AnyRecord,
     CloseRecord,
     EpochReport,
     IntervalRecord,
-    RunContext,
     RunRecord,
     StopAlert,
     StopReason,
@@ -457,7 +457,7 @@ def test_a_run_of_more_intervals_than_mlflow_gives_in_a_page_is_known_whole(
     with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database, database:
         columns = "key, value, timestamp, step, run_uuid, is_nan"
         database.executemany(f"INSERT INTO metrics ({columns}) VALUES (?, ?, ?, ?, ?, ?)", rows)
-    held = backend.held()
+    held = backend.contents()
     assert [step for step in range(26_002) if step not in held.intervals] == [25_007, 26_000, 26_001]
     backend.close()
 
@@ -569,7 +569,7 @@ def test_a_picture_of_a_long_run_takes_the_interpreter_a_few_milliseconds() -> N
 
 
 def test_a_picture_is_drawn_without_matplotlib() -> None:
-    code = "import sys\nfrom gwa_logging.integrations.picture import PictureSeries\nPictureSeries()\n"
+    code = "import sys\nfrom gwa_logging.integrations.heatmap_picture import PictureSeries\nPictureSeries()\n"
     subprocess.run([sys.executable, "-c", code + "assert 'matplotlib' not in sys.modules"], check=True)
 
 
@@ -619,7 +619,7 @@ def test_on_a_server_nan_arrives_and_the_url_leads_to_the_runs_page(
     backend = open_backend(where)
     backend.write(epoch_report(gwa=-math.inf))
     assert math.isnan(series(client, where.run, "gwa/gwa")[0])
-    assert backend.place.url == f"http://***@{server.address}/#/experiments/{experiment}/runs/{where.run}"
+    assert backend.run_ref.url == f"http://***@{server.address}/#/experiments/{experiment}/runs/{where.run}"
 
 
 def test_a_server_gets_everything_once_though_it_was_away_for_a_while(

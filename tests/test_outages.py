@@ -172,7 +172,7 @@ class Outage:
     def replayed(self) -> None:
         """Replays, after which the tracker has everything once; again, and it still has."""
         for _ in range(2):
-            run = replay(self.journal, self.tracker.backend, self.run).place.run
+            run = replay(self.journal, self.tracker.backend, self.run).run_ref.run
             assert run is not None
             self.check(run)
 

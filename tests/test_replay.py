@@ -17,8 +17,8 @@ from gwa_logging import BackendError, EarlyStop, InvalidInputError
 from gwa_logging.cli import main
 from gwa_logging.faults import Faults
 from gwa_logging.journal import FILE_NAME, Journal, read_journal
+from gwa_logging.records import RECORDS, AnyRecord
 from gwa_logging.replay import replay
-from gwa_logging.types import RECORDS, AnyRecord
 from tests.trackers import (
     OnMlflow,
     OnMlflowServer,
@@ -93,7 +93,7 @@ def test_what_is_missing_is_sent_once_and_nothing_the_second_time(name: str, fol
     tracker.set_up(folder.parent, monkeypatch)
     half = cut(folder, 0.6)
     first = replay(half, tracker.backend, "new")
-    run = first.place.run
+    run = first.run_ref.run
     assert run is not None
     check(tracker, run, read_journal(half)[0])
 
@@ -132,7 +132,7 @@ def test_what_an_outage_in_the_middle_has_cost_is_sent_though_the_tracker_has_la
         return record.kind == "alert" or (record.kind == "epoch" and record.epoch == alert.epoch)
 
     first = replay(without(folder, missed), tracker.backend, "new")
-    run = first.place.run
+    run = first.run_ref.run
     rest = replay(folder / FILE_NAME, tracker.backend, run)
     assert (rest.sent, rest.had) == (sum(map(missed, records)), first.sent)
     held = tracker.read_again(run)
@@ -356,7 +356,7 @@ def test_a_killed_writer_leaves_the_journal_free(folder: Path) -> None:
 
 
 def test_a_journal_of_the_future_is_not_reported_on_either(folder: Path) -> None:
-    from gwa_logging.report import write_report
+    from gwa_logging.report.page import write_report
 
     path = folder / FILE_NAME
     path.write_text(path.read_text().replace('"version":1', '"version":7', 1))

@@ -22,17 +22,17 @@ import gwa_logging
 from gwa_logging import AlignmentSummary, EarlyStop, InvalidInputError, MissingDependencyError, Monitor
 from gwa_logging.faults import Faults
 from gwa_logging.journal import FILE_NAME, Journal
-from gwa_logging.report import write_report
-from gwa_logging.types import (
+from gwa_logging.records import (
     AnyRecord,
     CloseRecord,
     EpochReport,
     IntervalRecord,
-    RunPlace,
     RunRecord,
     StopAlert,
     StopReason,
+    TrackerRunRef,
 )
+from gwa_logging.report.page import write_report
 
 HOSTILE = """</script><script>alert(1)</script><img src=x onerror="alert(2)">' & </style> --ink"""
 
@@ -198,7 +198,7 @@ def test_header_says_run_head_time_and_length(run):
     [("https://wandb.ai/me/p/runs/a", True), ("/runs/offline-run-1", False), ("javascript:alert(1)", False)],
 )
 def test_header_leads_to_the_trackers_run(tmp_path, url, links):
-    run = RUN.model_copy(update={"places": {"wandb": RunPlace(run="me/p/a", url=url), "trackio": RunPlace()}})
+    run = RUN.model_copy(update={"places": {"wandb": TrackerRunRef(run="me/p/a", url=url), "trackio": TrackerRunRef()}})
     page = page_of(tmp_path, run, interval(0), epoch(0))
     assert "Run in wandb" in page.text
     assert url in page.text
@@ -418,7 +418,7 @@ def test_hostile_names_are_shown_as_text(tmp_path):
         head=HOSTILE,
         created=HOSTILE,
         settings={HOSTILE: HOSTILE, "list": [HOSTILE]},
-        places={HOSTILE: RunPlace(url=f"https://{HOSTILE}")},
+        places={HOSTILE: TrackerRunRef(url=f"https://{HOSTILE}")},
     )
     alert = StopAlert(
         epoch=0,
@@ -435,7 +435,7 @@ def test_hostile_names_are_shown_as_text(tmp_path):
     hostile = page_of(folder, run, *records)
     harmless = page_of(
         tmp_path / "harmless",
-        RUN.model_copy(update={"settings": {"a": "b", "list": []}, "places": {"a": RunPlace(url="https://a")}}),
+        RUN.model_copy(update={"settings": {"a": "b", "list": []}, "places": {"a": TrackerRunRef(url="https://a")}}),
         *records[:2],
         alert,
         closed(a=1),
@@ -466,7 +466,7 @@ def test_every_colour_of_the_figures_is_defined_for_light_and_dark(run):
 def test_plotly_is_loaded_by_the_report_alone(tmp_path):
     journal_of(tmp_path, RUN, epoch(0))
     code = (
-        "import sys, pathlib, gwa_logging, gwa_logging.cli, gwa_logging.report as r\n"
+        "import sys, pathlib, gwa_logging, gwa_logging.cli, gwa_logging.report.page as r\n"
         "assert 'plotly' not in sys.modules\n"
         f"r.write_report(pathlib.Path({str(tmp_path)!r}))\n"
         "assert 'plotly' in sys.modules"

@@ -18,8 +18,8 @@ from torch import nn
 
 import gwa_logging
 from gwa_logging import EarlyStop, InvalidInputError, Monitor
+from gwa_logging.checkpoint import HeadShape
 from gwa_logging.journal import read_journal
-from gwa_logging.state import HeadShape
 from tests.trackers import OnMlflow, OnTensorBoard, OnTrackio, OnWandb, Tracker, Training
 
 N, BATCH, EPOCHS = 40, 8, 5
@@ -347,7 +347,7 @@ def test_a_trackers_run_that_goes_on_gets_no_step_twice_and_misses_none(
     tracker.set_up(tmp_path, monkeypatch)
     training = Training(lr=0.0)  # so that the steps in between have the same scores
     monitor = training.watch(tmp_path, backend=tracker.backend, log_every_n_steps=1)
-    run = monitor._deliveries[0].backend.place.run
+    run = monitor._deliveries[0].backend.run_ref.run
     training.epoch(monitor)
     for index in range(3):
         training.step(index)

@@ -13,8 +13,8 @@ from benchmarks.study.archive import unpack
 from benchmarks.study.criteria import best_with_patience, by_rule, gradient_disparity, label_wave
 from benchmarks.study.grid import Data, Run, grid
 from benchmarks.study.train import auroc, precision, train
-from gwa_logging.estimates import estimate
 from gwa_logging.histogram import Histogram
+from gwa_logging.statistic import estimate
 
 
 def test_halves_of_the_grid_are_balanced_and_keep_seeds_together():

@@ -19,10 +19,10 @@ from PIL import Image
 import gwa_logging
 from gwa_logging import EarlyStop, InvalidInputError, Monitor
 from gwa_logging.journal import read_journal
+from gwa_logging.records import SuspectsRecord
 from gwa_logging.replay import replay
-from gwa_logging.report import write_report
+from gwa_logging.report.page import write_report
 from gwa_logging.thumbnail import thumbnail
-from gwa_logging.types import SuspectsRecord
 from tests.trackers import (
     BATCH,
     BATCHES,
@@ -188,7 +188,7 @@ def test_the_table_is_in_the_tracker_and_a_replay_sends_it_once(name: str, tmp_p
     tracker.set_up(tmp_path, monkeypatch)
     training = Training()
     monitor = watch(training, tmp_path, backend=tracker.backend)
-    run = monitor._deliveries[0].backend.place.run
+    run = monitor._deliveries[0].backend.run_ref.run
     epoch(training, monitor)
     monitor.close()
     assert monitor.faults == {}
@@ -201,7 +201,7 @@ def test_the_table_is_in_the_tracker_and_a_replay_sends_it_once(name: str, tmp_p
 
     other = replay(monitor.journal, tracker.backend, str(tmp_path / "runs") if name == "TensorBoard" else "new")
     assert other.had == 0
-    assert read(tracker, other.place.run) == expected
+    assert read(tracker, other.run_ref.run) == expected
 
 
 def test_in_the_users_wandb_run_the_table_moves_no_step(tmp_path, monkeypatch):

@@ -18,7 +18,8 @@ import gwa_logging
 from gwa_logging import AlignmentSummary, BackendError, InvalidInputError
 from gwa_logging.integrations.tensorboard import TensorBoardBackend, open_backend
 from gwa_logging.journal import read_journal
-from gwa_logging.types import CloseRecord, Held, IntervalRecord, RunContext, StopAlert, StopReason
+from gwa_logging.protocols import RunContext, TrackerContents
+from gwa_logging.records import CloseRecord, IntervalRecord, StopAlert, StopReason
 from tests.trackers import EventAccumulator, Training, events_of, read_events, totals_in
 
 ALERT = StopAlert(
@@ -69,9 +70,9 @@ def test_a_folder_is_found_again_though_the_user_has_gone_elsewhere(
     backend = open_in(tmp_path, "runs")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert (backend.run, backend.place.run) == ("runs", str(tmp_path / "runs"))
+    assert (backend.run, backend.run_ref.run) == ("runs", str(tmp_path / "runs"))
     backend.write(ALERT)
-    assert backend.held() == open_in(tmp_path, backend.place.run).held() == Held(alerts={7})
+    assert backend.contents() == open_in(tmp_path, backend.run_ref.run).contents() == TrackerContents(alerts={7})
 
 
 @pytest.mark.parametrize("form", [str, Path, SummaryWriter, lambda folder: SimpleNamespace(logdir=str(folder))])
@@ -210,18 +211,18 @@ def test_a_run_without_a_best_epoch_names_none(tmp_path: Path) -> None:
 
 def test_a_later_backend_knows_what_the_folder_holds(tmp_path: Path) -> None:
     first = open_in(tmp_path)
-    assert first.held() == Held()
+    assert first.contents() == TrackerContents()
     for step in (0, 20, 40):
         first.write(interval([0.1, 0.2], step))
     first.write(AlignmentSummary.from_scores([0.1, 0.2, 0.4]).report(epoch=3))
     first.write(ALERT)
     first.close()
-    second = open_in(tmp_path / "elsewhere", first.place.run)
-    held = Held(intervals={0, 20, 40}, epochs={3: 3}, alerts={7})
-    assert second.held() == held
+    second = open_in(tmp_path / "elsewhere", first.run_ref.run)
+    held = TrackerContents(intervals={0, 20, 40}, epochs={3: 3}, alerts={7})
+    assert second.contents() == held
     second.write(CloseRecord(epochs=8, steps=41, best_epoch=2, best_value=0.5, faults={}))
-    assert second.held() == held._replace(closes={8})
-    assert open_in(tmp_path, name="other").held() == Held()
+    assert second.contents() == held._replace(closes={8})
+    assert open_in(tmp_path, name="other").contents() == TrackerContents()
 
 
 # --- outages ----------------------------------------------------------------------------------------------------------
@@ -258,7 +259,7 @@ def _refuse(*_: Any) -> None:
 def test_neither_torch_nor_tensorflow_is_needed(tmp_path: Path) -> None:
     program = (
         "import sys, pathlib, gwa_logging.integrations.tensorboard as t\n"
-        "from gwa_logging.types import CloseRecord, RunContext\n"
+        "from gwa_logging.protocols import RunContext\nfrom gwa_logging.records import CloseRecord\n"
         "backend = t.open_backend(RunContext('gwa', None, pathlib.Path(sys.argv[1])))\n"
         "backend.write(CloseRecord(epochs=1, steps=1, best_epoch=0, best_value=1.0, faults={}))\n"
         "backend.close()\n"

@@ -17,7 +17,8 @@ from trackio.context_vars import current_run
 
 from gwa_logging import AlignmentSummary, BackendError, EarlyStop, InvalidInputError
 from gwa_logging.integrations.trackio import TrackioBackend, open_backend
-from gwa_logging.types import CloseRecord, Held, RunContext, RunPlace, StopAlert, StopReason
+from gwa_logging.protocols import RunContext, TrackerContents
+from gwa_logging.records import CloseRecord, StopAlert, StopReason, TrackerRunRef
 
 ALERT = StopAlert(
     epoch=7,
@@ -140,7 +141,7 @@ def test_of_a_run_that_is_not_stored_here_the_page_is_told(url: str, page: str) 
     run = start_trackio_run("pages")
     run.finish()
     run.url = url
-    assert TrackioBackend(run, "gwa", owned=False).place == RunPlace(url=page)
+    assert TrackioBackend(run, "gwa", owned=False).run_ref == TrackerRunRef(url=page)
 
 
 def test_a_run_can_be_taken_up_again_by_its_path_and_keeps_its_config(tmp_path: Path) -> None:
@@ -149,12 +150,12 @@ def test_a_run_can_be_taken_up_again_by_its_path_and_keeps_its_config(tmp_path: 
     first.write(AlignmentSummary.from_scores([0.1, 0.2, 0.4]).report(epoch=3))
     first.write(ALERT)
     trackio.finish()
-    assert first.held() == Held(epochs={3: 3}, alerts={7})
-    second = open_backend(RunContext("gwa", first.place.run, tmp_path))
-    assert second.held() == Held(epochs={3: 3}, alerts={7})
+    assert first.contents() == TrackerContents(epochs={3: 3}, alerts={7})
+    second = open_backend(RunContext("gwa", first.run_ref.run, tmp_path))
+    assert second.contents() == TrackerContents(epochs={3: 3}, alerts={7})
     second.write(CloseRecord(epochs=8, steps=41, best_epoch=2, best_value=0.5, faults={}))
     second.close()
-    assert second.held() == Held(epochs={3: 3}, alerts={7}, closes={8})
+    assert second.contents() == TrackerContents(epochs={3: 3}, alerts={7}, closes={8})
     (stored,) = trackio.Api().runs("taken-up")
     assert (stored.id, stored.config["lr"]) == (users.id, 0.1)
 

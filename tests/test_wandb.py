@@ -21,7 +21,8 @@ from gwa_logging.errors import GwaError
 from gwa_logging.integrations import reach
 from gwa_logging.integrations.wandb import WandbBackend, open_backend
 from gwa_logging.journal import read_journal
-from gwa_logging.types import EpochReport, IntervalRecord, RunContext, StopAlert, StopReason, SuspectsRecord
+from gwa_logging.protocols import RunContext
+from gwa_logging.records import EpochReport, IntervalRecord, StopAlert, StopReason, SuspectsRecord
 from tests import trackers
 from tests.trackers import BATCH, BATCHES, OnDisk, OnWandb, folder_of, read_back, run_of, start_run
 
@@ -332,7 +333,7 @@ def test_a_row_of_merged_intervals_says_which_of_them_it_holds(tmp_path: Path) -
     run.finish()
     rows = [(row["gwa/step"], row.get("gwa/covers")) for row in read_back(folder_of(run)).history]
     assert rows == [(12, [[0, 2], [10, 12]]), (20, None)]
-    held = backend.held()
+    held = backend.contents()
     assert [step for step in range(-1, 25) if step in held.intervals] == [0, 1, 2, 10, 11, 12, 20]
     assert held.epochs == {}
 
@@ -353,7 +354,7 @@ def test_every_alert_and_list_of_suspects_is_held_not_only_the_last(tmp_path: Pa
         backend.write(alert.model_copy(update={"epoch": epoch}))
         backend.write(SuspectsRecord(step=10 * epoch, epoch=epoch, samples=3, suspects=()))
     backend.close()
-    held = backend.held()
+    held = backend.contents()
     assert (held.alerts, held.suspects) == ({5, 9}, {50, 90})
 
 
@@ -430,7 +431,7 @@ def test_the_active_run_is_taken_and_left_running(tmp_path: Path) -> None:
     assert wandb.run is run
     backend = open_backend(RunContext(name="gwa", run=None, directory=tmp_path))
     backend.close()
-    assert backend.place.url == folder_of(run)
+    assert backend.run_ref.url == folder_of(run)
     run.log({"still": "open"})
     run.finish()
     assert read_back(folder_of(run)).column("still") == ["open"]
@@ -589,7 +590,7 @@ def test_a_disabled_run_swallows_everything(tmp_path: Path) -> None:
     monitor.close()
     assert monitor.alert is not None
     assert monitor.faults == {}
-    assert open_backend(RunContext(name="gwa", run=run, directory=tmp_path)).place.url is None
+    assert open_backend(RunContext(name="gwa", run=run, directory=tmp_path)).run_ref.url is None
 
 
 # --- shared mode, which needs a server --------------------------------------------------------------------------------

@@ -27,7 +27,14 @@ from torch import nn
 
 import gwa_logging
 from gwa_logging import Monitor
-from gwa_logging.types import EPOCH_KEYS, QUANTILES, STEP_KEYS, AnyRecord, EpochReport, IntervalRecord
+from gwa_logging.records import (
+    EPOCH_KEYS,
+    QUANTILES,
+    STEP_KEYS,
+    AnyRecord,
+    EpochReport,
+    IntervalRecord,
+)
 
 FOLDER = TemporaryDirectory(prefix="gwa_logging-tests-")
 """For what is made once, in each test process: an empty database of MLflow, Trackio's folder."""
@@ -95,7 +102,7 @@ def totals_in(records: list[AnyRecord]) -> Series:
 # --- any tracker ------------------------------------------------------------------------------------------------------
 
 
-class Held(NamedTuple):
+class TrackerContents(NamedTuple):
     """What a tracker holds of one run."""
 
     numbers: dict[str, Series]
@@ -132,11 +139,11 @@ class Tracker:
         """Whether the run has ended."""
         raise NotImplementedError
 
-    def read(self, run: Any) -> Held:
+    def read(self, run: Any) -> TrackerContents:
         """What is stored at this moment."""
         raise NotImplementedError
 
-    def read_again(self, run: str) -> Held:
+    def read_again(self, run: str) -> TrackerContents:
         """The same, of a run that is named as `gwa-logging replay` names it."""
         return self.read(run)
 
@@ -163,12 +170,12 @@ class OnMlflow(Tracker):
     def ended(self, run: str) -> bool:
         return bool(self.client.get_run(run).info.status != "RUNNING")
 
-    def read(self, run: str) -> Held:
+    def read(self, run: str) -> TrackerContents:
         data = self.client.get_run(run).data
         keys = [key.removeprefix("gwa/") for key in data.metrics if key.startswith("gwa/")]
         of = {key: list(series(self.client, run, f"gwa/{key}").items()) for key in keys}
         alerts = [data.tags["gwa.alert"]] if "gwa.alert" in data.tags else []
-        return Held(of, [], alerts, list(series(self.client, run, "user/loss").items()))
+        return TrackerContents(of, [], alerts, list(series(self.client, run, "user/loss").items()))
 
 
 class OnMlflowServer(OnMlflow):
@@ -215,23 +222,23 @@ class OnWandb(Tracker):
     def ended(self, run: wandb.Run) -> bool:
         return bool(run._is_finished)
 
-    def read(self, run: wandb.Run) -> Held:
+    def read(self, run: wandb.Run) -> TrackerContents:
         return self._held(read_back(folder_of(run)))
 
-    def read_again(self, run: str) -> Held:
+    def read_again(self, run: str) -> TrackerContents:
         """Offline, W&B puts a run into a folder each time that it is taken up."""
         folders = sorted((self.folder / "wandb").glob(f"offline-run-*-{run.rpartition('/')[2]}"))
         parts = [self._held(read_back(str(folder))) for folder in folders]
         numbers = {key: [pair for part in parts for pair in part.numbers.get(key, [])] for key in parts[0].numbers}
-        return Held(numbers, *([item for part in parts for item in part[i]] for i in (1, 2, 3)))  # type: ignore[misc]
+        return TrackerContents(numbers, *([item for part in parts for item in part[i]] for i in (1, 2, 3)))  # type: ignore[misc]
 
     @staticmethod
-    def _held(disk: "OnDisk") -> Held:
+    def _held(disk: "OnDisk") -> TrackerContents:
         axes = {"gwa/step": (*INTERVAL_KEYS, "scores.values"), "gwa/epoch": tuple(EPOCH_KEYS)}
         of = {key: disk.column(axis, f"gwa/{key}") for axis, keys in axes.items() for key in keys}
         totals = [(step, sum(values)) for step, values in of.pop("scores.values")]
         users = [(step, value) for value, step in disk.column("user/loss", "_step")]
-        return Held(of, totals, [alert["text"] for alert in disk.alerts], users)
+        return TrackerContents(of, totals, [alert["text"] for alert in disk.alerts], users)
 
 
 class OnTensorBoard(Tracker):
@@ -258,7 +265,7 @@ class OnTensorBoard(Tracker):
     def ended(self, run: Any) -> bool:
         return getattr(run, "file_writer", None) is None
 
-    def read(self, run: Any) -> Held:
+    def read(self, run: Any) -> TrackerContents:
         folder = Path(getattr(run, "log_dir", run))
         ours, users = (read_events(path) for path in (folder / "gwa", folder))
         of = {
@@ -267,7 +274,7 @@ class OnTensorBoard(Tracker):
         }
         totals = [(e.step, sum(e.histogram_value.bucket)) for e in events_of(ours.Histograms, "gwa/scores")]
         alerts = [e.tensor_proto.string_val[0].decode() for e in events_of(ours.Tensors, "gwa/alert")]
-        return Held(of, totals, alerts, [(e.step, e.value) for e in events_of(users.Scalars, "user/loss")])
+        return TrackerContents(of, totals, alerts, [(e.step, e.value) for e in events_of(users.Scalars, "user/loss")])
 
 
 class OnTrackio(Tracker):
@@ -288,12 +295,12 @@ class OnTrackio(Tracker):
     def ended(self, run: Any) -> bool:
         return bool(run._stop_flag.is_set())
 
-    def read_again(self, run: str) -> Held:
+    def read_again(self, run: str) -> TrackerContents:
         project, _, name = run.partition("/")
         (found,) = (other for other in trackio.Api().runs(project) if other.name == name)
         return self.read(found)
 
-    def read(self, run: Any) -> Held:
+    def read(self, run: Any) -> TrackerContents:
         of: dict[str, Series] = {}
         for row in rows_of(run):
             for key, value in row.items():
@@ -301,7 +308,7 @@ class OnTrackio(Tracker):
         totals = [(step, sum(histogram["values"])) for step, histogram in of.pop("gwa/scores", [])]
         alerts = [alert["text"] for alert in trackio.Api().alerts(run.project, run=run.name)]
         ours = {key.removeprefix("gwa/"): values for key, values in of.items() if key.startswith("gwa/")}
-        return Held(ours, totals, alerts, of.get("user/loss", []))
+        return TrackerContents(ours, totals, alerts, of.get("user/loss", []))
 
 
 # --- MLflow -----------------------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ import numpy.typing as npt
 from gwa_logging import EarlyStop
 from gwa_logging.alignment import GWA_BETA
 from gwa_logging.early_stop import Decision, StopState, step
-from gwa_logging.estimates import estimate
 from gwa_logging.histogram import Histogram
+from gwa_logging.statistic import estimate
 
 Series = dict[str, npt.NDArray[Any]]
 

@@ -2,7 +2,7 @@
 
 from gwa_logging.integrations.jax.accumulate import AlignmentState
 from gwa_logging.integrations.jax.adapter import JaxAdapter, attach, subject
-from gwa_logging.integrations.jax.heads import describe
+from gwa_logging.integrations.jax.find_head import describe
 from gwa_logging.integrations.jax.probe import tap
 
 SEVERAL_HEADS = False

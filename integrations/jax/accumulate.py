@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gwa_logging.alignment import DEAD, SCORE_TOLERANCE
 from gwa_logging.histogram import BINS, EDGES
 from gwa_logging.integrations.jax.probe import FINITE_MARKS
-from gwa_logging.samples import UNKNOWN, Ledger, Samples
+from gwa_logging.ledger import UNKNOWN, Ledger, TaggedBatch
 from gwa_logging.summary import AlignmentSummary
 
 BEYOND = 2.0
@@ -190,7 +190,7 @@ class DeviceLedger(NamedTuple):
     @classmethod
     def from_host(cls, ledger: Ledger) -> Self:
         """What `to_host` gave."""
-        rest = (0.0, ledger.strays, UNKNOWN)
+        rest = (0.0, ledger.invalid_ids, UNKNOWN)
         arrays = [jnp.asarray(np.append(a, end).astype(a.dtype)) for a, end in zip(ledger[:3], rest, strict=True)]
         return cls(*arrays) if (ledger.predicted != UNKNOWN).any() else cls(*arrays[:2])
 
@@ -203,7 +203,7 @@ class DeviceLedger(NamedTuple):
 
 
 @partial(jax.jit, donate_argnums=0)
-def enter(ledger: DeviceLedger, samples: Samples, scores: Array) -> DeviceLedger:
+def enter(ledger: DeviceLedger, samples: TaggedBatch, scores: Array) -> DeviceLedger:
     """Enters the scores of a batch into the ledger."""
     sums, seen, predicted = ledger
     size = sums.shape[0] - 1

@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
+from gwa_logging.checkpoint import HeadShape
 from gwa_logging.errors import InvalidInputError
 from gwa_logging.faults import Faults
 from gwa_logging.integrations.jax.accumulate import (
@@ -23,14 +24,13 @@ from gwa_logging.integrations.jax.accumulate import (
     merge,
     update,
 )
-from gwa_logging.integrations.jax.heads import find_head, library_of
+from gwa_logging.integrations.jax.distributed import board
+from gwa_logging.integrations.jax.find_head import find_head, library_of
 from gwa_logging.integrations.jax.probe import Call, Tapping, apart
-from gwa_logging.integrations.jax.processes import board
+from gwa_logging.ledger import Ledger, TaggedBatch
 from gwa_logging.monitor import logger
 from gwa_logging.ranks import Attendance, Identity, counted
-from gwa_logging.samples import Ledger, Samples
 from gwa_logging.settings import WatchSettings
-from gwa_logging.state import HeadShape
 from gwa_logging.summary import AlignmentSummary
 
 
@@ -103,7 +103,7 @@ def _deliberate(
 
 
 class JaxAdapter:
-    """Watches one model. See `gwa_logging.types.Adapter`."""
+    """Watches one model. See `gwa_logging.protocols.Adapter`."""
 
     def __init__(
         self, model: Any, head: str | None, num_samples: int | None, faults: Faults, attendance: Attendance
@@ -163,13 +163,14 @@ class JaxAdapter:
     def _merged_over_processes(self, summary: AlignmentSummary) -> tuple[AlignmentSummary, dict[str, str]]:
         """The summary of all processes, and what is wrong with them."""
         head = "" if self.shape is None else str(HeadShape(self.path, *self.shape))
-        own, identity = summary.to_bytes(), Identity(head, group=jax.process_index()).to_vector().tobytes()
-        gathered = self._gathered(np.frombuffer(own + identity, np.uint8))
+        own, identity = summary.to_vector(), Identity(head, group=jax.process_index()).to_vector()
+        # As bytes: JAX would turn float64 into float32.
+        gathered = self._gathered(np.concatenate([own, identity]).view(np.uint8))
         if gathered is None:
             return summary, self._lost
-        parts = [part.tobytes() for part in np.asarray(gathered)]
-        summaries = [AlignmentSummary.from_bytes(part[: len(own)]) for part in parts]
-        found = counted([Identity.from_vector(np.frombuffer(part[len(own) :])) for part in parts], summaries)
+        parts = [np.frombuffer(part.tobytes()) for part in np.asarray(gathered)]
+        summaries = [AlignmentSummary.from_vector(part[: len(own)]) for part in parts]
+        found = counted([Identity.from_vector(part[len(own) :]) for part in parts], summaries)
         return AlignmentSummary.merge_all(summaries[number] for number in found.ranks), found.problems
 
     def _gathered(self, value: Any) -> Any:
@@ -230,7 +231,7 @@ class JaxAdapter:
             logger.info("gwa_logging: %s", self.head)
 
     @_deliberate
-    def observe(self, scores: Any, samples: Samples | None) -> None:
+    def observe(self, scores: Any, samples: TaggedBatch | None) -> None:
         """Takes in the scores of one step."""
         if isinstance(scores, jax.core.Tracer):
             raise InvalidInputError(
@@ -250,7 +251,7 @@ class JaxAdapter:
             raise InvalidInputError(f"scores: expected a floating-point array [batch], found {found}")
         if samples is not None:
             samples.check(scores.size, self._num_samples)
-            samples = Samples(*map(_narrow, samples))
+            samples = TaggedBatch(*map(_narrow, samples))
         elif self._num_samples is not None:
             self._untagged += scores.size
         mesh = _explicit_mesh(scores)
@@ -269,7 +270,7 @@ class JaxAdapter:
             self._state = update(self._state or AlignmentState.empty(), scores)
         self._on_step()
 
-    def _observe_global(self, scores: jax.Array, samples: Samples | None) -> None:
+    def _observe_global(self, scores: jax.Array, samples: TaggedBatch | None) -> None:
         """Takes in scores of which this process holds a part."""
         if samples is not None:
             raise InvalidInputError(
@@ -286,7 +287,7 @@ class JaxAdapter:
         """A mesh without explicit axes, if the scores came on one with them."""
         return nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
-    def tag(self, samples: Samples) -> None:
+    def tag(self, samples: TaggedBatch) -> None:
         """Is for PyTorch."""
         raise InvalidInputError("tag() is for PyTorch; in JAX pass the ids along: monitor.update(scores, sample_ids)")
 
@@ -321,7 +322,7 @@ class JaxAdapter:
             return own
         parts = [Ledger(*(np.asarray(array)[i] for array in every)) for i in range(jax.process_count())]
         merged = reduce(Ledger.merge, parts)
-        return merged._replace(strays=int(merged.strays), untagged=int(merged.untagged))
+        return merged._replace(invalid_ids=int(merged.invalid_ids), untagged=int(merged.untagged))
 
     @_deliberate
     def load_ledger(self, ledger: Ledger) -> None:
@@ -331,11 +332,11 @@ class JaxAdapter:
         else:
             self._ledger, self._untagged = None, 0
 
-    def portable(self, array: np.ndarray) -> np.ndarray:
+    def to_checkpoint_array(self, array: np.ndarray) -> np.ndarray:
         """As it is."""
         return array
 
-    def nothing_seen(self) -> str:
+    def no_observation_hint(self) -> str:
         """What to check when no step has been seen."""
         return (
             "In JAX, take value_and_grad = monitor.value_and_grad(loss_fn) in place of jax.value_and_grad(loss_fn), return "

@@ -9,7 +9,7 @@ from jax import Array
 
 from gwa_logging.errors import InvalidInputError
 from gwa_logging.integrations.jax.contractions import pointwise
-from gwa_logging.integrations.jax.library import Library, named, path_of
+from gwa_logging.integrations.jax.model_library import Library, named, path_of
 from gwa_logging.integrations.jax.probe import Session, entered
 
 

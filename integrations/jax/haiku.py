@@ -10,7 +10,7 @@ import jax
 from jax import Array
 
 from gwa_logging.integrations.jax.contractions import pointwise
-from gwa_logging.integrations.jax.library import Library, named, zeros
+from gwa_logging.integrations.jax.model_library import Library, named, zeros
 from gwa_logging.integrations.jax.probe import Session, entered
 
 

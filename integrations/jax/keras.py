@@ -16,7 +16,7 @@ from jax import Array
 
 from gwa_logging.errors import InvalidInputError
 from gwa_logging.integrations.jax.contractions import Layer, einsum, pointwise
-from gwa_logging.integrations.jax.library import Library
+from gwa_logging.integrations.jax.model_library import Library
 from gwa_logging.integrations.jax.probe import Session, current, entered
 from gwa_logging.monitor import Monitor
 

@@ -11,7 +11,7 @@ from flax import linen
 from jax import Array
 
 from gwa_logging.integrations.jax.contractions import einsum, general, pointwise
-from gwa_logging.integrations.jax.library import Library, named, zeros
+from gwa_logging.integrations.jax.model_library import Library, named, zeros
 from gwa_logging.integrations.jax.probe import Session, entered
 
 

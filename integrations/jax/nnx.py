@@ -16,7 +16,7 @@ from flax import nnx
 from jax import Array
 
 from gwa_logging.integrations.jax.contractions import Layer, einsum, general, pointwise
-from gwa_logging.integrations.jax.library import Library
+from gwa_logging.integrations.jax.model_library import Library
 from gwa_logging.integrations.jax.probe import Session, current, entered
 
 

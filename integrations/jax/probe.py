@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec, reshard
 
 from gwa_logging.alignment import DEAD, NO_GRADIENT, NOT_FINITE, SMALLEST
 from gwa_logging.errors import InvalidInputError
-from gwa_logging.integrations.jax.dataflow import PREFIX, jaxprs_in
+from gwa_logging.integrations.jax.jaxpr_walk import PREFIX, jaxprs_in
 
 
 class Marks(NamedTuple):

@@ -19,11 +19,11 @@ from gwa_logging.alignment import DEAD, NO_GRADIENT, NOT_FINITE, SCORE_TOLERANCE
 from gwa_logging.faults import Faults
 from gwa_logging.histogram import BINS, EDGES
 from gwa_logging.integrations.torch.tags import Tags
-from gwa_logging.samples import SAMPLE_IDS, UNKNOWN, Ledger, Samples, record_strays
+from gwa_logging.ledger import SAMPLE_IDS, UNKNOWN, Ledger, TaggedBatch, record_invalid_ids
 from gwa_logging.summary import AlignmentSummary
 
 FOLD_AT = 65_536
-"""Samples kept on the device before they are folded: 768 KB at most."""
+"""TaggedBatch kept on the device before they are folded: 768 KB at most."""
 
 PASSES = 32
 """How many compiled passes may wait for one backward pass; of more of them, some have no scores."""
@@ -150,7 +150,7 @@ class _Batch(NamedTuple):
 
     values: Terms | Tensor
     rows: int
-    samples: Samples | None
+    samples: TaggedBatch | None
     inputs: int
 
     @property
@@ -195,14 +195,16 @@ class Accumulator:
         self._untagged_coded: Tensor | int = (
             0  # of compiled passes, whose rows only the device can distinguish from padding
         )
-        self._misfits = 0  # ids that were not as many as their samples; those on the device are the ledger's strays
+        self._misfits = (
+            0  # ids that were not as many as their samples; those on the device are the ledger's invalid_ids
+        )
         self._lock = Lock()  # DataParallel's replicas run their backward passes in threads
 
-    def tag(self, samples: Samples) -> None:
+    def tag(self, samples: TaggedBatch) -> None:
         """Keeps the ids of the next batch."""
         self.tags.put(samples)
 
-    def add_terms(self, terms: Terms, samples: Samples | None, inputs: int = 0) -> None:
+    def add_terms(self, terms: Terms, samples: TaggedBatch | None, inputs: int = 0) -> None:
         """Adds the terms of an eager backward pass.
 
         Args:
@@ -228,19 +230,19 @@ class Accumulator:
             lost,
         )
 
-    def add_coded(self, rows: Tensor, samples: Samples | None) -> None:
+    def add_coded(self, rows: Tensor, samples: TaggedBatch | None) -> None:
         """Adds the coded rows of a compiled backward pass, which may be overwritten after this."""
         rows = rows.clone()
         if samples is not None and rows.shape[1] > 2:
             samples = samples._replace(predicted=rows[:, 2])
         self._add(rows, rows.shape[0], samples)
 
-    def add_scores(self, scores: Tensor, samples: Samples | None) -> None:
+    def add_scores(self, scores: Tensor, samples: TaggedBatch | None) -> None:
         """Adds scores from the user, float [...], which may be overwritten after this."""
         self._add(scores.flatten().clone(), scores.numel(), samples)
 
     def _add(
-        self, values: Terms | Tensor, rows: int, samples: Samples | None, inputs: int = 0, *, misfit: bool = False
+        self, values: Terms | Tensor, rows: int, samples: TaggedBatch | None, inputs: int = 0, *, misfit: bool = False
     ) -> None:
         if not rows:
             return
@@ -259,7 +261,7 @@ class Accumulator:
             snapshot, self._arriving = self._arriving, TorchSnapshot(self._lost)
             return snapshot
 
-    def _lost(self, overlaid: int, strays: int) -> None:
+    def _lost(self, overlaid: int, invalid_ids: int) -> None:
         """Records the samples that were lost on the device, once a folded vector has arrived on the host."""
         if overlaid:
             self._faults.record(
@@ -267,7 +269,7 @@ class Accumulator:
                 f"{overlaid} samples have no score: more than {PASSES} compiled forward passes waited for one backward pass",
                 overlaid,
             )
-        record_strays(self._faults, strays, self._num_samples)
+        record_invalid_ids(self._faults, invalid_ids, self._num_samples)
 
     def _fold(self) -> None:
         batches, self._batches, self._rows = self._batches, [], 0
@@ -310,22 +312,22 @@ class Accumulator:
             self._arriving.add(self._with_losses(vector, coded))
 
     def _with_losses(self, vector: Tensor, coded: Tensor | None) -> Tensor:
-        """A folded vector, and after it how many samples were lost: in coded rows added to each other, and strays so far."""
+        """A folded vector, and after it how many samples were lost: in encoded rows added to each other, and invalid ids."""
         overlaid = torch.zeros(1, dtype=vector.dtype, device=vector.device)
         if coded is not None:
             valid = coded[:, 1]
             overlaid += _moved(torch.where(valid > 1, valid, 0.0).sum(), vector.device)
-        strays = torch.full_like(overlaid, self._misfits)
+        invalid_ids = torch.full_like(overlaid, self._misfits)
         if self._ledger is not None:
-            strays += _moved(self._ledger.seen[-1:], vector.device)
-        return torch.cat([vector, overlaid, strays])
+            invalid_ids += _moved(self._ledger.seen[-1:], vector.device)
+        return torch.cat([vector, overlaid, invalid_ids])
 
     def _edges_on(self, device: torch.device) -> Tensor:
         if device not in self._edges:
             self._edges[device] = torch.from_numpy(EDGES.copy()).to(_fold_device(device))
         return self._edges[device]
 
-    def _enter(self, batches: Sequence[Samples], scores: Sequence[Tensor], starts: Sequence[Tensor | None]) -> None:
+    def _enter(self, batches: Sequence[TaggedBatch], scores: Sequence[Tensor], starts: Sequence[Tensor | None]) -> None:
         """Enters the scores of n batches of one form into the ledger."""
         sums, seen, predicted = self._ledger_on(scores[0].device)
         device, size = sums.device, sums.shape[0] - 1
@@ -373,12 +375,12 @@ class Accumulator:
         with self._lock:
             self._fold()
             ledger = self._ledger_on(torch.device("cpu")).to_host(self._untagged + int(self._untagged_coded))
-            return ledger._replace(strays=ledger.strays + self._misfits)
+            return ledger._replace(invalid_ids=ledger.invalid_ids + self._misfits)
 
     def load_ledger(self, ledger: Ledger, device: torch.device) -> None:
         """Puts back what `ledger` gave."""
         with self._lock:
-            rest = (0.0, ledger.strays, UNKNOWN)
+            rest = (0.0, ledger.invalid_ids, UNKNOWN)
             arrays = (np.append(array, end).astype(array.dtype) for array, end in zip(ledger[:3], rest, strict=True))
             self._ledger = _DeviceLedger(*(torch.from_numpy(array).to(device) for array in arrays))
             self._untagged, self._untagged_coded, self._misfits = ledger.untagged, 0, 0
@@ -397,7 +399,7 @@ def _starts(batch: _Batch, scores: Tensor) -> Tensor:
     return first_rows(scores, batch.inputs)
 
 
-def _form(entry: tuple[Samples, Tensor, Tensor | None]) -> object:
+def _form(entry: tuple[TaggedBatch, Tensor, Tensor | None]) -> object:
     """What must be the same of batches that are entered together."""
     samples, *others = entry
     return [None if tensor is None else (tensor.shape, tensor.dtype, tensor.device) for tensor in (*samples, *others)]
@@ -479,7 +481,7 @@ class TorchSnapshot:
     """Folded vectors on their way to the host."""
 
     def __init__(self, lost: Callable[[int, int], None]) -> None:
-        """Calls `lost(overlaid, strays)` with the last two numbers of each vector, once they have come."""
+        """Calls `lost(overlaid, invalid_ids)` with the last two numbers of each vector, once they have come."""
         self._lost = lost
         self._vectors: list[tuple[Tensor, torch.cuda.Event | None]] = []
         self._merged = AlignmentSummary()

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gwa_logging.checkpoint import HeadShape
 from gwa_logging.errors import InvalidInputError
 from gwa_logging.faults import Faults
 from gwa_logging.integrations.torch.accumulate import TorchSnapshot
@@ -23,17 +24,16 @@ from gwa_logging.integrations.torch.distributed import (
     replica_group,
     unsharded,
 )
+from gwa_logging.integrations.torch.find_head import FirstPass, Head, HeadCall, find_head, inside_adapters, unwrapped
 from gwa_logging.integrations.torch.forwards import Forwards
-from gwa_logging.integrations.torch.heads import FirstPass, Head, HeadCall, find_head, inside_adapters, unwrapped
-from gwa_logging.integrations.torch.layers import layer_of
+from gwa_logging.integrations.torch.head_layers import layer_of
 from gwa_logging.integrations.torch.probe import HeadProbe
 from gwa_logging.integrations.torch.replacement import HeadPlace
-from gwa_logging.integrations.torch.silence import Silence
+from gwa_logging.integrations.torch.step_watchdog import StepWatchdog
+from gwa_logging.ledger import Ledger, TaggedBatch
 from gwa_logging.monitor import logger
 from gwa_logging.ranks import Attendance, Identity, first_scores
-from gwa_logging.samples import Ledger, Samples
 from gwa_logging.settings import WatchSettings
-from gwa_logging.state import HeadShape
 from gwa_logging.summary import AlignmentSummary
 
 _EARLY = 16
@@ -67,7 +67,7 @@ def _check(head: Head) -> None:
 
 
 class TorchAdapter:
-    """Watches one model. See `gwa_logging.types.Adapter`."""
+    """Watches one model. See `gwa_logging.protocols.Adapter`."""
 
     def __init__(
         self, model: nn.Module, head: Head | None, num_samples: int | None, faults: Faults, attendance: Attendance
@@ -86,7 +86,7 @@ class TorchAdapter:
         self._faults = faults
         self._on_step: Callable[[], None] = lambda: None
         self._watching: HeadProbe | FirstPass | None = None
-        self._silence: Silence | None = None
+        self._silence: StepWatchdog | None = None
         self._place: HeadPlace | None = None
         self._copies: list[weakref.ref[nn.Module]] = []
         self._changes = ""  # what has become of the head since it was found
@@ -140,7 +140,7 @@ class TorchAdapter:
         self._attendance.enter()
         model = self._model()
         if model is not None:
-            self._silence = Silence(model, self)
+            self._silence = StepWatchdog(model, self)
         found, self._found = self._found, None
         if found is not None:
             self._watching = self._probe(found)
@@ -181,7 +181,7 @@ class TorchAdapter:
 
     def silent(self, steps: int) -> None:
         """See `silence.Watched`."""
-        self._faults.record("silence", f"{steps} optimizer steps and no observation. {self.nothing_seen()}")
+        self._faults.record("silence", f"{steps} optimizer steps and no observation. {self.no_observation_hint()}")
 
     def copy_trained(self, steps: int) -> None:
         """See `silence.Watched`."""
@@ -241,7 +241,7 @@ class TorchAdapter:
         """See `silence.Watched`."""
         return self._accumulator.tags.paused
 
-    def observe(self, scores: Any, samples: Samples | None) -> None:
+    def observe(self, scores: Any, samples: TaggedBatch | None) -> None:
         """Takes in scores of the user's own making."""
         if not isinstance(scores, Tensor) or not scores.is_floating_point() or scores.ndim == 0:
             found = (
@@ -255,7 +255,7 @@ class TorchAdapter:
         self._accumulator.add_scores(scores.detach(), samples)
         self._observed()
 
-    def tag(self, samples: Samples) -> None:
+    def tag(self, samples: TaggedBatch) -> None:
         """Notes which samples the next forward pass is about."""
         self.check_head()
         self._accumulator.tag(self._checked(samples, None))
@@ -269,10 +269,10 @@ class TorchAdapter:
         if isinstance(self._watching, HeadProbe):
             self._watching.exchange_slots()
 
-    def _checked(self, samples: Samples, count: int | None) -> Samples:
+    def _checked(self, samples: TaggedBatch, count: int | None) -> TaggedBatch:
         samples.check(count, self._num_samples)
         # Copies: a buffer may be filled with the next batch before these are entered into the ledger.
-        tensors = Samples(*(None if array is None else torch.as_tensor(array).clone() for array in samples))
+        tensors = TaggedBatch(*(None if array is None else torch.as_tensor(array).clone() for array in samples))
         if tensors.ids.device.type == "meta":
             raise InvalidInputError("sample_ids: expected numbers, found a tensor on the device 'meta'")
         return tensors
@@ -304,11 +304,11 @@ class TorchAdapter:
         parameter = next(iter(model.parameters()), None) if model is not None else None
         self._accumulator.load_ledger(ledger, parameter.device if parameter is not None else torch.device("cpu"))
 
-    def portable(self, array: np.ndarray) -> Tensor:
+    def to_checkpoint_array(self, array: np.ndarray) -> Tensor:
         """As a tensor: `torch.load` refuses NumPy."""
         return torch.from_numpy(array)
 
-    def nothing_seen(self) -> str:
+    def no_observation_hint(self) -> str:
         """What to check when no step has passed the probe."""
         self.check_head()
         changes = f"{self._changes}. " if self._changes else ""

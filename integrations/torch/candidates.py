@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from gwa_logging.integrations.torch.layers import refusal as refused_kind
-from gwa_logging.integrations.torch.layers import shape_of
+from gwa_logging.integrations.torch.head_layers import refusal as refused_kind
+from gwa_logging.integrations.torch.head_layers import shape_of
 
 _TRIAL_ROWS = 32
 _CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d

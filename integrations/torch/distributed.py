@@ -22,8 +22,8 @@ from torch import Tensor, distributed, nn
 
 from gwa_logging.faults import Faults
 from gwa_logging.integrations.torch.accumulate import Accumulator, Terms, pack, unpack
+from gwa_logging.ledger import UNKNOWN, Ledger, TaggedBatch
 from gwa_logging.ranks import Attendance, Counted, Identity, counted
-from gwa_logging.samples import UNKNOWN, Ledger, Samples
 from gwa_logging.summary import AlignmentSummary
 
 WRAPPERS: tuple[type[Any], ...] = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -113,7 +113,7 @@ class RankAccumulator(Accumulator):
         super().__init__(num_samples, faults)
         self._attendance = attendance
 
-    def add_terms(self, terms: Terms, samples: Samples | None, inputs: int = 0) -> None:
+    def add_terms(self, terms: Terms, samples: TaggedBatch | None, inputs: int = 0) -> None:
         """Adds the terms of an eager backward pass."""
         if is_split(terms.product):
             if self._attendance.missing():
@@ -123,7 +123,7 @@ class RankAccumulator(Accumulator):
                 return
         super().add_terms(terms, samples, inputs)
 
-    def add_coded(self, rows: Tensor, samples: Samples | None) -> None:
+    def add_coded(self, rows: Tensor, samples: TaggedBatch | None) -> None:
         """Adds the coded rows of a compiled backward pass."""
         if is_split(rows):
             if self._attendance.missing():
@@ -133,7 +133,7 @@ class RankAccumulator(Accumulator):
                 return
         super().add_coded(rows, samples)
 
-    def add_scores(self, scores: Tensor, samples: Samples | None) -> None:
+    def add_scores(self, scores: Tensor, samples: TaggedBatch | None) -> None:
         """Adds scores from the user."""
         if is_split(scores):
             if self._attendance.missing():
@@ -223,7 +223,7 @@ def ledger_over_ranks(ledger: Ledger, identity: Identity) -> tuple[Ledger, Count
 
     What they have predicted is that of the highest rank that has seen the sample.
     """
-    gathered = _gathered(np.concatenate([[ledger.strays, ledger.untagged], identity.to_vector()]))
+    gathered = _gathered(np.concatenate([[ledger.invalid_ids, ledger.untagged], identity.to_vector()]))
     found = counted([Identity.from_vector(vector[2:]) for vector in gathered])
     if rank() not in found.ranks:
         ledger = nothing_like(ledger)
@@ -235,8 +235,8 @@ def ledger_over_ranks(ledger: Ledger, identity: Identity) -> tuple[Ledger, Count
         distributed.all_reduce(tensor)
     distributed.all_reduce(ranked, op=distributed.ReduceOp.MAX)
     predicted = torch.where(ranked < 0, -1, ranked & 0xFFFFFFFF).to(torch.int32)
-    strays, untagged = (int(sum(gathered[number][i] for number in found.ranks)) for i in range(2))
-    return Ledger(sums.cpu().numpy(), seen.cpu().numpy(), predicted.cpu().numpy(), strays, untagged), found
+    invalid_ids, untagged = (int(sum(gathered[number][i] for number in found.ranks)) for i in range(2))
+    return Ledger(sums.cpu().numpy(), seen.cpu().numpy(), predicted.cpu().numpy(), invalid_ids, untagged), found
 
 
 def nothing_like(ledger: Ledger) -> Ledger:

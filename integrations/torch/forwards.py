@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gwa_logging.faults import Faults
-from gwa_logging.integrations.torch.hooks import Attachment, is_tracing, unchecked
+from gwa_logging.integrations.torch.module_patch import ModulePatch, is_tracing, unchecked
 from gwa_logging.integrations.torch.tags import Tags
 
 
@@ -31,7 +31,7 @@ class Forwards:
         self._sizes: tuple[int, ...] = ()
         self._rows = 0
         self._calls = 0
-        self._attachment = weakref.ref(Attachment(model, before=self._begins, after=self._ends, scripted=self.close))
+        self._attachment = weakref.ref(ModulePatch(model, before=self._begins, after=self._ends, scripted=self.close))
 
     def head_called(self, rows: int) -> None:
         """Adds a call of the head in an eager training pass, with its number of rows."""

@@ -23,15 +23,15 @@ from gwa_logging.faults import Faults
 from gwa_logging.integrations.torch.accumulate import PASSES, Accumulator, Terms, coded
 from gwa_logging.integrations.torch.distributed import is_distributed, is_freed, is_split
 from gwa_logging.integrations.torch.forwards import Forwards, is_exporting
-from gwa_logging.integrations.torch.hooks import (
-    Attachment,
+from gwa_logging.integrations.torch.head_layers import Linear, Pointwise, norm
+from gwa_logging.integrations.torch.module_patch import (
+    ModulePatch,
     after_in_script,
     before_in_script,
     is_tracing,
     scripted_as,
     unchecked,
 )
-from gwa_logging.integrations.torch.layers import Linear, Pointwise, norm
 from gwa_logging.integrations.torch.tags import UNTAGGED, Tag
 
 # Leaves are views of a single number: they cost no memory, whatever their length. A gradient does, so the shortest leaf
@@ -165,7 +165,7 @@ class HeadProbe:
         self._moved(head)
         before = self.before if layer.taps_input else None
         self._attachment = weakref.ref(
-            Attachment(head, before=before, after=self.after, moved=self._moved, copied=copied)
+            ModulePatch(head, before=before, after=self.after, moved=self._moved, copied=copied)
         )
 
     def _moved(self, head: nn.Module) -> None:

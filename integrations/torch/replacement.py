@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from gwa_logging.integrations.torch.candidates import is_adapter, refusal, shown, untrue
-from gwa_logging.integrations.torch.layers import shape_of
+from gwa_logging.integrations.torch.head_layers import shape_of
 
 
 class Finding(NamedTuple):

@@ -9,13 +9,13 @@ have the same value at the start of every pass, but it does not compare the tags
 
 from threading import get_ident
 
-from gwa_logging.samples import Samples
+from gwa_logging.ledger import TaggedBatch
 
 
 class Tag:
     """The ids of one pass, or None: a box, since the compiler looks at tensors, not into boxes."""
 
-    def __init__(self, samples: Samples | None) -> None:
+    def __init__(self, samples: TaggedBatch | None) -> None:
         self.samples = samples
 
 
@@ -38,7 +38,7 @@ class Tags:
         self._thread = get_ident()
         self._by_thread: dict[int, Tag] | None = None  # once two threads have tagged at the same time
 
-    def put(self, samples: Samples) -> None:
+    def put(self, samples: TaggedBatch) -> None:
         """Leaves the ids of the next counted pass of this thread."""
         tag, thread = Tag(samples), get_ident()
         if thread != self._thread and self._by_thread is None:

@@ -5,11 +5,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.core.test_summary import assert_equals_scipy, spread_scores
 
 from gwa_logging import AlignmentSummary
 from gwa_logging.integrations.torch.accumulate import FOLD_AT, Accumulator, Terms
-from gwa_logging.samples import Samples
-from tests.heart.test_summary import assert_equals_scipy, spread_scores
+from gwa_logging.ledger import TaggedBatch
 
 
 @given(scores=spread_scores(), pieces=st.integers(1, 9))
@@ -61,12 +61,12 @@ def test_a_snapshot_starts_anew():
 
 def test_the_ledger_adds_up_by_id_and_keeps_strays_apart():
     accumulator = Accumulator(4)
-    accumulator.add_scores(torch.tensor([0.1, 0.2, 0.3, torch.nan]), Samples(torch.tensor([2, 0, 2, 1])))
-    accumulator.add_scores(torch.tensor([0.5, 0.5]), Samples(torch.tensor([-1, 4])))
+    accumulator.add_scores(torch.tensor([0.1, 0.2, 0.3, torch.nan]), TaggedBatch(torch.tensor([2, 0, 2, 1])))
+    accumulator.add_scores(torch.tensor([0.5, 0.5]), TaggedBatch(torch.tensor([-1, 4])))
     ledger = accumulator.ledger()
     np.testing.assert_allclose(ledger.sums, [0.2, 0, 0.4, 0], rtol=1e-6)
     np.testing.assert_array_equal(ledger.seen, [1, 0, 2, 0])
-    assert (ledger.strays, ledger.untagged) == (2, 0)
+    assert (ledger.invalid_ids, ledger.untagged) == (2, 0)
 
 
 def test_batches_that_are_entered_together_are_entered_in_their_order():
@@ -77,7 +77,7 @@ def test_batches_that_are_entered_together_are_entered_in_their_order():
         ids, classes = rng.integers(0, 5, size), rng.integers(0, 9, size)
         scores = rng.uniform(-1, 1, size).astype(np.float32)
         accumulator.add_scores(
-            torch.from_numpy(scores), Samples(torch.from_numpy(ids), None, torch.from_numpy(classes))
+            torch.from_numpy(scores), TaggedBatch(torch.from_numpy(ids), None, torch.from_numpy(classes))
         )
         for sample, score, class_ in zip(ids, scores, classes, strict=True):
             sums[sample] += score
@@ -92,18 +92,18 @@ def test_batches_that_are_entered_together_are_entered_in_their_order():
 def test_a_prediction_without_a_score_does_not_replace_one_with_a_score():
     accumulator = Accumulator(2)
     for score, class_ in ((0.5, 7), (torch.nan, 8)):
-        accumulator.add_scores(torch.tensor([score]), Samples(torch.tensor([1]), None, torch.tensor([class_])))
+        accumulator.add_scores(torch.tensor([score]), TaggedBatch(torch.tensor([1]), None, torch.tensor([class_])))
     np.testing.assert_array_equal(accumulator.ledger().predicted, [-1, 7])
 
 
 def test_batches_of_another_number_of_ids_are_kept_apart_from_good_ones():
     accumulator = Accumulator(4)
     for score in (0.25, 0.5):
-        accumulator.add_scores(torch.tensor([score, score]), Samples(torch.tensor([0, 1])))
-        accumulator.add_scores(torch.tensor([score, score]), Samples(torch.tensor([0, 1, 2])))
+        accumulator.add_scores(torch.tensor([score, score]), TaggedBatch(torch.tensor([0, 1])))
+        accumulator.add_scores(torch.tensor([score, score]), TaggedBatch(torch.tensor([0, 1, 2])))
     ledger = accumulator.ledger()
     np.testing.assert_array_equal(ledger.sums, [0.75, 0.75, 0, 0])
-    assert ledger.strays == 4
+    assert ledger.invalid_ids == 4
 
 
 @pytest.mark.parametrize("coded", [False, True])

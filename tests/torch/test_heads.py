@@ -13,7 +13,7 @@ from torch import nn
 
 import gwa_logging
 from gwa_logging import HeadNotFoundError, InvalidInputError
-from gwa_logging.integrations.torch.heads import describe, find_head
+from gwa_logging.integrations.torch.find_head import describe, find_head
 from tests.torch.peft_model import PeftModel
 
 

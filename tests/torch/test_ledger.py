@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 import gwa_logging
 from gwa_logging import InvalidInputError, Monitor
-from gwa_logging.integrations.torch.layers import layer_of
+from gwa_logging.integrations.torch.head_layers import layer_of
 
 N, FEATURES = 23, 8
 

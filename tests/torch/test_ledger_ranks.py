@@ -82,7 +82,7 @@ def resumed() -> Outcome:
     return train(interrupt=True)
 
 
-def strays() -> dict[str, int]:
+def invalid_ids() -> dict[str, int]:
     """One rank's ids are wrong, the other one's are missing."""
     model = DistributedDataParallel(net())
     x, y = training_set()
@@ -126,7 +126,7 @@ def own_scores() -> tuple[Any, list[Any]]:
         return monitor.end_epoch(), monitor.suspects(N)
 
 
-WORLD = {function.__name__: function for function in (whole, resumed, strays, after_the_epochs, split, own_scores)}
+WORLD = {function.__name__: function for function in (whole, resumed, invalid_ids, after_the_epochs, split, own_scores)}
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ def test_a_state_in_mid_epoch_holds_what_all_ranks_have_seen(two: World) -> None
 
 
 def test_wrong_and_missing_ids_of_all_ranks_are_counted(two: World) -> None:
-    assert two["strays"] == [{"sample ids": 5, "samples without ids": N}] * 2
+    assert two["invalid_ids"] == [{"sample ids": 5, "samples without ids": N}] * 2
 
 
 def test_one_rank_writes_the_list_when_it_is_asked_for_and_after_the_epochs(two: World) -> None:

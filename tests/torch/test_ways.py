@@ -1002,7 +1002,7 @@ def test_a_dropped_model_is_freed(closed, width, how):
 def test_a_probe_does_not_keep_its_head(width, norm):
     from gwa_logging.faults import Faults
     from gwa_logging.integrations.torch.accumulate import Accumulator
-    from gwa_logging.integrations.torch.layers import layer_of
+    from gwa_logging.integrations.torch.head_layers import layer_of
     from gwa_logging.integrations.torch.probe import HeadProbe
 
     model = net(*WIDTH[width])

@@ -1,0 +1,34 @@
+"""The timeline of a picture: bounded, and nothing is lost in it."""
+
+import numpy as np
+import pytest
+
+from gwa_logging.report.heatmap import Timeline
+from tests.core.test_journal import interval
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 100, 1001])
+def test_however_many_intervals_the_columns_are_bounded_and_hold_every_sample(n):
+    timeline = Timeline(columns=8)
+    for step in range(n):
+        timeline.add(interval(step))
+    heatmap = timeline.heatmap()
+    columns = heatmap.shares.shape[1]
+    assert columns <= 8
+    assert columns > min(n, 8) / 2 - 1
+    assert (heatmap.steps[0], heatmap.steps[-1]) == (0, n)
+    assert (np.diff(heatmap.steps) > 0).all()
+    np.testing.assert_allclose(heatmap.shares.sum(axis=0), 1)
+    assert sum(r.count for r in timeline._intervals) == 3 * n
+    widths = np.diff(heatmap.steps)[:-1]
+    assert len(set(widths)) <= 1  # all but the last column span equally many intervals
+
+
+def test_the_median_is_that_of_the_scores():
+    timeline = Timeline()
+    timeline.add(interval(0, (0.1, 0.2, 0.3)))
+    assert timeline.heatmap().medians[0] == pytest.approx(0.2, rel=0.05)
+
+
+def test_an_empty_timeline_has_an_empty_picture():
+    assert Timeline().heatmap().shares.shape == (64, 0)
