@@ -226,8 +226,26 @@ class Monitor(Intake):
 
     @property
     def should_stop(self) -> bool:
-        """Whether a stop alert stands."""
+        """Returns True while a stop alert stands, whatever `EarlyStop.action` is: the caller decides what to do about it."""
         return self.alert is not None
+
+    @property
+    def _ends_training(self) -> bool:
+        """Returns True if the user asked for training to be ended (`EarlyStop(action="stop")`) and a stop alert stands."""
+        return self.should_stop and self._rule.settings.action == "stop"
+
+    def plan(self, n: int) -> None:
+        """Sets how many epochs the whole run is planned to have: the stop rule's warm-up is a share of it.
+
+        `epochs(n)` does this itself; call it in a loop of your own.
+
+        Raises:
+            InvalidInputError: n is less than 1.
+        """
+        if n < 1:
+            raise InvalidInputError(f"n={n}: expected at least 1 planned epoch")
+        if not self._is_refused("plan()"):
+            self._rule.planned = n
 
     def epochs(self, n: int) -> Iterator[int]:
         """Yields the epoch numbers from the present one up to n - 1, closing each epoch after its turn.
@@ -242,12 +260,8 @@ class Monitor(Intake):
             InvalidInputError: n is not a positive number.
             NoObservationsError: an epoch has passed without a training step that the probe could see.
         """
-        if n < 1:
-            raise InvalidInputError(f"epochs(n={n}): expected at least 1")
-        if self._is_refused("epochs()"):
-            return iter(range(len(self.history), n))
-        self._rule.planned = n
-        return self._epochs(n)
+        self.plan(n)
+        return iter(range(len(self.history), n)) if self.is_copy else self._epochs(n)
 
     def _epochs(self, n: int) -> Iterator[int]:
         bar = _progress_bar(n, len(self.history))
@@ -260,7 +274,7 @@ class Monitor(Intake):
                 if bar is not None:
                     bar.set_postfix(gwa=f"{report.gwa:.3g}", separation=f"{report.separation:.3g}", refresh=False)
                     bar.update()
-                if self.alert and self._rule.settings.action == "stop":
+                if self._ends_training:
                     break
             for monitor in (self, *self.heads.values()):  # here are all processes; in `close` there may be one
                 monitor._write_suspects()

@@ -62,9 +62,7 @@ class TrainerSession:
         _following.add(self)
         try:
             if planned is not None and planned > 0:
-                self.monitor.epochs(
-                    planned
-                )  # not iterated, as the loop is the trainer's: the stop rule is told the plan
+                self.monitor.plan(planned)
             if self._state is not None:
                 self.load_state_dict(self._state)
         except BaseException:
@@ -131,9 +129,8 @@ class TrainerSession:
 
     @property
     def _should_stop(self) -> bool:
-        """Whether to stop the trainer: the alert has fired, and EarlyStop's action is "stop"."""
-        rule = self._settings.early_stop
-        return self.monitor is not None and self.monitor.should_stop and rule is not None and rule.action == "stop"
+        """Returns True if the trainer is to be stopped."""
+        return self.monitor is not None and self.monitor._ends_training
 
     def _shown(self, report: EpochReport) -> dict[str, float]:
         """What goes into a progress bar."""

@@ -78,7 +78,9 @@ def test_every_folder_with_code_is_in_the_package_list():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     modules = [*(ROOT / "integrations").rglob("*.py"), *(ROOT / "gwa_logging").rglob("*.py")]
     folders = {p.parent.relative_to(ROOT) for p in modules}
-    found = {".".join(("gwa_logging", *f.parts)) if f.parts[0] == "integrations" else ".".join(f.parts) for f in folders}
+    found = {
+        ".".join(("gwa_logging", *f.parts)) if f.parts[0] == "integrations" else ".".join(f.parts) for f in folders
+    }
     assert set(listed) == found
 
 

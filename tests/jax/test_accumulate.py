@@ -7,11 +7,11 @@ import pytest
 from flax import linen
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.core.test_summary import assert_equals_scipy, spread_scores
 
 import gwa_logging
 from gwa_logging import AlignmentSummary, InvalidInputError
 from gwa_logging.integrations.jax.accumulate import AlignmentState, update
+from tests.core.test_summary import assert_equals_scipy, spread_scores
 
 
 def summary_of(pieces) -> AlignmentSummary:

@@ -5,11 +5,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.core.test_summary import assert_equals_scipy, spread_scores
 
 from gwa_logging import AlignmentSummary
 from gwa_logging.integrations.torch.accumulate import FOLD_AT, Accumulator, Terms
 from gwa_logging.ledger import TaggedBatch
+from tests.core.test_summary import assert_equals_scipy, spread_scores
 
 
 @given(scores=spread_scores(), pieces=st.integers(1, 9))
