@@ -98,7 +98,7 @@ def check(run: Path, capsys: pytest.CaptureFixture[str], *command: str) -> tuple
 
 
 @pytest.mark.parametrize(
-    "run_ref", ["../../outside", "/{}/absolute", "sub/../../..", "gs://bucket/x", "http://host/x", "a\0b", "link", ""]
+    "place", ["../../outside", "/{}/absolute", "sub/../../..", "gs://bucket/x", "http://host/x", "a\0b", "link", ""]
 )
 def test_replay_does_not_follow_a_journal_out_of_its_folder(lines, tmp_path, capsys, place):
     lines = [lines[0] | {"places": {"tensorboard": {"run": place.format(tmp_path)}}}, *lines[1:]]
@@ -135,7 +135,7 @@ def test_a_run_with_a_name_that_watch_would_refuse_is_none(lines, tmp_path, caps
 
 
 @pytest.mark.parametrize(
-    ("backend", "run_ref"),
+    ("backend", "place"),
     [
         ("mlflow", "../../0123"),
         ("mlflow", "a" * 300),
