@@ -377,7 +377,7 @@ def test_writing_a_record_again_changes_nothing(client: MlflowClient, tmp_path: 
         interval(0),
         interval(9, steps=9),
         epoch_report(gwa=math.nan),
-        stop_alert(epoch=0, best_epoch=0),
+        stop_alert(epoch=0, best_epoch=0, message="no improvement"),
         CloseRecord(epochs=1, steps=10, best_epoch=0, best_value=0.5, faults={}),
     ]
     where = context(client, tmp_path)
@@ -536,7 +536,9 @@ def test_a_picture_shows_the_medians_and_zero_where_they_are() -> None:
     pictures = PictureSeries()
     for step in range(50):
         pictures.add(interval(step, seed=step))  # normal(0.1, 0.1), shown from -0.5 to 0.5
-    pixels = np.asarray(pictures.draw()).astype(int)[heatmap_picture._TOP : heatmap_picture._BOTTOM, heatmap_picture._LEFT : heatmap_picture._RIGHT]
+    pixels = np.asarray(pictures.draw()).astype(int)[
+        heatmap_picture._TOP : heatmap_picture._BOTTOM, heatmap_picture._LEFT : heatmap_picture._RIGHT
+    ]
     is_median = (pixels == heatmap_picture._MEDIAN).all(axis=-1)
     assert is_median.any(axis=0).all()
     middle = np.nonzero(is_median)[0].mean() / len(pixels)
