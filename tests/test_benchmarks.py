@@ -72,5 +72,5 @@ def test_the_gpu_benchmark_says_that_it_needs_a_gpu(tmp_path):
 
 def test_the_ledgers_benchmark_runs_in_small():
     said = run("-m", "benchmarks.ledger", "--samples", "1000")
-    assert "entering them, 50 batches at once" in said
+    assert "adding 50 batches at once" in said
     assert "JAX, 1000 samples: end_epoch()" in said
