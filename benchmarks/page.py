@@ -133,7 +133,7 @@ def targets(results: dict[str, Any]) -> str:
 def gpu_section() -> str:
     """From the numbers of `benchmarks/gpu.py`, if there are any."""
     if not GPU.exists():
-        return "Not measured yet: `python benchmarks/gpu.py --json benchmarks/gpu.json` on a machine with a GPU."
+        return "Not measured yet: `python -m benchmarks.gpu --json benchmarks/gpu.json` on a machine with a GPU."
     results = json.loads(GPU.read_text())
     machine = results.pop("machine")
     rows, counts = [], []
@@ -153,7 +153,7 @@ def gpu_section() -> str:
         ])  # fmt: skip
     failed = [f"{part}: {row['error']}" for part, row in results.items() if "error" in row]
     text = (
-        f"{machine['device']}, PyTorch {machine['torch']}. B = 256, bfloat16 autocast; `python benchmarks/gpu.py`. "
+        f"{machine['device']}, PyTorch {machine['torch']}. B = 256, bfloat16 autocast; `python -m benchmarks.gpu`. "
         f"{machine.get('note', '')}\n\n"
         + table(["step", "bare", "watched", "with ledger", "bare against bare", "watched, mean"], rows)
         + "\n\nKernel launches per step; the number of places where the host waited for the device in 50 steps, "
