@@ -1,4 +1,4 @@
-"""The page about performance, docs/performance.md, and its picture: made from the numbers and from nothing else."""
+"""Writes docs/performance.md and its picture from the measured figures alone."""
 
 import json
 import math
@@ -28,17 +28,17 @@ DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 
 PERIODS = {"wandb.watch, 1000": 1000, "wandb.watch, 100": 100}
 EVERY = 50
-"""Steps between two of our histograms."""
+"""Steps between two histograms: the default of log_every_n_steps."""
 
 
 SCORING = ("ours", "ours, compiled", "published, factored", "published, product")
 
 
 def mean_of(name: str, group: dict[str, Any]) -> float:
-    """Per cent, on average over the steps.
+    """Mean overhead in per cent.
 
-    Not known (NaN) if no whole period was seen of something that comes at every n-th step; but for wandb.watch, where a step
-    that logs was timed for itself.
+    NaN if the measurement was shorter than the period of something that happens at every n-th step. For wandb.watch the mean is
+    computed from the times of a step that logs and of one that does not.
     """
     row = group["steps"][name]
     if name == "again" or name.startswith(("published", "torch.func", "BackPACK", "wandb.watch, 1 ")):
@@ -50,7 +50,7 @@ def mean_of(name: str, group: dict[str, Any]) -> float:
 
 
 def cheapest(group: dict[str, Any]) -> tuple[str, float]:
-    """The cheapest of the other ways of one group, by its mean."""
+    """Name and mean overhead of the cheapest alternative in a group."""
     peers = [name for name in group["steps"] if not name.startswith(("watched", "again", "wandb.watch, 1"))]
     peers += [name for name in PERIODS if name in group["steps"]]
     costs = {name: mean_of(name, group) for name in peers}
@@ -59,18 +59,18 @@ def cheapest(group: dict[str, Any]) -> tuple[str, float]:
 
 
 def number(value: float, digits: int = 1) -> str:
-    """With a sign; a dash for what is not known."""
+    """A number with its sign; a dash for NaN."""
     return DASH if math.isnan(value) else f"{value:+.{digits}f}".replace("-", MINUS)
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """In Markdown."""
+    """A Markdown table."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
 def steps_table(groups: dict[str, Any]) -> str:
-    """All groups, one row for each step."""
+    """The table of all groups, one row per step."""
     rows = []
     for title, group in groups.items():
         first = f"**{title}**, {group['bare_ms']:.1f} ms, {group['rounds']:,} rounds"
@@ -95,7 +95,7 @@ def steps_table(groups: dict[str, Any]) -> str:
 
 
 def scoring_table(sizes: dict[str, Any], ways: tuple[str, ...], unit: str = "us") -> str:
-    """The scoring alone."""
+    """The table of the scoring alone."""
     rows = []
     for size, row in sizes.items():
         ours = row["ours"][unit]
@@ -105,13 +105,13 @@ def scoring_table(sizes: dict[str, Any], ways: tuple[str, ...], unit: str = "us"
 
 
 def targets(results: dict[str, Any]) -> str:
-    """What was promised, and what was measured."""
+    """The tables of targets and of the cheapest alternatives, with what was measured."""
     groups, rows = results["groups"], []
     for title, group in groups.items():
         watched, noise = group["steps"]["watched"], group["steps"]["again"]
         limit = 8.0 if "MLP" in title and title.startswith("PyTorch") else 1.0
         if group["bare_ms"] < 40 and limit == 1.0:
-            continue  # nothing was promised
+            continue  # no target
         met = "yes" if watched["median"] <= limit else "within the noise" if watched["low"] <= limit else "no"
         noise_cell = f"[{number(noise['low'])}, {number(noise['high'])}]"
         reading = 100 * group["read_bytes"] / results["scoring"]["copy_gb_per_s"] / 1e6 / group["bare_ms"]
@@ -131,7 +131,7 @@ def targets(results: dict[str, Any]) -> str:
 
 
 def gpu_section() -> str:
-    """From the numbers of `benchmarks/gpu.py`, if there are any."""
+    """The section on GPUs, from the figures of `benchmarks.gpu` if there are any."""
     if not GPU.exists():
         return "Not measured yet: `python -m benchmarks.gpu --json benchmarks/gpu.json` on a machine with a GPU."
     results = json.loads(GPU.read_text())
@@ -170,7 +170,7 @@ def gpu_section() -> str:
 
 
 def scale_section(scale: dict[str, Any]) -> str:
-    """The cost model."""
+    """The section on the cost model."""
     rows = []
     for point in scale["points"]:
         for name in ("sent_bytes", "received_bytes", "ledger_bytes"):
@@ -207,7 +207,7 @@ The model at 1,024 ranks and 1e9 samples per epoch, 256 of them per step on each
 
 
 def picture(groups: dict[str, Any], path: Path) -> None:
-    """Overheads of all steps, one panel for each group."""
+    """Draws the overheads of all steps, one panel per group."""
     import matplotlib as mpl
 
     mpl.use("agg")
@@ -244,7 +244,7 @@ def picture(groups: dict[str, Any], path: Path) -> None:
 
 
 def write(results: dict[str, Any], docs: Path = DOCS) -> Path:
-    """Writes the page and its picture; where the page is."""
+    """Writes the page and its picture, and returns the path of the page."""
     picture(results["groups"], docs / "images" / "performance.png")
     machine, scoring = results["machine"], results["scoring"]
     product = ", ".join(f"{row['product_rows']} rows ({size})" for size, row in scoring["sizes"].items())
