@@ -33,8 +33,8 @@ from benchmarks.trackers import (
     TRACKIO,
     WANDB,
     Tracker,
+    signal_servers,
     start_wandb_run,
-    stop_servers,
 )
 from gwa_logging.interval_recorder import IntervalRecorder
 from gwa_logging.monitor import Monitor
@@ -56,7 +56,7 @@ def _signal_wandb_core(number: int) -> Break:
 
 
 def _signal_server(number: int) -> Break:
-    return lambda _: stop_servers(number)
+    return lambda _: signal_servers(number)
 
 
 def _replace_folder_by_file(folder: Path) -> None:
@@ -147,7 +147,7 @@ def _measure_one(name: str, intervals: int) -> None:
         times = measure(ROWS[name], intervals, Path(folder))
         sys.stdout.write("RESULT " + json.dumps(times.tolist()) + "\n")
         sys.stdout.flush()
-        stop_servers(signal.SIGKILL)
+        signal_servers(signal.SIGKILL)
         _signal_wandb_core(signal.SIGKILL)(Path())
     os._exit(0)
 

@@ -8,6 +8,7 @@ the same time. The rows are measured in turn, each in its own process, so that o
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 
 import gwa_logging
-from benchmarks.trackers import MLFLOW_SERVER, MLFLOW_SQLITE, Tracker, stop_servers
+from benchmarks.trackers import MLFLOW_SERVER, MLFLOW_SQLITE, Tracker, signal_servers
 
 ROWS: dict[str, Tracker | None] = {"journal": None, "MLflow, sqlite": MLFLOW_SQLITE, "MLflow, server": MLFLOW_SERVER}
 WARM_UP, EPOCH, INTERVAL = 50, 500, 20  # steps
@@ -65,7 +66,7 @@ def _one(name: str, steps: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
             sys.stdout.write("RESULT " + json.dumps(measure(ROWS[name], steps, Path(folder)).tolist()) + "\n")
     finally:
-        stop_servers()
+        signal_servers(signal.SIGTERM)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,6 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 EXPERIMENT = "gwa"
+
+START_WITHIN = 180.0
+"""Seconds in which an MLflow server must answer; a quiet machine needs about five."""
 
 
 class Tracker(NamedTuple):
@@ -27,61 +31,69 @@ class Tracker(NamedTuple):
 
 
 class MlflowServer:
-    """`mlflow server` on loopback, with its data in a folder."""
+    """`mlflow server` on loopback with its data in a folder. Can be stopped and started again on the same data and port."""
 
     def __init__(self, folder: Path) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.address = f"http://127.0.0.1:{port}"
-        command = [
-            sys.executable,
-            "-m",
-            "mlflow",
-            "server",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-            "--workers",
-            "1",
-        ]
-        command += ["--backend-store-uri", f"sqlite:///{folder / 'server.db'}"]
-        command += ["--artifacts-destination", str(folder / "server-artifacts")]
-        quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-        with (folder / "server.log").open("ab") as log:
+            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Starts the server and waits until it answers."""
+        host, port = self.address.split(":")
+        quiet = {
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "DO_NOT_TRACK": "true",
+        }
+        command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", port, "--workers", "1"]
+        command += ["--backend-store-uri", f"sqlite:///{self._folder / 'server.db'}"]
+        command += ["--artifacts-destination", str(self._folder / "server-artifacts")]
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")} | quiet
+        with (self._folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
-                command, env=os.environ | quiet, cwd=folder, stdout=log, stderr=log, start_new_session=True
+                command, env=environment, cwd=self._folder, stdout=log, stderr=log, start_new_session=True
             )
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + START_WITHIN
         while not self._is_healthy():
             if self._process.poll() is not None or time.monotonic() > deadline:
-                self.signal(15)
-                raise RuntimeError((folder / "server.log").read_text())
+                raise RuntimeError((self._folder / "server.log").read_text())
 
     def _is_healthy(self) -> bool:
+        assert self._process is not None
         try:
-            with urllib.request.urlopen(f"{self.address}/health", timeout=1) as answer:
+            with urllib.request.urlopen(f"http://{self.address}/health", timeout=1) as answer:
                 return bool(answer.status == 200)
         except OSError:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(0.1)
+                self._process.wait(0.05)
             return False
 
     def signal(self, number: int) -> None:
         """Sends a signal to all processes of the server."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, number)
+        assert self._process is not None
+        os.killpg(self._process.pid, number)
+
+    def stop(self) -> None:
+        """Ends the server; does nothing if it does not run."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGTERM)
+            self._process.wait(60)
+            self._process = None
 
 
 servers: list[MlflowServer] = []
 """The servers that `MLFLOW_SERVER` has started in this process."""
 
 
-def stop_servers(number: int = 15) -> None:
+def signal_servers(number: int) -> None:
     """Sends a signal to all servers of this process."""
     for server in servers:
-        server.signal(number)
+        with contextlib.suppress(ProcessLookupError):
+            server.signal(number)
 
 
 def start_wandb_run(folder: Path) -> Any:
@@ -105,8 +117,10 @@ def _set_up_mlflow_sqlite(folder: Path) -> None:
 
 
 def _set_up_mlflow_server(folder: Path) -> None:
-    servers.append(MlflowServer(folder))
-    _set_up_mlflow(folder, servers[-1].address)
+    server = MlflowServer(folder)
+    servers.append(server)
+    server.start()
+    _set_up_mlflow(folder, f"http://{server.address}")
 
 
 def _set_up_wandb(folder: Path) -> None:
