@@ -1,5 +1,6 @@
 """Every benchmark runs, briefly and in its own process. The figures mean nothing here."""
 
+import ast
 import json
 import os
 import subprocess
@@ -7,8 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
-pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,6 +29,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return docs / "performance.md"
 
 
+@pytest.mark.slow
 def test_the_page_has_a_row_for_every_alternative_and_a_picture(page):
     text = page.read_text()
     for row in (
@@ -42,6 +42,7 @@ def test_the_page_has_a_row_for_every_alternative_and_a_picture(page):
     assert (page.parent / "images" / "performance.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_the_cost_model_predicts_what_two_ranks_send_and_write(page):
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.read_text().splitlines()]
     points = [row for row in rows if len(row) == 4 and row[0] in ("1", "2")]
@@ -51,6 +52,7 @@ def test_the_cost_model_predicts_what_two_ranks_send_and_write(page):
             assert measured == model, (ranks, what)
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_runs_on_a_cpu_with_small_shapes(tmp_path):
     # One part of each kind: scored from the logits, from the embeddings, compiled; and the scoring alone.
     parts = ["resnet50", "vit-compiled", "tokens", "scoring"]
@@ -64,6 +66,7 @@ def test_the_gpu_benchmark_runs_on_a_cpu_with_small_shapes(tmp_path):
         assert launches["watched"]["launches"] > launches["bare"]["launches"] > 0
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_without_a_gpu_ends_with_a_clear_error(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu", "--parts", "scoring"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
@@ -72,7 +75,19 @@ def test_the_gpu_benchmark_without_a_gpu_ends_with_a_clear_error(tmp_path):
     assert "no GPU was found" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_ledger_benchmark_runs_with_few_samples():
     output = run("-m", "benchmarks.ledger", "--samples", "1000")
     assert "adding 50 batches at once" in output
     assert "JAX, 1000 samples: end_epoch()" in output
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "examples"])
+def test_benchmarks_and_examples_import_no_tests(folder):
+    found = []
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            found += [f"{path.name}: {name}" for name in names if name.split(".")[0] in ("tests", "pytest")]
+    assert found == []
