@@ -98,7 +98,7 @@ class Monitor(Intake):
                 name=name,
                 head=adapter.head,
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
-                settings=self._settings.plain(),
+                settings=self._settings.to_dict(),
                 places={backend.name: getattr(backend, "run_ref", TrackerRunRef()) for backend in backends},
             )
         )
