@@ -135,7 +135,7 @@ def measure(row: Row, intervals: int, folder: Path) -> np.ndarray:
         times.clear()
         train(intervals)
         found = np.array(times)
-        patch.setattr("gwa_logging.monitor.CLOSE_WITHIN", 1.0)
+        patch.setattr("gwa_logging._all_heads.CLOSE_WITHIN", 1.0)
         monitor.close()
     return found
 

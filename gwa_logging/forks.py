@@ -9,6 +9,8 @@ import logging
 import os
 from weakref import WeakSet
 
+from gwa_logging.errors import InvalidInputError
+
 logger = logging.getLogger("gwa_logging")
 
 
@@ -39,6 +41,15 @@ class Owned:
                 *(call, os.getpid(), self._owner),
             )
         return self.is_copy
+
+    def _refuse_copy(self, call: str) -> None:
+        """For calls that need the device, whose state a fork does not copy.
+
+        Raises:
+            InvalidInputError: this is a copy.
+        """
+        if self.is_copy:
+            raise InvalidInputError(f"{call}: the monitor belongs to process {self._owner}; call it there")
 
 
 _owned: "WeakSet[Owned]" = WeakSet()

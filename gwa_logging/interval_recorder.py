@@ -93,7 +93,7 @@ class IntervalRecorder:
 
     @property
     def in_epoch(self) -> bool:
-        """Returns True if the current epoch has had a step."""
+        """Returns True if the current epoch has had a step. Ranks that share a head agree on this, unlike on `summary.seen`."""
         return self.steps > self._first_step
 
     def peek(self) -> tuple[int, AlignmentSummary]:

@@ -50,7 +50,9 @@ class TaggedBatch(NamedTuple):
         if count is not None and shape[0] != count:
             raise InvalidInputError(f"sample_ids: expected {count}, one for each score, found {shape[0]}")
         if mixed:
-            found = np.shape(self.weights) if isinstance(self.weights, list | tuple) else _dtype_and_shape(self.weights)[1]
+            found = (
+                np.shape(self.weights) if isinstance(self.weights, list | tuple) else _dtype_and_shape(self.weights)[1]
+            )
             if found not in (shape, shape[1:]):
                 raise InvalidInputError(
                     f"weights: expected {shape[1:]}, the same for every sample, or {shape}, as sample_ids, found {found}"
@@ -81,8 +83,8 @@ def record_invalid_ids(faults: Faults, invalid_ids: int, num_samples: int | None
     if new > 0:
         faults.record(
             SAMPLE_IDS,
-            f"{new} ids were left out: not in [0, {num_samples}), or their number differs from that of the samples, or a weight "
-            "is negative or NaN",
+            f"{new} ids were not in [0, {num_samples}), did not match the number of samples, or had a negative or NaN weight; "
+            "they were left out",
             new,
         )
 
