@@ -23,6 +23,9 @@ from gwa_logging.suspects import SUSPECTS, SuspectFinder
 
 logger = logging.getLogger("gwa_logging")
 
+_open_journals: set[Journal] = set()
+"""Kept here, because the garbage collector closes all files in what it collects, even before a dropped monitor is closed."""
+
 
 class Recording:
     """Records one head: closes its epochs, applies the stop rule and writes everything to the journal.
@@ -88,6 +91,8 @@ class Recording:
                 places={backend.name: getattr(backend, "run_ref", TrackerRunRef()) for backend in backends},
             )
         )
+        if journal is not None:
+            _open_journals.add(journal)
         self.group = group or DeliveryGroup()
         self.deliveries = [Delivery(backend, journal, faults) for backend in backends] if journal else []
         for delivery in self.deliveries:
@@ -339,6 +344,7 @@ class Recording:
         if self.journal is not None:
             is_unused = self.journal.count <= 2  # the RunRecord and the CloseRecord
             self.journal.close()
+            _open_journals.discard(self.journal)
             if self._folder is not None and is_unused and is_delivered:
                 self._folder.remove(self.journal.path)
 
