@@ -13,9 +13,8 @@ import torch
 from torch import nn
 
 import gwa_logging
+from gwa_logging import _all_heads, registry
 from gwa_logging import delivery as delivery_module
-from gwa_logging import _all_heads
-from gwa_logging import registry
 from gwa_logging.delivery import Delivery, DeliveryGroup, wait_for
 from gwa_logging.faults import Faults
 from gwa_logging.journal import Journal, read_journal

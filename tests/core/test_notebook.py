@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from gwa_logging import AlignmentSummary, EarlyStop, Monitor, StopAlert, StopReason
 from gwa_logging.faults import Faults
 from gwa_logging.histogram import Histogram
-from gwa_logging.records import EpochReport
 from gwa_logging.recording import Recording
+from gwa_logging.records import EpochReport
 from gwa_logging.report.notebook import COLUMNS, WIDTH, monitor_html, report_html
 from gwa_logging.settings import WatchSettings
 
