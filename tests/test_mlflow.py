@@ -28,7 +28,7 @@ from torch import nn
 import gwa_logging
 from gwa_logging import BackendError, EarlyStop, InvalidInputError, Monitor
 from gwa_logging.histogram import EDGES, Histogram
-from gwa_logging.integrations import picture
+from gwa_logging.integrations import heatmap_picture
 from gwa_logging.integrations.heatmap_picture import INTERVALS_PER_PICTURE, SIZE, PictureSeries
 from gwa_logging.integrations.mlflow import open_backend
 from gwa_logging.journal import read_journal
@@ -62,7 +62,7 @@ ALERT_AT_ONCE = EarlyStop(
 def _pictures_in_a_hurry() -> Iterator[None]:
     """So that a run of a second has a picture for each epoch."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(picture, "PAUSE", 0.0)
+        patch.setattr(heatmap_picture, "PAUSE", 0.0)
         patch.setattr("gwa_logging.integrations.mlflow.BREATH", 0.0)
         yield
 
@@ -538,7 +538,7 @@ def test_steps_that_the_tracker_has_already_are_white_in_a_picture_of_those_it_l
 
 
 def test_pictures_leave_a_pause_for_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(picture, "PAUSE", 3600.0)
+    monkeypatch.setattr(heatmap_picture, "PAUSE", 3600.0)
     pictures = PictureSeries()
     assert pictures.add(interval(0))
     pictures.draw()
@@ -547,7 +547,7 @@ def test_pictures_leave_a_pause_for_training(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_last_picture_comes_on_close_however_short_the_run(client, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(picture, "PAUSE", 3600.0)
+    monkeypatch.setattr(heatmap_picture, "PAUSE", 3600.0)
     model, monitor = watch(tmp_path)
     train(model, monitor)
     monitor.close()

@@ -18,7 +18,7 @@ import wandb
 import gwa_logging
 from gwa_logging import BackendError, EarlyStop, InvalidInputError, Monitor, delivery
 from gwa_logging.errors import GwaError
-from gwa_logging.integrations import reach
+from gwa_logging.integrations import _reachable
 from gwa_logging.integrations.wandb import WandbBackend, open_backend
 from gwa_logging.journal import read_journal
 from gwa_logging.protocols import RunContext
@@ -701,7 +701,7 @@ def test_a_run_that_wandb_gives_up_uploading_is_a_fault_in_mid_run(
 def test_a_server_that_does_not_answer_is_an_error_within_ten_seconds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answering: str
 ) -> None:
-    monkeypatch.setattr(reach, "CALL_WITHIN", 0.3)
+    monkeypatch.setattr(_reachable, "CALL_WITHIN", 0.3)
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         if answering == "it hangs":
