@@ -135,7 +135,7 @@ def _open(room: Any, model: Any, settings: WatchSettings, folder: Path, *, besid
                 opened = registry.open_backend(wanted, context)
                 if opened is not None:
                     backends.append(opened)
-                    _check_is_free(opened, getattr(opened, "run_ref", TrackerRunRef()), name)
+                    _check_is_free(opened, opened.run_ref, name)
         monitor = Monitor(settings, journal, faults, beside._group if beside else None)
         monitor._start(name, adapter, backends)
         adapter.start(monitor._on_step)
@@ -189,10 +189,10 @@ def _check_is_free(backend: Any, run_ref: TrackerRunRef, name: str) -> None:
 
 def _is_at(opened: Backend, backend: Any, run_ref: TrackerRunRef) -> bool:
     """Returns True if an opened backend is the same one, or writes to the same run_ref."""
-    if opened is backend:
+    if opened == backend:
         return True
     kind = backend if isinstance(backend, str) else getattr(backend, "name", None)
-    its = getattr(opened, "run_ref", TrackerRunRef())
+    its = opened.run_ref
     return opened.name == kind and its != TrackerRunRef() and (its.run or its.url) == (run_ref.run or run_ref.url)
 
 

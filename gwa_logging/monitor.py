@@ -33,7 +33,6 @@ from gwa_logging.records import (
     StopAlert,
     Suspect,
     SuspectsRecord,
-    TrackerRunRef,
 )
 from gwa_logging.report.notebook import monitor_html
 from gwa_logging.settings import EarlyStop, WatchSettings
@@ -99,7 +98,7 @@ class Monitor(Intake):
                 head=adapter.head,
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
                 settings=self._settings.plain(),
-                places={backend.name: getattr(backend, "run_ref", TrackerRunRef()) for backend in backends},
+                places={backend.name: backend.run_ref for backend in backends},
             )
         )
         if self._journal is not None:
@@ -117,7 +116,7 @@ class Monitor(Intake):
 
     def _runs(self) -> dict[str, Any]:
         """The trackers' runs, by backend, for the other heads."""
-        return {delivery.backend.name: getattr(delivery.backend, "run", None) for delivery in self._deliveries}
+        return {delivery.backend.name: delivery.backend.run for delivery in self._deliveries}
 
     def _disown(self) -> None:
         super()._disown()
@@ -438,7 +437,7 @@ class Monitor(Intake):
                 in_epoch=bool(state.epoch.seen),
             )
             for delivery in self._deliveries:
-                delivery.go_on()
+                delivery.resume()
 
     def _compare_heads(self, expected: HeadShape) -> None:
         """Looks at the head as soon as the first step has told which it is."""
@@ -484,7 +483,7 @@ class Monitor(Intake):
             raise InvalidInputError(f"{call}: the monitor belongs to process {self._owner}; call it there")
 
     def _notify(self) -> None:
-        """Notifies the backends of all heads about new records. Blocks for `delivery.PATIENCE` at most."""
+        """Notifies the backends of all heads about new records. Blocks for `delivery.MAX_BLOCKING` at most."""
         for monitor in (self, *self.heads.values()):
             self._group.notify(monitor._deliveries)
         self._group.take_turns(self)

@@ -577,7 +577,8 @@ def test_a_picture_shows_the_medians_and_zero_where_they_are() -> None:
     pictures = PictureSeries()
     for step in range(50):
         pictures.add(interval(step, seed=step))  # normal(0.1, 0.1), shown from -0.5 to 0.5
-    pixels = np.asarray(pictures.draw()).astype(int)[heatmap_picture._TOP : heatmap_picture._BOTTOM, heatmap_picture._LEFT : heatmap_picture._RIGHT]
+    inside = np.s_[heatmap_picture._TOP : heatmap_picture._BOTTOM, heatmap_picture._LEFT : heatmap_picture._RIGHT]
+    pixels = np.asarray(pictures.draw()).astype(int)[inside]
     is_median = (pixels == heatmap_picture._MEDIAN).all(axis=-1)
     assert is_median.any(axis=0).all()
     middle = np.nonzero(is_median)[0].mean() / len(pixels)

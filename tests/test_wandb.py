@@ -130,7 +130,7 @@ class Visit(NamedTuple):
 def patient() -> Iterator[None]:
     """Training waits for W&B however busy the machine is, so that the user's rows come when the pattern says."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(delivery, "PATIENCE", 30.0)
+        patch.setattr(delivery, "MAX_BLOCKING", 30.0)
         yield
 
 
@@ -671,7 +671,7 @@ def test_in_shared_mode_every_record_is_a_row_and_the_run_goes_on(
 def test_a_run_that_wandb_gives_up_uploading_is_a_fault_in_mid_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(delivery, "LOOK_EVERY", 0.05)
+    monkeypatch.setattr(delivery, "CHECK_EVERY", 0.05)
     with serving() as address:
         wandb.teardown()
         for key, value in {"BASE_URL": address, "API_KEY": "0" * 40, "MODE": "online", "DIR": str(tmp_path)}.items():
@@ -701,7 +701,7 @@ def test_a_run_that_wandb_gives_up_uploading_is_a_fault_in_mid_run(
 def test_a_server_that_does_not_answer_is_an_error_within_ten_seconds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answering: str
 ) -> None:
-    monkeypatch.setattr(_reachable, "CALL_WITHIN", 0.3)
+    monkeypatch.setattr(_reachable, "CONNECT_WITHIN", 0.3)
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         if answering == "it hangs":

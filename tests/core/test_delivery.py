@@ -162,7 +162,7 @@ def test_a_tracker_that_hangs_is_left_behind_and_counted(journal, faults, thread
     start = monotonic()
     for _ in range(100):
         delivery.notify()
-    assert monotonic() - start < 100 * delivery_module.PATIENCE / 2  # only the first one waits
+    assert monotonic() - start < 100 * delivery_module.MAX_BLOCKING / 2  # only the first one waits
     assert not delivery.close(monotonic() + 0.1)
     assert delivery.left == 3
     tracker.free.set()
@@ -183,7 +183,7 @@ class Noted(Faults):
 
 
 def test_while_the_disk_is_full_the_delivery_waits_instead_of_looking_all_the_time(journal, faults, monkeypatch):
-    looks, many, drain = [], Event(), Delivery._drain
+    looks, many, drain = [], Event(), Delivery._write_new
 
     def counted(self, limit=None) -> None:
         looks.append(limit)
@@ -191,7 +191,7 @@ def test_while_the_disk_is_full_the_delivery_waits_instead_of_looking_all_the_ti
             many.set()
         drain(self, limit)
 
-    monkeypatch.setattr(Delivery, "_drain", counted)
+    monkeypatch.setattr(Delivery, "_write_new", counted)
     tracker = Tracker(threaded=True)
     delivery = Delivery(tracker, journal, faults)
     write(journal, "a")
@@ -233,7 +233,7 @@ def test_a_backend_that_raises_more_than_an_exception_is_counted_and_tried_again
 
 def test_a_backend_that_hangs_or_refuses_for_good_is_a_fault_long_before_close(journal, monkeypatch):
     monkeypatch.setattr(delivery_module, "HANGS_AFTER", 0.05)
-    monkeypatch.setattr(delivery_module, "LOOK_EVERY", 0.01)
+    monkeypatch.setattr(delivery_module, "CHECK_EVERY", 0.01)
 
     class Refusing(Tracker):
         name = "refusing"
@@ -276,7 +276,7 @@ def test_the_training_thread_waits_for_all_backends_together_no_longer_than_for_
 
 
 def test_a_backend_for_which_there_was_no_time_comes_first_in_the_next_step(journal, faults, monkeypatch):
-    monkeypatch.setattr(delivery_module, "PATIENCE", 10.0)
+    monkeypatch.setattr(delivery_module, "MAX_BLOCKING", 10.0)
     group, trackers = DeliveryGroup(), [Tracker(threaded=False) for _ in range(3)]
     deliveries = [Delivery(tracker, journal, faults) for tracker in trackers]
     write(journal, "a")
