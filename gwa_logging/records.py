@@ -291,13 +291,9 @@ class StopAlert(TimedRecord):
 
     @property
     def text(self) -> str:
-        """The whole alert as the trackers show it: Markdown that also reads well as plain text."""
-        points = (
-            f"Best epoch: {self.best_epoch}, {self.statistic} = {self.best_value:.4g}; now {self.value:.4g}.",
-            f"Reason: {self.reason.value}.",
-            *(f"But: {caveat}." for caveat in self.caveats),
-        )
-        return "\n".join([self.message, "", *(f"- {point}" for point in points)])
+        """The message and the caveats as the trackers show them: Markdown that also reads well as plain text."""
+        caveats = [f"- But: {caveat}." for caveat in self.caveats]
+        return "\n".join([self.message, *([""] if caveats else []), *caveats])
 
     @property
     def metrics(self) -> dict[str, float]:

@@ -21,7 +21,7 @@ SUMMARY_LISTS = ("stop_epochs", "suspects_steps")
 _BLOCK = 1 << 15  # bytes; W&B writes the log format of LevelDB
 _FILE_HEADER = 7  # bytes
 _CHUNK_HEADER = Struct("<IHB")  # checksum, length, kind
-_UNWRITTEN, _WHOLE, _FIRST, _MIDDLE, _LAST = range(5)  # kinds of chunks
+_WHOLE, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4  # kinds of chunks
 
 
 def read_contents(run: wandb.Run, prefix: str) -> TrackerContents:
@@ -118,8 +118,6 @@ def _messages(path: Path) -> Iterator[bytes]:
             if len(header) < _CHUNK_HEADER.size:
                 return
             _, length, kind = _CHUNK_HEADER.unpack(header)
-            if kind == _UNWRITTEN:
-                return
             if kind not in (_WHOLE, _FIRST, _MIDDLE, _LAST):
                 raise ValueError(f"unknown chunk of kind {kind}")
             chunk = file.read(length)

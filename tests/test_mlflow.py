@@ -197,7 +197,7 @@ def test_runs_with_an_alert_can_be_searched_for(trained: Trained) -> None:
     found = trained.client.search_runs([experiment], "tags.`gwa.alert` LIKE 'stop%' AND tags.`gwa.alert.epoch` = '1'")
     assert [run.info.run_id for run in found] == [trained.run_id]
     tags = found[0].data.tags
-    assert tags["gwa.alert"] == f"stop: {alert.message}"
+    assert tags["gwa.alert"] == f"stop: {alert.text}"
     assert tags["gwa.alert.best_epoch"] == str(alert.best_epoch) == "0"
 
 

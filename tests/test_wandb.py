@@ -19,6 +19,7 @@ import gwa_logging
 from gwa_logging import BackendError, EarlyStop, InvalidInputError, Monitor, delivery
 from gwa_logging.errors import GwaError
 from gwa_logging.integrations import _reachable
+from gwa_logging.integrations._wandb_contents import offline_rows
 from gwa_logging.integrations.wandb import WandbBackend, open_backend
 from gwa_logging.journal import read_journal
 from gwa_logging.protocols import RunContext
@@ -338,6 +339,50 @@ def test_a_row_of_merged_intervals_says_which_of_them_it_holds(tmp_path: Path) -
     assert held.epochs == {}
 
 
+def test_an_offline_run_is_read_as_wandbs_own_reader_reads_it(tmp_path: Path) -> None:
+    run = start_run(tmp_path)
+    for step in range(40):
+        run.log(
+            {
+                "gwa/step": step,
+                "gwa/covers": [[0, step]],
+                "user/text": "x" * 1500 * (step % 3),
+                "nested": {"a": {"b": step}},
+            }
+        )
+    run.summary["gwa/stop_epochs"] = [3, 7]
+    run.finish()
+    expected = read_back(folder_of(run))
+    rows = list(offline_rows(Path(folder_of(run))))
+    assert [row for is_history, row in rows if is_history] == expected.history
+    assert [row["gwa/stop_epochs"] for is_history, row in rows if "gwa/stop_epochs" in row][-1] == [3, 7]
+
+
+@pytest.mark.parametrize("damage", ["torn", "overwritten"])
+def test_a_damaged_file_of_an_offline_run_is_read_up_to_its_end_or_refused(tmp_path: Path, damage: str) -> None:
+    run = start_run(tmp_path)
+    for step in range(30):
+        run.log({"gwa/step": step, "text": "x" * 5000})
+    run.finish()
+    read_back(folder_of(run))
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    (whole,) = (path.read_bytes() for path in Path(folder_of(run)).glob("*.wandb"))
+    half = len(whole) // 2
+    damaged = {
+        "torn": whole[:half],
+        "overwritten": whole[:half] + b"\xff" * half,
+    }
+    (folder / "run.wandb").write_bytes(damaged[damage])
+    if damage == "overwritten":
+        with pytest.raises(BackendError, match=r"run\.wandb' of this W&B run cannot be read"):
+            list(offline_rows(folder))
+    else:
+        steps = [row["gwa/step"] for is_history, row in offline_rows(folder) if is_history]
+        assert steps == list(range(len(steps)))
+        assert 10 < len(steps) < 20
+
+
 def test_every_alert_and_list_of_suspects_is_held_not_only_the_last(tmp_path: Path) -> None:
     run = start_run(tmp_path)
     backend = WandbBackend(run, "gwa", owned=True)
@@ -354,6 +399,7 @@ def test_every_alert_and_list_of_suspects_is_held_not_only_the_last(tmp_path: Pa
         backend.write(alert.model_copy(update={"epoch": epoch}))
         backend.write(SuspectsRecord(step=10 * epoch, epoch=epoch, samples=3, suspects=()))
     backend.close()
+    wandb.teardown()  # finish() alone can return before the last rows are on disk
     held = backend.contents()
     assert (held.alerts, held.suspects) == ({5, 9}, {50, 90})
 
@@ -463,9 +509,7 @@ def test_one_alert_says_when_to_stop_and_the_summary_keeps_the_best_epoch(tmp_pa
     assert isinstance(alert, StopAlert)
     assert [(a["title"], a["level"]) for a in disk.alerts] == [("GWA: stop", "WARN")]
     (text,) = (a["text"] for a in disk.alerts)
-    for part in ("Best epoch: 0", f"{alert.value:.4g}", "no improvement", *alert.caveats):
-        assert part in text
-    assert alert.caveats  # so few samples are always worth one
+    assert text == alert.text
     summary = {key: disk.summary[f"gwa/{key}"] for key in ("best_epoch", "best_value", "stop_epoch")}
     assert summary == {"best_epoch": 0, "best_value": alert.best_value, "stop_epoch": 1}
 
