@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gwa_logging import registry
+from gwa_logging._journal_file import lock
 from gwa_logging.errors import BackendError, InvalidInputError
-from gwa_logging.journal import FILE_NAME, JournalReader, lock
+from gwa_logging.journal import FILE_NAME, JournalReader
 from gwa_logging.protocols import Backend, RunContext
 from gwa_logging.records import (
     AnyRecord,

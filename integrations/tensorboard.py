@@ -53,7 +53,7 @@ def open_backend(context: RunContext) -> "TensorBoardBackend":
         return TensorBoardBackend(log_directory, context.name)
     except Exception as error:  # noqa: BLE001 - whatever a local or remote file system raises
         raise BackendError(
-            f"backend='tensorboard': {log_directory!r} cannot be written ({type(error).__name__}: {error}). "
+            f"backend='tensorboard': {log_directory!r} cannot be written to ({type(error).__name__}: {error}). "
             "Pass a log directory that can: watch(..., run='runs/experiment')"
         ) from (None if has_secret(error) else error)
 

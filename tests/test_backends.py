@@ -16,7 +16,7 @@ from gwa_logging import EarlyStop, InvalidInputError, Monitor
 from gwa_logging.integrations import heatmap_picture
 from gwa_logging.journal import read_journal
 from gwa_logging.protocols import RunContext
-from gwa_logging.records import EPOCH_KEYS, AnyRecord, StopAlert
+from gwa_logging.records import EPOCH_KEYS, AnyRecord, EpochReport, IntervalRecord, StopAlert
 from gwa_logging.registry import BACKENDS, open_backend
 from tests.trackers import (
     BATCH,
@@ -329,14 +329,23 @@ def in_csv(file: Path, prefix: str) -> dict[str, Series]:
     return found
 
 
+def test_the_example_of_the_page_is_short() -> None:
+    assert len([line for line in EXAMPLE.splitlines() if line]) <= 40
+
+
 def test_the_example_of_the_page_gets_all_the_numbers_as_an_object(tmp_path: Path) -> None:
     names: dict[str, Any] = {}
     exec(EXAMPLE, names)
-    training = Training()
-    monitor = training.watch(tmp_path, backend=names["CsvBackend"](tmp_path / "scores.csv"))
-    training.epoch(monitor)
+    tracker, training = names["CsvTracker"](tmp_path / "scores.csv"), Training(lr=0.0)
+    monitor = training.watch(tmp_path, backend=tracker, early_stop=ALERT_AT_ONCE)
+    for _ in range(2):
+        training.epoch(monitor)
     monitor.close()
-    assert in_csv(tmp_path / "scores.csv", "gwa") == numbers_in(read_journal(monitor.journal)[0])
+    records, _ = read_journal(monitor.journal)
+    found = in_csv(tmp_path / "scores.csv", "gwa")
+    assert [found.pop(key)[0][0] for key in monitor.alert.metrics] == 3 * [monitor.alert.epoch]
+    assert found == numbers_in(records)
+    assert all(tracker.contents().has(r) for r in records if isinstance(r, IntervalRecord | EpochReport | StopAlert))
 
 
 @pytest.mark.parametrize("run", [None, "named.csv"])
@@ -357,7 +366,7 @@ def test_the_example_of_the_page_can_be_installed_and_named(tmp_path: Path, monk
     monitor.close()
     file = tmp_path / run if run else monitor.journal.parent / "scores.csv"
     assert in_csv(file, "mine") == numbers_in(read_journal(monitor.journal)[0])
-    with pytest.raises(InvalidInputError, match=r"there are 'local', 'wandb', .*'csv'"):
+    with pytest.raises(InvalidInputError, match=r"'local', 'wandb', .*'csv'"):
         training.watch(tmp_path, backend="nonsense")
 
 

@@ -63,7 +63,7 @@ def _pictures_in_a_hurry() -> Iterator[None]:
     """So that a run of a second has a picture for each epoch."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(heatmap_picture, "PAUSE", 0.0)
-        patch.setattr("gwa_logging.integrations.mlflow.BREATH", 0.0)
+        patch.setattr("gwa_logging.integrations.mlflow.YIELD", 0.0)
         yield
 
 

@@ -259,7 +259,7 @@ def test_a_tracker_that_stops_taking_records_is_an_error_and_the_next_replay_goe
 
     log, calls = MlflowClient.log_batch, count()
     with monkeypatch.context() as broken:
-        broken.setattr("gwa_logging.delivery.RECORDS_PER_CALL", 3)
+        broken.setattr("gwa_logging.integrations.mlflow.MlflowBackend.records_per_call", 3)
 
         def failing(self: MlflowClient, *arguments: Any, **options: Any) -> None:
             if next(calls) == 4:
@@ -270,7 +270,7 @@ def test_a_tracker_that_stops_taking_records_is_an_error_and_the_next_replay_goe
         assert main(["replay", str(folder), "--backend", "mlflow", "--run", run]) == 2
     said = capsys.readouterr().err
     assert "gone away" in said
-    assert "Replay again to go on" in said
+    assert "Replay again to send the rest" in said
     assert main(["replay", str(folder), "--backend", "mlflow", "--run", run]) == 0
     check(tracker, run, records)
 
@@ -291,9 +291,9 @@ def test_torn_and_foreign_lines_are_skipped_and_told(folder: Path, monkeypatch, 
     ("backend", "run", "said"),
     [
         ("local", "new", "that is the journal itself"),
-        ("nonsense", "new", "there is no such backend"),
+        ("nonsense", "new", "nonsense"),
         ("mlflow", "0123456789abcdef0123456789abcdef", "refuses.*0123456789abcdef"),
-        ("mlflow", None, "give --run ID, or --run new"),
+        ("mlflow", None, "pass --run ID or --run new"),
     ],
 )
 def test_a_wrong_backend_or_run_is_named(
@@ -316,7 +316,7 @@ def test_an_empty_journal_one_of_another_version_and_a_folder_of_runs_are_refuse
     path = folder / FILE_NAME
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([json.dumps(json.loads(lines[0]) | {"version": 2, "new": []}) + "\n", *lines[1:]]))
-    refused(folder, r"of version 2.*reads version 1")
+    refused(folder, r"format version 2.*reads version 1")
     path.write_text("")
     refused(folder, "no run in it")
     assert not (folder.parent / "tb").exists()
@@ -360,5 +360,5 @@ def test_a_journal_of_the_future_is_not_reported_on_either(folder: Path) -> None
 
     path = folder / FILE_NAME
     path.write_text(path.read_text().replace('"version":1', '"version":7', 1))
-    with pytest.raises(InvalidInputError, match="of version 7"):
+    with pytest.raises(InvalidInputError, match="format version 7"):
         write_report(folder)

@@ -98,7 +98,9 @@ def test_something_that_is_no_log_directory_is_refused(tmp_path: Path, wrong: An
 
 def test_a_log_directory_that_cannot_be_written_is_an_error_at_once(tmp_path: Path) -> None:
     (tmp_path / "a file").touch()
-    with pytest.raises(BackendError, match=r"'.*a file' cannot be written \(NotADirectoryError.*run='runs/experiment'"):
+    with pytest.raises(
+        BackendError, match=r"'.*a file' cannot be written to \(NotADirectoryError.*run='runs/experiment'"
+    ):
         Training().watch(tmp_path, backend="tensorboard", run=tmp_path / "a file")
 
 

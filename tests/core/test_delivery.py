@@ -426,7 +426,7 @@ def test_the_run_that_heads_share_is_closed_after_all_of_them(tmp_path):
     ],
 )
 def test_what_is_said_at_the_end_is_what_is_true(journal, faults, tracker_state, said, monkeypatch):
-    monkeypatch.setattr("gwa_logging.journal._RECENT", 1)
+    monkeypatch.setattr("gwa_logging.journal._MAX_IN_MEMORY", 1)
     never = Event()
     tracker = Tracker(threaded=True)
     if tracker_state == "hangs in close":
