@@ -190,7 +190,7 @@ def test_a_folder_with_the_journals_of_a_resumed_run_is_sent_as_one_run(killed_a
         told.out.strip().replace(run, "run"),
     )
     assert "untracked" in told.err
-    assert "there is no run in it" in told.err
+    assert "it contains no run" in told.err
     assert main(["replay", str(runs), "--backend", "tensorboard"]) == 0
     assert f"sent 0, {len(records) + 1} were there" in capsys.readouterr().out
 
@@ -290,7 +290,7 @@ def test_torn_and_foreign_lines_are_skipped_and_told(folder: Path, monkeypatch, 
 @pytest.mark.parametrize(
     ("backend", "run", "said"),
     [
-        ("local", "new", "that is the journal itself"),
+        ("local", "new", "this is the journal itself"),
         ("nonsense", "new", "nonsense"),
         ("mlflow", "0123456789abcdef0123456789abcdef", "refuses.*0123456789abcdef"),
         ("mlflow", None, "pass --run ID or --run new"),
@@ -318,7 +318,7 @@ def test_an_empty_journal_one_of_another_version_and_a_folder_of_runs_are_refuse
     path.write_text("".join([json.dumps(json.loads(lines[0]) | {"version": 2, "new": []}) + "\n", *lines[1:]]))
     refused(folder, r"format version 2.*reads version 1")
     path.write_text("")
-    refused(folder, "no run in it")
+    refused(folder, "it contains no run")
     assert not (folder.parent / "tb").exists()
 
 
