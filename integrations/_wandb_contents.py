@@ -13,8 +13,6 @@ from wandb.proto import wandb_internal_pb2
 from gwa_logging.errors import BackendError
 from gwa_logging.protocols import TrackerContents, samples_by_epoch
 
-Record: Any = wandb_internal_pb2.Record  # type: ignore[attr-defined]  # wandb has no types for it
-
 SUMMARY_LISTS = ("stop_epochs", "suspects_steps")
 """Keys of the summary that list the alerts and the lists of suspects so far."""
 
@@ -84,6 +82,19 @@ def _rows(run: wandb.Run, prefix: str) -> Iterator[Mapping[str, Any]]:
 def offline_rows(folder: Path) -> Iterator[tuple[bool, dict[str, Any]]]:
     """Reads the rows of an offline run's history (with True) and the changes of its summary (with False).
 
+    Raises:
+        BackendError: the run's file is damaged.
+    """
+    for record in offline_records(folder):
+        if record.HasField("history"):
+            yield True, values_of(record.history.item)
+        elif record.HasField("summary"):
+            yield False, values_of(record.summary.update)
+
+
+def offline_records(folder: Path) -> Iterator[Any]:
+    """Reads the messages of type `Record` that W&B has stored in the folder of an offline run.
+
     `wandb leet inspect` prints the same, but only exists in wandb 0.29 and later.
 
     Raises:
@@ -91,17 +102,13 @@ def offline_rows(folder: Path) -> Iterator[tuple[bool, dict[str, Any]]]:
     """
     for path in folder.glob("*.wandb"):
         try:
-            for message in _messages(path):
-                record = Record.FromString(message)
-                if record.HasField("history"):
-                    yield True, _values(record.history.item)
-                elif record.HasField("summary"):
-                    yield False, _values(record.summary.update)
+            yield from map(wandb_internal_pb2.Record.FromString, _messages(path))  # type: ignore[attr-defined]
         except Exception as error:
             raise BackendError(f"the file {str(path)!r} of this W&B run cannot be read: {error}") from error
 
 
-def _values(items: Iterable[Any]) -> dict[str, Any]:
+def values_of(items: Iterable[Any]) -> dict[str, Any]:
+    """Decodes the items of a history or summary record."""
     return {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
 
 

@@ -119,9 +119,10 @@ def test_a_run_of_a_wrong_type_is_named(tmp_path: Path, wrong: Any) -> None:
 def test_a_folder_that_cannot_be_written_is_an_error_at_once_and_no_silent_loss(tmp_path: Path) -> None:
     (tmp_path / "a file").touch()
     program = (
-        "import torch, gwa_logging\n"
+        "import pathlib, gwa_logging\n"
+        "from gwa_logging.registry import RunContext, open_backend\n"
         "try:\n"
-        "    gwa_logging.watch(torch.nn.Linear(4, 3), backend='trackio')\n"
+        "    open_backend('trackio', RunContext('gwa', None, pathlib.Path('run')))\n"
         "except gwa_logging.BackendError as error:\n"
         "    print(error)\n"
     )
