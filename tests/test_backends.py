@@ -48,6 +48,14 @@ TRACKERS = {
     "TensorBoard": OnTensorBoard,
     "Trackio": OnTrackio,
 }
+SLOW = {"MLflow server": pytest.mark.slow}
+
+
+def of(*names: str) -> list[Any]:
+    """Parameters of a test: trackers; the server only in the slow tier."""
+    return [pytest.param(name, marks=SLOW.get(name, ())) for name in names]
+
+
 WITH_HISTOGRAMS = ("W&B", "TensorBoard", "Trackio")
 WITH_ROWS_OF_ANY_STEP = ("MLflow", "MLflow server", "TensorBoard", "Trackio")
 WITH_RUNS_THAT_END = ("MLflow", "MLflow server", "W&B", "Trackio")
@@ -148,7 +156,7 @@ def _train_alone(tracker: Tracker, folder: Path) -> Trained:
         return Trained(tracker, monitor, run, read_journal(monitor.journal)[0], tracker.read(run), ended)
 
 
-@pytest.mark.parametrize("name", TRACKERS)
+@pytest.mark.parametrize("name", of(*TRACKERS))
 def test_every_number_arrives_once_in_order_and_at_its_step(alone, name: str) -> None:
     trained = alone(name)
     expected = trained.expected()
@@ -166,7 +174,7 @@ def test_every_histogram_holds_all_of_its_samples(alone, name: str) -> None:
     assert sum(total for _, total in trained.held.totals) == EPOCHS * BATCHES * BATCH
 
 
-@pytest.mark.parametrize("name", TRACKERS)
+@pytest.mark.parametrize("name", of(*TRACKERS))
 def test_one_alert_says_what_the_monitor_says(alone, name: str) -> None:
     trained = alone(name)
     (text,) = trained.held.alerts
@@ -174,7 +182,7 @@ def test_one_alert_says_what_the_monitor_says(alone, name: str) -> None:
     assert trained.monitor.alert.message in text
 
 
-@pytest.mark.parametrize("name", WITH_RUNS_THAT_END)
+@pytest.mark.parametrize("name", of(*WITH_RUNS_THAT_END))
 def test_a_run_that_we_started_has_ended_after_close(alone, name: str) -> None:
     assert alone(name).ended
 
@@ -211,18 +219,18 @@ def _train_as_guest(tracker: Tracker, folder: Path) -> Trained:
         return Trained(tracker, monitor, run, read_journal(monitor.journal)[0], tracker.read(run), ended)
 
 
-@pytest.mark.parametrize("name", TRACKERS)
+@pytest.mark.parametrize("name", of(*TRACKERS))
 def test_the_users_rows_are_there_with_their_own_steps_and_nothing_else(visits, name: str) -> None:
     values = [0.5, *[*[0.5] * len(range(0, BATCHES, 3)), 0.25] * EPOCHS, 0.125]
     assert visits(name).held.users == list(enumerate(values))
 
 
-@pytest.mark.parametrize("name", TRACKERS)
+@pytest.mark.parametrize("name", of(*TRACKERS))
 def test_the_users_run_goes_on_after_close(visits, name: str) -> None:
     assert not visits(name).ended
 
 
-@pytest.mark.parametrize("name", TRACKERS)
+@pytest.mark.parametrize("name", of(*TRACKERS))
 def test_a_guest_writes_every_epoch(visits, name: str) -> None:
     trained = visits(name)
     expected = {key: values for key, values in trained.expected().items() if key in EPOCH_KEYS}
@@ -230,7 +238,7 @@ def test_a_guest_writes_every_epoch(visits, name: str) -> None:
     assert trained.monitor.faults == {}
 
 
-@pytest.mark.parametrize("name", WITH_ROWS_OF_ANY_STEP)
+@pytest.mark.parametrize("name", of(*WITH_ROWS_OF_ANY_STEP))
 def test_a_guest_writes_every_interval(visits, name: str) -> None:
     trained = visits(name)
     expected = {key: values for key, values in trained.expected().items() if key in INTERVAL_KEYS}
@@ -245,7 +253,7 @@ def test_a_guest_loses_no_sample(visits, name: str) -> None:
 # --- flush, and a run that is handed on -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", WITH_ROWS_OF_ANY_STEP)
+@pytest.mark.parametrize("name", of(*WITH_ROWS_OF_ANY_STEP))
 def test_after_flush_everything_so_far_is_in_the_tracker(name: str, tmp_path: Path, monkeypatch) -> None:
     """Trackio stores what it has taken within half a second; W&B, not here, does so when its run ends."""
     tracker, training = TRACKERS[name](), Training()

@@ -228,6 +228,7 @@ def test_a_run_of_our_own_is_started_and_finished_unseen_by_the_user(client: Mlf
     assert not client.get_run(users.info.run_id).data.metrics
 
 
+@pytest.mark.slow
 def test_a_monitor_that_nobody_closes_finishes_its_run_when_the_process_ends(
     client: MlflowClient, tmp_path: Path
 ) -> None:
@@ -611,6 +612,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         server.stop()
 
 
+@pytest.mark.slow
 def test_on_a_server_nan_arrives_and_the_url_leads_to_the_runs_page(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -623,6 +625,7 @@ def test_on_a_server_nan_arrives_and_the_url_leads_to_the_runs_page(
     assert backend.run_ref.url == f"http://***@{server.address}/#/experiments/{experiment}/runs/{where.run}"
 
 
+@pytest.mark.slow
 def test_a_server_gets_everything_once_though_it_was_away_for_a_while(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -39,6 +39,8 @@ from tests.trackers import (
 )
 from tests.trainer import STEPS
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -19,6 +19,7 @@ from gwa_logging.faults import Faults
 from gwa_logging.journal import FILE_NAME, Journal, read_journal
 from gwa_logging.records import RECORDS, AnyRecord
 from gwa_logging.replay import replay
+from tests.journal_writer import hold
 from tests.trackers import (
     OnMlflow,
     OnMlflowServer,
@@ -40,6 +41,8 @@ TRACKERS = {
     "TensorBoard": OnTensorBoard,
     "Trackio": OnTrackio,
 }
+
+ANY = [pytest.param(name, marks=pytest.mark.slow if name == "MLflow server" else ()) for name in TRACKERS]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,7 +90,7 @@ def check(tracker: Tracker, run: str, records: list[AnyRecord]) -> None:
     assert len(held.alerts) == sum(record.kind == "alert" for record in records)
 
 
-@pytest.mark.parametrize("name", TRACKERS)
+@pytest.mark.parametrize("name", ANY)
 def test_what_is_missing_is_sent_once_and_nothing_the_second_time(name: str, folder: Path, monkeypatch) -> None:
     tracker = TRACKERS[name]()
     tracker.set_up(folder.parent, monkeypatch)
@@ -117,7 +120,7 @@ def without(folder: Path, missing: Callable[[AnyRecord], bool], name: str = "out
     return other
 
 
-@pytest.mark.parametrize("name", TRACKERS)
+@pytest.mark.parametrize("name", ANY)
 def test_what_an_outage_in_the_middle_has_cost_is_sent_though_the_tracker_has_later_records(
     name: str, folder: Path, monkeypatch
 ) -> None:
@@ -322,36 +325,18 @@ def test_an_empty_journal_one_of_another_version_and_a_folder_of_runs_are_refuse
     assert not (folder.parent / "tb").exists()
 
 
-def _hold(path: Path, ready, done) -> None:
-    journal = Journal(path, Faults())
-    ready.set()
-    done.wait(30)
-    journal.close()
-
-
-def test_a_journal_belongs_to_one_process(folder: Path) -> None:
+def test_a_journal_belongs_to_one_process_until_that_process_is_killed(folder: Path) -> None:
     spawn = multiprocessing.get_context("spawn")
-    ready, done = spawn.Event(), spawn.Event()
-    other = spawn.Process(target=_hold, args=(folder / FILE_NAME, ready, done))
+    ready, never = spawn.Event(), spawn.Event()
+    other = spawn.Process(target=hold, args=(folder / FILE_NAME, ready, never))
     other.start()
-    assert ready.wait(30)
+    assert ready.wait(120)
     with pytest.raises(BackendError, match="another process is writing this journal"):
         Journal(folder / FILE_NAME, Faults())
     with pytest.raises(BackendError, match="another process is writing this journal"):
         replay(folder / FILE_NAME, "tensorboard", str(folder.parent / "tb"))
-    done.set()
-    other.join(30)
-    Journal(folder / FILE_NAME, Faults()).close()
-
-
-def test_a_killed_writer_leaves_the_journal_free(folder: Path) -> None:
-    spawn = multiprocessing.get_context("spawn")
-    ready, never = spawn.Event(), spawn.Event()
-    other = spawn.Process(target=_hold, args=(folder / FILE_NAME, ready, never))
-    other.start()
-    assert ready.wait(30)
     other.kill()
-    other.join(30)
+    other.join(120)
     Journal(folder / FILE_NAME, Faults()).close()
 
 

@@ -60,6 +60,15 @@ PATTERNS = [
     Pattern("later, explicit step=epoch after end_epoch", "after end_epoch", explicit=True, since=3),
 ]
 
+SLOW = (
+    "explicit step=epoch after end_epoch",
+    "explicit step per training step",
+    "explicit step=epoch every second epoch",
+    "implicit step per epoch before end_epoch",
+    "later, explicit step=epoch before end_epoch",
+)
+"""Patterns that differ from a fast one in a single property."""
+
 
 class User:
     """Logs by a pattern, and knows which rows must come of it and where W&B's step would be without us."""
@@ -135,12 +144,16 @@ def patient() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def visits(tmp_path_factory: pytest.TempPathFactory, patient: None) -> dict[str, Visit]:
-    """All patterns, trained one after the other and read back once."""
-    done: list[tuple[User, Monitor, list[dict[str, Any]]]] = []
-    for pattern in PATTERNS:
-        directory = tmp_path_factory.mktemp("visit")
+class Visits(dict[str, Visit]):
+    """The patterns by name; each is trained and read back when it is first looked up."""
+
+    def __init__(self, factory: pytest.TempPathFactory) -> None:
+        super().__init__()
+        self._factory = factory
+
+    def __missing__(self, name: str) -> Visit:
+        (pattern,) = (pattern for pattern in PATTERNS if pattern.name == name)
+        directory = self._factory.mktemp("visit")
         run = start_run(directory)
         user, training = User(run, pattern), Training()
         monitor = training.watch(directory, run=run)
@@ -155,15 +168,17 @@ def visits(tmp_path_factory: pytest.TempPathFactory, patient: None) -> dict[str,
             seen.append(dict(run.summary))
         monitor.close()
         run.finish()
-        done.append((user, monitor, seen))
-    return {
-        user.pattern.name: Visit(user, monitor.history, monitor.faults, seen, read_back(folder_of(user.run)))
-        for user, monitor, seen in done
-    }
+        self[name] = Visit(user, monitor.history, monitor.faults, seen, read_back(folder_of(run)))
+        return self[name]
 
 
-@pytest.fixture(params=[pattern.name for pattern in PATTERNS])
-def visit(request: pytest.FixtureRequest, visits: dict[str, Visit]) -> Visit:
+@pytest.fixture(scope="module")
+def visits(tmp_path_factory: pytest.TempPathFactory, patient: None) -> Visits:
+    return Visits(tmp_path_factory)
+
+
+@pytest.fixture(params=[pytest.param(p.name, marks=pytest.mark.slow if p.name in SLOW else ()) for p in PATTERNS])
+def visit(request: pytest.FixtureRequest, visits: Visits) -> Visit:
     return visits[request.param]
 
 
@@ -188,7 +203,7 @@ def test_after_each_row_of_the_user_the_step_of_the_run_is_where_it_would_be_wit
 
 
 def test_a_run_in_which_the_user_never_logs_moves_a_row_per_epoch_and_never_passes_the_epoch(
-    visits: dict[str, Visit],
+    visits: Visits,
 ) -> None:
     visit = visits["never"]
     assert visit.user.ahead == [0] * EPOCHS
@@ -198,8 +213,14 @@ def test_a_run_in_which_the_user_never_logs_moves_a_row_per_epoch_and_never_pass
     assert visit.disk.column("_step", "gwa/epoch") == [(epoch, epoch) for epoch in range(EPOCHS)]
 
 
-@pytest.mark.parametrize("name", [pattern.name for pattern in PATTERNS if pattern.name.startswith("later")])
-def test_until_the_user_begins_to_log_the_run_moves_and_then_it_is_theirs(visits: dict[str, Visit], name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "later, explicit step=epoch after end_epoch",
+        pytest.param("later, explicit step=epoch before end_epoch", marks=pytest.mark.slow),
+    ],
+)
+def test_until_the_user_begins_to_log_the_run_moves_and_then_it_is_theirs(visits: Visits, name: str) -> None:
     visit = visits[name]
     assert visit.user.ahead == [0] * EPOCHS
     assert visit.seen[2]["gwa/epoch"] == 1
@@ -208,7 +229,7 @@ def test_until_the_user_begins_to_log_the_run_moves_and_then_it_is_theirs(visits
 
 @pytest.mark.parametrize("name", ["explicit step=evaluation every second epoch", "implicit step every second epoch"])
 def test_a_user_who_logs_less_often_than_once_per_epoch_is_overtaken_by_a_row_at_most(
-    visits: dict[str, Visit], name: str
+    visits: Visits, name: str
 ) -> None:
     visit = visits[name]
     assert max(visit.user.ahead[-2:]) < 0  # a row for every epoch would have brought it to 0
@@ -225,7 +246,7 @@ def test_a_guest_causes_no_fault_and_leaves_the_config_alone(visit: Visit) -> No
     assert "gwa" not in visit.disk.config
 
 
-def test_a_user_who_logs_per_step_gets_a_histogram_per_interval(visits: dict[str, Visit]) -> None:
+def test_a_user_who_logs_per_step_gets_a_histogram_per_interval(visits: Visits) -> None:
     per_step = visits["implicit step per training step"].disk
     never = visits["never"].disk
     assert len(per_step.column("gwa/scores.values")) > EPOCHS * (BATCHES // 3)
