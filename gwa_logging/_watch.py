@@ -141,7 +141,7 @@ def watch(
     try:
         first = monitor._recording
         for other in heads[1:]:
-            runs = {delivery.backend.name: getattr(delivery.backend, "run", None) for delivery in first.deliveries}
+            runs = {delivery.backend.name: delivery.backend.run for delivery in first.deliveries}
             further = _open(framework, model, settings.for_other_head(other, runs), folder, group=first.group)
             monitor.heads[further._adapter.path] = further
     except BaseException:
@@ -188,7 +188,7 @@ def _open(
                 if opened is not None:
                     undo.callback(opened.close)
                     backends.append(opened)
-                    _check_is_free(opened, getattr(opened, "run_ref", TrackerRunRef()), name)
+                    _check_is_free(opened, opened.run_ref, name)
             journal = Journal(path / FILE_NAME, faults)
         undo.pop_all()  # from here on the monitor closes everything
     monitor = Monitor(
@@ -281,7 +281,7 @@ def _is_same(opened: Backend, backend: Any, run_ref: TrackerRunRef) -> bool:
     if opened == backend:
         return True
     kind = backend if isinstance(backend, str) else getattr(backend, "name", None)
-    its = getattr(opened, "run_ref", TrackerRunRef())
+    its = opened.run_ref
     return opened.name == kind and its != TrackerRunRef() and (its.run or its.url) == (run_ref.run or run_ref.url)
 
 

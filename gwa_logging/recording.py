@@ -16,7 +16,7 @@ from gwa_logging.faults import Faults
 from gwa_logging.interval_recorder import IntervalRecorder
 from gwa_logging.journal import Journal
 from gwa_logging.protocols import Adapter, Backend
-from gwa_logging.records import AnyRecord, CloseRecord, EpochReport, RunRecord, StopAlert, Suspect, TrackerRunRef
+from gwa_logging.records import AnyRecord, CloseRecord, EpochReport, RunRecord, StopAlert, Suspect
 from gwa_logging.settings import EarlyStop, WatchSettings
 from gwa_logging.summary import AlignmentSummary
 from gwa_logging.suspects import SUSPECTS, SuspectFinder
@@ -88,7 +88,7 @@ class Recording:
                 head=adapter.head,
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
                 settings=settings.to_dict(),
-                places={backend.name: getattr(backend, "run_ref", TrackerRunRef()) for backend in backends},
+                places={backend.name: backend.run_ref for backend in backends},
             )
         )
         if journal is not None:
@@ -286,7 +286,7 @@ class Recording:
                 in_epoch=bool(state.epoch.seen),
             )
             for delivery in self.deliveries:
-                delivery.go_on()
+                delivery.resume()
 
     # --- the end ----------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from importlib.metadata import entry_points
 from typing import Any, cast
 
 from gwa_logging.errors import InvalidInputError, MissingDependencyError
-from gwa_logging.protocols import AdapterModule, Backend, RunContext
+from gwa_logging.protocols import AdapterModule, Backend, RunContext, with_defaults
 from gwa_logging.records import TrackerRunRef
 from gwa_logging.settings import unknown_name
 
@@ -21,7 +21,7 @@ ENTRY_POINT_GROUP = "gwa_logging.backends"
 
 
 def open_backend(backend: Any, context: RunContext) -> Backend | None:
-    """Opens a backend by name, or returns the given object; None for "local".
+    """Opens a backend by name, or completes an object that has `write` and `close`; None for "local".
 
     Raises:
         InvalidInputError: the name is unknown.
@@ -29,10 +29,10 @@ def open_backend(backend: Any, context: RunContext) -> Backend | None:
         BackendError: the tracker cannot be used.
     """
     if not isinstance(backend, str):
-        return backend  # type: ignore[no-any-return]  # checked by WatchSettings
+        return with_defaults(backend)
     if backend == "local":
         return None
-    return find_backend(backend).open_backend(context)  # type: ignore[no-any-return]
+    return with_defaults(find_backend(backend).open_backend(context))
 
 
 def locate(backend: Any, context: RunContext) -> TrackerRunRef:

@@ -15,12 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gwa_logging import AlignmentSummary, EarlyStop
+from gwa_logging import EarlyStop
 from gwa_logging.cli import main
 from gwa_logging.journal import FILE_NAME, read_journal
-from gwa_logging.records import Histogram, IntervalRecord
+from gwa_logging.records import Histogram
 from gwa_logging.report.page import REPORT_NAME
 from gwa_logging.thumbnail import thumbnail
+from tests.records import interval_record
 from tests.trackers import Training
 
 PICTURE = thumbnail(np.random.default_rng(0).integers(0, 256, (64, 64, 4), dtype=np.uint8))
@@ -97,7 +98,7 @@ def check(run: Path, capsys: pytest.CaptureFixture[str], *command: str) -> tuple
 
 
 @pytest.mark.parametrize(
-    "run_ref", ["../../outside", "/{}/absolute", "sub/../../..", "gs://bucket/x", "http://host/x", "a\0b", "link", ""]
+    "place", ["../../outside", "/{}/absolute", "sub/../../..", "gs://bucket/x", "http://host/x", "a\0b", "link", ""]
 )
 def test_replay_does_not_follow_a_journal_out_of_its_folder(lines, tmp_path, capsys, place):
     lines = [lines[0] | {"places": {"tensorboard": {"run": place.format(tmp_path)}}}, *lines[1:]]
@@ -130,11 +131,11 @@ def test_a_run_with_a_name_that_watch_would_refuse_is_none(lines, tmp_path, caps
     run = write(tmp_path, [lines[0] | {"name": name}, *lines[1:]])
     code, said = check(run, capsys, "replay", ".", "--backend", "tensorboard")
     assert code == 2
-    assert "there is no run in it (lines skipped: 1)" in said
+    assert "it contains no run (lines skipped: 1)" in said
 
 
 @pytest.mark.parametrize(
-    ("backend", "run_ref"),
+    ("backend", "place"),
     [
         ("mlflow", "../../0123"),
         ("mlflow", "a" * 300),
@@ -254,11 +255,7 @@ def test_what_todays_code_writes_is_read_back_whole(lines, tmp_path):
     run = write(tmp_path, lines)
     records, skipped = read_journal(run / FILE_NAME)
     assert (len(records), skipped) == (len(lines), 0)
-    summary = AlignmentSummary.from_scores(np.zeros(0))
-    empty = IntervalRecord(
-        **{"step": 0, "epoch": 0, "steps": 1, "count": 0, "excluded": 3, "mean": np.nan, "minimum": np.nan},
-        **{"maximum": np.nan, "histogram": summary.histogram, "display_limit": 0.001},
-    )
+    empty = interval_record(0, [], excluded=3, display_limit=0.001)
     (run / FILE_NAME).write_text(empty.model_dump_json() + "\n")
     assert read_journal(run / FILE_NAME)[1] == 0
 

@@ -8,7 +8,6 @@ from gwa_logging.faults import Faults
 from gwa_logging.interval_recorder import STEADY, IntervalRecorder, interval_at
 from gwa_logging.summary import AlignmentSummary
 
-
 FEW = 500
 """Number of intervals before they grow, in the tests that run whole trainings."""
 
