@@ -131,7 +131,7 @@ def test_a_run_with_a_name_that_watch_would_refuse_is_none(lines, tmp_path, caps
     run = write(tmp_path, [lines[0] | {"name": name}, *lines[1:]])
     code, said = check(run, capsys, "replay", ".", "--backend", "tensorboard")
     assert code == 2
-    assert "there is no run in it (lines skipped: 1)" in said
+    assert "it contains no run (lines skipped: 1)" in said
 
 
 @pytest.mark.parametrize(
