@@ -540,7 +540,7 @@ def test_a_model_with_dropout_is_scored_on_the_features_that_were_left(width, ho
 
 @width_of
 def test_more_compiled_passes_than_there_are_leaves_are_never_mixed_up(width):
-    from gwa_logging.integrations.torch.probe import PASSES
+    from gwa_logging.integrations.torch.rows import PASSES
 
     model = net(*WIDTH[width])
     monitor = gwa_logging.watch(model)
