@@ -309,8 +309,10 @@ class TorchAdapter:
         changes = f"{self._changes}. " if self._changes else ""
         evaluation = ""
         if isinstance(self._watching, HeadProbe) and self._watching.saw_evaluation:
-            evaluation = "There were passes with the head in eval mode, which are not counted: call train() on the model, or on the "
+            evaluation = (
+                "There were passes with the head in eval mode, which are not counted: call train() on the model, or on the "
                 "head alone. "
+            )
         return (
             f"Watched: {self.head}. {changes}{evaluation}Check that loss.backward() runs on the output of this model in "
             "training mode with gradients enabled; that the head is called as a module (not through F.linear on its weight, "

@@ -125,8 +125,8 @@ _watchdogs: list[StepWatchdog] = []
 def _register_hook() -> None:
     """Registers the one hook of this process, which is never removed.
 
-    A watchdog is cancelled when its model is garbage-collected, and that may happen in the middle of an optimizer step. PyTorch's
-    step fails if a hook is removed while it runs them.
+    A watchdog is cancelled when its model is garbage-collected, which may happen in the middle of an optimizer step. The step
+    fails if a hook is removed while it iterates over the hooks.
     """
     register_optimizer_step_post_hook(_after_step)
 
