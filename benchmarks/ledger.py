@@ -74,17 +74,19 @@ def own_operations(samples: int) -> None:
     import jax.numpy as jnp
 
     from gwa_logging.integrations.jax.accumulate import DeviceLedger, enter
-    from gwa_logging.integrations.torch.accumulate import Accumulator
     from gwa_logging.integrations.torch.head_layers import Linear
+    from gwa_logging.integrations.torch.ledger import DeviceLedger as TorchLedger
+    from gwa_logging.integrations.torch.ledger import TaggedScores
     from gwa_logging.ledger import TaggedBatch
 
-    accumulator, ids, scores = Accumulator(samples), torch.randint(0, samples, (BATCH,)), 0.3 * torch.rand(BATCH)
+    torch_ledger, ids, scores = TorchLedger(samples), torch.randint(0, samples, (BATCH,)), 0.3 * torch.rand(BATCH)
     batches = [TaggedBatch(torch.randint(0, samples, (BATCH,)), None, torch.zeros(BATCH, dtype=torch.int64))] * BATCHES
     for classes in (10, 100, 1000):
         layer, logits = Linear(torch.nn.Linear(8, classes), classes, 8), torch.randn(BATCH, classes)
         took = median_us(lambda layer=layer, logits=logits: layer.predicted(logits))  # type: ignore[misc]
         print(f"PyTorch, prediction of {BATCH} samples, {classes} classes: {took:.0f} us")
-    took = median_us(lambda: accumulator._enter(batches, [scores] * BATCHES, [None] * BATCHES)) / BATCHES
+    tagged = [TaggedScores(batch, scores, None) for batch in batches]
+    took = median_us(lambda: torch_ledger.add(tagged)) / BATCHES
     print(f"PyTorch, entering them, {BATCHES} batches at once: {took:.0f} us a batch")
 
     ledger, device_scores = DeviceLedger.empty(samples), jnp.asarray(scores.numpy())

@@ -25,7 +25,7 @@ from gwa_logging.integrations.torch.distributed import (
 )
 from gwa_logging.integrations.torch.find_head import NOT_FOUND_YET, Head, find_head, inside_adapters, unwrapped
 from gwa_logging.integrations.torch.first_pass import FirstPass, HeadCall
-from gwa_logging.integrations.torch.forwards import Forwards
+from gwa_logging.integrations.torch.forward_tracker import ForwardTracker
 from gwa_logging.integrations.torch.head_layers import layer_of
 from gwa_logging.integrations.torch.head_location import HeadLocation
 from gwa_logging.integrations.torch.probe import HeadProbe
@@ -161,12 +161,12 @@ class TorchAdapter:
                 tags.end_forward()
 
     def _probe(self, head: Head) -> HeadProbe:
-        model, wrapped, accumulator, forwards = self._model(), self._wrapped(), self._accumulator, None
+        model, wrapped, accumulator, tracker = self._model(), self._wrapped(), self._accumulator, None
         if model is not None:
             self._location = HeadLocation(model, head.path, head.module)
         if wrapped is not None:
-            forwards = Forwards(wrapped, accumulator.tags, self._faults, keeps_samples=accumulator.keeps_samples)
-        return HeadProbe(layer_of(head.module), accumulator, self._on_observed, self._faults, forwards, self._on_copied)
+            tracker = ForwardTracker(wrapped, accumulator.tags, self._faults, keeps_samples=accumulator.keeps_samples)
+        return HeadProbe(layer_of(head.module), accumulator, self._on_observed, self._faults, tracker, self._on_copied)
 
     def _on_observed(self) -> None:
         self.passes += 1
@@ -310,8 +310,8 @@ class TorchAdapter:
         evaluation = ""
         if isinstance(self._watching, HeadProbe) and self._watching.saw_evaluation:
             evaluation = (
-                "There were passes with the head in eval mode, which are not counted: call train() on the model, or on the "
-                "head alone. "
+                "There were passes with the head in eval mode, which are not counted: call model.train(), or train() on "
+                "the head alone. "
             )
         return (
             f"Watched: {self.head}. {changes}{evaluation}Check that loss.backward() runs on the output of this model in "

@@ -21,7 +21,7 @@ from gwa_logging.faults import Faults
 from gwa_logging.integrations.torch.accumulate import Accumulator
 from gwa_logging.integrations.torch.compiled_probe import CompiledProbe, inputs_of
 from gwa_logging.integrations.torch.distributed import is_distributed, is_freed, is_split
-from gwa_logging.integrations.torch.forwards import Forwards, is_exporting
+from gwa_logging.integrations.torch.forward_tracker import ForwardTracker, is_exporting
 from gwa_logging.integrations.torch.head_layers import Linear
 from gwa_logging.integrations.torch.module_patch import (
     ModulePatch,
@@ -61,7 +61,7 @@ class HeadProbe:
         accumulator: Accumulator,
         on_step: Callable[[], None],
         faults: Faults,
-        forwards: Forwards | None = None,
+        forward_tracker: ForwardTracker | None = None,
         copied: Callable[[Any, nn.Module], None] | None = None,
     ) -> None:
         """Calls `on_step` after each observed backward pass, and `copied` as a `ModulePatch` does."""
@@ -72,7 +72,7 @@ class HeadProbe:
         self.accumulator = accumulator
         self.on_step = on_step
         self._faults = faults
-        self._forwards = forwards
+        self._forward_tracker = forward_tracker
         self._compiled = CompiledProbe(
             layer, accumulator.tags, self.rows_arrived, keeps_samples=accumulator.keeps_samples
         )
@@ -181,10 +181,10 @@ class HeadProbe:
                 taken = _Pass(self, module, embeddings, logits, logits.grad_fn)
                 taken.keep(module, logits)
                 logits.register_hook(taken.all_arrived)
-            if self._forwards is not None:
-                self._forwards.head_called(self.layer.rows(logits))
-                if not self._forwards.is_open:
-                    self._forwards = None
+            if self._forward_tracker is not None:
+                self._forward_tracker.head_called(self.layer.rows(logits))
+                if not self._forward_tracker.is_open:
+                    self._forward_tracker = None
         except Exception as error:  # noqa: BLE001 - nothing may reach the user's forward pass
             if type(getattr(module, "weight", None)).__name__ == "ExpandedWeight":
                 self._faults.record(
@@ -204,8 +204,8 @@ class HeadProbe:
         patch = self._patch()
         if patch is not None:
             patch.remove()
-        if self._forwards is not None:
-            self._forwards.close()
+        if self._forward_tracker is not None:
+            self._forward_tracker.close()
         self.layer.close()
 
 

@@ -302,19 +302,19 @@ def test_a_model_that_cannot_be_traced_is_read_in_its_first_training_pass(caplog
         F.cross_entropy(model(torch.randn(4, 8)), torch.randint(0, 5, (4,))).backward()
     report = monitor.end_epoch()
     assert any("head 'first'" in message and "first pass" in message for message in caplog.messages)
-    assert report.count == 12  # the pass that told the head is observed as well
+    assert report.count == 12  # the pass that showed the head is observed as well
 
 
 @pytest.mark.parametrize(
-    ("model", "said"),
+    ("model", "message"),
     [
         (TwoHeads(), "several layers: 'first', 'second'"),
-        (ConvolutionLast(), "does not come from one linear layer, but from 'conv' (Conv2d is no 1x1"),
+        (ConvolutionLast(), "does not come from one linear layer, but from 'conv' (Conv2d is not a 1x1"),
         (nn.Conv2d(1, 5, 3), "has no linear layer and no 1x1 convolution"),
     ],
     ids=["two heads", "convolution", "none"],
 )
-def test_a_head_that_is_missing_or_ambiguous_is_refused_with_the_candidates(model, said):
+def test_a_head_that_is_missing_or_ambiguous_is_refused_with_the_candidates(model, message):
     with pytest.raises(HeadNotFoundError) as error:
         gwa_logging.watch(model)
     assert message in str(error.value)
