@@ -96,7 +96,7 @@ def _judge(subject: zoo.Subject) -> Row:
         (seen,) = _watched(subject, None, heads)
     except gwa_logging.HeadNotFoundError as error:
         row["reason"] = str(error).splitlines()[0]
-        named = re.search(r"To watch them all, each by itself: head=(\[.*\])\.", row["reason"])
+        named = re.search(r"To watch all of them: head=(\[.*\])\.", row["reason"])
         if not heads:
             return row | {"outcome": "no classifier"}
         if len(heads) == 1 or named is None:

@@ -1,4 +1,4 @@
-"""The PyTorch adapter: the head, its probe, and what they gather."""
+"""The PyTorch adapter: connects a model's head, its probe and the scores that it accumulates to the monitor."""
 
 import weakref
 from collections.abc import Callable
@@ -11,58 +11,54 @@ from torch import Tensor, nn
 from gwa_logging.checkpoint import HeadShape
 from gwa_logging.errors import InvalidInputError
 from gwa_logging.faults import Faults
-from gwa_logging.integrations.torch.accumulate import TorchSnapshot
+from gwa_logging.integrations.torch.accumulate import Accumulator, TorchSnapshot
 from gwa_logging.integrations.torch.distributed import (
-    RankAccumulator,
     board,
+    empty_like,
     is_distributed,
     ledger_over_ranks,
     merged_over_ranks,
-    nothing_like,
     rank,
     ranks,
     replica_group,
     unsharded,
 )
-from gwa_logging.integrations.torch.find_head import FirstPass, Head, HeadCall, find_head, inside_adapters, unwrapped
-from gwa_logging.integrations.torch.forwards import Forwards
+from gwa_logging.integrations.torch.find_head import NOT_FOUND_YET, Head, find_head, inside_adapters, unwrapped
+from gwa_logging.integrations.torch.first_pass import FirstPass, HeadCall
+from gwa_logging.integrations.torch.forward_tracker import ForwardTracker
 from gwa_logging.integrations.torch.head_layers import layer_of
+from gwa_logging.integrations.torch.head_location import HeadLocation
 from gwa_logging.integrations.torch.probe import HeadProbe
-from gwa_logging.integrations.torch.replacement import HeadPlace
 from gwa_logging.integrations.torch.step_watchdog import StepWatchdog
 from gwa_logging.ledger import Ledger, TaggedBatch
 from gwa_logging.monitor import logger
-from gwa_logging.ranks import Attendance, Identity, first_scores
+from gwa_logging.ranks import Attendance, Identity, check_windows, first_scores
 from gwa_logging.settings import WatchSettings
 from gwa_logging.summary import AlignmentSummary
 
 _EARLY = 16
-"""How many snapshots are kept to tell this rank's first scores; one is enough unless all its scores are equal."""
+"""Number of snapshots kept to identify this rank by its first scores. One is enough unless all its scores are equal."""
 
 
 def attach(model: nn.Module, settings: WatchSettings, faults: Faults) -> "TorchAdapter":
-    """Puts a probe at the head of a model; it begins to observe on `start`.
+    """Finds the head of a model. Nothing is observed until `TorchAdapter.start`.
 
     Raises:
         HeadNotFoundError: see `find_head`.
-        InvalidInputError: windows by samples are asked for in a run of several processes, or the head has no parameter.
+        InvalidInputError: `samples_per_epoch` was given in a distributed run, or the head has no parameters.
     """
-    if settings.samples_per_epoch is not None and ranks() > 1:
-        raise InvalidInputError(
-            f"samples_per_epoch={settings.samples_per_epoch}: {ranks()} ranks would close their windows at different "
-            "moments; call monitor.end_epoch() on every rank instead"
-        )
+    check_windows(settings.samples_per_epoch, ranks())
     head = find_head(model, settings.head)
     if head is not None:
-        _check(head)
+        _check_parameters(head)
     return TorchAdapter(model, head, settings.num_samples, faults, Attendance(settings.name, board))
 
 
-def _check(head: Head) -> None:
+def _check_parameters(head: Head) -> None:
     if next(head.module.parameters(), None) is None:
         raise InvalidInputError(
-            f"{head}: its weight is not a parameter of its own. FullyShardedDataParallel needs use_orig_params=True; "
-            "or take fully_shard"
+            f"{head}: its weight is not a separate parameter. Pass use_orig_params=True to FullyShardedDataParallel, or use "
+            "fully_shard"
         )
 
 
@@ -72,49 +68,49 @@ class TorchAdapter:
     def __init__(
         self, model: nn.Module, head: Head | None, num_samples: int | None, faults: Faults, attendance: Attendance
     ) -> None:
-        self.head = str(head) if head else "head: the first training pass will tell"
+        self.head = str(head) if head else NOT_FOUND_YET
         self.path = head.path if head else ""
         self._model = weakref.ref(inside_adapters(model))
         self._wrapped = weakref.ref(unwrapped(model))
-        self._found = head  # until the start: it would keep the head of a model that is dropped
+        self._found = head  # only until `start`: it keeps the head of a model alive
         self._num_samples = num_samples
         self._attendance = attendance
-        self._accumulator = RankAccumulator(num_samples, faults, attendance)
+        self._accumulator = Accumulator(num_samples, faults, attendance)
         self._early: list[TorchSnapshot] = []  # until the first scores are known
         self._first = Identity().first
         self.notes: tuple[str, ...] = ()
         self._faults = faults
         self._on_step: Callable[[], None] = lambda: None
         self._watching: HeadProbe | FirstPass | None = None
-        self._silence: StepWatchdog | None = None
-        self._place: HeadPlace | None = None
+        self._watchdog: StepWatchdog | None = None
+        self._location: HeadLocation | None = None
         self._copies: list[weakref.ref[nn.Module]] = []
-        self._changes = ""  # what has become of the head since it was found
+        self._changes = ""  # a sentence about the last replacement of the head
         self.passes = 0
 
     @property
     def writes(self) -> bool:
-        """Whether this is the process that writes: rank 0."""
+        """Returns True on rank 0, which writes the journal and the trackers."""
         return rank() == 0
 
     @property
     def is_detached(self) -> bool:
-        """Whether the model no longer exists."""
+        """Returns True if the model no longer exists."""
         return self._model() is None
 
     @property
     def processes(self) -> int:
-        """How many ranks there are."""
+        """The number of ranks."""
         return ranks()
 
     @property
     def shape(self) -> tuple[int, int] | None:
-        """Features and classes of the head; None while it is not known."""
+        """Number of features and of classes of the head; None until they are known."""
         watching = self._watching
         return (watching.layer.features, watching.layer.classes) if isinstance(watching, HeadProbe) else None
 
     def reduce(self, summary: AlignmentSummary) -> AlignmentSummary:
-        """The summary of all ranks that count. Every rank must call it; the others wait."""
+        """The summary of all ranks that count (a collective: every rank must call it)."""
         if not is_distributed():
             return summary
         problems = self._attendance.problems()
@@ -125,7 +121,7 @@ class TorchAdapter:
         return summary
 
     def _identity(self) -> Identity:
-        """What this rank reports of itself to the others."""
+        """What this rank reports about itself to the others."""
         if self._first == Identity().first:
             self._first = first_scores([snapshot.result() for snapshot in self._early])
         if self._first != Identity().first:
@@ -135,20 +131,20 @@ class TorchAdapter:
         return Identity(head, self._first, rank() if model is None else replica_group(model))
 
     def start(self, on_step: Callable[[], None]) -> None:
-        """Begins to observe."""
+        """Starts observing; calls `on_step` after each observed backward pass."""
         self._on_step = on_step
         self._attendance.enter()
         model = self._model()
         if model is not None:
-            self._silence = StepWatchdog(model, self)
+            self._watchdog = StepWatchdog(model, self)
         found, self._found = self._found, None
         if found is not None:
             self._watching = self._probe(found)
         elif (wrapped := self._wrapped()) is not None:
-            self._watching = FirstPass(wrapped, self._tell, self._copied)
+            self._watching = FirstPass(wrapped, self._on_head_found, self._on_copied)
 
-    def _tell(self, head: Head, calls: list[HeadCall]) -> None:
-        _check(head)
+    def _on_head_found(self, head: Head, calls: list[HeadCall]) -> None:
+        _check_parameters(head)
         self.head = str(head)
         logger.info("gwa_logging: %s", self.head)
         self._watching = probe = self._probe(head)
@@ -157,92 +153,91 @@ class TorchAdapter:
             tags = self._accumulator.tags
             with unsharded(model, head.module):
                 tags.begin_forward()
-                for call in calls:  # of the pass that told the head
+                for call in calls:  # the first pass is observed too
                     if call.module.training:
-                        probe.listen(*call)
+                        probe.observe_call(*call)
                     else:
                         probe.saw_evaluation = True
                 tags.end_forward()
 
     def _probe(self, head: Head) -> HeadProbe:
-        model, whole, accumulator, forwards = self._model(), self._wrapped(), self._accumulator, None
+        model, wrapped, accumulator, tracker = self._model(), self._wrapped(), self._accumulator, None
         if model is not None:
-            self._place = HeadPlace(model, head.path, head.module)
-        if whole is not None:
-            forwards = Forwards(whole, accumulator.tags, self._faults, keeps_samples=accumulator.keeps_samples)
-        return HeadProbe(layer_of(head.module), accumulator, self._observed, self._faults, forwards, self._copied)
+            self._location = HeadLocation(model, head.path, head.module)
+        if wrapped is not None:
+            tracker = ForwardTracker(wrapped, accumulator.tags, self._faults, keeps_samples=accumulator.keeps_samples)
+        return HeadProbe(layer_of(head.module), accumulator, self._on_observed, self._faults, tracker, self._on_copied)
 
-    def _observed(self) -> None:
-        """Called by the probe after each pass that it has seen."""
+    def _on_observed(self) -> None:
         self.passes += 1
         self._on_step()
 
-    # --- for the watchdog -----------------------------------------------------------------------------------------
+    def _on_copied(self, memo: dict[int, Any], copied: nn.Module) -> None:
+        """Notes the copy if a layer was deep-copied, perhaps as a part of the model."""
+        copied = memo.get(id(self._model()), copied)
+        known = [reference for reference in self._copies if reference() not in (None, copied)]
+        self._copies = [*known[-7:], weakref.ref(copied)]
 
-    def silent(self, steps: int) -> None:
-        """See `silence.Watched`."""
+    # --- `step_watchdog.Watched` ----------------------------------------------------------------------------------
+
+    def on_timeout(self, steps: int) -> None:
+        """Reports that the model was trained without an observation."""
         self._faults.record("silence", f"{steps} optimizer steps and no observation. {self.no_observation_hint()}")
 
-    def copy_trained(self, steps: int) -> None:
-        """See `silence.Watched`."""
+    def on_copy_trained(self, steps: int) -> None:
+        """Reports that a copy of the model was trained instead of the model."""
         self._faults.record(
             "copy",
             f"{steps} optimizer steps have trained a deep copy of the watched model, and the model itself was not observed "
-            "meanwhile. A copy is not observed: call watch(copy) after copy.deepcopy(model)",
+            "meanwhile. Copies are not observed: call watch(copy) after copy.deepcopy(model)",
         )
 
     def copies(self) -> list[nn.Module]:
-        """See `silence.Watched`."""
-        return [copy for reference in self._copies if (copy := reference()) is not None]
+        """Deep copies of the model that still exist."""
+        return [copied for reference in self._copies if (copied := reference()) is not None]
 
-    def _copied(self, memo: Any, head: nn.Module) -> None:
-        """A layer was deep-copied, perhaps as a part of the model."""
-        copy = memo.get(id(self._model()), head)
-        known = [reference for reference in self._copies if reference() not in (None, copy)]
-        self._copies = [*known[-7:], weakref.ref(copy)]
-
-    def fault(self, error: Exception) -> None:
-        """See `silence.Watched`."""
+    def on_error(self, error: Exception) -> None:
+        """Counts an error of the watchdog."""
         self._faults.record("watchdog", f"{type(error).__name__}: {error}")
 
     def check_head(self, steps: int = 0) -> bool:
-        """See `silence.Watched`."""
+        """Observes another head if the head was replaced. Returns True if so; see `step_watchdog.Watched`."""
         if isinstance(self._watching, FirstPass):
             self._watching.resume()
-        model, place = self._model(), self._place
-        if model is None or place is None:
+        model, location = self._model(), self._location
+        if model is None or location is None:
             return False
         try:
-            finding = place.check(model)
-            if finding is None:
+            change = location.check(model)
+            if change is None:
                 return False
             if self._watching is not None:
                 self._watching.close()
             self._watching = None
             unseen = f"; {steps} optimizer steps before this were not observed" if steps else ""
-            if finding.module is None:
+            if change.module is None:
                 self._changes = (
-                    f"{finding.what}. Nothing is observed until a linear layer or 1x1 convolution is there again"
+                    f"{change.what}. Nothing is observed until a linear layer or 1x1 convolution is there again"
                 )
             else:
-                head = Head(place.path, finding.module, "it was put there after watch()")
-                _check(head)
+                head = Head(location.path, change.module, "it was put there after watch()")
+                _check_parameters(head)
                 self._watching = self._probe(head)
                 self.head = str(head)
-                self._changes = f"{finding.what}. It is observed from now on; the ledger goes on"
+                self._changes = f"{change.what}. The new module is observed from now on, and the ledger is kept"
             self._faults.record("head", f"{self._changes}{unseen}")
         except Exception as error:  # noqa: BLE001 - it is called in the middle of training
-            self.fault(error)
+            self.on_error(error)
             return False
-        return finding.module is not None
+        return change.module is not None
 
     @property
     def is_paused(self) -> bool:
-        """See `silence.Watched`."""
+        """Returns True inside `Monitor.paused`."""
         return self._accumulator.tags.paused
 
     def observe(self, scores: Any, samples: TaggedBatch | None) -> None:
-        """Takes in scores of the user's own making."""
+        """Takes the scores of one step, float [...], from the user's own training loop."""
         if not isinstance(scores, Tensor) or not scores.is_floating_point() or scores.ndim == 0:
             found = (
                 f"{scores.dtype} of shape {tuple(scores.shape)}"
@@ -253,32 +248,32 @@ class TorchAdapter:
         if samples is not None:
             samples = self._checked(samples, scores.numel())
         self._accumulator.add_scores(scores.detach(), samples)
-        self._observed()
+        self._on_observed()
 
     def tag(self, samples: TaggedBatch) -> None:
-        """Notes which samples the next forward pass is about."""
+        """Sets which samples the next forward pass is about."""
         self.check_head()
-        self._accumulator.tag(self._checked(samples, None))
+        self._accumulator.tags.put(self._checked(samples, None))
 
     def pause(self, paused: bool) -> None:
-        """Counts no pass from now on, or counts them again."""
+        """Stops counting passes, or resumes."""
         if paused:
             self._accumulator.tags.pause()
         else:
             self._accumulator.tags.resume()
         if isinstance(self._watching, HeadProbe):
-            self._watching.exchange_slots()
+            self._watching.swap_slots()
 
     def _checked(self, samples: TaggedBatch, count: int | None) -> TaggedBatch:
         samples.check(count, self._num_samples)
-        # Copies: a buffer may be filled with the next batch before these are entered into the ledger.
+        # Cloned, because a buffer may be filled with the next batch before these ids are added to the ledger.
         tensors = TaggedBatch(*(None if array is None else torch.as_tensor(array).clone() for array in samples))
         if tensors.ids.device.type == "meta":
             raise InvalidInputError("sample_ids: expected numbers, found a tensor on the device 'meta'")
         return tensors
 
     def snapshot(self) -> TorchSnapshot:
-        """Hands over what was gathered since the last one."""
+        """Returns what has accumulated since the last snapshot."""
         self.check_head()
         snapshot = self._accumulator.snapshot()
         if is_distributed() and len(self._early) < _EARLY and self._first == Identity().first:
@@ -286,7 +281,7 @@ class TorchAdapter:
         return snapshot
 
     def ledger(self) -> Ledger:
-        """The ledger of all ranks that count, on the host. Every rank must call it; the others wait."""
+        """The ledger of all ranks that count, on the host (a collective: every rank must call it)."""
         ledger = self._accumulator.ledger()
         if not is_distributed():
             return ledger
@@ -297,15 +292,15 @@ class TorchAdapter:
         return ledger
 
     def load_ledger(self, ledger: Ledger) -> None:
-        """Puts back what `ledger` gave: on rank 0, so that the sum over ranks is what it was."""
+        """Restores what `ledger` returned, on rank 0 only, so that the sum over ranks is the same."""
         if rank() != 0:
-            ledger = nothing_like(ledger)
+            ledger = empty_like(ledger)
         model = self._model()
         parameter = next(iter(model.parameters()), None) if model is not None else None
         self._accumulator.load_ledger(ledger, parameter.device if parameter is not None else torch.device("cpu"))
 
     def to_checkpoint_array(self, array: np.ndarray) -> Tensor:
-        """As a tensor: `torch.load` refuses NumPy."""
+        """Converts an array to a tensor, since `torch.load` refuses NumPy arrays."""
         return torch.from_numpy(array)
 
     def no_observation_hint(self) -> str:
@@ -315,23 +310,22 @@ class TorchAdapter:
         evaluation = ""
         if isinstance(self._watching, HeadProbe) and self._watching.saw_evaluation:
             evaluation = (
-                "There were passes with the head in eval mode, which are not counted: call model.train(), or train() of "
+                "There were passes with the head in eval mode, which are not counted: call model.train(), or train() on "
                 "the head alone. "
             )
         return (
             f"Watched: {self.head}. {changes}{evaluation}Check that loss.backward() runs on the output of this model in "
             "training mode with gradients enabled; that the head is called as a module (not through F.linear on its weight, "
-            "nor inside a "
-            "fused loss); and that watch() came before the first call of a compiled model. A compiled model whose head "
-            "only a first pass can tell needs watch(model, head='dotted.path'). Gradients taken in a compiled model by "
-            "torch.autograd.grad or backward(inputs=), or inside of torch.func transforms, are not seen."
+            "nor in a fused loss); and that watch() came before the first call of a compiled model. If a compiled model's head "
+            "can only be found in a first pass, pass its path: watch(model, head='dotted.path'). Gradients that a compiled "
+            "model computes by torch.autograd.grad, backward(inputs=) or torch.func transforms are not observed."
         )
 
     def close(self) -> None:
-        """Takes the probe off."""
-        if self._silence is not None:
-            self._silence.close()
-        self._place = None
+        """Removes the probe from the model."""
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+        self._location = None
         if self._watching is not None:
             self._watching.close()
             self._watching = None

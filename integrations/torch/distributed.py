@@ -1,11 +1,11 @@
-"""Several processes: every rank counts, rank 0 writes, and one small reduction per epoch makes all of them agree.
+"""Distributed training: every rank observes its own samples, rank 0 writes, and one reduction per epoch merges the ranks.
 
-The reduction gathers the ranks' summaries, 6 KB each, and every rank merges them in the same order: so the report, and with
-it the decision to stop, is the same to the bit everywhere, and nothing need be broadcast. It is called once per epoch, never
-per step: ranks may have different numbers of steps.
+The reduction gathers the ranks' summaries, 6 KB each, and every rank merges them in the same order. So the report and the
+decision to stop are bit-identical on all ranks, and nothing has to be broadcast. It runs once per epoch, never per step, since
+ranks may have different numbers of steps.
 
-Only a head that is itself split over ranks (tensor parallelism) has something to add up in each step, as its own forward
-and backward passes do: of delta . (z - b), |delta| and |W| every rank has a part.
+The exception is a head that is itself split over ranks (tensor parallelism). Every rank then has a part of delta . (z - b),
+|delta| and |W|, so these are summed over the ranks in each step, as in the head's own forward and backward pass.
 """
 
 import os
@@ -20,18 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
-from gwa_logging.faults import Faults
-from gwa_logging.integrations.torch.accumulate import Accumulator, Terms, pack, unpack
-from gwa_logging.ledger import UNKNOWN, Ledger, TaggedBatch
-from gwa_logging.ranks import Attendance, Counted, Identity, counted
+from gwa_logging.ledger import UNKNOWN, Ledger
+from gwa_logging.ranks import Counted, Identity, counted
 from gwa_logging.summary import AlignmentSummary
 
 WRAPPERS: tuple[type[Any], ...] = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-"""Modules around the user's own one, which is their `module`."""
+"""Modules that wrap the user's model, as their attribute `module`."""
 
 _SPLIT: tuple[type, ...] = ()
 _SHARDED: tuple[type, ...] = ()
-if distributed.is_available():  # there are builds of PyTorch without it
+if distributed.is_available():  # some builds of PyTorch lack it
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
 
@@ -40,17 +38,17 @@ if distributed.is_available():  # there are builds of PyTorch without it
 
 
 def rank() -> int:
-    """This process's rank; 0 if there is only one. Before `init_process_group` it is what torchrun says."""
+    """This process's rank; 0 if there is only one. Before `init_process_group` it is read from torchrun's variables."""
     return distributed.get_rank() if _is_initialized() else _from_environment("RANK", 0)
 
 
 def ranks() -> int:
-    """How many processes there are, or will be."""
+    """The number of processes, also before `init_process_group`."""
     return distributed.get_world_size() if _is_initialized() else _from_environment("WORLD_SIZE", 1)
 
 
 def is_distributed() -> bool:
-    """Whether there are other processes that can be reached."""
+    """Returns True if a process group with other processes exists."""
     return _is_initialized() and distributed.get_world_size() > 1
 
 
@@ -64,7 +62,7 @@ def _from_environment(name: str, default: int) -> int:
 
 
 class StoreBoard(NamedTuple):
-    """The store of the process group. See `gwa_logging.ranks.Board`."""
+    """A `gwa_logging.ranks.Board` in the process group's store."""
 
     store: Any
 
@@ -83,7 +81,7 @@ class StoreBoard(NamedTuple):
         keys = [f"{key}/{number}" for number in range(ranks())]
         try:
             self.store.wait(keys, timedelta(seconds=within))
-        except RuntimeError:  # the time is over
+        except RuntimeError:  # timed out
             return [number for number, each in enumerate(keys) if not self.store.check([each])]
         return []
 
@@ -97,80 +95,38 @@ _watches: "WeakKeyDictionary[Any, Counter[str]]" = WeakKeyDictionary()
 
 
 def board() -> StoreBoard | None:
-    """The board of the process group; None if there is no group, or no other rank in it."""
+    """The board of the process group; None if there is no group or no other rank in it."""
     store = distributed.distributed_c10d._get_default_store() if is_distributed() else None
     return None if store is None else StoreBoard(store)
 
 
-class RankAccumulator(Accumulator):
-    """Gathers what this rank sees.
-
-    The ranks that share a split head all see the same samples. They make the terms whole together, and the first of them
-    counts the samples. If one of them does not watch, the terms cannot be completed, and nothing is counted.
-    """
-
-    def __init__(self, num_samples: int | None, faults: Faults, attendance: Attendance) -> None:
-        super().__init__(num_samples, faults)
-        self._attendance = attendance
-
-    def add_terms(self, terms: Terms, samples: TaggedBatch | None, inputs: int = 0) -> None:
-        """Adds the terms of an eager backward pass."""
-        if is_split(terms.product):
-            if self._attendance.missing():
-                return
-            counts, terms = _comes_first(terms.product), Terms(*map(_whole, terms))
-            if not counts:
-                return
-        super().add_terms(terms, samples, inputs)
-
-    def add_coded(self, rows: Tensor, samples: TaggedBatch | None) -> None:
-        """Adds the coded rows of a compiled backward pass."""
-        if is_split(rows):
-            if self._attendance.missing():
-                return
-            counts, rows = _comes_first(rows), _whole(rows)[:, :2]  # of split logits, nobody knows the largest
-            if not counts:
-                return
-        super().add_coded(rows, samples)
-
-    def add_scores(self, scores: Tensor, samples: TaggedBatch | None) -> None:
-        """Adds scores from the user."""
-        if is_split(scores):
-            if self._attendance.missing():
-                return
-            counts, scores = _comes_first(scores), _whole(scores)
-            if not counts:
-                return
-        super().add_scores(scores, samples)
-
-
 def is_split(tensor: Any) -> bool:
-    """Whether a tensor is a DTensor: other ranks have the rest of it."""
+    """Returns True for a DTensor, of which other ranks have parts."""
     return isinstance(tensor, _SPLIT)
 
 
-def _comes_first(tensor: Any) -> bool:
-    """Whether this rank is the first of those that share a DTensor."""
+def is_first_owner(tensor: Any) -> bool:
+    """Returns True if this rank is the first of those that share a DTensor."""
     return not any(tensor.device_mesh.get_coordinate())
 
 
-def _whole(tensor: Any) -> Tensor:
-    """A tensor with the parts of all ranks that share it; a collective."""
+def full_tensor(tensor: Any) -> Tensor:
+    """The tensor with the parts of all ranks that share it (a collective)."""
     whole: Tensor = tensor.full_tensor() if is_split(tensor) else tensor
     return whole
 
 
 def is_freed(weight: Any) -> bool:
-    """Whether sharded training has taken the numbers away from under a tensor; whoever read it would crash."""
+    """Returns True if sharded training has freed a tensor's storage, so that reading it would crash."""
     local = weight.to_local() if is_split(weight) else weight
     return bool(local.untyped_storage().nbytes() == 0 < local.numel())
 
 
 @contextmanager
 def unsharded(model: nn.Module, head: nn.Module) -> Iterator[None]:
-    """Brings a head's weight back if fully_shard has already taken it apart, and takes it apart again.
+    """Gathers a head's weight again if fully_shard has already resharded it, and reshards it at the end (a collective).
 
-    A collective: it is for the one pass that tells which head it is, after its call.
+    Needed once, when the first pass has shown which layer is the head.
     """
     owner = _sharded_in(model, head) if is_distributed() else None
     if owner is None:
@@ -182,7 +138,7 @@ def unsharded(model: nn.Module, head: nn.Module) -> Iterator[None]:
 
 
 def _sharded_in(model: nn.Module, head: nn.Module) -> Any:
-    """The innermost module given to fully_shard that a head is part of; None if there is none."""
+    """The innermost fully sharded module that contains the head; None if there is none."""
     owners = [part for part in model.modules() if isinstance(part, _SHARDED) and head in part.modules()]
     return owners[-1] if owners else None
 
@@ -209,25 +165,25 @@ def replica_group(model: nn.Module) -> int:
 
 
 def merged_over_ranks(summary: AlignmentSummary, identity: Identity) -> tuple[AlignmentSummary, Counted]:
-    """The summary of all ranks that count, the same on each. Waits for all of them, as any collective does."""
-    packed = pack(summary).numpy()
+    """The summary of all ranks that count, the same on each rank (a collective)."""
+    packed = summary.to_vector()
     size = packed.size
     gathered = _gathered(np.concatenate([packed, identity.to_vector()]))
-    summaries = [unpack(torch.from_numpy(vector[:size])) for vector in gathered]
+    summaries = [AlignmentSummary.from_vector(vector[:size]) for vector in gathered]
     found = counted([Identity.from_vector(vector[size:]) for vector in gathered], summaries)
     return AlignmentSummary.merge_all(summaries[number] for number in found.ranks), found
 
 
 def ledger_over_ranks(ledger: Ledger, identity: Identity) -> tuple[Ledger, Counted]:
-    """The ledger of all ranks that count, the same on each. Waits for all of them.
+    """The ledger of all ranks that count, the same on each rank (a collective).
 
-    What they have predicted is that of the highest rank that has seen the sample.
+    The predicted class of a sample is that of the highest rank that has seen it.
     """
     gathered = _gathered(np.concatenate([[ledger.invalid_ids, ledger.untagged], identity.to_vector()]))
     found = counted([Identity.from_vector(vector[2:]) for vector in gathered])
     if rank() not in found.ranks:
-        ledger = nothing_like(ledger)
-    device = _meeting_device()
+        ledger = empty_like(ledger)
+    device = _exchange_device()
     sums, seen = torch.from_numpy(ledger.sums).to(device), torch.from_numpy(ledger.seen).to(device)
     predicted = torch.from_numpy(ledger.predicted).to(device, torch.int64)
     ranked = torch.where(predicted < 0, -1, (rank() << 32) + predicted)  # the highest rank wins
@@ -239,22 +195,21 @@ def ledger_over_ranks(ledger: Ledger, identity: Identity) -> tuple[Ledger, Count
     return Ledger(sums.cpu().numpy(), seen.cpu().numpy(), predicted.cpu().numpy(), invalid_ids, untagged), found
 
 
-def nothing_like(ledger: Ledger) -> Ledger:
+def empty_like(ledger: Ledger) -> Ledger:
     """An empty ledger of the same size."""
-    nothing = np.zeros_like(ledger.sums)
-    return Ledger(nothing, nothing.copy(), np.full_like(ledger.predicted, UNKNOWN))
+    return Ledger(np.zeros_like(ledger.sums), np.zeros_like(ledger.seen), np.full_like(ledger.predicted, UNKNOWN))
 
 
 def _gathered(own: np.ndarray) -> list[np.ndarray]:
-    """Every rank's vector, float64 of the same length."""
-    vector = torch.from_numpy(own).to(_meeting_device())
+    """The vectors of all ranks, float64 of the same length (a collective)."""
+    vector = torch.from_numpy(own).to(_exchange_device())
     gathered = [torch.empty_like(vector) for _ in range(distributed.get_world_size())]
     distributed.all_gather(gathered, vector)
     return [part.cpu().numpy() for part in gathered]
 
 
-def _meeting_device() -> torch.device:
-    """Where the ranks can exchange tensors: the host if their backend can, else their accelerator."""
+def _exchange_device() -> torch.device:
+    """Where the ranks can exchange tensors: on the host if their backend supports it, else on the accelerator."""
     kinds = [part.partition(":")[0] for part in distributed.get_backend_config().split(",")]
     if "cpu" in kinds:
         return torch.device("cpu")

@@ -10,17 +10,15 @@ The outer product has rank one, so |delta h^T| = |delta| |h|, and the numerator 
     delta . (z - b)    because z - b = W h: needs the logits           (`terms_by_logits`)
     (dL/dh) . h        because dL/dh = W^T delta: needs no logits      (`terms_by_embeddings`, for more classes than features)
 
-So neither labels, nor the loss, nor a product of batch, classes and features is needed. A positive factor on delta (loss scaling,
-mean or sum) cancels. Everything is computed in float32 at least, whatever the model's dtype. Source: arXiv 2510.25480.
+So no labels, loss or product of batch, classes and features are needed. A positive factor on delta (a mean, a loss scale)
+cancels. All terms are computed in float32 at least. Source: arXiv 2510.25480.
 
 A score column also holds markers. In a gradient, where NaN would alarm users, `encode_scores` replaces them by finite ones:
 
-    the row is ...                          score column             gradient
-    a score                                 -1 to 1                  the same
-    a sample with delta = 0                 NO_GRADIENT    nan       64
-    a sample with h = 0 or W = 0            DEAD          -inf      -128
-    a sample with NaN or infinite terms     NOT_FINITE    +inf       128
-    no sample                               PADDING        4         0, with 0 in the second column
+    of a sample with delta = 0                 NO_GRADIENT   nan, in a gradient 64
+    of a sample with h = 0 or W = 0            DEAD          -inf, in a gradient -128
+    of a sample with NaN or infinite terms     NOT_FINITE    +inf, in a gradient 128
+    of no sample                               PADDING       4, in a gradient a zero in the column VALID (see `rows`)
 """
 
 from typing import NamedTuple
@@ -87,12 +85,12 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 def row_norms(x: Tensor) -> Tensor:
     """float32 [...] of [..., K]: Euclidean norms over the last dimension; float64 if the input is."""
-    return torch.linalg.vector_norm(x, dim=-1, dtype=None if x.dtype in _WIDE else torch.float32)
+    return torch.linalg.vector_norm(x, dim=-1, dtype=None if x.dtype in _WIDE else torch.float32)  # type: ignore[no-any-return]
 
 
 def frobenius_norm(x: Tensor) -> Tensor:
     """float32 []: Euclidean norm of all elements; float64 if the input is."""
-    return torch.linalg.vector_norm(x, dtype=None if x.dtype in _WIDE else torch.float32)
+    return torch.linalg.vector_norm(x, dtype=None if x.dtype in _WIDE else torch.float32)  # type: ignore[no-any-return]
 
 
 def flat(x: Tensor) -> Tensor:

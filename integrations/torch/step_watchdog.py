@@ -1,17 +1,18 @@
-"""Notices training steps that pass while the probe sees nothing, in minutes rather than at the end of a long epoch."""
+"""Notices optimizer steps without an observation within minutes, rather than at the end of a long epoch."""
 
 import weakref
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Protocol
 
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 STEPS = 5
-"""Steps of one optimizer without an observation until the watchdog looks for the reason; then it looks after 2, 4, 8, ...
-times as many."""
+"""Steps of one optimizer without an observation until the watchdog looks for the reason. It looks again after 2, 4, 8, ...
+times as many steps."""
 LATER_STEPS = 8 * STEPS
-"""Steps without an observation until it is reported, if there was one before."""
+"""Steps without an observation until they are reported, if there was an observation before."""
 
 
 class Watched(Protocol):
@@ -22,11 +23,11 @@ class Watched(Protocol):
 
     @property
     def is_paused(self) -> bool:
-        """Returns True inside `Monitor.paused`, where nothing is to be observed."""
+        """Returns True inside `Monitor.paused`, where no observation is expected."""
         ...
 
     def check_head(self, steps: int = 0) -> bool:
-        """Checks that the head is still at its path. Returns True if another one was found there and is observed now.
+        """Checks that the head is still at its path. Returns True if another one was found there and is now observed.
 
         Args:
             steps: optimizer steps of the model since the last observation.
@@ -37,40 +38,42 @@ class Watched(Protocol):
         """Deep copies of the model that still exist."""
         ...
 
-    def silent(self, steps: int) -> None:
+    def on_timeout(self, steps: int) -> None:
         """Called once: `steps` optimizer steps have trained the model, and none was observed."""
         ...
 
-    def copy_trained(self, steps: int) -> None:
+    def on_copy_trained(self, steps: int) -> None:
         """Called once: `steps` optimizer steps have trained a copy of the model while the model was not observed."""
         ...
 
-    def fault(self, error: Exception) -> None:
-        """Called with an error that must not reach the user's optimizer."""
+    def on_error(self, error: Exception) -> None:
+        """Called with an error, which must not be raised in the user's optimizer."""
         ...
 
 
 class StepWatchdog:
     """Counts optimizer steps since the last observation.
 
-    It is called after each step of every optimizer in the process, so while the model is observed it must cost next to
-    nothing. Steps are counted for each optimizer by itself: a model may have one for each parameter.
+    It is called after each step of every optimizer in the process, so it must be fast while the model is observed. Steps are
+    counted per optimizer, since a model may have an optimizer per parameter.
     """
 
     def __init__(self, model: nn.Module, watched: Watched) -> None:
-        """Watches until `close`; keeps neither the model nor the adapter alive."""
+        """Watches until `cancel`. Holds only weak references to the model and the adapter."""
         self._model = weakref.ref(model)
         self._watched: Callable[[], Watched | None] = weakref.ref(watched)
         self._passes = 0
         self._steps = 0
         self._unobserved: dict[int, int] = {}  # optimizer steps since the last observation, by the optimizer's id
         self._reported: set[str] = set()
-        self._handle: Any = register_optimizer_step_post_hook(self._stepped)
+        _register_hook()
+        _watchdogs.append(self)
 
-    def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Called after each step of an optimizer."""
         watched = self._watched()
         if watched is None or watched.is_paused:
-            return  # the hook stays until `close`: PyTorch is going through its hooks, and none may leave meanwhile
+            return
         if watched.passes != self._passes:
             self._passes = watched.passes
             self._unobserved.clear()
@@ -85,22 +88,22 @@ class StepWatchdog:
             try:
                 self._look_for_the_reason(watched, optimizer, steps)
             except Exception as error:  # noqa: BLE001 - nothing may reach the user's optimizer
-                watched.fault(error)
+                watched.on_error(error)
 
     def _look_for_the_reason(self, watched: Watched, optimizer: Optimizer, steps: int) -> None:
         trained = self._trained_by(optimizer, watched)
         if watched.check_head(steps if trained == "model" else 0) or trained in self._reported:
             return
         if trained == "copy":
-            watched.copy_trained(steps)
+            watched.on_copy_trained(steps)
         elif trained == "model" and steps >= (LATER_STEPS if self._passes else STEPS):
-            watched.silent(steps)
+            watched.on_timeout(steps)
         else:
             return
         self._reported.add(trained)
 
     def _trained_by(self, optimizer: Optimizer, watched: Watched) -> str | None:
-        """What an optimizer trains: "model", "copy", or None for anything else."""
+        """Returns what an optimizer trains: "model", "copy", or None for anything else."""
         model = self._model()
         parameters = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if model is not None and not parameters.isdisjoint(map(id, model.parameters())):
@@ -109,8 +112,25 @@ class StepWatchdog:
             return "copy"
         return None
 
-    def close(self) -> None:
-        """Takes the hook off."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+    def cancel(self) -> None:
+        """Stops watching. May be called at any time, also twice."""
+        if self in _watchdogs:
+            _watchdogs.remove(self)
+
+
+_watchdogs: list[StepWatchdog] = []
+
+
+@cache
+def _register_hook() -> None:
+    """Registers the one hook of this process, which is never removed.
+
+    A watchdog is cancelled when its model is garbage-collected, which may happen in the middle of an optimizer step. The step
+    fails if a hook is removed while it iterates over the hooks.
+    """
+    register_optimizer_step_post_hook(_after_step)
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for watchdog in _watchdogs:
+        watchdog.after_step(optimizer)

@@ -1,12 +1,14 @@
-"""Runs scenarios in several processes that form one world over gloo, and brings back what they return.
+"""Runs scenarios in several processes that form one world over gloo, and collects what they return.
 
-Whatever happens in a rank, no process outlives the run: a rank that fails or dies brings the others torch's own error, and
-what is still there at the deadline is killed.
+No process outlives the run: if a rank fails or dies, the others get an error from torch, and processes that still run at the
+deadline are killed.
 """
 
 import os
 import pickle
 import traceback
+from collections import ChainMap
+from collections.abc import Sequence
 from datetime import timedelta
 from importlib import import_module
 from multiprocessing import get_context
@@ -17,11 +19,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import distributed
 
-DEADLINE = 240.0
-"""Seconds for everything that one world does; a quiet machine needs a tenth of it."""
+DEADLINE = 600.0
+"""Seconds for all scenarios of a world; a quiet machine needs a tenth of that."""
 
-PATIENCE = timedelta(seconds=60)
-"""How long a rank waits for another one, unless a scenario says otherwise."""
+COLLECTIVE_TIMEOUT = timedelta(seconds=120)
+"""How long a rank waits for another one, unless a scenario sets another timeout."""
 
 
 class Failure(NamedTuple):
@@ -31,35 +33,35 @@ class Failure(NamedTuple):
 
 
 class World:
-    """What the ranks have returned, by scenario."""
+    """What the ranks returned, by scenario."""
 
     def __init__(self, folder: Path, ranks: int) -> None:
         self.folder = folder
         self.ranks = ranks
 
     def __getitem__(self, name: str) -> list[Any]:
-        """What each rank has returned; fails with the traces if one of them did not return."""
+        """What each rank returned. Fails with the stack traces if a rank did not return."""
         results = [self.of_rank(name, rank) for rank in range(self.ranks)]
         traces = [f"rank {rank}:\n{found.trace}" for rank, found in enumerate(results) if isinstance(found, Failure)]
         assert not traces, f"{name}\n" + "\n".join(traces)
         return results
 
     def of_rank(self, name: str, rank: int) -> Any:
-        """What one rank has returned, or its Failure."""
+        """What one rank returned, or its Failure."""
         path = _result(self.folder, name, rank)
-        return pickle.loads(path.read_bytes()) if path.exists() else Failure("it was never heard of again")
+        return pickle.loads(path.read_bytes()) if path.exists() else Failure("the process died or was killed")
 
 
-def run(module: str, scenarios: str, ranks: int, folder: Path) -> World:
-    """Runs scenarios one after the other on every rank, each in a process group and a working directory of its own.
+def run(scenarios: Sequence[str], ranks: int, folder: Path) -> World:
+    """Runs scenarios one after the other on every rank, each in its own process group and working directory.
 
     Args:
-        module, scenarios: a module, and the name of a dict in it: functions without arguments, by name.
-        ranks: how many processes.
-        folder: where each scenario has a folder of its name, shared by the ranks; made unless it is there.
+        scenarios: "module:name" of dicts that have functions without arguments, by name.
+        ranks: number of processes.
+        folder: each scenario gets a folder of its name in it, which the ranks share.
     """
     context = get_context("spawn")
-    arguments = [(module, scenarios, rank, ranks, folder) for rank in range(ranks)]
+    arguments = [(scenarios, rank, ranks, folder) for rank in range(ranks)]
     processes = [context.Process(target=_rank, args=each, daemon=True) for each in arguments]
     until = monotonic() + DEADLINE
     try:
@@ -75,13 +77,14 @@ def run(module: str, scenarios: str, ranks: int, folder: Path) -> World:
     return World(folder, ranks)
 
 
-def meet(rank: int, ranks: int, patience: timedelta = PATIENCE, at: str = "meeting") -> None:
-    """Forms a process group, by a file in the working directory. All ranks are in it when the first one goes on.
+def meet(rank: int, ranks: int, timeout: timedelta = COLLECTIVE_TIMEOUT, at: str = "meeting") -> None:
+    """Forms a process group, by a file in the working directory. Returns once all ranks are in it.
 
-    gloo lets a rank go that has all its connections; where it is done before another rank has them, that one fails.
+    The barrier is needed because gloo returns in a rank as soon as this one has its connections. If it then exits before
+    another rank has them, that one fails.
     """
     method = f"file://{Path(at).absolute()}"
-    distributed.init_process_group("gloo", method, rank=rank, world_size=ranks, timeout=patience)
+    distributed.init_process_group("gloo", method, rank=rank, world_size=ranks, timeout=timeout)
     distributed.barrier()
 
 
@@ -89,16 +92,18 @@ def _result(folder: Path, name: str, rank: int) -> Path:
     return folder / name / f"rank {rank}.pickle"
 
 
-def _rank(module: str, scenarios: str, rank: int, ranks: int, folder: Path) -> None:
+def _rank(scenarios: Sequence[str], rank: int, ranks: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    for name, scenario in getattr(import_module(module), scenarios).items():
+    modules_and_names = [each.split(":") for each in scenarios]
+    by_name = [getattr(import_module(module), name) for module, name in modules_and_names]
+    for name, scenario in ChainMap(*by_name).items():
         result = _result(folder, name, rank)
         result.parent.mkdir(exist_ok=True)
         os.chdir(result.parent)
         try:
             meet(rank, ranks)
             found = scenario()
-        except Exception:  # noqa: BLE001 - the test says what it means
+        except Exception:  # noqa: BLE001 - the test decides what it means
             found = Failure(traceback.format_exc())
         result.write_bytes(pickle.dumps(found))
         if distributed.is_initialized():

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gwa_logging import AlignmentSummary
-from gwa_logging.integrations.torch.accumulate import FOLD_AT, Accumulator, Terms
+from gwa_logging.integrations.torch.accumulate import FOLD_AT, Accumulator
+from gwa_logging.integrations.torch.scores import Terms
 from gwa_logging.ledger import TaggedBatch
 from tests.core.test_summary import assert_equals_scipy, spread_scores
 
@@ -31,7 +32,7 @@ def test_every_kind_of_missing_score_is_counted_as_what_it_is():
 
 def test_padding_is_no_sample():
     accumulator = Accumulator(None)
-    accumulator.add_coded(torch.tensor([[0.1, 1.0], [0.0, 0.0], [0.0, 0.0]]), None)
+    accumulator.add_rows(torch.tensor([[0.1, 1.0], [0.0, 0.0], [0.0, 0.0]]), None)
     assert accumulator.snapshot().result().seen == 1
 
 
@@ -112,7 +113,7 @@ def test_what_was_added_may_be_overwritten(coded):
     scores = torch.tensor([0.25, 0.5])
     rows = torch.stack([scores, torch.ones(2)], dim=1)
     if coded:
-        accumulator.add_coded(rows, None)
+        accumulator.add_rows(rows, None)
     else:
         accumulator.add_scores(scores, None)
     scores.zero_()

@@ -71,7 +71,7 @@ class ConvolutionLast(nn.Module):
 
 
 class Keeps(Base):
-    """Its forward keeps things on itself."""
+    """Its forward assigns attributes."""
 
     def forward(self, x):
         self.features = self.body(x)
@@ -80,21 +80,21 @@ class Keeps(Base):
 
 
 class Own(nn.Linear):
-    """As timm's Linear: a forward of its own that does the same."""
+    """Like timm's Linear: overrides forward and computes the same."""
 
     def forward(self, input):
         return F.linear(input, self.weight, self.bias)
 
 
 class Scaled(nn.Linear):
-    """A forward of its own that does more."""
+    """Overrides forward and computes more."""
 
     def forward(self, input):
         return 2.0 * F.linear(input, self.weight, self.bias)
 
 
 class LowRank(nn.Linear):
-    """As loralib's Linear: today it is linear in its weight, since half of the product is zero."""
+    """Like loralib's Linear: at first it is linear in its weight, since half of the product is zero."""
 
     def __init__(self, *sizes: int) -> None:
         super().__init__(*sizes)
@@ -105,7 +105,7 @@ class LowRank(nn.Linear):
 
 
 class Adapter(nn.Module):
-    """As PEFT's lora.Linear."""
+    """Like PEFT's lora.Linear."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -302,22 +302,22 @@ def test_a_model_that_cannot_be_traced_is_read_in_its_first_training_pass(caplog
         F.cross_entropy(model(torch.randn(4, 8)), torch.randint(0, 5, (4,))).backward()
     report = monitor.end_epoch()
     assert any("head 'first'" in message and "first pass" in message for message in caplog.messages)
-    assert report.count == 12  # the pass that told the head is observed as well
+    assert report.count == 12  # the pass that showed the head is observed as well
 
 
 @pytest.mark.parametrize(
-    ("model", "said"),
+    ("model", "message"),
     [
         (TwoHeads(), "several layers: 'first', 'second'"),
-        (ConvolutionLast(), "does not come from one linear layer, but from 'conv' (Conv2d is no 1x1"),
+        (ConvolutionLast(), "does not come from one linear layer, but from 'conv' (Conv2d is not a 1x1"),
         (nn.Conv2d(1, 5, 3), "has no linear layer and no 1x1 convolution"),
     ],
     ids=["two heads", "convolution", "none"],
 )
-def test_a_head_that_is_missing_or_ambiguous_is_refused_with_the_candidates(model, said):
+def test_a_head_that_is_missing_or_ambiguous_is_refused_with_the_candidates(model, message):
     with pytest.raises(HeadNotFoundError) as error:
         gwa_logging.watch(model)
-    assert said in str(error.value)
+    assert message in str(error.value)
     for candidate in error.value.candidates:
         assert candidate in str(error.value)
     assert not error.value.candidates or "head='dotted.path'" in str(error.value)
@@ -332,21 +332,21 @@ def test_two_heads_found_in_the_first_pass_are_refused_before_anything_is_traine
 
 
 @pytest.mark.parametrize(
-    ("head", "error", "said"),
+    ("head", "error", "message"),
     [
-        ("no.such.layer", HeadNotFoundError, "has no such module"),
+        ("no.such.layer", HeadNotFoundError, "has no module of this path"),
         (nn.Linear(8, 5), HeadNotFoundError, "not part of"),
         ("", HeadNotFoundError, "TwoHeads is neither a linear"),
         (5, InvalidInputError, "expected a dotted path"),
     ],
 )
-def test_a_wrong_head_argument_is_named(head, error, said):
-    with pytest.raises(error, match=said):
+def test_a_wrong_head_argument_is_named_in_the_error(head, error, message):
+    with pytest.raises(error, match=message):
         gwa_logging.watch(TwoHeads(), head=head)
 
 
 def first_pass(model: nn.Module) -> str:
-    """The monitor's word on a head that the first training pass has told."""
+    """The monitor's description of a head that was found in the first training pass."""
     monitor = gwa_logging.watch(model)
     output = model(torch.randn(4, 8))
     output = output["logits"] if isinstance(output, dict) else getattr(output, "logits", output)
@@ -371,7 +371,7 @@ def test_a_head_that_is_called_by_keyword_is_found_in_the_first_pass():
 
 
 def test_an_argument_that_may_be_none_is_not_taken_for_a_mask():
-    """Its two traces do not agree, so the first pass tells, with the mask or without."""
+    """Its two traces do not agree, so the head is found in the first pass, with the mask or without."""
     assert find_head(Masked()) is None
     assert "head 'first'" in first_pass(Masked())
 
@@ -410,7 +410,7 @@ def test_a_layer_whose_output_is_changed_in_place_does_not_hide_the_other_one():
 def test_a_classifier_that_the_library_declares_is_the_head_where_no_trace_is(classifier, path):
     head = find_head(Declaring(classifier))
     assert head.path == path
-    assert "get_classifier() says so" in str(head)
+    assert "declared by the model's get_classifier()" in str(head)
 
 
 def test_several_classifiers_that_the_library_declares_are_refused_with_the_list_to_pass():
@@ -425,7 +425,7 @@ def test_a_declared_classifier_with_two_layers_of_that_width_is_left_to_the_firs
 
 
 def test_a_model_built_without_a_classifier_has_none():
-    with pytest.raises(HeadNotFoundError, match=r"has no classifier: so its own get_classifier\(\) says"):
+    with pytest.raises(HeadNotFoundError, match=r"has no classifier, according to its get_classifier\(\)"):
         find_head(Declaring(nn.Identity()))
     assert find_head(Declaring(nn.Identity()), "body").path == "body"
 
@@ -435,28 +435,28 @@ def test_a_model_built_without_a_classifier_has_none():
 
 @pytest.mark.parametrize("traceable", [True, False], ids=["traced", "first pass"])
 @pytest.mark.parametrize(
-    ("head", "said"),
+    ("head", "message"),
     [
         (Cosine(), "a normalised vector (a cosine head)"),
-        (Functional(), "(5 x 8) that is not called as a layer of its own (F.linear on a parameter"),
-        (Scaled(8, 5), "'head' (Scaled has a forward of its own, which does not compute W h + b in training mode)"),
-        (LowRank(8, 5), "'head' (LowRank has a forward of its own, with 'down', 'up' besides its weight)"),
-        (Adapter(nn.Linear(8, 5)), "'head' (Adapter is an adapter: the layer in it, and terms that are added"),
+        (Functional(), "(5 x 8) that is not called as a layer (F.linear on a parameter"),
+        (Scaled(8, 5), "'head' (Scaled overrides forward, and does not compute W h + b in training mode)"),
+        (LowRank(8, 5), "'head' (LowRank overrides forward, with 'down', 'up' besides its weight)"),
+        (Adapter(nn.Linear(8, 5)), "'head' (Adapter is an adapter: it adds terms to the layer that it wraps"),
         (nn.Sequential(nn.Linear(8, 5), nn.LayerNorm(5)), "'head.1' (LayerNorm is neither a linear layer"),
         (nn.Bilinear(8, 8, 5), "'head' (Bilinear is neither a linear layer"),
     ],
     ids=["cosine", "functional", "scaled", "low rank", "adapter", "normalised", "bilinear"],
 )
-def test_the_refusal_says_what_the_output_comes_from(head, said, traceable):
+def test_the_refusal_says_what_the_output_comes_from(head, message, traceable):
     model = Headed(head, traceable)
     if isinstance(head, nn.Bilinear):
         model.head.forward = lambda x: nn.Bilinear.forward(head, x, x)
-    with pytest.raises(HeadNotFoundError) as error:  # noqa: PT012 - the trace tells at once, or the first pass does
+    with pytest.raises(HeadNotFoundError) as error:  # noqa: PT012 - the trace raises at once, or else the first pass
         monitor = gwa_logging.watch(model)
         assert not traceable
-        assert "the first training pass will tell" in monitor._adapter.head
+        assert "found in the first training pass" in monitor._adapter.head
         model(torch.randn(4, 8))
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 def test_a_packed_weight_is_refused_with_the_reason():
@@ -490,7 +490,7 @@ def test_the_finders_view_names_every_candidate_and_the_choice():
         ["head.1", "Linear"],
     ]
     assert lines[2].endswith("candidate")
-    assert lines[3].endswith("refused: LowRank has a forward of its own, with 'down', 'up' besides its weight")
+    assert lines[3].endswith("refused: LowRank overrides forward, with 'down', 'up' besides its weight")
     assert lines[4].endswith("HEAD: the output comes from it (traced)")
     assert (
         len({line.index(word) for line, word in zip(lines[1:5], ["shape", "8 -> 8", "8 -> 8", "8 -> 5"], strict=True)})
@@ -504,7 +504,7 @@ def test_the_finders_view_names_every_candidate_and_the_choice():
     [
         (TwoHeads(), None, "no head: the output of TwoHeads comes from several layers: 'first', 'second'."),
         (TwoHeads(), ["first", "second"], "head 'second' (Linear 8 -> 5): named by head="),
-        (Dynamic(), None, "head: the first training pass will tell"),
+        (Dynamic(), None, "head: found in the first training pass"),
         (nn.Conv2d(1, 5, 3), None, "no head: Conv2d has no linear layer and no 1x1 convolution"),
         (nn.Linear(8, 5), None, "head (the model itself) (Linear 8 -> 5): the output comes from it (traced)"),
     ],

@@ -16,9 +16,13 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 import gwa_logging
 from gwa_logging import InvalidInputError, Monitor
 from gwa_logging.journal import read_journal
-from tests.torch.ranks import World, run
+from tests.torch.ranks import World
 
-N, BATCH, EPOCHS = 25, 4, 3  # the sampler must give one sample to both ranks; 13 each: three batches and a rest of one
+N, BATCH, EPOCHS = (
+    25,
+    4,
+    3,
+)  # the sampler gives one sample to both ranks: 13 each, three batches and one sample left over
 OPTIONS: dict[str, Any] = {"num_samples": N, "log_every_n_steps": 2, "early_stop": None}
 
 
@@ -44,7 +48,7 @@ class Outcome(NamedTuple):
 
 
 def train(interrupt: bool) -> Outcome:
-    """The weights stay as they are, so that each sample's score is the same each time."""
+    """Without an optimizer, so that each sample always has the same score."""
     model = DistributedDataParallel(net())
     dataset = gwa_logging.with_ids(TensorDataset(*training_set()))
     sampler: Any = DistributedSampler(dataset, shuffle=True)
@@ -95,7 +99,7 @@ def invalid_ids() -> dict[str, int]:
 
 
 def after_the_epochs() -> list[str]:
-    """The list that is written without asking."""
+    """The list of suspects that is written automatically."""
     model = DistributedDataParallel(net())
     x, y = training_set()
     with gwa_logging.watch(model, **OPTIONS) as monitor:
@@ -118,7 +122,7 @@ def split() -> tuple[list[Any], dict[str, int]]:
 
 
 def own_scores() -> tuple[Any, list[Any]]:
-    """Scores of the user's own making, of which each rank has a part."""
+    """Scores from the user, of which each rank has a part."""
     mesh = init_device_mesh("cpu", (2,))
     scores = distribute_tensor(torch.linspace(-0.5, 0.5, N), mesh, [Shard(0)])
     with gwa_logging.watch(net(), **OPTIONS) as monitor:
@@ -129,13 +133,8 @@ def own_scores() -> tuple[Any, list[Any]]:
 WORLD = {function.__name__: function for function in (whole, resumed, invalid_ids, after_the_epochs, split, own_scores)}
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return run("tests.torch.test_ledger_ranks", "WORLD", 2, tmp_path_factory.mktemp("two"))
-
-
-def test_every_sample_is_counted_as_often_as_the_sampler_gave_it_to_either_rank(two: World) -> None:
-    first, second = two["whole"]
+def test_every_sample_is_counted_as_often_as_the_sampler_gave_it_to_either_rank(two_ranks: World) -> None:
+    first, second = two_ranks["whole"]
     times = np.bincount(first.drawn + second.drawn, minlength=N)
     assert first.suspects == second.suspects
     assert {s.id: s.times_seen for s in first.suspects} == {i: n for i, n in enumerate(times) if n}
@@ -152,8 +151,8 @@ def test_every_sample_is_counted_as_often_as_the_sampler_gave_it_to_either_rank(
         )
 
 
-def test_a_state_in_mid_epoch_holds_what_all_ranks_have_seen(two: World) -> None:
-    for before, after in zip(two["whole"], two["resumed"], strict=True):
+def test_a_state_in_mid_epoch_holds_what_all_ranks_have_seen(two_ranks: World) -> None:
+    for before, after in zip(two_ranks["whole"], two_ranks["resumed"], strict=True):
         assert after.drawn == before.drawn
         assert [(r.epoch, r.step, r.count, r.histogram) for r in after.history] == [
             (r.epoch, r.step, r.count, r.histogram) for r in before.history
@@ -164,30 +163,30 @@ def test_a_state_in_mid_epoch_holds_what_all_ranks_have_seen(two: World) -> None
         assert [(s.id, s.times_seen, s.predicted) for s in after.suspects] == [
             (s.id, s.times_seen, s.predicted) for s in before.suspects
         ]
-    assert two["resumed"][0].history == two["resumed"][1].history
+    assert two_ranks["resumed"][0].history == two_ranks["resumed"][1].history
 
 
-def test_wrong_and_missing_ids_of_all_ranks_are_counted(two: World) -> None:
-    assert two["invalid_ids"] == [{"sample ids": 5, "samples without ids": N}] * 2
+def test_wrong_and_missing_ids_of_all_ranks_are_counted(two_ranks: World) -> None:
+    assert two_ranks["invalid_ids"] == [{"sample ids": 5, "samples without ids": N}] * 2
 
 
-def test_one_rank_writes_the_list_when_it_is_asked_for_and_after_the_epochs(two: World) -> None:
-    assert [outcome.listed.count("suspects") for outcome in two["whole"]] == [1, 0]
-    first, second = two["after_the_epochs"]
+def test_rank_0_alone_writes_the_suspects_on_request_and_after_the_epochs(two_ranks: World) -> None:
+    assert [outcome.listed.count("suspects") for outcome in two_ranks["whole"]] == [1, 0]
+    first, second = two_ranks["after_the_epochs"]
     assert first[-2:] == ["suspects", "close"]
     assert first.count("suspects") == 1
     assert second == []
 
 
-def test_a_state_of_two_ranks_is_refused_by_one(two: World) -> None:
-    state = torch.load(io.BytesIO(two["whole"][0].state))
+def test_a_state_of_two_ranks_is_refused_by_one(two_ranks: World) -> None:
+    state = torch.load(io.BytesIO(two_ranks["whole"][0].state))
     monitor: Monitor = gwa_logging.watch(net(), **OPTIONS)
     with pytest.raises(InvalidInputError, match="saved by 2 processes, this run has 1; go on with as many"):
         monitor.load_state_dict(state)
     assert monitor.history == []
 
 
-def test_of_a_split_head_the_scores_are_entered_once_and_the_class_is_unknown(two: World) -> None:
+def test_scores_of_a_split_head_count_once_and_its_predicted_class_is_unknown(two_ranks: World) -> None:
     from tests.torch.test_distributed import Net
 
     x, y = training_set()
@@ -196,13 +195,13 @@ def test_of_a_split_head_the_scores_are_entered_once_and_the_class_is_unknown(tw
         monitor.tag(torch.arange(N))
         F.cross_entropy(model(x), y).backward()
         want = {s.id: (pytest.approx(s.mean_score, abs=1e-6), 1.0, None) for s in monitor.suspects(N)}
-    for suspects, faults in two["split"]:
+    for suspects, faults in two_ranks["split"]:
         assert {s.id: (s.mean_score, s.times_seen, s.predicted) for s in suspects} == want
         assert faults == {}
 
 
-def test_scores_of_the_users_own_that_are_split_over_ranks_count_once(two: World) -> None:
-    for report, suspects in two["own_scores"]:
+def test_the_users_own_scores_that_are_split_over_ranks_count_once(two_ranks: World) -> None:
+    for report, suspects in two_ranks["own_scores"]:
         assert report.count == N
         assert report.mean == pytest.approx(0, abs=1e-7)
         assert [s.id for s in suspects] == list(range(N))

@@ -416,7 +416,7 @@ def test_a_fault_inside_the_probe_never_reaches_training(monkeypatch, caplog):
     def broken(*args, **kwargs):
         raise RuntimeError("broken on purpose")
 
-    monkeypatch.setattr("gwa_logging.integrations.torch.head_layers.norms", broken)
+    monkeypatch.setattr("gwa_logging.integrations.torch.scores.row_norms", broken)
     for _ in range(3):
         F.cross_entropy(model(x), y).backward()
     assert monitor.faults == {"probe": 3}

@@ -1,13 +1,16 @@
 """Steps that pass while the probe sees nothing are noticed after a few of them."""
 
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.optimizer import _global_optimizer_post_hooks
+from torch.optim.optimizer import _global_optimizer_post_hooks, register_optimizer_step_post_hook
 
 import gwa_logging
 from gwa_logging import NoObservationsError
+from gwa_logging.integrations.torch import step_watchdog
 
 
 class Sideways(nn.Module):
@@ -61,14 +64,27 @@ def test_silence_about_one_of_two_models_leaves_the_optimizer_alone():
     assert [monitor.faults for monitor in monitors] == [{"silence": 1}, {}]
 
 
-def test_closing_ends_the_listening():
-    before = set(_global_optimizer_post_hooks)
+def test_closing_cancels_the_watchdog_and_all_watchdogs_share_one_hook_of_the_optimizers():
+    with gwa_logging.watch(nn.Linear(8, 5)):
+        pass
+    hooks, watchdogs = set(_global_optimizer_post_hooks), list(step_watchdog._watchdogs)
     model = nn.Linear(8, 5)
     monitor = gwa_logging.watch(model)
-    ours = set(_global_optimizer_post_hooks) - before
+    assert len(step_watchdog._watchdogs) == len(watchdogs) + 1
     monitor.close()
-    assert len(ours) == 1
-    assert ours.isdisjoint(_global_optimizer_post_hooks)
+    assert step_watchdog._watchdogs == watchdogs
+    assert set(_global_optimizer_post_hooks) == hooks
+
+
+def test_a_watched_model_may_be_garbage_collected_in_the_middle_of_another_models_optimizer_step():
+    models = [nn.Linear(8, 5)]
+    handle = register_optimizer_step_post_hook(lambda *_: models.clear() or gc.collect())
+    try:
+        monitor = gwa_logging.watch(models[0])
+        train(nn.Linear(8, 5), 2)
+    finally:
+        handle.remove()
+    assert monitor._adapter.is_detached
 
 
 @pytest.mark.parametrize("seen_before", [False, True])

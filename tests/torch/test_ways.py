@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import gwa_logging
 from gwa_logging import HeadNotFoundError, InvalidInputError, NoObservationsError, alignment_scores
 from tests.torch.test_probe import Recorder
+from tests.torch.tiers import tiered
 
 N, D, C = 24, 12, 5
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -36,6 +37,14 @@ def _compile_anew() -> Iterator[None]:
     torch.set_num_threads(1)  # on a busy machine, threads of such small steps wait for each other
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def _small_heap() -> Iterator[None]:
+    """Leaves the objects of other tests out of garbage collections, which would take seconds."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 class Net(nn.Module):
@@ -89,11 +98,7 @@ RUN = {"eager": lambda model: model, "compiled": compiled}
 WIDTH = {"narrow": (D, C), "wide": (4, C)}
 run_of = pytest.mark.parametrize("how", RUN)
 width_of = pytest.mark.parametrize("width", WIDTH)
-
-
-def three_of(width: str) -> pytest.MarkDecorator:
-    """Both widths, but only one of them compiled, where the other would say no more: it is compiling that takes the time."""
-    return pytest.mark.parametrize(("width", "how"), [*((each, "eager") for each in WIDTH), (width, "compiled")])
+run_and_width_of = tiered("width, how", WIDTH, RUN)
 
 
 # --- ways of training -----------------------------------------------------------------------------------------------
@@ -222,9 +227,7 @@ WAYS = {
 }
 
 
-@run_of
-@width_of
-@pytest.mark.parametrize("way", WAYS)
+@tiered("way, width, how", WAYS, WIDTH, RUN)
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
 def test_a_way_of_training_counts_each_sample_once_and_right(way, width, how):
     model = net(*WIDTH[width])
@@ -245,8 +248,14 @@ INDUCTOR = {
 }
 
 
-@width_of
-@pytest.mark.parametrize("mode", INDUCTOR)
+@pytest.mark.parametrize(
+    ("mode", "width"),
+    [
+        pytest.param(mode, width, marks=() if (mode, width) == ("fullgraph=True", "wide") else pytest.mark.slow)
+        for mode in INDUCTOR
+        for width in WIDTH
+    ],
+)
 def test_torch_compile_gives_the_scores_of_a_step_with_several_forwards(mode, width):
     model = net(*WIDTH[width])
     recorder = Recorder(model, N)
@@ -277,30 +286,31 @@ def watched_after_a_step(model: Net, compile_it: Any) -> tuple[Any, Recorder]:
     return run, Recorder(model, N)
 
 
-@width_of
-@pytest.mark.parametrize("compile_it", [compiled, compiled_in_place], ids=["torch.compile", "model.compile()"])
-@pytest.mark.parametrize("watched", [watched_before, watched_after, watched_after_a_step])
-def test_a_compiled_model_may_be_watched_at_any_time(watched, compile_it, width):
+WATCHED = {"before": watched_before, "after": watched_after, "after a step": watched_after_a_step}
+COMPILE = {"torch.compile": compiled, "model.compile()": compiled_in_place}
+
+
+@tiered("watched, compile_it, width, how", WATCHED, COMPILE, WIDTH, ["compiled"])
+def test_a_compiled_model_may_be_watched_at_any_time(watched, compile_it, width, how):
     model = net(*WIDTH[width])
-    run, recorder = watched(model, compile_it)
+    run, recorder = WATCHED[watched](model, COMPILE[compile_it])
     step = Step(model, run, recorder)
     want = one_by_one(model, F.cross_entropy, step.x, step.y)
     one_backward(step)
     np.testing.assert_allclose(recorder.scores(), want, atol=1e-5)
 
 
-@run_of
-@width_of
-@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
-@pytest.mark.parametrize("what", ["the whole model", "only the backbone"])
-def test_checkpointing_inside_of_the_step_counts_each_sample_once(what, reentrant, width, how):
+@tiered(
+    "what, variant, width, how", ["the whole model", "only the backbone"], ["reentrant", "non-reentrant"], WIDTH, RUN
+)
+def test_checkpointing_in_the_step_counts_each_sample_once(what, variant, width, how):
     model = net(*WIDTH[width])
     recorder = Recorder(model, N)
 
     def forward(x: Tensor) -> Tensor:
         if what == "the whole model":
-            return checkpoint(model, x, use_reentrant=reentrant)
-        return model.head(checkpoint(model.body, x, use_reentrant=reentrant))
+            return checkpoint(model, x, use_reentrant=variant == "reentrant")
+        return model.head(checkpoint(model.body, x, use_reentrant=variant == "reentrant"))
 
     step = Step(
         model, torch.compile(forward, fullgraph=True, backend="aot_eager") if how == "compiled" else forward, recorder
@@ -310,7 +320,7 @@ def test_checkpointing_inside_of_the_step_counts_each_sample_once(what, reentran
     sum(F.cross_entropy(step.run(step.x[part]), step.y[part]) for part in PARTS).backward()
     assert recorder.monitor.end_epoch().count == 2 * N
     want, scores = one_by_one(model, F.cross_entropy, step.x.detach(), step.y), recorder.scores()
-    if (what, reentrant, how) == ("the whole model", True, "eager"):
+    if (what, variant, how) == ("the whole model", "reentrant", "eager"):
         # The head's pass is repeated in the backward pass, last one first, when the ids of all but the last are gone.
         known = np.isfinite(scores)
         assert known.sum() >= N // 3
@@ -353,11 +363,19 @@ ROUNDED = {
 }
 
 
+@pytest.mark.slow
 @width_of
-@pytest.mark.parametrize("how", [*RUN, "compiled by inductor"])
 @pytest.mark.parametrize("way", ROUNDED)
-def test_sixteen_bits_give_the_scores_of_the_rounded_tensors(way, how, width):
-    run_it = {**RUN, "compiled by inductor": lambda model: compiled(model, backend="inductor")}[how]
+def test_sixteen_bits_compiled_by_inductor_give_the_scores_of_the_rounded_tensors(way, width):
+    assert_scores_of_rounded_tensors(way, lambda model: compiled(model, backend="inductor"), width)
+
+
+@tiered("way, width, how", ROUNDED, WIDTH, RUN)
+def test_sixteen_bits_give_the_scores_of_the_rounded_tensors(way, width, how):
+    assert_scores_of_rounded_tensors(way, RUN[how], width)
+
+
+def assert_scores_of_rounded_tensors(way: str, run_it: Callable[[nn.Module], Any], width: str) -> None:
     features, classes = WIDTH[width]
     model = Shown(nn.Sequential(nn.Linear(8, 8 * features), nn.Tanh()), nn.Linear(8 * features, 8 * classes))
     model = model.bfloat16() if way == "bf16 model" else model
@@ -375,8 +393,7 @@ def twice_watched(model: Net) -> Recorder:
     return Recorder(model, 2 * N)
 
 
-@run_of
-@width_of
+@run_and_width_of
 def test_of_two_backward_passes_in_a_step_as_in_sam_both_count(width, how):
     model = net(*WIDTH[width])
     recorder = twice_watched(model)
@@ -392,8 +409,7 @@ def test_of_two_backward_passes_in_a_step_as_in_sam_both_count(width, how):
     np.testing.assert_allclose(recorder.scores(), np.concatenate(want), atol=1e-5)
 
 
-@run_of
-@width_of
+@run_and_width_of
 def test_every_backward_pass_through_a_retained_graph_counts(width, how):
     model = net(*WIDTH[width])
     monitor = gwa_logging.watch(model)
@@ -483,8 +499,7 @@ def test_of_a_compiled_model_only_a_backward_pass_to_all_leaves_counts(call, wid
     assert monitor.end_epoch().count == N
 
 
-@run_of
-@width_of
+@run_and_width_of
 def test_functional_call_is_scored_by_the_weights_that_it_is_given(width, how):
     model = net(*WIDTH[width])
     given = {name: torch.randn_like(p).requires_grad_() for name, p in model.named_parameters()}
@@ -496,10 +511,8 @@ def test_functional_call_is_scored_by_the_weights_that_it_is_given(width, how):
     np.testing.assert_allclose(recorder.scores(), one_by_one(model, F.cross_entropy, step.x, step.y), atol=1e-5)
 
 
-@run_of
-@width_of
-@pytest.mark.parametrize("transform", ["grad", "vmap(grad)"])
-def test_the_transforms_of_torch_func_work_as_ever_and_are_not_observed(transform, width, how):
+@tiered("transform, width, how", ["grad", "vmap(grad)"], WIDTH, RUN)
+def test_the_transforms_of_torch_func_work_as_before_and_are_not_observed(transform, width, how):
     model = net(*WIDTH[width])
     x, y = data()
     parameters = {name: p.detach() for name, p in model.named_parameters()}
@@ -523,8 +536,7 @@ def test_the_transforms_of_torch_func_work_as_ever_and_are_not_observed(transfor
     assert monitor.end_epoch().count == N
 
 
-@run_of
-@width_of
+@run_and_width_of
 def test_a_model_with_dropout_is_scored_on_the_features_that_were_left(width, how):
     features, classes = WIDTH[width]
     model = Shown(nn.Sequential(nn.Linear(8, features), nn.Tanh(), nn.Dropout(0.3)), nn.Linear(features, classes))
@@ -540,7 +552,7 @@ def test_a_model_with_dropout_is_scored_on_the_features_that_were_left(width, ho
 
 @width_of
 def test_more_compiled_passes_than_there_are_leaves_are_never_mixed_up(width):
-    from gwa_logging.integrations.torch.probe import PASSES
+    from gwa_logging.integrations.torch.rows import PASSES
 
     model = net(*WIDTH[width])
     monitor = gwa_logging.watch(model)
@@ -663,8 +675,10 @@ TASKS = {
 }
 
 
-@three_of("wide")
-@pytest.mark.parametrize("task", TASKS)
+@tiered(
+    "task, width, how",
+    *(TASKS, WIDTH, RUN),
+)
 def test_a_loss_is_scored_by_the_gradient_of_each_samples_own(task, width, how):
     loss, y = TASKS[task].loss, TASKS[task].y
     model = net(*WIDTH[width], after=TASKS[task].after)
@@ -676,8 +690,7 @@ def test_a_loss_is_scored_by_the_gradient_of_each_samples_own(task, width, how):
     np.testing.assert_allclose(recorder.scores(), want, atol=1e-5)
 
 
-@run_of
-@width_of
+@run_and_width_of
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
 def test_samples_without_a_score_do_not_alarm_anomaly_detection(width, how):
     model = net(*WIDTH[width])
@@ -688,8 +701,7 @@ def test_samples_without_a_score_do_not_alarm_anomaly_detection(width, how):
     assert (report.count, report.excluded) == (N - 5, 5)
 
 
-@run_of
-@width_of
+@run_and_width_of
 def test_gradients_too_small_to_be_squared_count_as_none(width, how):
     """In float32 the square of 1e-22 has hardly a digit left: such a norm would make a wrong score."""
     model = net(*WIDTH[width])
@@ -838,8 +850,7 @@ SHAPES: dict[str, Callable[[], Case]] = {
 }
 
 
-@run_of
-@pytest.mark.parametrize("shape", SHAPES)
+@tiered("shape, how", SHAPES, RUN)
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
 def test_a_shape_of_the_head_is_scored_by_the_gradient_of_its_effective_weight(shape, how):
     case = SHAPES[shape]()
@@ -860,8 +871,7 @@ NORMS = {
 }
 
 
-@three_of("narrow")
-@pytest.mark.parametrize("norm", NORMS)
+@tiered("norm, width, how", NORMS, WIDTH, RUN)
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
 def test_a_watched_normalised_head_trains_to_the_same_bits(norm, width, how):
     """Reading the weight of a spectral_norm once more would move its power iteration on."""
@@ -905,8 +915,7 @@ def test_a_head_that_is_parametrised_after_it_is_watched_keeps_its_power_iterati
 # --- the life of a watch ----------------------------------------------------------------------------------------------
 
 
-@run_of
-@width_of
+@run_and_width_of
 def test_a_watch_that_is_closed_in_mid_graph_sees_nothing_more_and_training_goes_on(width, how):
     model = net(*WIDTH[width])
     run, (x, y) = RUN[how](model), data()
@@ -923,8 +932,7 @@ def test_a_watch_that_is_closed_in_mid_graph_sees_nothing_more_and_training_goes
     F.cross_entropy(run(x), y).backward()
 
 
-@run_of
-@width_of
+@run_and_width_of
 def test_a_cell_that_is_run_three_times_leaves_one_set_of_hooks(width, how):
     model = net(*WIDTH[width])
     bare, (x, y) = dict(model.head.__dict__), data()
@@ -977,29 +985,29 @@ def test_a_copy_of_a_watched_parametrised_head_is_not_watched(norm):
     assert monitor.end_epoch().count == 2 * N
 
 
-@run_of
-@width_of
-@pytest.mark.parametrize("closed", [True, False], ids=["closed", "still watched"])
-def test_a_dropped_model_is_freed(closed, width, how):
+@tiered("state, width, how", ["closed", "still watched"], WIDTH, RUN)
+@pytest.mark.usefixtures("_small_heap")
+def test_a_dropped_model_is_freed(state, width, how):
     model = net(*WIDTH[width])
     monitor = gwa_logging.watch(model)
     x, y = data()
     F.cross_entropy(RUN[how](model)(x), y).backward()
-    if closed:
+    if state == "closed":
         monitor.close()
     gone = weakref.ref(model)
     torch._dynamo.reset()
     del model
     gc.collect()
     assert gone() is None
-    if not closed:
+    if state == "still watched":
         assert monitor.end_epoch().count == N
 
 
 @pytest.mark.parametrize("norm", [None, *NORMS])
 @width_of
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
-def test_a_probe_does_not_keep_its_head(width, norm):
+@pytest.mark.usefixtures("_small_heap")
+def test_a_probe_does_not_keep_its_head_alive(width, norm):
     from gwa_logging.faults import Faults
     from gwa_logging.integrations.torch.accumulate import Accumulator
     from gwa_logging.integrations.torch.head_layers import layer_of
@@ -1022,8 +1030,8 @@ def test_a_probe_does_not_keep_its_head(width, norm):
     assert gone() is None
 
 
-@run_of
-@pytest.mark.parametrize("width", [*WIDTH, "weight_norm"])
+@tiered("width, how", [*WIDTH, "weight_norm"], RUN)
+@pytest.mark.usefixtures("_small_heap")
 def test_memory_does_not_grow_with_the_steps(width, how):
     model = net(*WIDTH.get(width, (D, C)))
     if width == "weight_norm":
@@ -1065,9 +1073,7 @@ def moved_to_the_cpu(model: Net) -> None:
 MOVES = {"dtype": moved_to_float64_and_back, "device": moved_to_the_cpu}
 
 
-@run_of
-@width_of
-@pytest.mark.parametrize("move", MOVES)
+@tiered("move, width, how", MOVES, WIDTH, RUN)
 def test_a_model_may_move_while_it_is_watched(move, width, how):
     model = net(*WIDTH[width])
     recorder = Recorder(model, N)
@@ -1077,8 +1083,7 @@ def test_a_model_may_move_while_it_is_watched(move, width, how):
     np.testing.assert_allclose(recorder.scores(), one_by_one(model, F.cross_entropy, step.x, step.y), atol=1e-5)
 
 
-@run_of
-@width_of
+@run_and_width_of
 def test_float64_is_scored(width, how):
     model = net(*WIDTH[width])
     recorder = Recorder(model, N)
@@ -1089,9 +1094,7 @@ def test_float64_is_scored(width, how):
     np.testing.assert_allclose(recorder.scores(), one_by_one(model, F.cross_entropy, step.x, step.y), atol=1e-5)
 
 
-@run_of
-@width_of
-@pytest.mark.parametrize("by", ["to_empty", "load_state_dict(assign=True)"])
+@tiered("by, width, how", ["to_empty", "load_state_dict(assign=True)"], WIDTH, RUN)
 def test_a_model_on_meta_may_be_watched_before_it_has_numbers(by, width, how):
     state = net(*WIDTH[width]).state_dict()
     with torch.device("meta"):
@@ -1109,8 +1112,7 @@ def test_a_model_on_meta_may_be_watched_before_it_has_numbers(by, width, how):
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
-@run_of
-@width_of
+@run_and_width_of
 def test_steps_on_meta_are_no_observations(width, how):
     with torch.device("meta"):
         model = net(*WIDTH[width])
@@ -1121,8 +1123,7 @@ def test_steps_on_meta_are_no_observations(width, how):
         monitor.end_epoch()
 
 
-@run_of
-@width_of
+@run_and_width_of
 def test_nan_weights_leave_every_sample_out_and_say_so(width, how, caplog):
     model = net(*WIDTH[width])
     with torch.no_grad():
@@ -1136,8 +1137,7 @@ def test_nan_weights_leave_every_sample_out_and_say_so(width, how, caplog):
     assert any("not finite" in message for message in caplog.messages)
 
 
-@run_of
-@width_of
+@run_and_width_of
 def test_a_batch_without_rows_is_a_step_without_samples(width, how):
     model = net(*WIDTH[width])
     monitor = gwa_logging.watch(model)
@@ -1148,8 +1148,7 @@ def test_a_batch_without_rows_is_a_step_without_samples(width, how):
     assert monitor.faults == {}
 
 
-@run_of
-@width_of
+@run_and_width_of
 def test_a_batch_of_one_is_scored(width, how):
     model = net(*WIDTH[width])
     recorder = Recorder(model, 1)
@@ -1190,8 +1189,7 @@ def test_ids_that_are_no_integers_are_refused():
         monitor.tag(torch.randn(N))
 
 
-@run_of
-@pytest.mark.parametrize("ids", [5, 90], ids=["too few", "too many"])
+@tiered("ids, how", [5, 90], RUN)
 def test_ids_that_are_not_as_many_as_the_samples_enter_nothing_and_are_counted(ids, how, caplog):
     model = net()
     with gwa_logging.watch(model, num_samples=100) as monitor:

@@ -1,9 +1,9 @@
-"""The model's own forward: where one pass of the model begins and ends, however often it calls the head.
+"""Tracks where a forward pass of the watched model begins and ends, however often it calls the head.
 
-It is needed for two questions only: how many rows the head sees for how many inputs, and which calls of the head belong to the
-same batch. The first counted eager forward answers both, and unless it has called the head several times, the hooks go
-again: in a step of a millisecond they would be noticed. A compiled model keeps them, since there they cost nothing, and
-taking them off would compile it again.
+This answers two questions: how many rows the head sees for how many inputs, and which calls of the head belong to the same
+batch. The first counted eager pass answers both. Its hooks are removed afterwards, unless the pass has called the head several
+times, since they would be noticeable in a step of a millisecond. A compiled model keeps them: there they cost nothing, and
+removing them would compile it again.
 """
 
 import weakref
@@ -18,8 +18,12 @@ from gwa_logging.integrations.torch.module_patch import ModulePatch, is_tracing,
 from gwa_logging.integrations.torch.tags import Tags
 
 
-class Forwards:
-    """Hooks on the watched model itself, until they are no longer needed."""
+class ForwardTracker:
+    """Hooks on the watched model, removed as soon as they are no longer needed.
+
+    Attributes:
+        is_open: False once the hooks are removed.
+    """
 
     def __init__(self, model: nn.Module, tags: Tags, faults: Faults, *, keeps_samples: bool) -> None:
         self.is_open = True
@@ -27,21 +31,23 @@ class Forwards:
         self._faults = faults
         self._keeps_samples = keeps_samples
         self._is_compiled = False
-        self._is_known = False  # how many rows there are for an input
+        self._is_known = False  # the number of rows per input
         self._sizes: tuple[int, ...] = ()
         self._rows = 0
         self._calls = 0
-        self._attachment = weakref.ref(ModulePatch(model, before=self._begins, after=self._ends, scripted=self.close))
+        self._patch = weakref.ref(
+            ModulePatch(model, before=self._before_forward, after=self._after_forward, scripted=self.close)
+        )
 
     def head_called(self, rows: int) -> None:
-        """Adds a call of the head in an eager training pass, with its number of rows."""
+        """Counts a call of the head in an eager training pass, and its rows."""
         self._rows += rows
         self._calls += 1
 
-    def _begins(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
             if not is_exporting():
-                unchecked(self._begins_compiled)
+                unchecked(self._before_compiled_forward)
             return
         if _is_partial(model):
             return
@@ -49,12 +55,12 @@ class Forwards:
         self._rows = self._calls = 0
         self._tags.begin_forward()
 
-    def _begins_compiled(self) -> None:
+    def _before_compiled_forward(self) -> None:
         self._is_compiled = True
         if self._keeps_samples:
             self._tags.begin_forward()
 
-    def _ends(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if torch.compiler.is_compiling():
             if self._keeps_samples and not is_exporting():
                 unchecked(self._tags.end_forward)
@@ -74,28 +80,28 @@ class Forwards:
             self.close()
 
     def close(self) -> None:
-        """Takes the hooks off."""
-        attachment = self._attachment()
-        if attachment is not None:
-            attachment.remove()
+        """Removes the hooks."""
+        patch = self._patch()
+        if patch is not None:
+            patch.remove()
         self.is_open = False
 
 
 def _is_partial(model: nn.Module) -> bool:
-    """Whether this is no pass of a whole batch: DataParallel's replicas run at once, and torch.jit.trace trains nothing."""
+    """Returns True if this is not a pass of a whole batch: a replica of DataParallel, or torch.jit.trace."""
     return "_is_replica" in model.__dict__ or is_tracing()
 
 
 def is_exporting() -> bool:
-    """Whether torch.export is tracing. Up to 2.11 the compiler answers `torch.compiler.is_exporting()` with True always."""
+    """Returns True while torch.export traces. Up to 2.11 `torch.compiler.is_exporting()` is always True in compiled code."""
     return bool(getattr(torch.compiler, "_is_exporting_flag", False))
 
 
 def batch_sizes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
-    """How many inputs a model is called with; empty if that cannot be known.
+    """The number of inputs that a model is called with; empty if unknown.
 
-    It is the first dimension of the first tensor. Sequences may also have the time first: then the second one is given too.
-    A list of tensors is no batch that could be counted: it may be several inputs, or several parts of each.
+    It is the first dimension of the first tensor. Sequences may have the time first, so for them the second dimension is
+    returned as well. A list of tensors is ambiguous: it may hold several inputs, or several parts of each.
     """
     for value in (*args, *kwargs.values()):
         if isinstance(value, Mapping):
