@@ -73,7 +73,7 @@ def own_operations(samples: int) -> None:
     import jax
     import jax.numpy as jnp
 
-    from gwa_logging.integrations.jax.accumulate import DeviceLedger, enter
+    from gwa_logging.integrations.jax.ledger import DeviceLedger, add_to_ledger
     from gwa_logging.integrations.torch.accumulate import Accumulator
     from gwa_logging.integrations.torch.head_layers import Linear
     from gwa_logging.ledger import TaggedBatch
@@ -92,7 +92,7 @@ def own_operations(samples: int) -> None:
 
     def entered() -> None:
         nonlocal ledger
-        ledger = jax.block_until_ready(enter(ledger, device_batch, device_scores))
+        ledger = jax.block_until_ready(add_to_ledger(ledger, device_batch, device_scores))
 
     entered()
     print(f"JAX, entering them: {median_us(entered):.0f} us\n")
