@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from gwa_logging.alignment import FINITE_MARKERS
 from gwa_logging.errors import InvalidInputError
 from gwa_logging.integrations.jax.scores import (
-    CODES,
-    FINITE_CODES,
     Terms,
+    alignment_scores,
     frobenius_norm,
     row_norms,
-    terms_by_input,
+    terms_by_embeddings,
     terms_by_logits,
 )
 from gwa_logging.integrations.jax.sessions import TAP_PATH, Layer, LayerCall, current_session
@@ -109,13 +109,13 @@ class ProbeSession:
 def _define_scores(terms_of: Callable[..., Terms], *args: Array | None) -> Array:
     """The scores, in the form that JAX's debugging options permit."""
     is_debugging = jax.config.jax_debug_nans or jax.config.jax_debug_infs  # type: ignore[attr-defined]  # not in the stubs
-    scores: Array = _finite_scores(terms_of, *args) if is_debugging else terms_of(*args).scores(CODES)
+    scores: Array = _finite_scores(terms_of, *args) if is_debugging else alignment_scores(terms_of(*args))
     return scores
 
 
 @partial(jax.jit, static_argnums=0)  # the options check only the outputs of a jitted function
 def _finite_scores(terms_of: Callable[..., Terms], *args: Array | None) -> Array:
-    return terms_of(*args).scores(FINITE_CODES)
+    return alignment_scores(terms_of(*args), FINITE_MARKERS)
 
 
 # --- a head with fewer classes than features: one identity, on the logits ---------------------------------------------
@@ -163,7 +163,7 @@ def _wide_input_forward(
 def _wide_input_backward(saved: tuple[Array, Array], cotangents: tuple[Array, Array]) -> tuple[Array, None, Array]:
     embeddings, weight_norm = saved
     gradient, delta_norms = cotangents
-    return gradient, None, _define_scores(terms_by_input, gradient, embeddings, delta_norms, weight_norm)
+    return gradient, None, _define_scores(terms_by_embeddings, delta_norms, gradient, embeddings, weight_norm)
 
 
 _wide_input.defvjp(_wide_input_forward, _wide_input_backward)

@@ -9,9 +9,16 @@ product of the norms:
 The numerator has two forms that avoid the [C, D] gradient of each sample:
 
     <delta h^T, W>  =  delta . (W h)  =  delta . (z - b)      `terms_by_logits`, keeps the logits [B, C]
-                    =  (W^T delta) . h  =  (dL/dh) . h        `terms_by_input`, keeps the embeddings [B, D]
+                    =  (W^T delta) . h  =  (dL/dh) . h        `terms_by_embeddings`, keeps the embeddings [B, D]
 
 `probe` takes the second form for heads with more classes than features. A factor on the loss scales delta and cancels.
+
+A sample without a score gets a marker, which is not finite. While `jax_debug_nans` or `jax_debug_infs` is on, which would stop
+the training there, it is a finite one:
+
+    delta = 0                        NO_GRADIENT   nan, or 64
+    h = 0 or W = 0                   DEAD          -inf, or -128
+    NaN or infinity in the terms     NOT_FINITE    +inf, or 128
 
 Source: "Gradient-Weight Alignment", arXiv 2510.25480. `gwa_logging.alignment_scores` is the reference in NumPy.
 """
@@ -22,67 +29,52 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gwa_logging.alignment import DEAD, NO_GRADIENT, NOT_FINITE, SCORE_TOLERANCE, SMALLEST
-
-
-class Codes(NamedTuple):
-    """The values that stand for the reasons why a sample has no score, see `gwa_logging.alignment`."""
-
-    no_gradient: float
-    dead: float
-    not_finite: float
-
-
-CODES = Codes(NO_GRADIENT, DEAD, NOT_FINITE)
-
-FINITE_CODES = Codes(64.0, -128.0, 128.0)
-"""Used while `jax_debug_nans` or `jax_debug_infs` is on, which would stop the training at the other ones."""
+from gwa_logging.alignment import FINITE_MARKERS, MARKERS, SCORE_TOLERANCE, SMALLEST, Markers
 
 
 class Terms(NamedTuple):
-    """What scores are computed from, float32 [...]: score = -product / (delta_norms * embedding_norms * weight_norm).
-
-    Attributes:
-        product: delta . (z - b), or (dL/dh) . h.
-        delta_norms: |delta|.
-        embedding_norms: |h|.
-        weight_norm: |W|, one number [] for all samples.
-    """
+    """Of each sample the numerator without its sign, and the norms |delta| and |h|, float32 [...]; and |W|, one number []."""
 
     product: Array
     delta_norms: Array
     embedding_norms: Array
     weight_norm: Array
 
-    def scores(self, codes: Codes = CODES) -> Array:
-        """float32 [...]: the scores, and `codes` where a sample has none. Finite throughout if the terms and codes are."""
-        visible = self.embedding_norms * self.weight_norm
-        has_no_gradient, is_dead = self.delta_norms < SMALLEST, visible == 0
-        scores = -self.product / jnp.where(has_no_gradient, 1, self.delta_norms) / jnp.where(is_dead, 1, visible)
-        scores = jnp.where(is_dead, codes.dead, scores)
-        scores = jnp.where(has_no_gradient, codes.no_gradient, scores)
-        return jnp.where(jnp.isfinite(self.product + self.delta_norms + visible), scores, codes.not_finite)
-
-
-def classify_scores(scores: Array) -> tuple[Array, Array, Array, Array]:
-    """bool [...] each: valid, no gradient, dead, not finite. For either set of codes exactly one is True."""
-    valid = jnp.abs(scores) <= 1 + SCORE_TOLERANCE  # False for NaN
-    no_gradient = jnp.isnan(scores) | (scores == FINITE_CODES.no_gradient)
-    dead = (scores == DEAD) | (scores == FINITE_CODES.dead)
-    return valid, no_gradient, dead, ~(valid | no_gradient | dead)
-
 
 def terms_by_logits(delta: Array, logits: Array, embeddings: Array, bias: Array | None, weight_norm: Array) -> Terms:
-    """The terms from delta [..., C], the logits [..., C], the embeddings [..., D] and the bias [C]."""
+    """Terms with the numerator delta . (z - b), from delta and logits [..., C], embeddings [..., D] and bias [C]."""
     logits = logits.astype(jnp.float32)
     if bias is not None:
         logits -= bias.astype(jnp.float32).reshape((1,) * (logits.ndim - bias.ndim) + bias.shape)
     return Terms(_row_products(delta, logits), row_norms(delta), row_norms(embeddings), weight_norm)
 
 
-def terms_by_input(gradient: Array, embeddings: Array, delta_norms: Array, weight_norm: Array) -> Terms:
-    """The terms from dL/dh [..., D], the embeddings [..., D] and |delta| [...]."""
+def terms_by_embeddings(delta_norms: Array, gradient: Array, embeddings: Array, weight_norm: Array) -> Terms:
+    """Terms with the numerator (dL/dh) . h, from |delta| [...], and the gradient and embeddings [..., D]."""
     return Terms(_row_products(gradient, embeddings), delta_norms, row_norms(embeddings), weight_norm)
+
+
+def alignment_scores(terms: Terms, markers: Markers = MARKERS) -> Array:
+    """float32 [...]: the scores, with a marker for each sample that has none.
+
+    JAX's debugging options check every operation, so with `FINITE_MARKERS` all of them are finite if the terms are: scores are
+    never encoded or decoded, as they are in PyTorch.
+    """
+    product, delta_norms, embedding_norms, weight_norm = terms
+    visible = embedding_norms * weight_norm
+    has_no_gradient, is_dead = delta_norms < SMALLEST, visible == 0
+    scores = -product / jnp.where(has_no_gradient, 1, delta_norms) / jnp.where(is_dead, 1, visible)
+    scores = jnp.where(is_dead, markers.dead, scores)
+    scores = jnp.where(has_no_gradient, markers.no_gradient, scores)
+    return jnp.where(jnp.isfinite(product + delta_norms + visible), scores, markers.not_finite)
+
+
+def classify_scores(scores: Array) -> tuple[Array, Array, Array, Array]:
+    """bool [...] each: valid, no gradient, dead, not finite. Exactly one is True for a score or a marker of either kind."""
+    valid = jnp.abs(scores) <= 1 + SCORE_TOLERANCE  # False for NaN
+    no_gradient = jnp.isnan(scores) | (scores == FINITE_MARKERS.no_gradient)
+    dead = (scores == MARKERS.dead) | (scores == FINITE_MARKERS.dead)
+    return valid, no_gradient, dead, ~(valid | no_gradient | dead)
 
 
 def _row_products(a: Array, b: Array) -> Array:

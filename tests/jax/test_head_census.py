@@ -263,7 +263,7 @@ LINEN: dict[str, tuple[Make, str | None]] = {
     ),
     "parameter, cosine": (
         of_linen(lambda h: unit(h) @ unit(parameter("w", D, C), 0)),
-        "a normalised vector (a cosine head, or logits that are normalised)",
+        "a normalised vector (a cosine head, or normalised logits)",
     ),
     "parameter, closed over": (
         frozen_head,
@@ -271,7 +271,7 @@ LINEN: dict[str, tuple[Make, str | None]] = {
     ),
     "Dense, normalised": (
         of_linen(lambda h: unit(linen.Dense(C, name="head")(h))),
-        "a normalised vector (a cosine head, or logits that are normalised)",
+        "a normalised vector (a cosine head, or normalised logits)",
     ),
     "Dense, scaling dot_general": (
         of_linen(lambda h: linen.Dense(C, dot_general_cls=ScalingDot, name="head")(h)),
