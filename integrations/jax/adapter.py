@@ -300,8 +300,8 @@ class JaxAdapter:
     def no_observation_hint(self) -> str:
         """What to check when no scores have arrived."""
         return (
-            "In JAX, replace jax.value_and_grad by monitor.value_and_grad, return the scores from the jitted step, and call "
-            "monitor.update(scores) after each step."
+            "In JAX, use value_and_grad = monitor.value_and_grad(loss_fn) instead of jax.value_and_grad(loss_fn), return the "
+            "scores from the jitted step, and call monitor.update(scores) after each step."
         )
 
     def close(self) -> None:

@@ -682,7 +682,7 @@ def test_a_layer_that_is_no_head_is_refused_by_name_too():
     net = LINEN["Dense, scaling dot_general"][0]()
     with (
         gwa_logging.watch(net.model, head="head") as monitor,
-        pytest.raises(HeadNotFoundError, match="'head' is no linear layer") as error,
+        pytest.raises(HeadNotFoundError, match="'head' is not a linear layer") as error,
     ):
         scores_of(net, monitor)
     assert error.value.candidates == ("'hidden': 4 -> 4",)
