@@ -66,9 +66,9 @@ class GWACallback(TrainerSession, keras.callbacks.Callback):  # type: ignore[mis
         self._state, self._epoch = None, -1
         monitor = self._begin(self.model, training=self.params, planned=self.params.get("epochs"), runs={})
         if keras.backend.backend() == "jax":
-            from gwa_logging.integrations.jax.keras import scored_fit  # here, because on PyTorch there may be no JAX
+            from gwa_logging.integrations.jax.keras_fit import watch_fit  # here, because on PyTorch there may be no JAX
 
-            self._undo = scored_fit(self.model, monitor)
+            self._undo = watch_fit(self.model, monitor)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         if self._epoch < 0 < epoch and self._backup is not None:

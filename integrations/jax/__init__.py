@@ -1,4 +1,4 @@
-"""JAX: `attach` watches a Flax Linen model or a function; `tap` marks the head of a hand-written net."""
+"""JAX: `attach` watches a model of Flax, Equinox, Haiku or Keras, or a function; `tap` marks the head of a hand-written net."""
 
 from gwa_logging.integrations.jax.accumulate import AlignmentState
 from gwa_logging.integrations.jax.adapter import JaxAdapter, attach, subject
@@ -6,6 +6,6 @@ from gwa_logging.integrations.jax.find_head import describe
 from gwa_logging.integrations.jax.probe import tap
 
 SEVERAL_HEADS = False
-"""Whether head= takes a list: each step returns the scores of one head."""
+"""`watch(head=)` does not accept a list: each step returns the scores of one head."""
 
 __all__ = ["AlignmentState", "JaxAdapter", "attach", "describe", "subject", "tap"]

@@ -1,7 +1,7 @@
-"""Gathers scores on the device in one small jitted update per step, and brings their summary to the host.
+"""Accumulates scores on the device, in one small jitted update per step, and copies their summary to the host.
 
-JAX computes in float32. Moments are centred on the batch, and kept relative to a pivot near the scores, so that a small
-spread around a large mean loses nothing; the host goes on in float64.
+JAX computes in float32. The moments are centred and kept relative to a pivot near the scores, so that a small spread around a
+large mean keeps its precision. The host continues in float64.
 """
 
 from collections.abc import Callable
@@ -14,14 +14,12 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gwa_logging.alignment import DEAD, SCORE_TOLERANCE
 from gwa_logging.histogram import BINS, EDGES
-from gwa_logging.integrations.jax.probe import FINITE_MARKS
-from gwa_logging.ledger import UNKNOWN, Ledger, TaggedBatch
+from gwa_logging.integrations.jax.scores import classify_scores
 from gwa_logging.summary import AlignmentSummary
 
-BEYOND = 2.0
-"""The minimum of no scores, and minus their maximum: an infinity would alarm `jax_debug_infs`."""
+_BEYOND = 2.0
+"""The minimum of no scores, and minus their maximum. `jax_debug_infs` would stop at an infinity."""
 
 
 class AlignmentState(NamedTuple):
@@ -31,7 +29,7 @@ class AlignmentState(NamedTuple):
     >>> state.merge(AlignmentState.empty().update(jnp.array([0.2]))).summary().count
     3
 
-    Give it to `monitor.update` now and then, in place of scores, and start anew from `empty()`.
+    Pass it to `monitor.update` instead of scores, and continue with a new `empty()`.
 
     Attributes:
         numbers: float32 [7]: pivot, mean - pivot, m2, m3, m4, minimum, maximum; the last two are 2 and -2 while count is 0.
@@ -43,20 +41,20 @@ class AlignmentState(NamedTuple):
 
     @classmethod
     def empty(cls) -> Self:
-        """Of no scores."""
-        with jax.transfer_guard("allow"):  # it is asked for
-            numbers, counts = _nothing()
+        """The state of no scores."""
+        with jax.transfer_guard("allow"):  # it is deliberate
+            numbers, counts = _empty_arrays()
             return cls(jnp.asarray(numbers), jnp.asarray(counts))
 
     @classmethod
     def empty_on_host(cls) -> Self:
-        """Of no scores, as NumPy: the same in every process, wherever the first scores are."""
-        return cls(*_nothing())  # type: ignore[arg-type]
+        """The state of no scores, as NumPy arrays: the same in every process, on whichever devices the first scores are."""
+        return cls(*_empty_arrays())  # type: ignore[arg-type]
 
     def update(self, scores: Array) -> "AlignmentState":
-        """With more scores, float [...]; a pure function, for use under jit and scan."""
+        """The state after more scores, float [...]; a pure function, for use in jit and scan."""
         x = scores.astype(jnp.float32).ravel()
-        valid = jnp.abs(x) <= 1 + SCORE_TOLERANCE  # False for NaN
+        valid, no_gradient, dead, not_finite = classify_scores(x)
         number = jnp.sum(valid, dtype=jnp.int32)
         share = 1 / jnp.maximum(number, 1).astype(jnp.float32)
 
@@ -71,11 +69,9 @@ class AlignmentState(NamedTuple):
         c = jnp.where(valid, x0 - mean, 0)
         batch = jnp.stack([jnp.sum(c**2), jnp.sum(c**3), jnp.sum(c**4)])
         moments = _merge(self.counts[0], self.numbers[1], self.numbers[2:5], number, mean, batch)
-        smallest = jnp.minimum(self.numbers[5], jnp.min(jnp.where(valid, x, BEYOND), initial=BEYOND))
-        largest = jnp.maximum(self.numbers[6], jnp.max(jnp.where(valid, x, -BEYOND), initial=-BEYOND))
-        no_gradient = jnp.isnan(x) | (x == FINITE_MARKS.no_gradient)
-        dead = (x == DEAD) | (x == FINITE_MARKS.dead)
-        counts = [jnp.sum(v, dtype=jnp.int32) for v in (valid, no_gradient, dead, ~(valid | no_gradient | dead))]
+        smallest = jnp.minimum(self.numbers[5], jnp.min(jnp.where(valid, x, _BEYOND), initial=_BEYOND))
+        largest = jnp.maximum(self.numbers[6], jnp.max(jnp.where(valid, x, -_BEYOND), initial=-_BEYOND))
+        counts = [jnp.sum(kind, dtype=jnp.int32) for kind in (valid, no_gradient, dead, not_finite)]
         index = jnp.clip(jnp.searchsorted(EDGES, x, side="right") - 1, 0, BINS - 1)
         bins = jnp.zeros(BINS, jnp.int32).at[jnp.where(valid, index, BINS)].add(1, mode="drop")
         return AlignmentState(
@@ -84,19 +80,17 @@ class AlignmentState(NamedTuple):
         )
 
     def merge(self, other: "AlignmentState") -> "AlignmentState":
-        """Of both sets of scores together; a pure function."""
+        """The state of both sets of scores together; a pure function."""
         pivot = jnp.where(self.counts[0] > 0, self.numbers[0], other.numbers[0])
-        means = (state.numbers[1] + (state.numbers[0] - pivot) for state in (self, other))
-        moments = _merge(
-            self.counts[0], next(means), self.numbers[2:5], other.counts[0], next(means), other.numbers[2:5]
-        )
+        mean_a, mean_b = (state.numbers[1] + (state.numbers[0] - pivot) for state in (self, other))
+        moments = _merge(self.counts[0], mean_a, self.numbers[2:5], other.counts[0], mean_b, other.numbers[2:5])
         smallest = jnp.minimum(self.numbers[5], other.numbers[5])
         largest = jnp.maximum(self.numbers[6], other.numbers[6])
         numbers = jnp.concatenate([pivot[None], moments, smallest[None], largest[None]])
         return AlignmentState(numbers, self.counts + other.counts)
 
     def reduce(self, axis_name: str) -> "AlignmentState":
-        """Of all members of a mapped axis (shard_map, pmap, vmap) together, the same on each; a pure function."""
+        """The state of all members of a mapped axis (shard_map, pmap, vmap) together, the same on each; a pure function."""
         every = jax.lax.all_gather(self, axis_name)
         first = jax.tree.map(lambda leaf: leaf[0], every)
         rest = jax.tree.map(lambda leaf: leaf[1:], every)
@@ -104,7 +98,7 @@ class AlignmentState(NamedTuple):
         return merged
 
     def summary(self) -> AlignmentSummary:
-        """On the host, in float64; waits for the device."""
+        """The summary on the host, in float64; blocks on the device."""
         numbers, counts = jax.device_get(self)
         pivot, mean, m2, m3, m4, minimum, maximum = numbers.tolist()
         return AlignmentSummary(
@@ -122,12 +116,12 @@ class AlignmentState(NamedTuple):
         )
 
 
-def _nothing() -> tuple[np.ndarray, np.ndarray]:
-    return np.array([0, 0, 0, 0, 0, BEYOND, -BEYOND], np.float32), np.zeros(4 + BINS, np.int32)
+def _empty_arrays() -> tuple[np.ndarray, np.ndarray]:
+    return np.array([0, 0, 0, 0, 0, _BEYOND, -_BEYOND], np.float32), np.zeros(4 + BINS, np.int32)
 
 
 def _merge(count_a: Array, mean_a: Array, a: Array, count_b: Array, mean_b: Array, b: Array) -> Array:
-    """float32 [4]: mean, m2, m3, m4 of both; a and b hold m2, m3, m4. As `AlignmentSummary.merge`."""
+    """float32 [4]: mean, m2, m3, m4 of both; a and b are m2, m3, m4. As `AlignmentSummary.merge`."""
     n = jnp.maximum(count_a + count_b, 1).astype(jnp.float32)
     p, q = count_a.astype(jnp.float32) / n, count_b.astype(jnp.float32) / n
     mean_a = jnp.where(count_a > 0, mean_a, mean_b)
@@ -146,86 +140,26 @@ def _merge(count_a: Array, mean_a: Array, a: Array, count_b: Array, mean_b: Arra
 
 
 @partial(jax.jit, donate_argnums=0)
-def update(state: AlignmentState, scores: Array) -> AlignmentState:
-    """`AlignmentState.update`, jitted; the old state's memory is used for the new one."""
+def update_state(state: AlignmentState, scores: Array) -> AlignmentState:
+    """`AlignmentState.update`, jitted; the new state takes the memory of the old one."""
     return state.update(scores)
 
 
-merge = jax.jit(AlignmentState.merge)
+merge_states = jax.jit(AlignmentState.merge)
 
-copied = jax.jit(partial(jax.tree.map, jnp.copy))
-"""A copy of a pytree, on the same devices, which may be donated."""
+copy_state = jax.jit(partial(jax.tree.map, jnp.copy))
+"""A copy on the same devices, which may be donated."""
 
 
 @lru_cache(maxsize=8)
 def global_update(mesh: Mesh) -> Callable[[AlignmentState, Array], AlignmentState]:
-    """`update` of scores that live in several processes: every process gets the state of them all."""
+    """`update_state` for scores that are distributed over processes: every process gets the state of all of them."""
     everywhere = NamedSharding(mesh, PartitionSpec())  # type: ignore[no-untyped-call]
     return jax.jit(AlignmentState.update, donate_argnums=0, out_shardings=everywhere)
 
 
-class DeviceLedger(NamedTuple):
-    """The ledger on the device, [num_samples + 1]; the last place is for ids that are none, where they are counted.
-
-    Attributes:
-        sums, seen: float32.
-        predicted: int32; None until a prediction is given.
-    """
-
-    sums: Array
-    seen: Array
-    predicted: Array | None = None
-
-    @classmethod
-    def empty(cls, num_samples: int) -> Self:
-        """Of no samples."""
-        return cls(jnp.zeros(num_samples + 1, jnp.float32), jnp.zeros(num_samples + 1, jnp.float32))
-
-    def with_predictions(self) -> "DeviceLedger":
-        """With a place for predictions."""
-        if self.predicted is not None:
-            return self
-        return self._replace(predicted=jnp.full(self.sums.shape, UNKNOWN, jnp.int32))
-
-    @classmethod
-    def from_host(cls, ledger: Ledger) -> Self:
-        """What `to_host` gave."""
-        rest = (0.0, ledger.invalid_ids, UNKNOWN)
-        arrays = [jnp.asarray(np.append(a, end).astype(a.dtype)) for a, end in zip(ledger[:3], rest, strict=True)]
-        return cls(*arrays) if (ledger.predicted != UNKNOWN).any() else cls(*arrays[:2])
-
-    def to_host(self, untagged: int) -> Ledger:
-        """Waits for the device."""
-        sums, seen, predicted = jax.device_get(self)
-        known = np.full(sums.shape, UNKNOWN, np.int32) if predicted is None else predicted
-        own = [np.array(array[:-1]) for array in (sums, seen, known)]  # what JAX returns can be read-only
-        return Ledger(own[0], own[1], own[2], round(float(seen[-1])), untagged)
-
-
-@partial(jax.jit, donate_argnums=0)
-def enter(ledger: DeviceLedger, samples: TaggedBatch, scores: Array) -> DeviceLedger:
-    """Enters the scores of a batch into the ledger."""
-    sums, seen, predicted = ledger
-    size = sums.shape[0] - 1
-    ids, x = samples.ids, scores.astype(jnp.float32).ravel()
-    ids = ids.astype(jnp.int32) if ids.dtype.itemsize < 4 else ids  # which might not hold the size
-    stray = (ids < 0) | (ids >= size)
-    counted = jnp.abs(x) <= 1 + SCORE_TOLERANCE
-    x = jnp.where(counted, x, 0)
-    shares = counted.astype(jnp.float32)
-    if samples.weights is not None:
-        weights = jnp.broadcast_to(jnp.asarray(samples.weights, jnp.float32), ids.shape)
-        stray |= ~(weights >= 0) | jnp.isinf(weights)
-        shares = jnp.where(counted[:, None], jnp.where(stray, 1.0, weights), 0.0)
-        x = x[:, None]
-    ids = jnp.where(stray, size, ids)
-    if samples.predicted is not None and predicted is not None and ids.ndim == 1:  # a mixed input's is nobody's
-        predicted = predicted.at[jnp.where(counted, ids, size)].set(samples.predicted.astype(jnp.int32))
-    return DeviceLedger(sums.at[ids].add(shares * x), seen.at[ids].add(shares), predicted)
-
-
 class JaxSnapshot:
-    """A state on its way to the host."""
+    """A state that is being copied to the host. See `gwa_logging.protocols.Snapshot`."""
 
     def __init__(self, state: AlignmentState) -> None:
         self._state = state
@@ -233,9 +167,9 @@ class JaxSnapshot:
             array.copy_to_host_async()
 
     def ready(self) -> bool:
-        """Whether it has come."""
+        """Returns True if the copy has arrived."""
         return all(array.is_ready() for array in self._state)  # type: ignore[attr-defined]  # not in the stubs
 
     def result(self) -> AlignmentSummary:
-        """The summary; waits for it."""
+        """The summary; blocks until the copy has arrived."""
         return self._state.summary()

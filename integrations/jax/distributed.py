@@ -1,15 +1,26 @@
-"""Several processes of JAX: the key-value store that `jax.distributed` keeps for them."""
+"""Several processes of JAX: what they exchange at the end of an epoch, and the store that `jax.distributed` has for them."""
 
 from collections import Counter
+from functools import reduce
 from importlib import import_module
 from time import monotonic
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from gwa_logging.faults import Faults
+from gwa_logging.ledger import Ledger
+from gwa_logging.ranks import Attendance, Identity, counted
+from gwa_logging.summary import AlignmentSummary
+
+LOST = "lost processes"
+"""Fault: a process of jax.distributed has died."""
 
 
 class ClientBoard(NamedTuple):
-    """The store of jax.distributed. See `gwa_logging.ranks.Board`."""
+    """The key-value store of jax.distributed. See `gwa_logging.ranks.Board`."""
 
     client: Any
 
@@ -23,7 +34,7 @@ class ClientBoard(NamedTuple):
         self.client.key_value_set(f"{key}/{jax.process_index()}", "watches")
 
     def absent(self, key: str, within: float) -> list[int]:
-        """The processes that have not stored the key in time."""
+        """The processes that have not stored the key within this many seconds."""
         deadline = monotonic() + within
         return [number for number in range(jax.process_count()) if not self._has(f"{key}/{number}", deadline)]
 
@@ -37,7 +48,7 @@ class ClientBoard(NamedTuple):
         return True
 
     def settle(self, key: str, value: str) -> str:
-        """Stores a value, unless a process has done so before."""
+        """Stores a value unless another process has done so; returns the stored one."""
         try:
             self.client.key_value_set(key, value)
         except jax.errors.JaxRuntimeError as error:
@@ -50,11 +61,74 @@ _watches: Counter[str] = Counter()
 
 
 def board() -> ClientBoard | None:
-    """The board of jax.distributed; None if there is no other process, or this version of JAX keeps it elsewhere."""
+    """The board of jax.distributed; None if there is one process, or if this version of JAX has its client elsewhere."""
     if jax.process_count() == 1:
         return None
     try:
         client = import_module("jax._src.distributed").global_state.client  # it has no public name
-    except (ImportError, AttributeError):  # without it a process that never watches is waited for, as by any collective
+    except (
+        ImportError,
+        AttributeError,
+    ):  # without it a process that never watches blocks the others, as in any collective
         return None
     return None if client is None else ClientBoard(client)
+
+
+class Processes:
+    """Merges what the processes have, by collectives: every process must call each method.
+
+    A process that does not call watch(), or that dies, must not block the others. Then each one reports its own samples, and
+    a fault says so.
+    """
+
+    def __init__(self, attendance: Attendance, faults: Faults) -> None:
+        self._attendance = attendance
+        self._faults = faults
+        self._lost: dict[str, str] = {}  # the fault, once a process has died
+
+    def merge_summaries(self, summary: AlignmentSummary, head: str) -> tuple[AlignmentSummary, dict[str, str]]:
+        """The summary over the processes that count, and what is wrong with the others, by kind of fault.
+
+        Args:
+            summary: of this process.
+            head: description of its head; empty while it is not known.
+        """
+        problems = self._attendance.problems()
+        own = summary.to_vector()
+        if not problems:
+            identity = Identity(head, group=jax.process_index()).to_vector()
+            # As bytes: JAX would turn float64 into float32.
+            gathered = self._gather(np.concatenate([own, identity]).view(np.uint8))
+            if gathered is not None:
+                vectors = [np.frombuffer(part.tobytes()) for part in np.asarray(gathered)]
+                summaries = [AlignmentSummary.from_vector(vector[: len(own)]) for vector in vectors]
+                found = counted([Identity.from_vector(vector[len(own) :]) for vector in vectors], summaries)
+                summary, problems = AlignmentSummary.merge_all(summaries[rank] for rank in found.ranks), found.problems
+            else:
+                problems = self._lost
+        self._faults.record_once(problems)
+        return summary, problems
+
+    def merge_ledgers(self, ledger: Ledger) -> Ledger:
+        """The ledger over all processes, given that of this one."""
+        problems = self._attendance.problems()
+        gathered = None if problems else self._gather(ledger)
+        if gathered is None:
+            self._faults.record_once(problems or self._lost)
+            return ledger
+        ledgers = [Ledger(*(np.asarray(array)[rank] for array in gathered)) for rank in range(jax.process_count())]
+        merged = reduce(Ledger.merge, ledgers)
+        return merged._replace(invalid_ids=int(merged.invalid_ids), untagged=int(merged.untagged))
+
+    def _gather(self, value: Any) -> Any:
+        """The values of all processes, stacked; None if a process has died: another attempt would fail, or never return."""
+        if self._lost:
+            return None
+        try:
+            return multihost_utils.process_allgather(value, tiled=False)
+        except (ValueError, RuntimeError) as error:  # which one depends on when the process died
+            reason = str(error).partition("\n")[0][:200]
+            self._lost = {
+                LOST: f"another process no longer answers ({reason}); from now on each process reports its own samples only"
+            }
+            return None

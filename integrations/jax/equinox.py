@@ -8,13 +8,13 @@ import jax
 from jax import Array
 
 from gwa_logging.errors import InvalidInputError
-from gwa_logging.integrations.jax.contractions import pointwise
-from gwa_logging.integrations.jax.model_library import Library, named, path_of
-from gwa_logging.integrations.jax.probe import Session, entered
+from gwa_logging.integrations.jax.contractions import run_pointwise_convolution
+from gwa_logging.integrations.jax.model_library import ModelLibrary, dotted_path, named_arrays
+from gwa_logging.integrations.jax.sessions import Session, session_entered
 
 
-class _Heard(eqx.Module):
-    """Stands in for a linear layer for the time of a trace, and tells of its calls."""
+class _InterceptedLayer(eqx.Module):
+    """Replaces a linear layer during a trace; its calls go through the session."""
 
     inner: eqx.nn.Linear | eqx.nn.Conv
     path: str = eqx.field(static=True)
@@ -27,30 +27,31 @@ class _Heard(eqx.Module):
             return inner(x, *args, **kwargs)
 
         if isinstance(inner, eqx.nn.Linear):
-            return self.session.linear(self.path, layer, x, inner.weight, inner.bias)
-        return pointwise(self.session, self.path, layer, x, inner.weight, inner.bias, range(1, x.ndim))
+            return self.session.run_linear(self.path, layer, x, inner.weight, inner.bias)
+        spatial = range(1, x.ndim)
+        return run_pointwise_convolution(self.session, self.path, layer, x, inner.weight, inner.bias, spatial)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
 
-class Equinox(Library):
+class Equinox(ModelLibrary):
     """An `equinox.Module`, differentiated as by `eqx.filter_value_and_grad`: by the loss's first argument."""
 
     def run(self, session: Session, fun: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        def heard(value: Any) -> Any:
+        def intercepted(value: Any) -> Any:
             if not self.is_model(value):
                 return value
-            session.parameters(named(value))
-            return _with_heard_layers(value, session)
+            session.parameters(named_arrays(value))
+            return _with_intercepted_layers(value, session)
 
-        with entered(session):
-            return fun(*map(heard, args), **{key: heard(value) for key, value in kwargs.items()})
+        with session_entered(session):
+            return fun(*map(intercepted, args), **{key: intercepted(value) for key, value in kwargs.items()})
 
     def jit(self, fun: Callable[..., Any]) -> Callable[..., Any]:
         return eqx.filter_jit(fun)
 
-    def forward(self, inputs: Sequence[Any]) -> tuple[Callable[..., Any], Sequence[Any]]:
+    def evaluation(self, inputs: Sequence[Any]) -> tuple[Callable[..., Any], Sequence[Any]]:
         return (lambda model, *inputs: model(*inputs)), (self.model, *inputs)
 
     def value_and_grad(
@@ -61,10 +62,10 @@ class Equinox(Library):
                 f"argnums={argnums!r}: Equinox differentiates by the first argument only; put it first"
             )
 
-        def first_two(both: tuple[Array, Any], *args: Any, **kwargs: Any) -> Any:
-            return fun(*both, *args, **kwargs)
+        def of_pair(probe_and_model: tuple[Array, Any], *args: Any, **kwargs: Any) -> Any:
+            return fun(*probe_and_model, *args, **kwargs)
 
-        gradient = eqx.filter_value_and_grad(first_two, has_aux=has_aux, **options)
+        gradient = eqx.filter_value_and_grad(of_pair, has_aux=has_aux, **options)
 
         def differentiated(probe: Array, *args: Any, **kwargs: Any) -> tuple[Any, Array, Any]:
             value, (scores, grads) = gradient((probe, args[0]), *args[1:], **kwargs)
@@ -79,10 +80,10 @@ def _is_linear(value: Any) -> bool:
     return isinstance(value, eqx.nn.Linear)
 
 
-def _with_heard_layers(model: Any, session: Session) -> Any:
-    """The model with a stand-in for each linear layer; the parameters are the same, so the gradients are the model's."""
+def _with_intercepted_layers(model: Any, session: Session) -> Any:
+    """The model with its linear layers replaced. The parameters are the same, so the gradients are the model's."""
 
-    def stand_in(path: Any, value: Any) -> Any:
-        return _Heard(value, path_of(path), session) if _is_linear(value) else value
+    def replacement(path: Any, value: Any) -> Any:
+        return _InterceptedLayer(value, dotted_path(path), session) if _is_linear(value) else value
 
-    return jax.tree_util.tree_map_with_path(stand_in, model, is_leaf=_is_linear)
+    return jax.tree_util.tree_map_with_path(replacement, model, is_leaf=_is_linear)

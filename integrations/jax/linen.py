@@ -1,4 +1,4 @@
-"""Flax Linen: intercepts the linear layers that run, without touching the model."""
+"""Flax Linen: intercepts the linear layers that run, without changing the model."""
 
 import dataclasses
 import math
@@ -10,12 +10,14 @@ import jax
 from flax import linen
 from jax import Array
 
-from gwa_logging.integrations.jax.contractions import einsum, general, pointwise
-from gwa_logging.integrations.jax.model_library import Library, named, zeros
-from gwa_logging.integrations.jax.probe import Session, entered
+from gwa_logging.integrations.jax.contractions import run_contraction, run_einsum, run_pointwise_convolution
+from gwa_logging.integrations.jax.model_library import ModelLibrary, named_arrays, zeros_of
+from gwa_logging.integrations.jax.sessions import Session, session_entered
+
+_LINEAR = linen.Dense | linen.DenseGeneral | linen.Einsum | linen.Conv
 
 
-class Linen(Library):
+class Linen(ModelLibrary):
     """A `flax.linen.Module`; parameters are arguments of the loss."""
 
     def __init__(self, model: linen.Module) -> None:
@@ -23,57 +25,54 @@ class Linen(Library):
         self._classes = {type(model), _untransformed(type(model))}
 
     def is_model(self, value: Any) -> bool:
-        """Whether a module is the watched model; inside `nn.remat(Net)` and `nn.jit(Net)` it is a plain `Net`."""
+        """Returns True for the watched model; inside `nn.remat(Net)` and `nn.jit(Net)` it is a plain `Net`."""
         return type(value) in self._classes
 
     def run(self, session: Session, fun: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        inside: list[bool] = []
-        running: list[linen.Module] = []  # the linear layers that are being called, the innermost last
+        models: list[bool] = []  # the models that are being called, the innermost last: True for the watched one
+        layers: list[linen.Module] = []  # the linear layers that are being called, the innermost last
 
         def intercept(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-            root = not context.module.path  # the watched model, or another one, such as a teacher
-            if root:
-                inside.append(self._enter(context.module, session, is_outermost=not inside))
-            elif not inside:  # a part of a bound model: model.bind(variables).head(h)
-                inside.append(self._enter(_top(context.module), session))
-                root = True
+            module = context.module
+            is_root = not module.path  # the watched model, or another one, such as a teacher
+            is_bound_part = not is_root and not models  # model.bind(variables).head(h)
+            if is_root or is_bound_part:
+                model = module if is_root else _root(module)
+                models.append(self._report_parameters(model, session, is_outermost=not models))
             try:
-                return heard(next_fun, args, kwargs, context.module, context.method_name)
+                in_super = bool(layers) and layers[-1] is module  # a subclass has called `super().__call__`
+                if in_super or not (models and models[-1]):
+                    return next_fun(*args, **kwargs)
+                return _run_method(session, next_fun, args, kwargs, module, context.method_name, layers)
             finally:
-                if root:
-                    inside.pop()
+                if is_root or is_bound_part:
+                    models.pop()
 
-        def heard(next_fun: Callable[..., Any], args: Any, kwargs: Any, module: linen.Module, method: str) -> Any:
-            in_super = bool(running) and running[-1] is module  # a subclass has called `super().__call__`
-            if in_super or not (inside and inside[-1]):
-                return next_fun(*args, **kwargs)
-            return _heard(session, next_fun, args, kwargs, module, method, running)
-
-        with entered(session), linen.intercept_methods(intercept):
+        with session_entered(session), linen.intercept_methods(intercept):
             return fun(*args, **kwargs)
 
-    def forward(self, inputs: Sequence[Any]) -> tuple[Callable[..., Any], Sequence[Any]]:
+    def evaluation(self, inputs: Sequence[Any]) -> tuple[Callable[..., Any], Sequence[Any]]:
         keys = {name: jax.random.key(0) for name in ("params", "dropout")}
         shapes = jax.eval_shape(partial(self.model.init, keys), *inputs)
 
         def run(*inputs: Any) -> Any:
-            return self.model.apply(zeros(shapes), *inputs, rngs=keys, mutable=True)[0]
+            return self.model.apply(zeros_of(shapes), *inputs, rngs=keys, mutable=True)[0]
 
         return run, inputs
 
-    def _enter(self, bound: linen.Module, session: Session, is_outermost: bool = True) -> bool:
-        """Whether a bound root is the watched model; if so, the session is given its parameters."""
-        is_watched = self._is_watched(bound)
+    def _report_parameters(self, root: linen.Module, session: Session, is_outermost: bool) -> bool:
+        """Returns True if a bound model is the watched one; then the session receives its parameters."""
+        is_watched = self._is_watched(root)
         if is_watched and is_outermost:
-            session.parameters(named(linen.meta.unbox(bound.variables.get("params", {}))))
+            session.parameters(named_arrays(linen.meta.unbox(root.variables.get("params", {}))))
         return is_watched
 
-    def _is_watched(self, bound: linen.Module) -> bool:
-        """Whether a bound module is the watched one: of the same class, and with the same plain settings."""
-        if not self.is_model(bound):
+    def _is_watched(self, root: linen.Module) -> bool:
+        """Returns True if a bound model has the class and the plain settings of the watched one."""
+        if not self.is_model(root):
             return False
         names = [f.name for f in dataclasses.fields(self.model) if f.name not in ("parent", "name")]
-        pairs = [(getattr(bound, name, None), getattr(self.model, name, None)) for name in names]
+        pairs = [(getattr(root, name, None), getattr(self.model, name, None)) for name in names]
         return all(a == b for a, b in pairs if isinstance(a, bool | int | float | str) and isinstance(b, type(a)))
 
 
@@ -84,51 +83,53 @@ def _untransformed(kind: type) -> type:
     return base if kind.__name__ in [name + base.__name__ for name in names] else kind
 
 
-def _top(module: linen.Module) -> linen.Module:
+def _root(module: linen.Module) -> linen.Module:
     """The model that a bound module is a part of."""
     while isinstance(module.parent, linen.Module):
         module = module.parent
     return module
 
 
-def _heard(
+def _run_method(
     session: Session,
     next_fun: Callable[..., Any],
     args: Any,
     kwargs: Any,
     module: linen.Module,
     method: str,
-    running: list[linen.Module],
+    layers: list[linen.Module],
 ) -> Any:
-    """Runs a method of a module, by way of the session if the module is a linear layer and the method its product.
+    """Runs a method of a module; through the session if the module is a linear layer and the method computes its product.
 
-    While the layer runs, it is the last one in `running`.
+    While the layer runs, it is the last one in `layers`.
     """
-    kinds = linen.Dense | linen.DenseGeneral | linen.Einsum | linen.Conv
     is_tied = isinstance(module, linen.Embed) and method == "attend"
     parameters = linen.meta.unbox(module.variables.get("params", {}))
     weight = parameters.get("embedding" if is_tied else "kernel")
-    name = "query" if is_tied else "inputs"
-    is_given = bool(args) or name in kwargs
-    if weight is None or not is_given or not (is_tied or (isinstance(module, kinds) and method == "__call__")):
+    keyword = "query" if is_tied else "inputs"
+    is_product = is_tied or (isinstance(module, _LINEAR) and method == "__call__")
+    if weight is None or not is_product or not (args or keyword in kwargs):
         return next_fun(*args, **kwargs)
     kwargs = dict(kwargs)
-    inputs, *rest = args or (kwargs.pop(name),)
+    inputs, *rest = args or (kwargs.pop(keyword),)
 
     def layer(inputs: Array) -> Array:
-        running.append(module)
+        layers.append(module)
         try:
             return next_fun(inputs, *rest, **kwargs)  # type: ignore[no-any-return]
         finally:
-            running.pop()
+            layers.pop()
 
-    given = (session, ".".join(module.path), layer, inputs, weight, parameters.get("bias"))
+    path, bias = ".".join(module.path), parameters.get("bias")
     if isinstance(module, linen.DenseGeneral) and module.batch_dims == ():
-        return general(*given, [module.axis] if isinstance(module.axis, int) else module.axis)
+        axes = [module.axis] if isinstance(module.axis, int) else module.axis
+        return run_contraction(session, path, layer, inputs, weight, bias, axes)
     if isinstance(module, linen.Einsum):
-        return einsum(*given, kwargs.get("einsum_str", rest[0] if rest else None) or module.einsum_str or "")
+        equation = kwargs.get("einsum_str", rest[0] if rest else None) or module.einsum_str or ""
+        return run_einsum(session, path, layer, inputs, weight, bias, equation)
     if isinstance(module, linen.Conv) and weight.size == math.prod(weight.shape[-2:]):
-        return pointwise(*given, range(-weight.ndim + 1, -1))
+        spatial = range(-weight.ndim + 1, -1)
+        return run_pointwise_convolution(session, path, layer, inputs, weight, bias, spatial)
     if is_tied or isinstance(module, linen.Dense):
-        return session.linear(*given[1:])
+        return session.run_linear(path, layer, inputs, weight, bias)
     return layer(inputs)

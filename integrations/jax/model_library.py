@@ -1,8 +1,11 @@
-"""What differs between JAX's model libraries: how a loss is run so that a session hears of its linear layers, and how it is
-differentiated. This one serves functions that call `tap`; each library has a room of its own beside it.
+"""What differs between JAX's model libraries: how a session learns of the linear layers in a loss, and differentiation.
+
+`ModelLibrary` serves functions that call `tap`. `linen`, `nnx`, `equinox`, `haiku` and `keras_model` have a subclass for each
+library.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -10,10 +13,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from gwa_logging.errors import InvalidInputError
-from gwa_logging.integrations.jax.probe import Session, entered
+from gwa_logging.integrations.jax.sessions import Session, session_entered
 
 
-class Library:
+class ModelLibrary:
     """Hand-written nets, which call `tap`.
 
     Attributes:
@@ -26,26 +29,28 @@ class Library:
         self.name = getattr(model, "__name__", type(model).__name__)
 
     def run(self, session: Session, fun: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Runs a loss so that `session` hears of the linear layers in it."""
-        with entered(session):
+        """Runs a loss; calls the session for each linear layer in it."""
+        with session_entered(session):
             return fun(*args, **kwargs)
 
-    def run_apart(self, session: Session, fun: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """The same, inside of an abstract trace, where nothing of the user's may be changed."""
+    def run_without_effects(
+        self, session: Session, fun: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> Any:
+        """Like `run`, in an abstract trace; the user's objects are not changed."""
         return self.run(session, fun, args, kwargs)
 
     def jit(self, fun: Callable[..., Any]) -> Callable[..., Any]:
-        """Jits a function of the model, as the library has it."""
+        """Jits a function of the model by the library's own jit."""
         return jax.jit(fun)
 
-    def forward(self, inputs: Sequence[Any]) -> tuple[Callable[..., Any], Sequence[Any]]:
-        """A function that runs the model in evaluation, and its arguments; traced only, never run."""
+    def evaluation(self, inputs: Sequence[Any]) -> tuple[Callable[..., Any], Sequence[Any]]:
+        """A function that evaluates the model, and its arguments. It is only traced."""
         return self.model, inputs
 
-    def positional(
+    def bind_arguments(
         self, fun: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
     ) -> tuple[Sequence[Any], dict[str, Any]]:
-        """The arguments as the library's own value_and_grad would call the loss with them."""
+        """The arguments as the library's own value_and_grad would pass them to the loss."""
         return args, kwargs
 
     def value_and_grad(
@@ -59,38 +64,49 @@ class Library:
         wanted = (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
         def differentiated(probe: Array, *args: Any, **kwargs: Any) -> tuple[Any, Array, Any]:
-            beyond = [n for n in wanted if not -len(args) <= n < len(args)]
-            if beyond:
+            if any(not -len(args) <= n < len(args) for n in wanted):
                 raise InvalidInputError(
                     f"argnums={argnums!r}: the loss was called with {len(args)} positional arguments"
                 )
             shifted = (0, *(1 + n % len(args) for n in wanted))
-            value, (scores, *grads) = jax.value_and_grad(fun, argnums=shifted, has_aux=has_aux, **options)(
-                probe, *args, **kwargs
-            )
+            gradient = jax.value_and_grad(fun, argnums=shifted, has_aux=has_aux, **options)
+            value, (scores, *grads) = gradient(probe, *args, **kwargs)
             return value, scores, grads[0] if isinstance(argnums, int) else tuple(grads)
 
         return differentiated
 
     def is_model(self, value: Any) -> bool:
-        """Whether an argument of the loss is the watched model, or what training has made of it."""
+        """Returns True if an argument of the loss is the watched model, or a trained copy of it."""
         return type(value) is type(self.model)
 
 
-def zeros(shapes: Any) -> Any:
-    """Arrays of the shapes of a pytree, for a trace."""
+@contextmanager
+def substituted_classes(instances: Iterable[Any], subclass_of: Callable[[Any], type]) -> Iterator[None]:
+    """Changes the class of each instance to `subclass_of` its class, and back at the end."""
+    originals: list[tuple[Any, type]] = [(instance, type(instance)) for instance in instances]
+    for instance, original in originals:
+        object.__setattr__(instance, "__class__", subclass_of(original))
+    try:
+        yield
+    finally:
+        for instance, original in originals:
+            object.__setattr__(instance, "__class__", original)
+
+
+def zeros_of(shapes: Any) -> Any:
+    """A pytree of zeros with the shapes and types of another pytree."""
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
-def named(tree: Any) -> dict[str, Array]:
+def named_arrays(tree: Any) -> dict[str, Array]:
     """The floating-point arrays of a pytree, by their dotted paths."""
     return {
-        path_of(path): leaf
+        dotted_path(path): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.inexact)
     }
 
 
-def path_of(keys: Sequence[Any]) -> str:
+def dotted_path(keys: Sequence[Any]) -> str:
     """The dotted path of a leaf of a pytree."""
     return ".".join(str(getattr(key, "name", getattr(key, "idx", getattr(key, "key", key)))) for key in keys)

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 
 import gwa_logging
 from gwa_logging import AlignmentSummary, InvalidInputError
-from gwa_logging.integrations.jax.accumulate import AlignmentState, update
+from gwa_logging.integrations.jax.accumulate import AlignmentState, update_state
 from tests.core.test_summary import assert_equals_scipy, spread_scores
 
 
 def summary_of(pieces) -> AlignmentSummary:
     state = AlignmentState.empty()
     for piece in pieces:
-        state = update(state, jnp.asarray(piece))
+        state = update_state(state, jnp.asarray(piece))
     return state.summary()
 
 
@@ -60,7 +60,7 @@ def test_the_empty_state_is_the_empty_summary():
 def test_merged_states_give_scipys_moments(scores, cut):
     padded = [np.full(400, 9.0, np.float32), np.full(400, 9.0, np.float32)]  # one shape, so one compilation
     padded[0][:cut], padded[1][: len(scores) - cut] = scores[:cut], scores[cut:]
-    a, b = (update(AlignmentState.empty(), jnp.asarray(part)) for part in padded)
+    a, b = (update_state(AlignmentState.empty(), jnp.asarray(part)) for part in padded)
     for merged in (a.merge(b), b.merge(a)):
         assert_equals_scipy(merged.summary(), scores, rel=2e-6)
 

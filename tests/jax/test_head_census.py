@@ -215,7 +215,7 @@ LINEN: dict[str, tuple[Make, str | None]] = {
     "Dense, subclass that calls super()": (of_linen(lambda h: LinenSuper(C, name="head")(h)), None),
     "Dense, scaling subclass that calls super()": (
         of_linen(lambda h: LinenScaling(C, name="head")(h)),
-        "'head' is no linear layer: it does not end with a product of its input and its weight, plus its bias",
+        "'head' is not a linear layer: it does not end with a product of its input and its weight, plus its bias",
     ),
     "Dense, the model in nn.remat": (of_linen(lambda h: linen.Dense(C, name="head")(h), transform=linen.remat), None),
     "Dense, the model in nn.jit": (of_linen(lambda h: linen.Dense(C, name="head")(h), transform=linen.jit), None),
@@ -263,7 +263,7 @@ LINEN: dict[str, tuple[Make, str | None]] = {
     ),
     "parameter, cosine": (
         of_linen(lambda h: unit(h) @ unit(parameter("w", D, C), 0)),
-        "a normalised vector (a cosine head, or logits that are normalised)",
+        "a normalised vector (a cosine head, or normalised logits)",
     ),
     "parameter, closed over": (
         frozen_head,
@@ -271,11 +271,11 @@ LINEN: dict[str, tuple[Make, str | None]] = {
     ),
     "Dense, normalised": (
         of_linen(lambda h: unit(linen.Dense(C, name="head")(h))),
-        "a normalised vector (a cosine head, or logits that are normalised)",
+        "a normalised vector (a cosine head, or normalised logits)",
     ),
     "Dense, scaling dot_general": (
         of_linen(lambda h: linen.Dense(C, dot_general_cls=ScalingDot, name="head")(h)),
-        "'head' is no linear layer: it computes more than the product",
+        "'head' is not a linear layer: it computes more than the product",
     ),
     "Dense, two": (
         of_linen(lambda h: linen.Dense(C, name="a")(h) + linen.Dense(C, name="b")(-h)),
@@ -379,11 +379,11 @@ NNX: dict[str, tuple[Make, str | None]] = {
     "Param": (of_nnx(lambda rngs: NnxRaw(False, rngs)), "a matrix product with the parameter 'head.kernel' (4 x 3)"),
     "Linear, scaling subclass": (
         of_nnx(lambda rngs: NnxScaling(D, C, rngs=rngs)),
-        "'head' is no linear layer: it does not end with a product",
+        "'head' is not a linear layer: it does not end with a product",
     ),
     "LoRALinear": (
         of_nnx(lambda rngs: nnx.LoRALinear(D, C, lora_rank=2, rngs=rngs)),
-        "'head' is no linear layer: it computes more",
+        "'head' is not a linear layer: it computes more",
     ),
     "Conv 1x1, pooled after it": (
         of_nnx(lambda rngs: nnx.Conv(D, C, (1,), rngs=rngs), lambda head, h: head(jnp.stack([h, -h], 1)).mean(1)),
@@ -476,7 +476,7 @@ EQUINOX: dict[str, tuple[Make, str | None]] = {
     ),
     "Linear, scaling subclass": (
         of_eqx(lambda key: EqxScaling(D, C, key=key)),
-        "'head' is no linear layer: it does not end with a product",
+        "'head' is not a linear layer: it does not end with a product",
     ),
     "Conv1d 1, pooled after it": (
         of_eqx(lambda key: eqx.nn.Conv1d(D, C, 1, key=key), lambda head, h: head(jnp.stack([h, -h], 1)).mean(1)),
@@ -682,7 +682,7 @@ def test_a_layer_that_is_no_head_is_refused_by_name_too():
     net = LINEN["Dense, scaling dot_general"][0]()
     with (
         gwa_logging.watch(net.model, head="head") as monitor,
-        pytest.raises(HeadNotFoundError, match="'head' is no linear layer") as error,
+        pytest.raises(HeadNotFoundError, match="'head' is not a linear layer") as error,
     ):
         scores_of(net, monitor)
     assert error.value.candidates == ("'hidden': 4 -> 4",)

@@ -67,5 +67,5 @@ def test_another_backend_is_refused_with_the_remedy(tmp_path):
     )
     run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 1
-    assert "a Keras model on the 'numpy' backend" in run.stderr
+    assert "Keras runs on the 'numpy' backend" in run.stderr
     assert "KERAS_BACKEND=jax" in run.stderr
