@@ -72,11 +72,11 @@ def time_operations(samples: int) -> None:
     """Times each operation that the ledger adds to a step by itself, which is exact on a busy machine, too."""
     import jax
     import jax.numpy as jnp
+
     from gwa_logging.integrations.jax.ledger import DeviceLedger as JaxLedger
     from gwa_logging.integrations.jax.ledger import add_to_ledger
-    from gwa_logging.integrations.torch.ledger import DeviceLedger, TaggedScores
-
     from gwa_logging.integrations.torch.head_layers import Linear
+    from gwa_logging.integrations.torch.ledger import DeviceLedger, TaggedScores
     from gwa_logging.ledger import TaggedBatch
 
     scores = 0.3 * torch.rand(BATCH)
