@@ -10,9 +10,12 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gwa_logging import _all_heads
+from gwa_logging.recording import Recording
 from tests.trackers import BATCHES, Training
 
 STEPS = BATCHES * 5
@@ -27,13 +30,14 @@ class Trainer:
         self.monitor = self.training.watch(Path(directory), backend=backend, run=run, log_every_n_steps=1)
         self.watch_took = time.monotonic() - begin
         self.waits: list[float] = []
-        self._notify = self.monitor._notify
-        self.monitor._notify = self._timed  # type: ignore[method-assign]
+        notify = _all_heads.notify
 
-    def _timed(self) -> None:
-        begin = time.perf_counter()
-        self._notify()
-        self.waits.append(time.perf_counter() - begin)
+        def timed_notify(recordings: Sequence[Recording]) -> None:
+            begin = time.perf_counter()
+            notify(recordings)
+            self.waits.append(time.perf_counter() - begin)
+
+        _all_heads.notify = timed_notify
 
     def start(self) -> dict[str, Any]:
         return {"journal": str(self.monitor.journal), "took": self.watch_took}
