@@ -259,7 +259,10 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
     messages: dict[object, str] = {}
     for problem in error.errors(include_url=False):
         field = problem["loc"][0] if problem["loc"] else ""
-        found = f"{field}={shortened(problem['input'])}: " if field else ""
+        if field == "labels":  # may be long, and the messages describe what was found
+            found = "labels: "
+        else:
+            found = f"{field}={shortened(problem['input'])}: " if field else ""
         reason = problem.get("ctx", {}).get("error")
         if problem["type"] == "extra_forbidden":
             message = unknown_name("argument", str(field), model.model_fields)
