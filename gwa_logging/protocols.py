@@ -285,6 +285,21 @@ class Backend(ABC):
         return None
 
 
+class BackendModule(Protocol):
+    """The module or entry point that `watch(backend=)` names.
+
+    It may also have `locate(context: RunContext) -> TrackerRunRef`; see `Backend`.
+    """
+
+    def open_backend(self, context: RunContext) -> BackendWriter:
+        """Opens the tracker.
+
+        Raises:
+            BackendError: it cannot be used.
+        """
+        ...
+
+
 class _WithDefaults(Backend):
     """A backend made of an object that has `write`, `close`, and any of the optional members."""
 
