@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gwa_logging import EarlyStop, Monitor, delivery
+from gwa_logging import EarlyStop, Monitor, registry
 from gwa_logging._watch import _open
+from gwa_logging.protocols import Backend, RunContext
 from gwa_logging.records import AnyRecord
 from gwa_logging.settings import WatchSettings
 from gwa_logging.summary import AlignmentSummary
@@ -125,15 +126,23 @@ def train(
 
 
 def die_after_sending(kind: str, *arguments: Any) -> None:
-    """Trains until the tracker has accepted a record of this kind, and dies before anything records that."""
-    send = delivery.send
+    """Trains until the tracker has accepted a record of this kind, and dies before anything else can happen."""
+    open_backend = registry.open_backend
 
-    def sent(backend: Any, records: list[AnyRecord]) -> None:
-        send(backend, records)
-        if any(record.kind == kind for record in records):
-            os.kill(os.getpid(), signal.SIGKILL)
+    def open_and_wrap(wanted: Any, context: RunContext) -> Backend | None:
+        backend = open_backend(wanted, context)
+        if backend is not None:
+            write_many = backend.write_many
 
-    delivery.send = sent
+            def write_and_die(records: Sequence[AnyRecord]) -> None:
+                write_many(records)
+                if any(record.kind == kind for record in records):
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            backend.write_many = write_and_die
+        return backend
+
+    registry.open_backend = open_and_wrap
     train(*arguments)
 
 
