@@ -5,7 +5,7 @@ import gc
 import re
 import secrets
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import datetime
 from functools import wraps
@@ -22,9 +22,9 @@ from gwa_logging.errors import InvalidInputError
 from gwa_logging.faults import Faults
 from gwa_logging.journal import FILE_NAME, Journal
 from gwa_logging.monitor import Monitor
-from gwa_logging.protocols import AdapterModule, Backend, RunContext
+from gwa_logging.protocols import AdapterModule, Backend, BackendWriter, RunContext
 from gwa_logging.recording import Recording, announce
-from gwa_logging.records import TrackerRunRef
+from gwa_logging.records import StopAlert, TrackerRunRef
 from gwa_logging.settings import EarlyStop, WatchSettings, unknown_name
 
 P = ParamSpec("P")
@@ -63,12 +63,12 @@ def _refuse_unknown_arguments(function: Callable[P, R]) -> Callable[P, R]:
 @_refuse_unknown_arguments
 def watch(
     model: Any,
-    backend: Any = "local",
+    backend: str | BackendWriter | Sequence[str | BackendWriter] = "local",
     *,
-    run: Any = None,
+    run: object = None,
     head: Any = None,
     early_stop: EarlyStop | None = EarlyStop(),  # noqa: B008 - it is frozen
-    on_alert: Callable[..., Any] | None = None,
+    on_alert: Callable[[StopAlert], object] | None = None,
     log_every_n_steps: int = 50,
     samples_per_epoch: int | None = None,
     num_samples: int | None = None,
@@ -241,7 +241,7 @@ class RunTakenError(InvalidInputError):
         self.monitor = monitor
 
 
-def _check_is_free(backend: Any, run_ref: TrackerRunRef, name: str) -> None:
+def _check_is_free(backend: str | BackendWriter, run_ref: TrackerRunRef, name: str) -> None:
     """Checks that no other monitor writes to this run under this name. One whose model was deleted is closed first.
 
     Raises:
@@ -265,7 +265,7 @@ def _check_is_free(backend: Any, run_ref: TrackerRunRef, name: str) -> None:
     )
 
 
-def _writer_to(backend: Any, run_ref: TrackerRunRef, name: str) -> Monitor | None:
+def _writer_to(backend: str | BackendWriter, run_ref: TrackerRunRef, name: str) -> Monitor | None:
     """The open monitor, if any, that writes to this run under this name."""
     for watch in _watches:
         monitor = watch.monitor()
@@ -276,7 +276,7 @@ def _writer_to(backend: Any, run_ref: TrackerRunRef, name: str) -> Monitor | Non
     return None
 
 
-def _is_same(opened: Backend, backend: Any, run_ref: TrackerRunRef) -> bool:
+def _is_same(opened: Backend, backend: str | BackendWriter, run_ref: TrackerRunRef) -> bool:
     """Returns True if an opened backend is the given one, or writes to the same run."""
     if opened == backend:
         return True

@@ -195,6 +195,8 @@ def _explain(error: ValidationError) -> str:
         return f"{field}: {first['ctx']['error']}" if field else str(first["ctx"]["error"])
     if first["type"] == "missing":
         return f"{field}: it is missing"
+    if first["type"] == "extra_forbidden":
+        return f"{field}: it is unknown"
     expected = _EXPECTED.get(first["type"], "another value").format(**first.get("ctx", {}))
     return f"{field}: expected {expected}, found {shortened(first['input'])}"
 
@@ -209,7 +211,6 @@ _EXPECTED = {
     "list_type": "a list",
     "dict_type": "a dictionary",
     "model_type": "a dictionary",
-    "extra_forbidden": "no such field",
     "enum": "one of {expected}",
 }
 """What a field should be, by pydantic's type of the error."""

@@ -45,7 +45,7 @@ class TaggedBatch(NamedTuple):
         dtype, shape = _dtype_and_shape(self.ids)
         mixed = self.weights is not None
         if "int" not in dtype or shape is None or len(shape) != 1 + mixed:
-            wanted = "[batch, m] with weights" if mixed else "[batch], or [batch, m] with weights for mixed samples"
+            wanted = "[batch, m] with weights" if mixed else "[batch], or [batch, m] and weights for mixed samples"
             raise InvalidInputError(f"sample_ids: expected an integer array {wanted}, found {dtype} of shape {shape}")
         if count is not None and shape[0] != count:
             raise InvalidInputError(f"sample_ids: expected {count}, one for each score, found {shape[0]}")

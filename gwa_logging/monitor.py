@@ -93,7 +93,7 @@ class Monitor(Owned):
             InvalidInputError: scores or ids have a wrong type, shape or dtype, or are tracers (call it outside jit).
         """
         if sample_ids is None and not (weights is None and predicted is None):
-            raise InvalidInputError("weights and predicted need sample ids: update(scores, sample_ids, ...)")
+            raise InvalidInputError("weights and predicted are entered by sample id: update(scores, sample_ids, ...)")
         if not self._closed and not self._is_refused("update()") and not self._recording.is_paused:
             self._adapter.observe(scores, None if sample_ids is None else TaggedBatch(sample_ids, weights, predicted))
 
@@ -169,20 +169,20 @@ class Monitor(Owned):
 
     def _on_step(self) -> None:
         """Called by the adapter after each observed training step."""
-        with self._recording.lock:
-            if self._closed:
+        recording = self._recording
+        with recording.lock:
+            if recording.is_closed:
                 return
             if self.is_copy:
                 self._is_refused("a training step")
                 self.close()
-                return
-            if self._recording.step():
-                if self._recording.window_is_full:
+            elif recording.step():
+                if recording.window_is_full:
                     self.end_epoch()
                 else:
                     _all_heads.notify(self._recordings())
-            elif self._recording.group.waiting:
-                self._recording.group.take_turns(id(self._recording))
+            elif recording.group.waiting:
+                recording.group.take_turns(id(recording))
 
     # --- epochs -----------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from importlib.metadata import entry_points
 from typing import Any, cast
 
 from gwa_logging.errors import InvalidInputError, MissingDependencyError
-from gwa_logging.protocols import AdapterModule, Backend, RunContext, with_defaults
+from gwa_logging.protocols import AdapterModule, Backend, BackendModule, BackendWriter, RunContext, with_defaults
 from gwa_logging.records import TrackerRunRef
 from gwa_logging.settings import unknown_name
 
@@ -20,7 +20,7 @@ BACKENDS = {
 ENTRY_POINT_GROUP = "gwa_logging.backends"
 
 
-def open_backend(backend: Any, context: RunContext) -> Backend | None:
+def open_backend(backend: str | BackendWriter, context: RunContext) -> Backend | None:
     """Opens a backend by name, or completes an object that has `write` and `close`; None for "local".
 
     Raises:
@@ -35,7 +35,7 @@ def open_backend(backend: Any, context: RunContext) -> Backend | None:
     return with_defaults(find_backend(backend).open_backend(context))
 
 
-def locate(backend: Any, context: RunContext) -> TrackerRunRef:
+def locate(backend: str | BackendWriter, context: RunContext) -> TrackerRunRef:
     """The run that `open_backend` would use; empty if it would start one, or if that is known only after opening it."""
     if not isinstance(backend, str) or backend == "local":
         return TrackerRunRef()
@@ -43,7 +43,7 @@ def locate(backend: Any, context: RunContext) -> TrackerRunRef:
     return found
 
 
-def find_backend(name: str) -> Any:
+def find_backend(name: str) -> BackendModule:
     """Imports the module of a backend, or loads its entry point.
 
     Raises:
@@ -51,10 +51,10 @@ def find_backend(name: str) -> Any:
         MissingDependencyError: the backend's package is not installed.
     """
     if name in BACKENDS:
-        return import_integration(BACKENDS[name], third_party=name, extra=name)
+        return cast("BackendModule", import_integration(BACKENDS[name], third_party=name, extra=name))
     found = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
     if name in found:
-        return found[name].load()
+        return cast("BackendModule", found[name].load())
     raise InvalidInputError(unknown_name("backend", name, ["local", *BACKENDS, *found]))
 
 

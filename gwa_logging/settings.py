@@ -254,12 +254,19 @@ def shortened(value: object) -> str:
     return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
 
 
+def _found(field: object, value: object) -> str:
+    """The start of a message. The messages about labels, which may be long, describe themselves what was found."""
+    if field == "labels":
+        return "labels: "
+    return f"{field}={shortened(value)}: " if field else ""
+
+
 def _explain(model: type[BaseModel], error: ValidationError) -> str:
     """This library's message for each field that pydantic refuses; nothing of pydantic's wording is in it."""
     messages: dict[object, str] = {}
     for problem in error.errors(include_url=False):
         field = problem["loc"][0] if problem["loc"] else ""
-        found = f"{field}={shortened(problem['input'])}: " if field else ""
+        found = _found(field, problem["input"])
         reason = problem.get("ctx", {}).get("error")
         if problem["type"] == "extra_forbidden":
             message = unknown_name("argument", str(field), model.model_fields)

@@ -59,8 +59,8 @@ class SuspectFinder:
         if untagged:
             self._faults.record(
                 "samples without ids",
-                f"{untagged} samples had no id and are not in the ledger: call tag(ids) before each forward pass, or "
-                "update(scores, ids)",
+                f"{untagged} samples came without an id, so they are not in the ledger: call tag(ids) before each forward "
+                "pass, or update(scores, ids)",
                 untagged,
             )
         return ledger

@@ -1,4 +1,4 @@
-"""One contract for every backend, with the real tracker behind it: the same intervals in, the same numbers out."""
+"""The contract that every backend meets with its real tracker: the numbers of the journal arrive unchanged."""
 
 import csv
 import re
@@ -37,9 +37,7 @@ from tests.trackers import (
 )
 
 EPOCHS = 3
-ALERT_AT_ONCE = EarlyStop(
-    warmup=0, patience=1, min_delta=1e9, drop=0
-)  # no epoch is better than the first one by so much
+ALERT_AT_ONCE = EarlyStop(warmup=0, patience=1, min_delta=1e9, drop=0)  # no epoch can exceed the first one by this much
 
 TRACKERS = {
     "MLflow": OnMlflow,
@@ -71,7 +69,7 @@ def _clean() -> Iterator[None]:
 
 
 def until(true: Callable[[], bool], within: float = 10.0) -> bool:
-    """Waits for another process or library, which says nothing when it is done."""
+    """Polls until a condition holds, for libraries that send no event."""
     deadline = time.monotonic() + within
     while not (done := true()) and time.monotonic() < deadline:
         Event().wait(0.02)
@@ -79,30 +77,30 @@ def until(true: Callable[[], bool], within: float = 10.0) -> bool:
 
 
 class Trained(NamedTuple):
-    """A training that was tracked."""
+    """A finished training with a tracker."""
 
     tracker: Tracker
     monitor: Monitor
     run: Any
     records: list[AnyRecord]
     held: TrackerContents
-    """What the tracker holds in the end."""
+    """What the tracker contains at the end."""
     ended: bool
-    """Whether the run had ended after `close()`."""
+    """True if the run had ended after `close()`."""
 
     def expected(self) -> dict[str, Series]:
-        """The numbers of the journal, as precise as this tracker."""
+        """The numbers of the journal, in the precision of this tracker."""
         return {
             key: [(step, float(self.tracker.precision(value))) for step, value in values]
             for key, values in numbers_in(self.records).items()
         }
 
 
-# --- two models in one run ----------------------------------------------------------------------------------------------
+# --- two models in one run --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [name for name in TRACKERS if name != "MLflow server"])
-def test_a_second_model_in_one_run_needs_a_name_of_its_own(name: str, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_second_model_in_the_same_run_needs_another_name(name: str, tmp_path: Path, monkeypatch: Any) -> None:
     tracker = TRACKERS[name]()
     tracker.set_up(tmp_path, monkeypatch)
     run = tracker.start()
@@ -127,12 +125,12 @@ def test_a_second_model_in_one_run_needs_a_name_of_its_own(name: str, tmp_path: 
     tracker.end(run)
 
 
-# --- a run of our own -------------------------------------------------------------------------------------------------
+# --- a run that `watch` starts ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained]:
-    """A training with each tracker, which starts a run by itself."""
+    """A training with each tracker, in a run that `watch` starts."""
     done: dict[str, Trained] = {}
 
     def train(name: str) -> Trained:
@@ -168,14 +166,14 @@ def test_every_number_arrives_once_in_order_and_at_its_step(alone, name: str) ->
 
 
 @pytest.mark.parametrize("name", WITH_HISTOGRAMS)
-def test_every_histogram_holds_all_of_its_samples(alone, name: str) -> None:
+def test_every_histogram_contains_all_samples_of_its_interval(alone, name: str) -> None:
     trained = alone(name)
     assert trained.held.totals == totals_in(trained.records)
     assert sum(total for _, total in trained.held.totals) == EPOCHS * BATCHES * BATCH
 
 
 @pytest.mark.parametrize("name", of(*TRACKERS))
-def test_one_alert_says_what_the_monitor_says(alone, name: str) -> None:
+def test_there_is_one_alert_with_the_message_of_the_monitor(alone, name: str) -> None:
     trained = alone(name)
     (text,) = trained.held.alerts
     assert isinstance(trained.monitor.alert, StopAlert)
@@ -183,7 +181,7 @@ def test_one_alert_says_what_the_monitor_says(alone, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", of(*WITH_RUNS_THAT_END))
-def test_a_run_that_we_started_has_ended_after_close(alone, name: str) -> None:
+def test_a_run_that_watch_started_is_ended_by_close(alone, name: str) -> None:
     assert alone(name).ended
 
 
@@ -192,18 +190,18 @@ def test_a_run_that_we_started_has_ended_after_close(alone, name: str) -> None:
 
 @pytest.fixture(scope="module")
 def visits(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained]:
-    """A training with each tracker in the user's run, to which the user logs before, now and then, and after."""
+    """A training with each tracker in the user's run; the user logs before, during and after it."""
     done: dict[str, Trained] = {}
 
     def train(name: str) -> Trained:
         if name not in done:
-            done[name] = _train_as_guest(TRACKERS[name](), tmp_path_factory.mktemp("visit"))
+            done[name] = _train_in_users_run(TRACKERS[name](), tmp_path_factory.mktemp("visit"))
         return done[name]
 
     return train
 
 
-def _train_as_guest(tracker: Tracker, folder: Path) -> Trained:
+def _train_in_users_run(tracker: Tracker, folder: Path) -> Trained:
     with pytest.MonkeyPatch.context() as patch:
         tracker.set_up(folder, patch)
         run, training = tracker.start(), Training()
@@ -220,18 +218,18 @@ def _train_as_guest(tracker: Tracker, folder: Path) -> Trained:
 
 
 @pytest.mark.parametrize("name", of(*TRACKERS))
-def test_the_users_rows_are_there_with_their_own_steps_and_nothing_else(visits, name: str) -> None:
+def test_the_users_rows_keep_their_steps_and_values(visits, name: str) -> None:
     values = [0.5, *[*[0.5] * len(range(0, BATCHES, 3)), 0.25] * EPOCHS, 0.125]
     assert visits(name).held.users == list(enumerate(values))
 
 
 @pytest.mark.parametrize("name", of(*TRACKERS))
-def test_the_users_run_goes_on_after_close(visits, name: str) -> None:
+def test_close_does_not_end_the_users_run(visits, name: str) -> None:
     assert not visits(name).ended
 
 
 @pytest.mark.parametrize("name", of(*TRACKERS))
-def test_a_guest_writes_every_epoch(visits, name: str) -> None:
+def test_every_epoch_arrives_in_the_users_run(visits, name: str) -> None:
     trained = visits(name)
     expected = {key: values for key, values in trained.expected().items() if key in EPOCH_KEYS}
     assert {key: trained.held.numbers.get(key) for key in expected} == expected
@@ -239,23 +237,23 @@ def test_a_guest_writes_every_epoch(visits, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", of(*WITH_ROWS_OF_ANY_STEP))
-def test_a_guest_writes_every_interval(visits, name: str) -> None:
+def test_every_interval_arrives_in_the_users_run(visits, name: str) -> None:
     trained = visits(name)
     expected = {key: values for key, values in trained.expected().items() if key in INTERVAL_KEYS}
     assert {key: trained.held.numbers.get(key) for key in expected} == expected
 
 
 @pytest.mark.parametrize("name", WITH_HISTOGRAMS)
-def test_a_guest_loses_no_sample(visits, name: str) -> None:
+def test_no_sample_is_missing_in_the_users_run(visits, name: str) -> None:
     assert sum(total for _, total in visits(name).held.totals) == EPOCHS * BATCHES * BATCH
 
 
-# --- flush, and a run that is handed on -------------------------------------------------------------------------------
+# --- flush, and a run that several backends share ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", of(*WITH_ROWS_OF_ANY_STEP))
 def test_after_flush_everything_so_far_is_in_the_tracker(name: str, tmp_path: Path, monkeypatch) -> None:
-    """Trackio stores what it has taken within half a second; W&B, not here, does so when its run ends."""
+    """Trackio stores its queue within half a second. W&B is missing here, because it stores at the end of the run."""
     tracker, training = TRACKERS[name](), Training()
     tracker.set_up(tmp_path, monkeypatch)
     monitor = training.watch(tmp_path, backend=tracker.backend)
@@ -275,7 +273,7 @@ def test_after_flush_everything_so_far_is_in_the_tracker(name: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", ["MLflow", "W&B", "TensorBoard", "Trackio"])
-def test_the_run_of_a_backend_can_be_given_to_another_one_which_is_a_guest_in_it(
+def test_a_second_backend_can_share_the_run_of_the_first_and_does_not_end_it(
     name: str, tmp_path: Path, monkeypatch
 ) -> None:
     tracker = TRACKERS[name]()
@@ -313,7 +311,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
 
 
 @pytest.mark.parametrize("name", ["MLflow", "W&B", "TensorBoard", "Trackio"])
-def test_each_of_several_backends_gets_all_the_numbers(together, name: str) -> None:
+def test_each_of_several_backends_receives_all_numbers(together, name: str) -> None:
     trained = together[name]
     expected = trained.expected()
     assert {key: trained.held.numbers.get(key) for key in expected} == expected
@@ -341,7 +339,7 @@ def test_the_example_of_the_page_is_short() -> None:
     assert len([line for line in EXAMPLE.splitlines() if line]) <= 40
 
 
-def test_the_example_of_the_page_gets_all_the_numbers_as_an_object(tmp_path: Path) -> None:
+def test_the_example_of_the_page_receives_all_numbers_as_an_object(tmp_path: Path) -> None:
     names: dict[str, Any] = {}
     exec(EXAMPLE, names)
     tracker, training = names["CsvTracker"](tmp_path / "scores.csv"), Training(lr=0.0)
@@ -366,7 +364,7 @@ def test_the_example_of_the_page_can_be_installed_and_named(tmp_path: Path, monk
     (site / "csv_backend-1.0.dist-info" / "entry_points.txt").write_text(f"[{GROUP}]\ncsv = gwa_csv_backend\n")
     (site / "gwa_csv_backend.py").write_text(EXAMPLE)
     monkeypatch.syspath_prepend(site)
-    monkeypatch.setitem(sys.modules, "gwa_csv_backend", None)  # so that it is forgotten afterwards
+    monkeypatch.setitem(sys.modules, "gwa_csv_backend", None)  # so that the module is removed after the test
     del sys.modules["gwa_csv_backend"]
     training = Training()
     monitor = training.watch(tmp_path, backend=["local", "csv"], name="mine", run=run and {"csv": str(tmp_path / run)})

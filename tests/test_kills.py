@@ -1,4 +1,4 @@
-"""A run that is killed and resumed, again and again, while its tracker fails part of the time: everything arrives once."""
+"""A run that is repeatedly killed and resumed, while its tracker fails at times: every record arrives once."""
 
 import os
 import random
@@ -26,7 +26,7 @@ from tests.wandb_server import ENTITY, PROJECT, WandbServer
 pytestmark = pytest.mark.slow
 
 KILLS = int(os.environ.get("GWA_TEST_KILLS", "4"))
-"""`GWA_TEST_KILLS=20 pytest tests/test_kills.py` is the long form."""
+"""`GWA_TEST_KILLS=20 pytest tests/test_kills.py` runs the long form."""
 
 PROCESSES = get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tests.resumed_trainer", "gwa_logging.integrations.mlflow"])
@@ -40,21 +40,21 @@ def _clean() -> Iterator[None]:
 
 
 class Lives:
-    """A training in one process after another, all of them in one run of a tracker."""
+    """A training in a sequence of processes that log to the same run of a tracker."""
 
     def __init__(self, folder: Path, tracker: Tracker, run: str, steps: int) -> None:
         self.folder, self.tracker, self.run, self.steps = folder, tracker, run, steps
         self.done = 0
 
     def live(self, until: Callable[[int], bool], target: Callable[..., None] = train, *first: Any) -> int | None:
-        """Trains in a new process, which is killed as soon as `until` says so of the number of steps done.
+        """Trains in a new process, which is killed as soon as `until` returns True for the number of steps.
 
         Returns:
             The exit code.
         """
         ticks, other = PROCESSES.Pipe()
         environment = {key: value for key, value in os.environ.items() if key.startswith(ENVIRONMENT)}
-        environment.pop("WANDB_SERVICE", None)  # the wandb-core of this process
+        environment.pop("WANDB_SERVICE", None)  # of this process
         arguments = (*first, str(self.folder), self.tracker.backend, self.run, environment, self.steps, other)
         process = PROCESSES.Process(target=target, args=arguments)
         process.start()
@@ -81,7 +81,7 @@ class Lives:
         assert main(["replay", str(self.folder / "runs"), "--backend", self.tracker.backend]) == 0
 
     def check(self) -> None:
-        """The tracker holds every record of the uninterrupted training once, and no other."""
+        """Checks that the tracker contains exactly the records of the uninterrupted training, each once."""
         wanted = numbers_in(read_journal(uninterrupted(self.folder / "uninterrupted", self.steps))[0])
         found = numbers_of(self.tracker, self.run)
         for key in (*INTERVAL_KEYS, *EPOCH_KEYS):
@@ -91,7 +91,7 @@ class Lives:
 
 
 def numbers_of(tracker: Tracker, run: str) -> dict[str, list[tuple[int, float]]]:
-    """All points of each metric, in the order of their steps; also those that a step has beside its first."""
+    """All points of each metric, ordered by step, including duplicates of a step."""
     if isinstance(tracker, OnMlflow):
         keys = (*INTERVAL_KEYS, *EPOCH_KEYS)
         points = {key: tracker.client.get_metric_history(run, f"gwa/{key}") for key in keys}
@@ -100,7 +100,7 @@ def numbers_of(tracker: Tracker, run: str) -> dict[str, list[tuple[int, float]]]
 
 
 def start(tracker: Tracker, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Starts a run, which can be found again by what is returned."""
+    """Starts a run. Returns the text that identifies it."""
     tracker.set_up(folder, monkeypatch)
     if tracker.backend == "tensorboard":
         return str(folder / "log directory")
@@ -113,7 +113,7 @@ def start(tracker: Tracker, folder: Path, monkeypatch: pytest.MonkeyPatch) -> st
 
 
 class Failing:
-    """MLflow's database, which can be made to refuse metrics, at once and for as long as one likes."""
+    """Makes MLflow's database refuse metrics, or accept them again."""
 
     def __init__(self, database: Path) -> None:
         self._database = database
@@ -128,7 +128,7 @@ class Failing:
 
 
 @pytest.mark.parametrize("name", ["MLflow", "TensorBoard"])
-def test_after_random_kills_and_outages_a_replay_of_the_folder_brings_everything_once(
+def test_after_random_kills_and_outages_a_replay_completes_the_run_without_duplicates(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tracker = {"MLflow": OnMlflow, "TensorBoard": OnTensorBoard}[name]()
@@ -160,10 +160,10 @@ def test_after_random_kills_and_outages_a_replay_of_the_folder_brings_everything
 @pytest.mark.parametrize(
     ("make", "kind"), [(OnMlflow, "alert"), (OnTensorBoard, "epoch"), (OnTensorBoard, "alert"), (OnWandb, "alert")]
 )
-def test_a_kill_right_after_the_tracker_took_a_report_brings_no_second_one(
+def test_a_kill_right_after_the_tracker_received_a_report_causes_no_duplicate(
     make: type[Tracker], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing but the tracker knows then that it has the report; the resumed run makes the same one again."""
+    """Then only the tracker knows that it has the report. The resumed run creates the same report again."""
     tracker = make()
     lives = Lives(tmp_path, tracker, start(tracker, tmp_path, monkeypatch), 5 * STEPS)
     assert lives.live(lambda done: False, die_after_sending, kind) == -signal.SIGKILL
@@ -175,7 +175,7 @@ def test_a_kill_right_after_the_tracker_took_a_report_brings_no_second_one(
 
 
 class OnWandbServer(Tracker):
-    """W&B online, on a stand-in for its server."""
+    """W&B online, with a stand-in for its server."""
 
     backend = "wandb"
 
@@ -184,7 +184,7 @@ class OnWandbServer(Tracker):
 
     def set_up(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
         OnWandb().set_up(folder, patch)
-        patch.setenv("WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL", "0.05")  # seconds; as a rule it is 15
+        patch.setenv("WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL", "0.05")  # seconds; the default is 15
         online = {"MODE": "online", "BASE_URL": self.server.address, "API_KEY": "0" * 40, "CACHE_DIR": str(folder)}
         for key, value in {**online, "ENTITY": ENTITY, "PROJECT": PROJECT}.items():
             patch.setenv(f"WANDB_{key}", value)
@@ -218,7 +218,7 @@ def wandb_server() -> Iterator[OnWandbServer]:
         wandb.teardown()
 
 
-def test_after_a_kill_while_uploads_to_wandb_are_outstanding_a_replay_brings_everything_once(
+def test_after_a_kill_during_uploads_to_wandb_a_replay_completes_the_run_without_duplicates(
     wandb_server: OnWandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lives = Lives(tmp_path, wandb_server, start(wandb_server, tmp_path, monkeypatch), 5 * STEPS)
@@ -243,7 +243,7 @@ def test_after_a_kill_while_uploads_to_wandb_are_outstanding_a_replay_brings_eve
     assert len(stored.alerts) == 1
 
 
-def test_in_a_resumed_run_of_a_user_who_does_not_log_an_epoch_below_wandbs_step_is_not_dropped(
+def test_in_a_resumed_run_without_user_rows_an_epoch_below_wandbs_step_is_not_dropped(
     wandb_server: OnWandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wandb_server.set_up(tmp_path, monkeypatch)

@@ -48,17 +48,15 @@ EPOCHS, BATCHES, EVERY = 3, 7, 3
 INTERVAL_STEPS = [0, 3, 6, 9, 12, 13, 15, 18, 20]  # every third, and the last one of an epoch
 EPOCH_ENDS = [6, 13, 20]
 INTERVAL_KEYS = ("step_mean", "negative_fraction", *QUANTILES)
-ALERT_AT_ONCE = EarlyStop(
-    warmup=0, patience=1, min_delta=1e9, drop=0
-)  # no epoch is better than the first one by so much
+ALERT_AT_ONCE = EarlyStop(warmup=0, patience=1, min_delta=1e9, drop=0)  # no epoch can exceed the first one by this much
 
 
 # --- databases, servers, trainings ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _pictures_in_a_hurry() -> Iterator[None]:
-    """So that a run of a second has a picture for each epoch."""
+def _no_minimum_time_between_pictures() -> Iterator[None]:
+    """Removes the minimum time between pictures, so that a short run has one for each epoch."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(heatmap_picture, "PAUSE", 0.0)
         patch.setattr("gwa_logging.integrations.mlflow.YIELD", 0.0)
@@ -102,7 +100,7 @@ def train(model: nn.Module, monitor: Monitor, epochs: int = EPOCHS, each_epoch: 
 
 
 def picture_steps(client: MlflowClient, run_id: str, key: str = "gwa~scores") -> list[int]:
-    """The steps that the slider of a picture has, as MLflow's page reads them from the file names."""
+    """The steps of a picture's slider, read from the file names as MLflow's page does."""
     names = [Path(file.path).name for file in client.list_artifacts(run_id, "images")]
     found = [re.match(rf"{re.escape(key)}\+step\+(\d+)\+timestamp\+\d+\+[-0-9a-f]+\.png", name) for name in names]
     return sorted(int(match[1]) for match in found if match)
@@ -112,7 +110,7 @@ def picture_steps(client: MlflowClient, run_id: str, key: str = "gwa~scores") ->
 
 
 class Trained(NamedTuple):
-    """What a finished training left behind."""
+    """A finished training and its run."""
 
     client: MlflowClient
     run_id: str
@@ -151,7 +149,7 @@ def test_every_epoch_has_its_numbers_at_its_own_step(trained: Trained, key: str,
 
 
 @pytest.mark.parametrize("key", INTERVAL_KEYS)
-def test_every_interval_has_its_distribution_at_its_training_step(trained: Trained, key: str) -> None:
+def test_every_interval_has_its_quantiles_at_its_training_step(trained: Trained, key: str) -> None:
     intervals = [record for record in trained.journal if isinstance(record, IntervalRecord)]
     expected = {
         r.step: r.quantiles[key] if key in QUANTILES else r.mean if key == "step_mean" else r.negative_fraction
@@ -161,7 +159,7 @@ def test_every_interval_has_its_distribution_at_its_training_step(trained: Train
     assert series(trained.client, trained.run_id, f"gwa/{key}") == expected
 
 
-def test_the_pictures_start_at_step_0_and_each_epoch_adds_one(trained: Trained) -> None:
+def test_there_is_a_picture_at_step_0_and_after_each_epoch(trained: Trained) -> None:
     assert picture_steps(trained.client, trained.run_id) == [0, *EPOCH_ENDS]
 
 
@@ -180,7 +178,7 @@ def test_the_journal_and_the_report_are_in_the_run(trained: Trained, tmp_path: P
     assert copy.read_bytes() == trained.monitor.journal.read_bytes()
 
 
-def test_the_users_run_stays_active_and_keeps_what_is_the_users(trained: Trained) -> None:
+def test_the_users_run_stays_active_and_keeps_the_users_metrics(trained: Trained) -> None:
     run = trained.client.get_run(trained.run_id)
     assert trained.active_after_close == trained.run_id
     assert trained.status_after_close == "RUNNING"
@@ -199,7 +197,7 @@ def test_runs_with_an_alert_can_be_searched_for(trained: Trained) -> None:
     assert tags["gwa.alert.best_epoch"] == str(alert.best_epoch) == "0"
 
 
-def test_the_head_and_the_best_epoch_are_told(trained: Trained) -> None:
+def test_the_run_shows_the_head_and_the_best_epoch(trained: Trained) -> None:
     run = trained.client.get_run(trained.run_id)
     assert "'2' (Linear 16 -> 4)" in run.data.tags["gwa.head"]
     assert run.data.metrics["gwa/best_epoch"] == 0
@@ -209,12 +207,12 @@ def test_the_head_and_the_best_epoch_are_told(trained: Trained) -> None:
 # --- which run --------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_of_our_own_is_started_and_finished_unseen_by_the_user(client: MlflowClient, tmp_path: Path) -> None:
+def test_a_run_that_watch_starts_is_never_the_active_run(client: MlflowClient, tmp_path: Path) -> None:
     model, monitor = watch(tmp_path)
     assert mlflow.active_run() is None
     (own,) = runs_of(client)
     assert own.info.status == "RUNNING"
-    with mlflow.start_run() as users:  # would raise if ours were active in this thread
+    with mlflow.start_run() as users:  # would raise if the other run were active in this thread
         train(model, monitor, epochs=1)
         monitor.close()
         assert mlflow.active_run().info.run_id == users.info.run_id
@@ -227,9 +225,7 @@ def test_a_run_of_our_own_is_started_and_finished_unseen_by_the_user(client: Mlf
 
 
 @pytest.mark.slow
-def test_a_monitor_that_nobody_closes_finishes_its_run_when_the_process_ends(
-    client: MlflowClient, tmp_path: Path
-) -> None:
+def test_the_run_of_an_unclosed_monitor_is_finished_when_the_process_ends(client: MlflowClient, tmp_path: Path) -> None:
     program = (
         "import pathlib, sys, torch, gwa_logging\n"
         "model = torch.nn.Linear(4, 3)\n"
@@ -245,7 +241,7 @@ def test_a_monitor_that_nobody_closes_finishes_its_run_when_the_process_ends(
     assert [f.path for f in client.list_artifacts(run.info.run_id, "gwa")] == ["gwa/journal.jsonl", "gwa/report.html"]
 
 
-def test_our_run_is_ended_where_it_began_though_the_user_has_moved_on(
+def test_a_run_is_ended_on_its_own_server_even_if_the_user_has_changed_the_tracking_uri(
     client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, monitor = watch(tmp_path)
@@ -283,7 +279,7 @@ def test_a_run_can_be_named_from_a_thread_in_which_it_is_not_active(
     assert len(client.search_runs([run.info.experiment_id])) == 1
 
 
-def test_our_run_has_failed_where_watch_has(client: MlflowClient, tmp_path: Path) -> None:
+def test_if_watch_fails_its_run_is_marked_as_failed(client: MlflowClient, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(BackendError, match=r"backend='tensorboard'.*cannot be written"):
         gwa_logging.watch(
@@ -297,13 +293,13 @@ def test_our_run_has_failed_where_watch_has(client: MlflowClient, tmp_path: Path
     assert client.list_artifacts(own.info.run_id) == []
 
 
-def test_no_run_is_started_for_a_watch_that_names_an_unknown_backend(client: MlflowClient) -> None:
-    with pytest.raises(InvalidInputError, match="no such backend"):
+def test_watch_with_an_unknown_backend_starts_no_run(client: MlflowClient) -> None:
+    with pytest.raises(InvalidInputError, match="backend='nonsense'"):
         gwa_logging.watch(nn.Linear(4, 3), backend=["mlflow", "nonsense"])
     assert runs_of(client) == []
 
 
-def test_the_run_of_a_launcher_is_taken_and_left_to_the_user(
+def test_the_run_of_a_launcher_is_used_and_not_ended(
     client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_id = new_run(client)
@@ -329,13 +325,13 @@ def test_a_deleted_run_is_refused(client: MlflowClient, tmp_path: Path) -> None:
         watch(tmp_path, run=run_id)
 
 
-def test_something_that_is_no_run_is_refused(client: MlflowClient, tmp_path: Path) -> None:
+def test_a_run_of_a_wrong_type_is_refused(client: MlflowClient, tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match=r"run=17: expected an MLflow run.*found builtins\.int"):
         watch(tmp_path, run=17)
 
 
 @pytest.mark.parametrize("user", ["someone:hidden", "some@one:hid@den", "someone:hid/den"])
-def test_a_server_that_is_not_there_is_an_error_within_five_seconds(
+def test_an_unreachable_server_is_an_error_within_five_seconds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, user: str
 ) -> None:
     with socket.socket() as closed:
@@ -385,8 +381,8 @@ def test_writing_a_record_again_changes_nothing(client: MlflowClient, tmp_path: 
     backend = open_backend(where)
     for record in records:
         backend.write(record)
-        time.sleep(0.002)  # MLflow tells metrics apart by the millisecond
-        backend.write(RECORDS.validate_json(record.model_dump_json()))  # read from the journal once more
+        time.sleep(0.002)  # MLflow distinguishes metrics by the millisecond
+        backend.write(RECORDS.validate_json(record.model_dump_json()))  # as read from the journal
     data = client.get_run(where.run).data
     assert len(data.metrics) == 17
     for key in data.metrics:
@@ -408,9 +404,7 @@ def test_an_interval_without_a_score_writes_nothing(client: MlflowClient, tmp_pa
     assert picture_steps(client, where.run) == []
 
 
-def test_a_run_of_more_intervals_than_mlflow_gives_in_a_page_is_known_whole(
-    client: MlflowClient, tmp_path: Path
-) -> None:
+def test_contents_reads_more_intervals_than_fit_on_a_page_of_mlflow(client: MlflowClient, tmp_path: Path) -> None:
     backend = open_backend(context(client, tmp_path))
     steps = [step for step in range(26_000) if step != 25_007]
     rows = [("gwa/step_mean", 0.5, step, step, backend.run, 0) for step in steps]
@@ -422,7 +416,7 @@ def test_a_run_of_more_intervals_than_mlflow_gives_in_a_page_is_known_whole(
     backend.close()
 
 
-def test_every_key_and_tag_has_the_name_that_the_user_gave(client: MlflowClient, tmp_path: Path) -> None:
+def test_every_key_and_tag_has_the_prefix_that_the_user_chose(client: MlflowClient, tmp_path: Path) -> None:
     where = context(client, tmp_path, name="student-1.b")
     backend = open_backend(where)
     backend.write(RunRecord(name="student-1.b", head="h", created="", settings={}))
@@ -433,7 +427,7 @@ def test_every_key_and_tag_has_the_name_that_the_user_gave(client: MlflowClient,
     assert picture_steps(client, where.run, "student-1.b~scores") == [0]
 
 
-def test_numbers_go_on_where_no_files_can_be_stored(
+def test_metrics_are_logged_even_if_no_files_can_be_stored(
     client: MlflowClient, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "a file").touch()
@@ -451,14 +445,14 @@ def test_numbers_go_on_where_no_files_can_be_stored(
 
 
 class NoPlotly:
-    """Finds nothing of plotly, as where it is not installed."""
+    """An import hook that behaves as if plotly were not installed."""
 
     def find_spec(self, name: str, *_: object) -> None:
         if name.partition(".")[0] == "plotly":
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
-def test_without_plotly_the_journal_goes_alone_and_it_is_said(
+def test_without_plotly_only_the_journal_is_uploaded_and_a_message_says_so(
     client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for module in [name for name in sys.modules if name.partition(".")[0] == "plotly"]:
@@ -477,7 +471,7 @@ def test_without_plotly_the_journal_goes_alone_and_it_is_said(
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_long_epoch_has_a_picture_at_its_first_interval_and_then_one_every_so_many() -> None:
+def test_a_long_epoch_has_a_picture_at_its_first_interval_and_then_at_regular_intervals() -> None:
     pictures = PictureSeries()
     due = []
     for step in range(3 * INTERVALS_PER_PICTURE):
@@ -488,16 +482,16 @@ def test_a_long_epoch_has_a_picture_at_its_first_interval_and_then_one_every_so_
     assert pictures.has_news
 
 
-def test_steps_that_the_tracker_has_already_are_white_in_a_picture_of_those_it_lacked() -> None:
+def test_steps_that_the_tracker_already_has_are_white_in_the_picture() -> None:
     pictures = PictureSeries()
-    for step in (19, 29, 79, 9, 89):  # the fourth one comes late
+    for step in (19, 29, 79, 9, 89):  # the fourth one is late
         pictures.add(interval(step, steps=10))
     heatmap = pictures._timeline.heatmap()
     assert heatmap.steps.tolist() == [10, 20, 30, 70, 80, 90]
     assert heatmap.shares.sum(axis=0) == pytest.approx([1, 1, 0, 1, 1])
 
 
-def test_pictures_leave_a_pause_for_training(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_there_is_a_minimum_time_between_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heatmap_picture, "PAUSE", 3600.0)
     pictures = PictureSeries()
     assert pictures.add(interval(0))
@@ -506,7 +500,7 @@ def test_pictures_leave_a_pause_for_training(monkeypatch: pytest.MonkeyPatch) ->
     assert not pictures.rested
 
 
-def test_the_last_picture_comes_on_close_however_short_the_run(client, tmp_path, monkeypatch) -> None:
+def test_close_adds_the_last_picture_even_in_a_short_run(client, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(heatmap_picture, "PAUSE", 3600.0)
     model, monitor = watch(tmp_path)
     train(model, monitor)
@@ -515,13 +509,13 @@ def test_the_last_picture_comes_on_close_however_short_the_run(client, tmp_path,
     assert picture_steps(client, run.info.run_id) == [0, EPOCHS * BATCHES - 1]
 
 
-def test_a_picture_of_a_long_run_takes_the_interpreter_a_few_milliseconds() -> None:
+def test_drawing_the_picture_of_a_long_run_takes_a_few_milliseconds() -> None:
     pictures = PictureSeries()
     for step in range(heatmap_picture.COLUMNS - 1):
         pictures.add(interval(step, epoch=step, seed=step))
 
     def seconds() -> float:
-        begin = time.thread_time()  # not what other processes take
+        begin = time.thread_time()  # without the time of other processes
         pictures.draw()
         return time.thread_time() - begin
 
@@ -572,7 +566,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.mark.slow
-def test_on_a_server_nan_arrives_and_the_url_leads_to_the_runs_page(
+def test_a_server_stores_nan_and_the_url_is_the_page_of_the_run(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = point_mlflow_to(f"http://someone:hidden@{server.address}", monkeypatch)
@@ -585,10 +579,10 @@ def test_on_a_server_nan_arrives_and_the_url_leads_to_the_runs_page(
 
 
 @pytest.mark.slow
-def test_a_server_gets_everything_once_though_it_was_away_for_a_while(
+def test_a_server_that_was_down_receives_everything_once(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # MLflow itself would keep the worker for minutes
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # otherwise MLflow retries for minutes
     client = point_mlflow_to(f"http://someone:hidden@{server.address}", monkeypatch, "outage")
     experiment = client.create_experiment("outage")
     model, monitor = watch(tmp_path, early_stop=ALERT_AT_ONCE)

@@ -1,4 +1,4 @@
-"""Trackers that die, hang, fail and come back while a real process trains: nothing is lost, nothing comes twice."""
+"""Trackers that die, hang, fail and recover while a real process trains: nothing is lost or duplicated."""
 
 import json
 import os
@@ -45,15 +45,15 @@ ROOT = Path(__file__).parents[1]
 
 
 class Child:
-    """A `tests.trainer` in a process of its own."""
+    """A separate process that runs `tests.trainer`."""
 
     def __init__(self, folder: Path) -> None:
-        # MLflow would try for four minutes, and wait two for an answer; here it gives up sooner, as a user can set.
-        impatient = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "3"}
+        # By default MLflow retries for four minutes, and waits two for a response. Users can change this as here.
+        quick_to_give_up = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "3"}
         without_parents_core = {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.trainer"],
-            env=without_parents_core | impatient | {"PYTHONPATH": str(ROOT)},
+            env=without_parents_core | quick_to_give_up | {"PYTHONPATH": str(ROOT)},
             cwd=folder,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -63,7 +63,7 @@ class Child:
         self.folder = folder
 
     def do(self, command: str, *arguments: Any) -> dict[str, Any]:
-        """Has a command done, and gives its answer."""
+        """Runs a command in the process, and returns its answer."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps([command, *arguments]) + "\n")
@@ -79,7 +79,7 @@ class Child:
         raise AssertionError((self.folder / "trainer.log").read_text()[-3000:])
 
     def end(self) -> str:
-        """Lets the process end; gives its log."""
+        """Ends the process, and returns its log."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         assert self.process.wait(30) == 0, (self.folder / "trainer.log").read_text()[-3000:]
@@ -90,12 +90,12 @@ class Child:
         self.process.wait(30)
 
     def descendants(self, name: str) -> list[int]:
-        """Processes of a name that this one has started, or that those have."""
+        """Returns the direct and indirect child processes with this name."""
         parents: dict[int, tuple[int, str]] = {}
         for status in Path("/proc").glob("[0-9]*/stat"):
             try:
                 pid, _, rest = status.read_text().partition(" ")
-            except OSError:  # it has ended meanwhile
+            except OSError:  # it has just ended
                 continue
             command, _, rest = rest.rpartition(") ")
             parents[int(pid)] = int(rest.split()[1]), command.strip("(")
@@ -107,7 +107,7 @@ class Child:
 
 
 class Proxy:
-    """Between the trainer and a server: passes everything on, or answers as it is told to.
+    """A proxy between the trainer and a server, which forwards requests, delays them or refuses them.
 
     Attributes:
         mode: "pass", "fail" (status 500), or "slow" (5 s for each call).
@@ -142,7 +142,7 @@ class Proxy:
             do_GET = do_POST = do_PUT = do_PATCH = do_HEAD = answer  # noqa: N815
 
             def log_message(self, *arguments: Any) -> None:
-                """Not on stderr."""
+                """Logs nothing."""
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
@@ -155,7 +155,7 @@ class Proxy:
 
 
 class Outage:
-    """A tracker, a trainer that logs to it, and what must hold afterwards."""
+    """A tracker, a trainer that logs to it, and the checks afterwards."""
 
     def __init__(self, tracker: Tracker, folder: Path, run: str | None) -> None:
         self.tracker, self.run = tracker, run
@@ -165,14 +165,14 @@ class Outage:
         self.journal = Path(started["journal"])
 
     def close(self) -> dict[str, Any]:
-        """Closes the monitor; checks that no step has waited, and that there is an end to waiting."""
+        """Closes the monitor. Checks that no training step was blocked, and that `close` returned in time."""
         closed = self.child.do("close")
         assert closed["took"] < 12
-        assert closed["waits"][-2] < 0.05, closed["waits"][-5:]  # of more than a hundred; one may be the machine's
+        assert closed["waits"][-2] < 0.05, closed["waits"][-5:]  # of more than 100 steps; a busy machine may delay one
         return closed
 
     def replayed(self) -> None:
-        """Replays, after which the tracker has everything once; again, and it still has."""
+        """Replays twice. Checks each time that the tracker has everything once."""
         for _ in range(2):
             run = replay(self.journal, self.tracker.backend, self.run).run_ref.run
             assert run is not None
@@ -214,13 +214,13 @@ def mlflow_outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[t
 
 
 @pytest.mark.parametrize("mode", ["fail", "slow"])
-def test_a_server_that_fails_or_is_slow_and_recovers_has_everything_by_itself(mlflow_outage, mode: str) -> None:
+def test_a_server_that_fails_or_is_slow_has_everything_after_it_recovers(mlflow_outage, mode: str) -> None:
     outage, proxy = mlflow_outage
     outage.child.do("epoch")
     proxy.mode = mode
     for _ in range(2):
         outage.child.do("epoch")
-    if mode == "fail":  # until MLflow has given up once; whether a slow one has depends on the moment
+    if mode == "fail":  # until MLflow has given up once; with a slow server it may not
         deadline = time.monotonic() + 30
         while not outage.child.do("steps", 1)["faults"].get("backend mlflow"):
             assert time.monotonic() < deadline
@@ -233,7 +233,7 @@ def test_a_server_that_fails_or_is_slow_and_recovers_has_everything_by_itself(ml
     outage.check(outage.run)
 
 
-def test_a_server_that_stays_slow_is_left_behind_and_the_rest_is_replayed(mlflow_outage) -> None:
+def test_a_server_that_stays_slow_does_not_delay_close_and_receives_the_rest_by_replay(mlflow_outage) -> None:
     outage, proxy = mlflow_outage
     outage.child.do("epoch")
     proxy.mode = "slow"
@@ -245,7 +245,7 @@ def test_a_server_that_stays_slow_is_left_behind_and_the_rest_is_replayed(mlflow
 
 
 @pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_server_that_is_killed_or_stopped_and_comes_back_has_everything_by_itself(mlflow_outage, way) -> None:
+def test_a_server_that_is_killed_or_stopped_has_everything_after_it_is_back(mlflow_outage, way) -> None:
     outage, _ = mlflow_outage
     server = OnMlflowServer.server
     assert server is not None
@@ -265,7 +265,7 @@ def test_a_server_that_is_killed_or_stopped_and_comes_back_has_everything_by_its
     outage.check(outage.run)
 
 
-def test_a_server_that_does_not_come_back_is_replayed_to(mlflow_outage) -> None:
+def test_a_server_that_does_not_come_back_receives_the_rest_by_replay(mlflow_outage) -> None:
     outage, _ = mlflow_outage
     server = OnMlflowServer.server
     assert server is not None
@@ -281,7 +281,7 @@ def test_a_server_that_does_not_come_back_is_replayed_to(mlflow_outage) -> None:
 
 
 @pytest.mark.parametrize("stopped", [False, True], ids=["dead", "stopped"])
-def test_a_server_that_does_not_answer_at_the_start_is_an_error_within_seconds(
+def test_a_server_that_does_not_respond_at_the_start_is_an_error_within_seconds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: bool
 ) -> None:
     tracker = OnMlflowServer()
@@ -299,14 +299,14 @@ def test_a_server_that_does_not_answer_at_the_start_is_an_error_within_seconds(
     server.signal(signal.SIGCONT)
     child.kill()
     assert re.search("BackendError.*nothing answers at", answer["error"])
-    assert took < 5 + 15  # the imports of the child
+    assert took < 5 + 15  # for the imports of the process
 
 
 ANY = {"MLflow server": OnMlflowServer, "W&B": OnWandb, "TensorBoard": OnTensorBoard}
 
 
 @pytest.mark.parametrize("name", ANY)
-def test_after_kill_9_of_the_trainer_in_mid_epoch_a_replay_brings_what_is_missing(
+def test_after_the_trainer_is_killed_a_replay_sends_what_is_missing(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tracker = ANY[name]()
@@ -329,7 +329,7 @@ def trackio_outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     outage.child.kill()
 
 
-def test_after_kill_9_once_trackio_has_stored_something_a_replay_brings_the_rest(trackio_outage: Outage) -> None:
+def test_after_a_kill_a_replay_sends_the_rest_to_a_run_that_trackio_has_stored(trackio_outage: Outage) -> None:
     run = next(r for r in read_journal(trackio_outage.journal)[0] if r.kind == "run").places["trackio"].run
     deadline = time.monotonic() + 30
     while not is_stored(run):
@@ -340,7 +340,7 @@ def test_after_kill_9_once_trackio_has_stored_something_a_replay_brings_the_rest
     trackio_outage.replayed()
 
 
-def test_after_kill_9_before_trackio_has_stored_the_run_the_error_says_how_to_replay(
+def test_after_a_kill_before_trackio_has_stored_the_run_the_error_explains_how_to_replay(
     trackio_outage: Outage, capsys
 ) -> None:
     assert trackio_outage.child.do("step_and_die") == {}
@@ -360,11 +360,11 @@ def test_after_kill_9_before_trackio_has_stored_the_run_the_error_says_how_to_re
 
 def is_stored(run: str) -> bool:
     project, _, name = run.partition("/")
-    is_there = SQLiteStorage.get_project_db_path(project).exists()  # asked for a project that is not, Trackio raises
+    is_there = SQLiteStorage.get_project_db_path(project).exists()  # Trackio raises for an unknown project
     return is_there and name in [other.name for other in trackio.Api().runs(project)]
 
 
-def test_after_the_death_of_wandb_core_training_ends_and_a_replay_brings_what_is_missing(
+def test_after_wandb_core_dies_training_ends_and_a_replay_sends_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tracker = OnWandb()
@@ -381,7 +381,7 @@ def test_after_the_death_of_wandb_core_training_ends_and_a_replay_brings_what_is
     outage.replayed()
 
 
-def test_a_wandb_core_that_hangs_holds_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hanging_wandb_core_does_not_block_training_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tracker = OnWandb()
     tracker.set_up(tmp_path, monkeypatch)
     outage = Outage(tracker, tmp_path, None)
@@ -397,7 +397,7 @@ def test_a_wandb_core_that_hangs_holds_no_step(tmp_path: Path, monkeypatch: pyte
 
 
 class Quota:
-    """As a quota does: files of the trainer cannot grow."""
+    """A quota: the trainer's files cannot grow."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -409,11 +409,11 @@ class Quota:
         child.do("limit_files", None)
 
     def remove(self) -> None:
-        """There is nothing to remove."""
+        """Does nothing."""
 
 
 class SmallDisk:
-    """A disk of its own, of one megabyte, which something else fills."""
+    """A file system of one megabyte, which another file fills."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "disk"
@@ -444,20 +444,20 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Quota | Sma
 
 @pytest.fixture
 def on_disk(disk: Quota | SmallDisk, tmp_path: Path) -> Iterator[tuple[Child, Path]]:
-    """A trainer, and its journal on the disk, which is full after the first epoch."""
+    """A trainer, and its journal on a disk that is full after the first epoch."""
     child = Child(tmp_path)
     journal = Path(child.do("start", str(disk.folder), "local", None)["journal"])
     assert journal.is_relative_to(disk.folder)
     child.do("epoch")
     disk.fill(child)
     faults = child.do("epoch")["faults"]
-    assert faults["journal"] > STEPS / 2  # a few lines may have found room in the last block
+    assert faults["journal"] > STEPS / 2  # a few lines may have fitted into the last block
     assert "records lost" not in faults
     yield child, journal
     child.kill()
 
 
-def test_a_full_disk_under_the_journal_loses_nothing_once_there_is_room(disk, on_disk, tmp_path: Path) -> None:
+def test_a_journal_on_a_full_disk_is_complete_once_there_is_space(disk, on_disk, tmp_path: Path) -> None:
     child, journal = on_disk
     disk.free(child)
     child.do("epoch")
@@ -466,12 +466,12 @@ def test_a_full_disk_under_the_journal_loses_nothing_once_there_is_room(disk, on
     records, skipped = read_journal(journal)
     assert [r.step for r in records if r.kind == "interval"] == list(range(3 * STEPS))
     assert [r.epoch for r in records if r.kind == "epoch"] == [0, 1, 2]
-    assert skipped == 0  # the line that was torn when the disk was full was finished
+    assert skipped == 0  # the line that was torn when the disk became full was completed
     done = replay(journal, "tensorboard", str(tmp_path / "runs"))
     assert done.sent == 3 * STEPS + 3
 
 
-def test_a_disk_that_stays_full_costs_what_it_has_not_taken_and_training_goes_on(disk, on_disk) -> None:
+def test_if_a_disk_stays_full_training_continues_and_the_lost_records_are_counted(disk, on_disk) -> None:
     child, journal = on_disk
     child.do("epoch")
     closed = child.do("close")
@@ -480,6 +480,6 @@ def test_a_disk_that_stays_full_costs_what_it_has_not_taken_and_training_goes_on
     kept = [record for record in records if record.kind in ("interval", "epoch")]
     assert STEPS + 1 <= len(kept) < 1.5 * STEPS
     assert [r.step for r in kept if r.kind == "interval"][:STEPS] == list(range(STEPS))
-    everything = 3 * (STEPS + 1) + 1  # and the line that says that it was closed
+    everything = 3 * (STEPS + 1) + 1  # and the close record
     assert closed["faults"]["records lost"] == everything - len(kept)
     assert "records lost" in child.end()

@@ -1,4 +1,4 @@
-"""Replay: exactly what is missing, and nothing the second time."""
+"""Replay sends exactly the missing records, and nothing the second time."""
 
 import json
 import multiprocessing
@@ -54,7 +54,7 @@ def _clean() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that was only recorded, with an alert in the last epoch but one."""
+    """The folder of a run without a tracker, with an alert in the second to last epoch."""
     training = Training()
     with training.watch(
         tmp_path_factory.mktemp("recorded"),
@@ -73,7 +73,7 @@ def folder(recorded: Path, tmp_path: Path) -> Path:
 
 
 def cut(folder: Path, share: float) -> Path:
-    """A copy of a journal that ends early, in the middle of a line, as after kill -9."""
+    """A copy of a journal that ends in the middle of a line, as after kill -9."""
     text = (folder / FILE_NAME).read_bytes()
     other = folder.parent / "cut" / FILE_NAME
     other.parent.mkdir()
@@ -82,7 +82,7 @@ def cut(folder: Path, share: float) -> Path:
 
 
 def check(tracker: Tracker, run: str, records: list[AnyRecord]) -> None:
-    """The tracker holds the numbers of these records, each once, in order."""
+    """Checks that the tracker contains the numbers of these records, each once, in order."""
     held = tracker.read_again(run)
     expected = {k: [(step, float(tracker.precision(v))) for step, v in s] for k, s in numbers_in(records).items()}
     assert {key: held.numbers.get(key) for key in expected} == expected
@@ -91,7 +91,7 @@ def check(tracker: Tracker, run: str, records: list[AnyRecord]) -> None:
 
 
 @pytest.mark.parametrize("name", ANY)
-def test_what_is_missing_is_sent_once_and_nothing_the_second_time(name: str, folder: Path, monkeypatch) -> None:
+def test_missing_records_are_sent_once_and_none_the_second_time(name: str, folder: Path, monkeypatch) -> None:
     tracker = TRACKERS[name]()
     tracker.set_up(folder.parent, monkeypatch)
     half = cut(folder, 0.6)
@@ -112,7 +112,7 @@ def test_what_is_missing_is_sent_once_and_nothing_the_second_time(name: str, fol
 
 
 def without(folder: Path, missing: Callable[[AnyRecord], bool], name: str = "outage") -> Path:
-    """A copy of a journal that lacks some records: what a tracker has been sent that was down for a while."""
+    """A copy of a journal without some records: what a tracker received that was down for a while."""
     lines = (folder / FILE_NAME).read_bytes().splitlines(keepends=True)
     other = folder.parent / name / FILE_NAME
     other.parent.mkdir(parents=True)
@@ -121,7 +121,7 @@ def without(folder: Path, missing: Callable[[AnyRecord], bool], name: str = "out
 
 
 @pytest.mark.parametrize("name", ANY)
-def test_what_an_outage_in_the_middle_has_cost_is_sent_though_the_tracker_has_later_records(
+def test_records_lost_in_an_outage_are_sent_although_the_tracker_has_later_ones(
     name: str, folder: Path, monkeypatch
 ) -> None:
     tracker = TRACKERS[name]()
@@ -198,7 +198,7 @@ def test_a_folder_with_the_journals_of_a_resumed_run_is_sent_as_one_run(killed_a
     assert f"sent 0, {len(records) + 1} were there" in capsys.readouterr().out
 
 
-def test_what_the_tracker_has_of_the_first_journal_is_not_sent_again_from_the_second(killed_and_resumed) -> None:
+def test_records_of_the_first_journal_are_not_sent_again_from_the_second(killed_and_resumed) -> None:
     runs, run = killed_and_resumed
     replay(runs / "b" / FILE_NAME, "tensorboard")
     before = means(run)
@@ -208,7 +208,7 @@ def test_what_the_tracker_has_of_the_first_journal_is_not_sent_again_from_the_se
     assert len(after["mean"]) == EPOCHS
 
 
-def test_one_run_of_a_folder_that_cannot_be_replayed_does_not_stop_the_others(killed_and_resumed, capsys) -> None:
+def test_a_run_that_cannot_be_replayed_does_not_stop_the_others(killed_and_resumed, capsys) -> None:
     runs, run = killed_and_resumed
     text = (runs / "b" / FILE_NAME).read_text()
     (runs / "a file").touch()
@@ -220,7 +220,9 @@ def test_one_run_of_a_folder_that_cannot_be_replayed_does_not_stop_the_others(ki
     assert re.search("c: .*cannot be written", told.err)
 
 
-def test_a_folder_without_a_run_of_this_backend_and_a_run_for_many_are_refused(killed_and_resumed, capsys) -> None:
+def test_a_folder_without_a_run_of_this_backend_and_one_run_for_several_journals_are_refused(
+    killed_and_resumed, capsys
+) -> None:
     runs, run = killed_and_resumed
     assert main(["replay", str(runs), "--backend", "mlflow"]) == 2
     assert "no journal in it was written for a run of mlflow" in capsys.readouterr().err
@@ -228,7 +230,7 @@ def test_a_folder_without_a_run_of_this_backend_and_a_run_for_many_are_refused(k
     assert "with --run, name one of them: a, b, empty, untracked" in capsys.readouterr().err
 
 
-def test_the_run_that_was_logged_to_is_found_without_naming_it(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_the_run_of_a_journal_is_found_without_naming_it(tmp_path: Path, monkeypatch, capsys) -> None:
     client = new_database(tmp_path, monkeypatch)
     training = Training()
     with training.watch(tmp_path, backend="mlflow") as monitor:
@@ -240,7 +242,7 @@ def test_the_run_that_was_logged_to_is_found_without_naming_it(tmp_path: Path, m
     assert run.info.run_id in said
 
 
-def test_the_heads_beside_the_first_go_to_the_same_run(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_further_heads_are_sent_to_the_same_run(tmp_path: Path, monkeypatch, capsys) -> None:
     client = new_database(tmp_path, monkeypatch)
     training = Training()
     with training.watch(tmp_path, head=["2", "0"]) as monitor:
@@ -252,7 +254,7 @@ def test_the_heads_beside_the_first_go_to_the_same_run(tmp_path: Path, monkeypat
     assert {"gwa/mean", "gwa/0/mean"} <= run.data.metrics.keys()
 
 
-def test_a_tracker_that_stops_taking_records_is_an_error_and_the_next_replay_goes_on(
+def test_a_tracker_that_refuses_records_is_an_error_and_the_next_replay_sends_the_rest(
     folder: Path, monkeypatch, capsys
 ) -> None:
     tracker = OnMlflow()
@@ -278,7 +280,7 @@ def test_a_tracker_that_stops_taking_records_is_an_error_and_the_next_replay_goe
     check(tracker, run, records)
 
 
-def test_torn_and_foreign_lines_are_skipped_and_told(folder: Path, monkeypatch, capsys) -> None:
+def test_torn_and_invalid_lines_are_skipped_and_reported(folder: Path, monkeypatch, capsys) -> None:
     tracker = OnMlflow()
     tracker.set_up(folder.parent, monkeypatch)
     path = folder / FILE_NAME
@@ -340,7 +342,7 @@ def test_a_journal_belongs_to_one_process_until_that_process_is_killed(folder: P
     Journal(folder / FILE_NAME, Faults()).close()
 
 
-def test_a_journal_of_the_future_is_not_reported_on_either(folder: Path) -> None:
+def test_a_journal_of_a_later_version_has_no_report(folder: Path) -> None:
     from gwa_logging.report.page import write_report
 
     path = folder / FILE_NAME

@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Callable, Iterator
+from itertools import product
 from time import monotonic
 from typing import Any, NamedTuple
 
@@ -165,8 +166,17 @@ CARRIES = {
 MOMENTS = {"mid-interval": CUT, "between epochs": STEPS, "after the alert": 4 * STEPS + 1}
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("way", CARRIES)
+FAST_IN_JAX = {("as is, in JAX", "mid-interval"), ("npz + JSON, in JAX", "after the alert")}
+
+
+def combinations() -> Iterator[Any]:
+    """Every way at every moment; most of JAX's, which compiles each time, are in the slow tier."""
+    for way, moment in product(CARRIES, MOMENTS):
+        is_slow = CARRIES[way][0] == "JAX" and (way, moment) not in FAST_IN_JAX
+        yield pytest.param(way, moment, marks=pytest.mark.slow if is_slow else ())
+
+
+@pytest.mark.parametrize(("way", "moment"), combinations())
 def test_an_interrupted_and_resumed_run_equals_the_uninterrupted_one_to_the_bit(way, moment):
     (framework, carry), save_at = CARRIES[way], MOMENTS[moment]
     whole = run(FRAMEWORKS[framework], save_at)
@@ -233,7 +243,7 @@ WRONG = {
     "nothing": (lambda state: None, "not a state_dict"),
     "history": (changed(history="x"), "not a state_dict"),
     "stop rule": (changed(stop={"unknown": 1}), "not a state_dict"),
-    "a stop rule of old": (changed(stop=[0, 1]), "not a state_dict"),
+    "an old stop rule": (changed(stop=[0, 1]), "not a state_dict"),
     "world size": (changed(processes=8), "saved by 8 processes, this run has 1"),
     "further heads": (
         changed(heads={"head_dist": {}}),
@@ -255,8 +265,14 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("wrong", WRONG)
-@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize(
+    ("framework", "wrong"),
+    [
+        pytest.param(framework, wrong, marks=pytest.mark.slow if is_slow else ())
+        for framework, wrong in product(FRAMEWORKS, WRONG)
+        for is_slow in [framework == "JAX" and wrong not in ("version", "a small ledger")]
+    ],
+)
 def test_a_state_that_does_not_fit_is_refused_and_nothing_is_loaded(framework, wrong):
     change, said = WRONG[wrong]
     training = FRAMEWORKS[framework]()
@@ -340,8 +356,16 @@ def steps_of(tracker: Tracker, run: str, key: str) -> list[int]:
     return [step for step, _ in tracker.read_again(run).numbers.get(key, [])]
 
 
-@pytest.mark.parametrize("end", ["killed", "closed"])
-@pytest.mark.parametrize("name", TRACKERS)
+SLOW_ENDS = {("MLflow", "closed"), ("W&B", "killed")}
+
+
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [
+        pytest.param(name, end, marks=pytest.mark.slow if (name, end) in SLOW_ENDS else ())
+        for name, end in product(TRACKERS, ["killed", "closed"])
+    ],
+)
 def test_a_resumed_run_of_a_tracker_gets_no_step_twice_and_misses_none(
     name: str, end: str, tmp_path, monkeypatch
 ) -> None:

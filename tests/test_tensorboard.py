@@ -39,14 +39,14 @@ def open_in(folder: Path, run: Any = None, name: str = "gwa") -> TensorBoardBack
 # --- which folder -----------------------------------------------------------------------------------------------------
 
 
-def test_without_a_run_the_events_are_beside_the_journal_in_a_folder_of_the_name(tmp_path: Path) -> None:
+def test_without_a_run_the_events_are_next_to_the_journal_in_a_folder_named_like_the_prefix(tmp_path: Path) -> None:
     monitor = Training().watch(tmp_path, backend="tensorboard")
     monitor.close()
     (file,) = tmp_path.rglob("events.out.tfevents.*")
     assert file.parent == monitor.journal.parent / "gwa"
 
 
-def test_a_folder_is_found_again_though_the_user_has_gone_elsewhere(
+def test_a_relative_folder_is_found_again_after_the_user_changes_the_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = open_in(tmp_path, "runs")
@@ -59,7 +59,7 @@ def test_a_folder_is_found_again_though_the_user_has_gone_elsewhere(
 
 @pytest.mark.parametrize("form", [str, Path, SummaryWriter, lambda folder: SimpleNamespace(logdir=str(folder))])
 @pytest.mark.parametrize("give_back", [False, True])
-def test_a_log_directory_comes_as_a_path_or_as_a_writer(tmp_path: Path, form: Any, give_back: bool) -> None:
+def test_a_log_directory_can_be_a_path_or_a_writer(tmp_path: Path, form: Any, give_back: bool) -> None:
     backend = open_in(tmp_path, form(tmp_path / "runs" / "experiment"))
     if give_back:
         backend = open_in(tmp_path, backend.run)
@@ -67,13 +67,13 @@ def test_a_log_directory_comes_as_a_path_or_as_a_writer(tmp_path: Path, form: An
     assert "gwa/stop_epoch" in read_events(tmp_path / "runs" / "experiment" / "gwa").Tags()["scalars"]
 
 
-def test_the_event_file_of_a_writer_has_its_folder_too(tmp_path: Path) -> None:
+def test_the_event_file_of_a_writer_identifies_its_folder(tmp_path: Path) -> None:
     writer = SummaryWriter(tmp_path / "runs")
     assert open_in(tmp_path, writer.file_writer).run == open_in(tmp_path, writer).run == str(tmp_path / "runs")
 
 
 @pytest.mark.parametrize("wrong", [17, "", b"runs", object(), SummaryWriter, ["runs"]])
-def test_something_that_is_no_log_directory_is_refused(tmp_path: Path, wrong: Any) -> None:
+def test_anything_but_a_log_directory_is_refused(tmp_path: Path, wrong: Any) -> None:
     with pytest.raises(InvalidInputError, match=r"run=.*expected a log directory such as 'runs/experiment'"):
         Training().watch(tmp_path, backend="tensorboard", run=wrong)
 
@@ -86,7 +86,7 @@ def test_a_log_directory_that_cannot_be_written_is_an_error_at_once(tmp_path: Pa
         Training().watch(tmp_path, backend="tensorboard", run=tmp_path / "a file")
 
 
-def test_heads_beside_each_other_have_folders_of_their_own(tmp_path: Path) -> None:
+def test_each_of_several_heads_has_its_own_folder(tmp_path: Path) -> None:
     class TwoHeads(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -105,8 +105,8 @@ def test_heads_beside_each_other_have_folders_of_their_own(tmp_path: Path) -> No
     assert folders == {"runs/gwa", "runs/gwa/other"}
 
 
-def test_a_tensorboard_that_is_looking_goes_on_seeing_what_the_user_logs(tmp_path: Path) -> None:
-    """TensorBoard's own reader would leave the user's event file for a newer one of ours."""
+def test_a_running_tensorboard_still_shows_what_the_user_logs(tmp_path: Path) -> None:
+    """TensorBoard's reader would leave the user's event file for a newer one in the same folder."""
     writer = SummaryWriter(tmp_path)
     writer.add_scalar("loss", 1.0, 0)
     writer.flush()
@@ -123,7 +123,7 @@ def test_a_tensorboard_that_is_looking_goes_on_seeing_what_the_user_logs(tmp_pat
 # --- what is in it ----------------------------------------------------------------------------------------------------
 
 
-def test_the_bins_are_those_of_the_display_without_the_empty_ones_at_both_ends(tmp_path: Path) -> None:
+def test_the_bins_are_those_of_the_display_without_empty_bins_at_the_ends(tmp_path: Path) -> None:
     record = interval_record(0, [-0.21, -0.2, 0.1, 0.11, 0.3])
     open_in(tmp_path).write(record)
     (event,) = read_events(tmp_path / "gwa").Histograms("gwa/scores")
@@ -136,7 +136,7 @@ def test_the_bins_are_those_of_the_display_without_the_empty_ones_at_both_ends(t
     assert (shown.num, shown.sum) == (5, pytest.approx(0.1))
 
 
-def test_a_record_that_knows_its_time_keeps_it(tmp_path: Path) -> None:
+def test_a_record_keeps_its_time(tmp_path: Path) -> None:
     class Timed(IntervalRecord):
         time: float = 0.0
 
@@ -159,7 +159,7 @@ def test_an_interval_without_a_score_leaves_no_event(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e300])
-def test_what_float32_cannot_hold_arrives_as_the_nearest_that_it_can(tmp_path: Path, value: float) -> None:
+def test_values_beyond_float32_are_stored_as_the_nearest_value(tmp_path: Path, value: float) -> None:
     report = AlignmentSummary.from_scores([0.1, 0.2, 0.4]).report().model_copy(update={"gwa": value})
     open_in(tmp_path).write(report)
     (event,) = read_events(tmp_path / "gwa").Scalars("gwa/gwa")
@@ -180,20 +180,20 @@ def test_the_alert_is_a_text_and_the_best_epoch_a_number(tmp_path: Path) -> None
     assert numbers == {"stop_epoch": [(7, 7.0)], "best_epoch": [(7, 2.0), (8, 2.0)]}
 
 
-def test_the_head_is_told(tmp_path: Path) -> None:
+def test_the_head_is_logged_as_a_text(tmp_path: Path) -> None:
     monitor = Training().watch(tmp_path, backend="tensorboard")
     monitor.close()
     (event,) = read_events(monitor.journal.parent / "gwa").Tensors("gwa/head")
     assert "Linear 8 -> 3" in event.tensor_proto.string_val[0].decode()
 
 
-def test_a_run_without_a_best_epoch_names_none(tmp_path: Path) -> None:
+def test_a_run_without_a_best_epoch_has_no_best_epoch(tmp_path: Path) -> None:
     backend = open_in(tmp_path)
     backend.write(CloseRecord(epochs=0, steps=0, best_epoch=None, best_value=math.nan, faults={}))
     assert read_events(tmp_path / "gwa").Tags()["scalars"] == []
 
 
-def test_a_later_backend_knows_what_the_folder_holds(tmp_path: Path) -> None:
+def test_a_later_backend_reads_the_contents_of_the_folder(tmp_path: Path) -> None:
     first = open_in(tmp_path)
     assert first.contents() == TrackerContents()
     for step in (0, 20, 40):
@@ -212,10 +212,8 @@ def test_a_later_backend_knows_what_the_folder_holds(tmp_path: Path) -> None:
 # --- outages ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
-)  # TensorBoard's own thread dies of it
-def test_a_disk_that_fails_for_a_while_costs_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread dies
+def test_no_record_is_lost_if_the_disk_fails_temporarily(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training = Training()
     monitor = training.watch(tmp_path, backend="tensorboard", run=tmp_path / "runs")
     training.epoch(monitor)
@@ -254,8 +252,8 @@ def test_neither_torch_nor_tensorflow_is_needed(tmp_path: Path) -> None:
     assert read_events(tmp_path / "gwa").Scalars("gwa/best_value")[0].value == 1.0
 
 
-def test_what_is_written_later_is_read_later_however_soon_it_comes(tmp_path: Path) -> None:
-    for step in range(4):  # each in a file of its own, as a replay has it
+def test_event_files_of_the_same_second_are_read_in_the_order_of_writing(tmp_path: Path) -> None:
+    for step in range(4):  # each in a separate file, as in replays
         backend = open_backend(RunContext("gwa", str(tmp_path), tmp_path))
         backend.write(interval_record(step, [0.1, 0.2]))
         backend.close()

@@ -13,7 +13,7 @@ from tests.records import stop_alert
 from tests.trackers import BATCH, BATCHES, Training, rows_of, run_of, start_trackio_run, trackio
 
 # isort: split
-# After the above, which says where Trackio stores: Trackio asks when it is imported.
+# After the imports above, which set Trackio's folder: Trackio reads it when it is imported.
 from trackio.context_vars import current_run
 
 from gwa_logging import AlignmentSummary, BackendError, EarlyStop, InvalidInputError
@@ -37,7 +37,7 @@ def column(run: Any, key: str) -> list[tuple[int, Any]]:
 # --- which run --------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_of_our_own_is_never_the_active_one(tmp_path: Path) -> None:
+def test_a_run_that_watch_starts_is_never_the_active_run(tmp_path: Path) -> None:
     training = Training()
     monitor = training.watch(tmp_path, backend="trackio", name="own.run")
     own = run_of(monitor, "trackio")
@@ -54,7 +54,7 @@ def test_a_run_of_our_own_is_never_the_active_one(tmp_path: Path) -> None:
     assert {key for row in rows_of(users) for key in row} == {"loss", "step", "timestamp"}
 
 
-def test_the_settings_and_the_head_are_in_the_config_of_our_own_run_only(tmp_path: Path) -> None:
+def test_only_a_run_that_watch_started_has_the_settings_and_the_head_in_its_config(tmp_path: Path) -> None:
     users = start_trackio_run("config")
     for run in (None, users):
         training = Training()
@@ -69,7 +69,7 @@ def test_the_settings_and_the_head_are_in_the_config_of_our_own_run_only(tmp_pat
     users.finish()
 
 
-def test_the_active_run_is_taken_and_left_running(tmp_path: Path) -> None:
+def test_the_active_run_is_used_and_not_finished(tmp_path: Path) -> None:
     users = trackio.init("active", auto_log_cpu=False)
     backend = open_backend(RunContext("gwa", None, tmp_path))
     assert backend.run is users
@@ -79,7 +79,7 @@ def test_the_active_run_is_taken_and_left_running(tmp_path: Path) -> None:
     assert column(users, "still") == [(0, "open")]
 
 
-def test_a_run_can_be_given_to_a_thread_in_which_it_is_not_active(tmp_path: Path) -> None:
+def test_a_run_can_be_passed_to_a_thread_in_which_it_is_not_active(tmp_path: Path) -> None:
     users = trackio.init("threads", auto_log_cpu=False)
     failed: list[BaseException] = []
 
@@ -109,7 +109,7 @@ def test_a_run_of_a_wrong_type_is_named(tmp_path: Path, wrong: Any) -> None:
         Training().watch(tmp_path, backend="trackio", run=wrong)
 
 
-def test_a_folder_that_cannot_be_written_is_an_error_at_once_and_no_silent_loss(tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_an_error_at_once(tmp_path: Path) -> None:
     (tmp_path / "a file").touch()
     program = (
         "import pathlib, gwa_logging\n"
@@ -131,14 +131,14 @@ def test_a_folder_that_cannot_be_written_is_an_error_at_once_and_no_silent_loss(
     ("url", "page"),
     [("http://127.0.0.1:9", "http://127.0.0.1:9"), ("me/space", "https://huggingface.co/spaces/me/space")],
 )
-def test_of_a_run_that_is_not_stored_here_the_page_is_told(url: str, page: str) -> None:
+def test_a_run_on_a_server_has_a_page(url: str, page: str) -> None:
     run = start_trackio_run("pages")
     run.finish()
     run.url = url
     assert TrackioBackend(run, "gwa", owned=False).run_ref == TrackerRunRef(url=page)
 
 
-def test_a_run_can_be_taken_up_again_by_its_path_and_keeps_its_config(tmp_path: Path) -> None:
+def test_a_run_can_be_resumed_by_its_path_and_keeps_its_config(tmp_path: Path) -> None:
     users = trackio.init("taken-up", config={"lr": 0.1}, auto_log_cpu=False)
     first = open_backend(RunContext("gwa", users, tmp_path))
     first.write(AlignmentSummary.from_scores([0.1, 0.2, 0.4]).report(epoch=3))
@@ -154,16 +154,16 @@ def test_a_run_can_be_taken_up_again_by_its_path_and_keeps_its_config(tmp_path: 
     assert (stored.id, stored.config["lr"]) == (users.id, 0.1)
 
 
-def test_a_path_that_leads_nowhere_is_an_error_that_names_it(tmp_path: Path) -> None:
-    with pytest.raises(BackendError, match=r"Run 'nobody' does not exist in project 'nowhere'"):
-        open_backend(RunContext("gwa", "nowhere/nobody", tmp_path))
+def test_an_unknown_path_is_named_in_the_error(tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match=r"Run 'unknown' does not exist in project 'nowhere'"):
+        open_backend(RunContext("gwa", "nowhere/unknown", tmp_path))
 
 
 # --- the user's rows and steps ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("explicit", [False, True])
-def test_the_users_steps_are_where_they_would_be_without_us(tmp_path: Path, explicit: bool) -> None:
+def test_the_users_steps_are_the_same_as_without_this_library(tmp_path: Path, explicit: bool) -> None:
     users, training = start_trackio_run("steps"), Training()
     monitor = training.watch(tmp_path, backend="trackio", run=users)
     for epoch in range(3):
@@ -178,7 +178,7 @@ def test_the_users_steps_are_where_they_would_be_without_us(tmp_path: Path, expl
     assert all(set(row) == {"loss", "step", "timestamp"} for row in rows_of(users) if "loss" in row)
 
 
-def test_what_comes_after_the_users_finish_is_stored_all_the_same(tmp_path: Path) -> None:
+def test_records_after_the_users_finish_are_stored(tmp_path: Path) -> None:
     users, training = start_trackio_run("finished"), Training()
     monitor = training.watch(tmp_path, backend="trackio", run=users)
     training.epoch(monitor)
@@ -192,7 +192,7 @@ def test_what_comes_after_the_users_finish_is_stored_all_the_same(tmp_path: Path
 # --- alerts, and what cannot be shown ---------------------------------------------------------------------------------
 
 
-def test_one_alert_says_when_to_stop(tmp_path: Path) -> None:
+def test_there_is_one_alert_with_the_whole_text(tmp_path: Path) -> None:
     users, training = start_trackio_run("alerts"), Training(lr=0.0)
     monitor = training.watch(tmp_path, backend="trackio", run=users, early_stop=EarlyStop(patience=1, warmup=0, drop=0))
     for _ in range(4):
@@ -202,13 +202,13 @@ def test_one_alert_says_when_to_stop(tmp_path: Path) -> None:
     (alert,) = trackio.Api().alerts("alerts", run=users.name)
     assert (alert["title"], alert["level"], alert["step"]) == ("GWA: stop", "warn", 1)
     assert alert["text"] == monitor.alert.text
-    assert monitor.alert.caveats  # so few samples are always worth one
+    assert monitor.alert.caveats  # a training with so few samples always has caveats
     assert column(users, "gwa/best_epoch") == [(3, 0)]
     assert column(users, "gwa/best_value") == [(3, monitor.history[0].separation)]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_numbers_that_are_none_arrive_as_they_are(tmp_path: Path, value: float) -> None:
+def test_nan_and_infinities_are_stored_as_they_are(tmp_path: Path, value: float) -> None:
     users = start_trackio_run("numbers")
     report = AlignmentSummary.from_scores([0.1, 0.2, 0.4]).report().model_copy(update={"gwa": value})
     TrackioBackend(users, "gwa", owned=False).write(report)
@@ -216,7 +216,7 @@ def test_numbers_that_are_none_arrive_as_they_are(tmp_path: Path, value: float) 
     assert column(users, "gwa/gwa")[0][1] == pytest.approx(value, nan_ok=True)
 
 
-def test_a_run_without_a_best_epoch_leaves_no_row() -> None:
+def test_a_run_without_a_best_epoch_adds_no_row() -> None:
     users = start_trackio_run("nothing")
     backend = TrackioBackend(users, "gwa", owned=False)
     backend.write(CloseRecord(epochs=0, steps=0, best_epoch=None, best_value=math.nan, faults={}))

@@ -36,14 +36,14 @@ SAMPLES = EPOCHS * BATCHES * BATCH
 
 
 class Pattern(NamedTuple):
-    """How a user logs to the run that we are a guest in."""
+    """How a user logs to the run."""
 
     name: str
     moment: str  # "step", "before end_epoch", "after end_epoch" or "never"
     explicit: bool = False  # passes step=
     every: int = 1
     since: int = 0
-    counted: bool = False  # its steps count what has been logged, not epochs
+    counted: bool = False  # its steps count the rows, not the epochs
 
 
 PATTERNS = [
@@ -72,31 +72,31 @@ SLOW = (
 
 
 class User:
-    """Logs by a pattern, and knows which rows must come of it and where W&B's step would be without us."""
+    """Logs by a pattern, and records the rows that must result and what W&B's step would be without this library."""
 
     def __init__(self, run: wandb.Run, pattern: Pattern) -> None:
         self.run, self.pattern = run, pattern
         self.rows: dict[int, float] = {}
-        self.step_without_us = 0
-        self.steps_without_us: list[int] = []
+        self.step_without_watch = 0
+        self.steps_without_watch: list[int] = []
         self.steps: list[int] = []
         """Both after each row of the user."""
         self.ahead: list[int] = []
-        """By how much the run's step is above the number of epochs that have ended; after each epoch."""
+        """After each epoch: by how much the run's step exceeds the number of epochs that have ended."""
 
     def at(self, moment: str, index: int) -> None:
         pattern = self.pattern
         if moment == pattern.moment and index % pattern.every == 0 and index >= pattern.since:
-            value, step = 0.5 + index, self.step_without_us
+            value, step = 0.5 + index, self.step_without_watch
             if pattern.explicit:
                 step = len(self.rows) if pattern.counted else index
                 self.run.log({"user/loss": value}, step=step)
-                self.step_without_us = step
+                self.step_without_watch = step
             else:
                 self.run.log({"user/loss": value})
-                self.step_without_us = step + 1
+                self.step_without_watch = step + 1
             self.rows[step] = value
-            self.steps_without_us.append(self.step_without_us)
+            self.steps_without_watch.append(self.step_without_watch)
             self.steps.append(self.run.step)
         if moment == "after end_epoch":
             self.ahead.append(self.run.step - index)
@@ -123,11 +123,11 @@ def _quiet_and_clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     wandb.teardown()
 
 
-# --- a guest in the user's run ----------------------------------------------------------------------------------------
+# --- the user's run ---------------------------------------------------------------------------------------------------
 
 
 class Visit(NamedTuple):
-    """One training during which a user logged by a pattern."""
+    """A training during which a user logged by a pattern."""
 
     user: User
     reports: list[EpochReport]
@@ -139,7 +139,7 @@ class Visit(NamedTuple):
 
 @pytest.fixture(scope="module")
 def patient() -> Iterator[None]:
-    """Training waits for W&B however busy the machine is, so that the user's rows come when the pattern says."""
+    """Makes training wait for W&B even on a busy machine, so that the user's rows come when the pattern says."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(delivery, "MAX_BLOCKING", 30.0)
         yield
@@ -183,27 +183,27 @@ def visit(request: pytest.FixtureRequest, visits: Visits) -> Visit:
     return visits[request.param]
 
 
-def test_every_row_of_the_user_is_there_with_its_own_step_and_value(visit: Visit) -> None:
+def test_every_row_of_the_user_keeps_its_step_and_value(visit: Visit) -> None:
     assert visit.disk.column("user/loss", "_step") == [(value, step) for step, value in visit.user.rows.items()]
 
 
-def test_no_sample_is_missing_from_the_histograms_and_none_is_counted_twice(visit: Visit) -> None:
+def test_every_sample_is_in_the_histograms_exactly_once(visit: Visit) -> None:
     assert samples_in(visit.disk.history) == SAMPLES
 
 
-def test_every_epoch_is_there_once_and_in_order(visit: Visit) -> None:
+def test_every_epoch_is_logged_once_and_in_order(visit: Visit) -> None:
     expected = [(r.epoch, r.gwa, r.stable_gwa, r.mean, r.count) for r in visit.reports]
     keys = ("gwa/epoch", "gwa/gwa", "gwa/stable", "gwa/mean", "gwa/count")
     assert len(expected) == EPOCHS
     assert visit.disk.column(*keys) == expected
 
 
-def test_after_each_row_of_the_user_the_step_of_the_run_is_where_it_would_be_without_us(visit: Visit) -> None:
-    assert visit.user.steps == visit.user.steps_without_us
+def test_the_step_after_each_row_of_the_user_is_the_same_as_without_this_library(visit: Visit) -> None:
+    assert visit.user.steps == visit.user.steps_without_watch
     assert len(visit.user.steps) == len(visit.user.rows)
 
 
-def test_a_run_in_which_the_user_never_logs_moves_a_row_per_epoch_and_never_passes_the_epoch(
+def test_if_the_user_never_logs_the_step_advances_once_per_epoch_and_never_exceeds_the_epoch(
     visits: Visits,
 ) -> None:
     visit = visits["never"]
@@ -221,7 +221,7 @@ def test_a_run_in_which_the_user_never_logs_moves_a_row_per_epoch_and_never_pass
         pytest.param("later, explicit step=epoch before end_epoch", marks=pytest.mark.slow),
     ],
 )
-def test_until_the_user_begins_to_log_the_run_moves_and_then_it_is_theirs(visits: Visits, name: str) -> None:
+def test_the_step_advances_only_until_the_user_starts_to_log(visits: Visits, name: str) -> None:
     visit = visits[name]
     assert visit.user.ahead == [0] * EPOCHS
     assert visit.seen[2]["gwa/epoch"] == 1
@@ -229,11 +229,11 @@ def test_until_the_user_begins_to_log_the_run_moves_and_then_it_is_theirs(visits
 
 
 @pytest.mark.parametrize("name", ["explicit step=evaluation every second epoch", "implicit step every second epoch"])
-def test_a_user_who_logs_less_often_than_once_per_epoch_is_overtaken_by_a_row_at_most(
+def test_if_the_user_logs_less_than_once_per_epoch_the_step_advances_by_one_row_at_most(
     visits: Visits, name: str
 ) -> None:
     visit = visits[name]
-    assert max(visit.user.ahead[-2:]) < 0  # a row for every epoch would have brought it to 0
+    assert max(visit.user.ahead[-2:]) < 0  # with a row for every epoch it would be 0
 
 
 def test_the_steps_of_the_histograms_ascend_up_to_the_last_training_step(visit: Visit) -> None:
@@ -242,7 +242,7 @@ def test_the_steps_of_the_histograms_ascend_up_to_the_last_training_step(visit: 
     assert steps[-1] == EPOCHS * BATCHES - 1
 
 
-def test_a_guest_causes_no_fault_and_leaves_the_config_alone(visit: Visit) -> None:
+def test_the_users_config_is_unchanged_and_there_are_no_faults(visit: Visit) -> None:
     assert visit.faults == {}
     assert "gwa" not in visit.disk.config
 
@@ -251,12 +251,14 @@ def test_a_user_who_logs_per_step_gets_a_histogram_per_interval(visits: Visits) 
     per_step = visits["implicit step per training step"].disk
     never = visits["never"].disk
     assert len(per_step.column("gwa/scores.values")) > EPOCHS * (BATCHES // 3)
-    assert len(never.column("gwa/scores.values")) == EPOCHS - 1  # what met in one row was added up
+    assert len(never.column("gwa/scores.values")) == EPOCHS - 1  # intervals that fell into the same row were added up
 
 
-def test_a_row_of_the_user_before_training_keeps_the_step_where_it_is(tmp_path: Path, patient: None) -> None:
+def test_a_row_that_the_user_logged_before_training_keeps_the_step_from_advancing(
+    tmp_path: Path, patient: None
+) -> None:
     run, training = start_run(tmp_path), Training()
-    run.log({"user/accuracy": 0.1}, step=1)  # open, so that W&B's summary does not have it yet
+    run.log({"user/accuracy": 0.1}, step=1)  # the row is open, so W&B's summary does not have it yet
     monitor = training.watch(tmp_path, run=run)
     for _ in range(4):
         training.epoch(monitor)
@@ -270,7 +272,7 @@ def test_a_row_of_the_user_before_training_keeps_the_step_where_it_is(tmp_path: 
     assert samples_in(disk.history) == 4 * BATCHES * BATCH
 
 
-def test_a_summary_value_of_the_user_keeps_the_step_free_for_epochs_in_hindsight(tmp_path: Path, patient: None) -> None:
+def test_a_summary_value_of_the_user_keeps_the_step_from_advancing(tmp_path: Path, patient: None) -> None:
     run, training = start_run(tmp_path), Training()
     run.summary["epochs"] = 3
     monitor = training.watch(tmp_path, run=run)
@@ -286,7 +288,7 @@ def test_a_summary_value_of_the_user_keeps_the_step_free_for_epochs_in_hindsight
     assert samples_in(disk.history) == 3 * BATCHES * BATCH
 
 
-def test_a_run_with_two_writers_in_which_the_user_never_logs_moves_for_both(tmp_path: Path, patient: None) -> None:
+def test_two_models_in_a_run_without_watcher_rows_advance_the_step_together(tmp_path: Path, patient: None) -> None:
     run, trainings = start_run(tmp_path), {"gwa": Training(), "discriminator": Training()}
     monitors = {name: training.watch(tmp_path, run=run, name=name) for name, training in trainings.items()}
     for epoch in range(4):
@@ -304,7 +306,7 @@ def test_a_run_with_two_writers_in_which_the_user_never_logs_moves_for_both(tmp_
         assert samples_in(disk.history, name) == 4 * BATCHES * BATCH
 
 
-def test_what_the_user_logs_with_a_step_after_close_lands(tmp_path: Path) -> None:
+def test_rows_that_the_user_logs_with_a_step_after_close_are_kept(tmp_path: Path) -> None:
     run, training = start_run(tmp_path), Training()
     monitor = training.watch(tmp_path, run=run)
     for epoch in range(3):
@@ -319,7 +321,7 @@ def test_what_the_user_logs_with_a_step_after_close_lands(tmp_path: Path) -> Non
     assert len(disk.column("gwa/gwa")) == 3
 
 
-def test_closing_commits_nothing_when_nothing_of_ours_is_open(tmp_path: Path) -> None:
+def test_close_commits_nothing_if_the_open_row_is_empty(tmp_path: Path) -> None:
     run, training = start_run(tmp_path), Training()
     monitor = training.watch(tmp_path, run=run)
     training.epoch(monitor)
@@ -344,11 +346,11 @@ def test_an_interval_without_a_score_leaves_no_row(tmp_path: Path, owned: bool) 
     assert samples_in(disk.history) == 2
 
 
-def test_a_row_of_merged_intervals_says_which_of_them_it_holds(tmp_path: Path) -> None:
+def test_a_row_of_merged_intervals_lists_the_steps_it_covers(tmp_path: Path) -> None:
     run = start_run(tmp_path)
     backend = WandbBackend(run, "gwa", owned=False)
     scored = gwa_logging.AlignmentSummary.from_scores([0.1, -0.2])
-    for step in (0, 1, 2, 10, 11, 12):  # a resumed run leaves out what the tracker has
+    for step in (0, 1, 2, 10, 11, 12):  # a resumed run does not send what the tracker has
         backend.write(interval_record(step, scored))
     run.log({"step": 7, "epoch": 0, "count": 3, "excluded": 0})  # the user's keys, without our prefix
     backend.write(interval_record(20, scored))
@@ -406,7 +408,7 @@ def test_a_damaged_file_of_an_offline_run_is_read_up_to_its_end_or_refused(tmp_p
         assert 10 < len(steps) < 20
 
 
-def test_every_alert_and_list_of_suspects_is_held_not_only_the_last(tmp_path: Path) -> None:
+def test_contents_reports_every_alert_and_list_of_suspects(tmp_path: Path) -> None:
     run = start_run(tmp_path)
     backend = WandbBackend(run, "gwa", owned=True)
     for epoch in (9, 5):
@@ -439,21 +441,21 @@ def _refuse(*args: Any, **kwargs: Any) -> None:
     raise ConnectionResetError
 
 
-# --- a run of our own -------------------------------------------------------------------------------------------------
+# --- a run that `watch` starts ----------------------------------------------------------------------------------------
 
 
-def test_a_run_of_our_own_gets_a_row_per_record_and_is_finished_on_close(
+def test_a_run_that_watch_started_has_a_row_per_record_and_is_finished_by_close(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    bystander = start_run(tmp_path)  # not the active one, so not ours to take, nor to finish
+    bystander = start_run(tmp_path)  # not the active run, so it is neither used nor finished
     training = Training()
     monitor = training.watch(tmp_path)
     for _ in range(2):
         training.epoch(monitor)
     monitor.close()
-    with pytest.raises(BackendError, match="finished"):  # asked now, because reading back ends every run
+    with pytest.raises(BackendError, match="finished"):  # before reading back, which ends every run
         monitor._deliveries[0].backend.write(monitor.history[0])
     bystander.log({"still": "open"})
     bystander.finish()
@@ -469,7 +471,7 @@ def test_a_run_of_our_own_gets_a_row_per_record_and_is_finished_on_close(
     assert monitor.faults == {}
 
 
-def test_the_active_run_is_taken_and_left_running(tmp_path: Path) -> None:
+def test_the_active_run_is_used_and_not_finished(tmp_path: Path) -> None:
     run = start_run(tmp_path, reinit="default")
     assert wandb.run is run
     backend = open_backend(RunContext(name="gwa", run=None, directory=tmp_path))
@@ -480,9 +482,7 @@ def test_the_active_run_is_taken_and_left_running(tmp_path: Path) -> None:
     assert read_back(folder_of(run)).column("still") == ["open"]
 
 
-def test_no_way_to_start_a_run_is_an_error_that_says_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_if_no_run_can_be_started_the_error_names_the_remedies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving() as address:
         wandb.teardown()
         for key, value in {"BASE_URL": address, "API_KEY": "not a key", "MODE": "online"}.items():
@@ -525,11 +525,11 @@ def test_a_run_without_an_alert_keeps_its_best_epoch_too(tmp_path: Path) -> None
     assert disk.alerts == []
 
 
-# --- what users get wrong ---------------------------------------------------------------------------------------------
+# --- mistakes of users ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ending", ["run.finish()", "wandb.teardown()"])
-def test_a_run_that_ends_before_close_costs_neither_time_nor_training(
+def test_a_run_that_is_finished_before_close_neither_delays_nor_interrupts_training(
     tmp_path: Path, ending: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     run, training = start_run(tmp_path), Training()
@@ -553,7 +553,9 @@ def test_a_run_of_a_wrong_type_is_named(tmp_path: Path, wrong: Any) -> None:
         Training().watch(tmp_path, run=wrong)
 
 
-def test_two_heads_never_write_into_one_run_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_heads_never_write_to_the_same_run_at_the_same_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, records = start_run(tmp_path), read_journal(_journal(tmp_path))[0]
     owner, guest = (WandbBackend(run, name, owned=name == "gwa") for name in ("gwa", "gwa/other"))
     (interval, *_) = (record for record in records if isinstance(record, IntervalRecord))
@@ -570,7 +572,7 @@ def test_two_heads_never_write_into_one_run_at_the_same_time(tmp_path: Path, mon
     assert inside.wait(10)
     inside.clear()
     threads[1].start()
-    assert not inside.wait(0.2)  # the guest waits for the owner
+    assert not inside.wait(0.2)  # the second waits for the first
     go_on.set()
     assert inside.wait(10)
     for thread in threads:
@@ -585,7 +587,7 @@ def _journal(folder: Path) -> Path:
     return monitor.journal
 
 
-def test_a_run_id_takes_the_run_up_again_and_finishes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_id_resumes_the_run_and_close_finishes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     OnWandb().set_up(tmp_path, monkeypatch)
     first = start_run(tmp_path, project="digits")
     first.log({"user/loss": 1.0})
@@ -600,7 +602,7 @@ def test_a_run_id_takes_the_run_up_again_and_finishes_it(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize(("wanted", "said"), [("nowhere1", "is not in"), ("a/b/c/d", "expected a run id")])
-def test_a_run_id_that_there_is_not_is_an_error_at_the_start(
+def test_an_unknown_run_id_is_an_error_at_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: str, said: str
 ) -> None:
     OnWandb().set_up(tmp_path, monkeypatch)
@@ -623,7 +625,7 @@ def test_a_dead_active_run_is_an_error_at_the_start(tmp_path: Path) -> None:
         Training().watch(tmp_path, run=run)
 
 
-def test_a_disabled_run_swallows_everything(tmp_path: Path) -> None:
+def test_a_disabled_run_accepts_everything(tmp_path: Path) -> None:
     run, training = start_run(tmp_path, mode="disabled"), Training(lr=0.0)
     monitor = training.watch(tmp_path, run=run, early_stop=EarlyStop(patience=1, warmup=0, drop=0))
     for _ in range(3):
@@ -647,10 +649,10 @@ ANSWER = {
 
 
 class Server(BaseHTTPRequestHandler):
-    """As much of a W&B server as it takes to start a run: one answer to every question.
+    """A stand-in for a W&B server that can start a run: it gives the same response to every request.
 
     Attributes:
-        uploads: the status with which it answers uploads of rows.
+        uploads: the status of its responses to uploads of rows.
     """
 
     protocol_version = "HTTP/1.1"
@@ -670,7 +672,7 @@ class Server(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *args: Any) -> None:
-        """Keeps quiet."""
+        """Logs nothing."""
 
 
 @contextmanager
@@ -681,7 +683,7 @@ def serving() -> Iterator[str]:
         server.shutdown()
 
 
-def test_in_shared_mode_every_record_is_a_row_and_the_run_goes_on(
+def test_in_shared_mode_every_record_is_a_row_and_the_run_is_not_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving() as address:
@@ -689,7 +691,7 @@ def test_in_shared_mode_every_record_is_a_row_and_the_run_goes_on(
         monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
         run, training = start_run(tmp_path, mode="shared", id=BUCKET["name"]), Training()
         with pytest.raises(Exception, match="shared mode"):
-            _ = run.step  # what makes this mode another one for us
+            _ = run.step  # the reason why this mode is a special case
         monitor = training.watch(tmp_path, run=run)
         for _ in range(2):
             training.epoch(monitor)
@@ -706,10 +708,10 @@ def test_in_shared_mode_every_record_is_a_row_and_the_run_goes_on(
     assert monitor.faults == {}
 
 
-# --- a server that is not there, or refuses ---------------------------------------------------------------------------
+# --- a server that does not respond, or refuses -----------------------------------------------------------------------
 
 
-def test_a_run_that_wandb_gives_up_uploading_is_a_fault_in_mid_run(
+def test_if_wandb_stops_uploading_a_fault_is_recorded_during_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(delivery, "CHECK_EVERY", 0.05)
@@ -739,7 +741,7 @@ def test_a_run_that_wandb_gives_up_uploading_is_a_fault_in_mid_run(
 
 
 @pytest.mark.parametrize("answering", ["no server listens", "it hangs"])
-def test_a_server_that_does_not_answer_is_an_error_within_ten_seconds(
+def test_a_server_that_does_not_respond_is_an_error_within_ten_seconds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answering: str
 ) -> None:
     monkeypatch.setattr(_reachable, "CONNECT_WITHIN", 0.3)
@@ -768,7 +770,7 @@ AXES = {
 
 
 @pytest.mark.parametrize("prefix", ["other", "run.2"])
-def test_another_name_is_the_prefix_of_every_key_and_axis(tmp_path: Path, prefix: str) -> None:
+def test_another_name_becomes_the_prefix_of_every_key_and_axis(tmp_path: Path, prefix: str) -> None:
     run, training = start_run(tmp_path), Training()
     monitor = training.watch(tmp_path, run=run, name=prefix)
     training.epoch(monitor)
@@ -786,7 +788,7 @@ def test_another_name_is_the_prefix_of_every_key_and_axis(tmp_path: Path, prefix
 
 
 @pytest.mark.parametrize("moment", ["before watch()", "after watch()"])
-def test_a_pattern_that_the_user_defined_does_not_take_our_axes(tmp_path: Path, moment: str) -> None:
+def test_a_pattern_that_the_user_defines_does_not_change_the_axes(tmp_path: Path, moment: str) -> None:
     run, training = start_run(tmp_path), Training()
     if moment == "before watch()":
         run.define_metric("*", step_metric="user/axis")
@@ -800,7 +802,7 @@ def test_a_pattern_that_the_user_defined_does_not_take_our_axes(tmp_path: Path, 
     monitor.close()
     run.finish()
     disk = read_back(folder_of(run))
-    # W&B adds the axis of a key to the row that the key is in: ours got their own, and not the user's.
+    # W&B adds the axis of a key to the key's row: the keys got their own axes, and not the user's.
     (ours,) = (row for row in disk.history if "gwa/gwa" in row)
     assert "user/axis" not in ours
     assert {"gwa/step", "gwa/epoch", "gwa/scores.values"} <= set(ours)

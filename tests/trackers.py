@@ -1,4 +1,4 @@
-"""Real trackers: how the tests start them, log to them as a user would, and read back what they hold."""
+"""Real trackers: starts them, logs to them as a user would, and reads back what they contain."""
 
 import json
 import os
@@ -35,9 +35,11 @@ from gwa_logging.records import (
 )
 
 FOLDER = TemporaryDirectory(prefix="gwa_logging-tests-")
-"""For what is made once, in each test process: an empty database of MLflow, Trackio's folder."""
+"""For what each test process creates once: an empty MLflow database, Trackio's folder."""
 
-if "gwa_logging-tests-" not in os.environ.get("TRACKIO_DIR", ""):  # a process of a test's own uses the test's
+if "gwa_logging-tests-" not in os.environ.get(
+    "TRACKIO_DIR", ""
+):  # a process that a test starts uses the folder of the test
     os.environ |= {"TRACKIO_DIR": f"{FOLDER.name}/trackio", "HF_HUB_OFFLINE": "1"}  # read when Trackio is imported
 import trackio  # noqa: E402
 from trackio.sqlite_storage import SQLiteStorage  # noqa: E402
@@ -46,11 +48,11 @@ BATCHES, BATCH = 7, 8
 INTERVAL_KEYS = (*STEP_KEYS, *QUANTILES)
 
 Series = list[tuple[int, float]]
-"""Steps and values of a metric, in the order in which the tracker holds them."""
+"""Steps and values of a metric, in the order of the tracker."""
 
 
 class Training:
-    """A classifier of random samples, always the same ones in the same order."""
+    """Trains a classifier on random samples, always the same and in the same order."""
 
     def __init__(self, lr: float = 0.1) -> None:
         torch.manual_seed(0)
@@ -76,13 +78,13 @@ class Training:
 
 
 def run_of(monitor: Monitor, backend: str) -> Any:
-    """The run of a backend, as it would be given to `watch(run=)`."""
+    """The run of a backend, in the form that `watch(run=)` accepts."""
     (run,) = (d.backend.run for d in monitor._deliveries if d.backend.name == backend)
     return run
 
 
 def numbers_in(records: list[AnyRecord]) -> dict[str, Series]:
-    """What a tracker should hold of a journal, by metric key without the prefix."""
+    """The numbers of a journal that a tracker should contain, by metric key without the prefix."""
     found: dict[str, Series] = {}
     for record in records:
         if isinstance(record, IntervalRecord | EpochReport):
@@ -101,7 +103,7 @@ def totals_in(records: list[AnyRecord]) -> Series:
 
 
 class TrackerContents(NamedTuple):
-    """What a tracker holds of one run."""
+    """What a tracker contains of one run."""
 
     numbers: dict[str, Series]
     totals: Series
@@ -112,17 +114,17 @@ class TrackerContents(NamedTuple):
 
 
 class Tracker:
-    """A tracker, and what its users do with it."""
+    """A tracker, with the actions of its users."""
 
     backend: str
     precision: type = float
-    """In which it keeps numbers."""
+    """The precision of its numbers."""
 
     def set_up(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
-        """Points the tracker to a folder, as a user does by the environment."""
+        """Sets the tracker's folder with environment variables."""
 
     def start(self) -> Any:
-        """Starts a run as a user does, and gives it in a form that `watch(run=)` takes."""
+        """Starts a run as a user does. Returns it in a form that `watch(run=)` accepts."""
         raise NotImplementedError
 
     def log(self, run: Any, value: float) -> None:
@@ -134,20 +136,20 @@ class Tracker:
         raise NotImplementedError
 
     def ended(self, run: Any) -> bool:
-        """Whether the run has ended."""
+        """Returns True if the run has ended."""
         raise NotImplementedError
 
     def read(self, run: Any) -> TrackerContents:
-        """What is stored at this moment."""
+        """Returns what is stored now."""
         raise NotImplementedError
 
     def read_again(self, run: str) -> TrackerContents:
-        """The same, of a run that is named as `gwa-logging replay` names it."""
+        """As `read`, for a run that is named as in `gwa-logging replay --run`."""
         return self.read(run)
 
 
 class OnMlflow(Tracker):
-    """MLflow in a database of its own."""
+    """MLflow with a new database."""
 
     backend = "mlflow"
 
@@ -177,7 +179,7 @@ class OnMlflow(Tracker):
 
 
 class OnMlflowServer(OnMlflow):
-    """MLflow on a server on loopback: one for all, from the first `set_up` until `stop`."""
+    """MLflow on a local server, which all tests share from the first `set_up` until `stop`."""
 
     server: ClassVar["Server | None"] = None
 
@@ -203,7 +205,7 @@ class OnWandb(Tracker):
     backend = "wandb"
 
     def set_up(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
-        wandb.teardown()  # a session that another test has begun would keep the environment of then
+        wandb.teardown()  # a session of another test would keep the old environment
         for key, value in {"MODE": "offline", "DIR": folder, "SILENT": "true", "CONSOLE": "off"}.items():
             patch.setenv(f"WANDB_{key}", str(value))
         self.folder = folder
@@ -224,7 +226,7 @@ class OnWandb(Tracker):
         return self._held(read_back(folder_of(run)))
 
     def read_again(self, run: str) -> TrackerContents:
-        """Offline, W&B puts a run into a folder each time that it is taken up."""
+        """W&B creates a folder each time that an offline run is started or resumed."""
         folders = sorted((self.folder / "wandb").glob(f"offline-run-*-{run.rpartition('/')[2]}"))
         parts = [self._held(read_back(str(folder))) for folder in folders]
         numbers = {key: [pair for part in parts for pair in part.numbers.get(key, [])] for key in parts[0].numbers}
@@ -240,7 +242,7 @@ class OnWandb(Tracker):
 
 
 class OnTensorBoard(Tracker):
-    """Event files, read by TensorBoard's own reader."""
+    """Event files, read with TensorBoard's own reader."""
 
     backend = "tensorboard"
     precision = np.float32
@@ -276,7 +278,7 @@ class OnTensorBoard(Tracker):
 
 
 class OnTrackio(Tracker):
-    """Trackio's local store, one for the process."""
+    """Trackio's local store, one for each process."""
 
     backend = "trackio"
     projects: ClassVar = count()
@@ -314,14 +316,14 @@ class OnTrackio(Tracker):
 
 @cache
 def empty_database() -> Path:
-    """Making one takes seconds, so the tests copy it."""
+    """Creating a database takes seconds, so the tests copy this one."""
     path = Path(FOLDER.name) / "template.db"
     MlflowClient(f"sqlite:///{path}").search_experiments()
     return path
 
 
 def point_mlflow_to(uri: str, monkeypatch: pytest.MonkeyPatch, experiment: str = "gwa") -> MlflowClient:
-    """As a user may do it: by the environment."""
+    """Sets MLflow's environment variables."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", experiment)
     monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
@@ -336,7 +338,7 @@ def new_database(folder: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
 
 
 def series(client: MlflowClient, run_id: str, key: str) -> dict[int, float]:
-    """Step to value of a metric that has one value a step."""
+    """Maps the steps of a metric to its values. Each step must have one value."""
     history = client.get_metric_history(run_id, key)
     values = {metric.step: metric.value for metric in history}
     assert len(values) == len(history), f"{key} has several values in one step"
@@ -355,7 +357,7 @@ class Server(MlflowServer):
 
 
 def start_run(directory: Path, **options: Any) -> wandb.Run:
-    """An offline run that is not the active one, so that tests cannot get at each other's."""
+    """Starts an offline run without making it the active one, so that tests do not affect each other."""
     settings = wandb.Settings(silent=True, console="off", x_disable_stats=True)
     return wandb.init(**{"mode": "offline", "dir": directory, "settings": settings, "reinit": "create_new"} | options)
 
@@ -370,7 +372,7 @@ class OnDisk(NamedTuple):
     config: dict[str, Any]
 
     def column(self, *keys: str) -> list[Any]:
-        """The values of these keys in the rows that have the first, in order; tuples if there are several."""
+        """The values of these keys in the rows that have the first key; tuples if there are several keys."""
         rows = [tuple(row[key] for key in keys) for row in self.history if keys[0] in row]
         return rows if len(keys) > 1 else [row[0] for row in rows]
 
@@ -419,7 +421,7 @@ def read_events(folder: Path) -> EventAccumulator:
 
 
 def events_of(events: Callable[[str], list[Any]], tag: str) -> list[Any]:
-    """The events of a tag; none if there is no such tag."""
+    """The events of a tag; an empty list if the tag does not exist."""
     try:
         return events(tag)
     except KeyError:
@@ -427,7 +429,7 @@ def events_of(events: Callable[[str], list[Any]], tag: str) -> list[Any]:
 
 
 def start_trackio_run(project: str) -> trackio.Run:
-    """As a user does, but not the active one when this returns, so that tests cannot get at each other's."""
+    """Starts a run without making it the active one, so that tests do not affect each other."""
     run = trackio.init(project, auto_log_cpu=False, auto_log_gpu=False)
     trackio.context_vars.current_run.set(None)
     return run

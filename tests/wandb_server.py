@@ -1,4 +1,4 @@
-"""As much of a W&B server as it takes to write a run, to resume it and to read its history back; on loopback.
+"""A local stand-in for a W&B server, which can store a run, resume it and return its history.
 
 It speaks what wandb-core 0.31 asks for: GraphQL by the name of the operation, and file_stream for the rows.
 """
@@ -16,7 +16,7 @@ ENTITY, PROJECT = "entity", "project"
 
 
 class StoredRun:
-    """One run, as the server has it."""
+    """One run on the server."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -34,7 +34,7 @@ class StoredRun:
         return (self.lines.get("wandb-summary.json") or ["{}"])[-1]
 
     def write(self, stream: str, offset: int, content: list[str]) -> None:
-        """Puts lines at an offset, over what was there."""
+        """Writes lines at an offset, over existing ones."""
         lines = self.lines.setdefault(stream, [])
         if stream == "wandb-summary.json":
             lines[:] = content[-1:]
@@ -42,7 +42,7 @@ class StoredRun:
             lines[offset : offset + len(content)] = content
 
     def bucket(self) -> dict[str, Any]:
-        """What GraphQL has of it."""
+        """The run as GraphQL describes it."""
         history = self.history
         last = history[-1]["_step"] if history else -1
         tail = json.dumps([json.dumps(row) for row in history[-1:]])
@@ -81,7 +81,7 @@ class StoredRun:
         }
 
     def rows(self, first: int, end: int, keys: list[str] | None = None) -> list[dict[str, Any]]:
-        """Rows of the steps from `first` up to `end`, exclusive, that have all keys; of the keys alone if there are any."""
+        """Rows of the steps from `first` to `end` (exclusive) that have all `keys`; with `keys`, only these columns."""
         found = [row for row in self.history if first <= row["_step"] < end]
         if not keys:
             return found
@@ -89,7 +89,7 @@ class StoredRun:
 
 
 class WandbServer:
-    """The server. Used as a context manager.
+    """The server, a context manager.
 
     Attributes:
         address: for WANDB_BASE_URL.
@@ -148,11 +148,11 @@ class WandbServer:
                 self.wfile.write(body)
 
             def log_message(self, *arguments: Any) -> None:
-                """Not on stderr."""
+                """Logs nothing."""
 
         class Http(ThreadingHTTPServer):
             def handle_error(self, *arguments: Any) -> None:
-                """A client that was killed is no news."""
+                """Ignores clients that were killed."""
 
         self._http = Http(("127.0.0.1", 0), Handler)
         self._http.daemon_threads = True
@@ -167,7 +167,7 @@ class WandbServer:
         self._http.server_close()
 
     def wait(self, until: Callable[[], bool], timeout: float = 60) -> bool:
-        """Waits until something holds; looked at whenever something was written."""
+        """Waits until a condition holds. Checks it after each write."""
         with self._changed:
             return self._changed.wait_for(until, timeout)
 

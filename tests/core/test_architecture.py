@@ -76,7 +76,7 @@ LAYERS = (
     "__init__",
     "cli",
 )
-"""The modules of the core from the bottom up. One imports modules of its own layer and of those below it."""
+"""The modules of the core from the bottom up. A module imports its own layer and the layers below."""
 
 LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer.split()}
 

@@ -130,7 +130,7 @@ DAMAGED: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     "a head with another field": (
         ("head",),
         {"path": "", "features": 4, "classes": 3, "depth": 1},
-        r"head\.depth: expected no such field",
+        r"head\.depth: it is unknown",
     ),
     "a head of text": (("head", "features"), "4", r"head\.features: expected an integer, found '4'"),
     "further heads that are a list": (("heads",), [], r"heads: expected a dictionary, found \[\]"),

@@ -1,4 +1,4 @@
-"""Delivery: everything, in order, once; a tracker that fails or hangs never reaches the training thread."""
+"""Delivery: every record arrives once and in order, and a tracker that fails or hangs does not affect training."""
 
 import os
 import resource
@@ -74,7 +74,7 @@ def test_records_arrive_once_and_in_order(journal, faults, threaded):
 
 
 @pytest.mark.parametrize("threaded", [True, False])
-def test_a_tracker_that_comes_back_catches_up_by_itself(journal, faults, threaded, monkeypatch):
+def test_a_tracker_that_comes_back_catches_up(journal, faults, threaded, monkeypatch):
     monkeypatch.setattr(delivery_module, "FIRST_PAUSE", 0.01)
     tracker = Tracker(threaded)
     tracker.away = True
@@ -90,7 +90,7 @@ def test_a_tracker_that_comes_back_catches_up_by_itself(journal, faults, threade
     assert tracker.taken == ["a", "b", "c"]
 
 
-def test_a_hanging_tracker_does_not_hold_the_training_thread_nor_close(journal, faults):
+def test_a_hanging_tracker_blocks_neither_the_training_thread_nor_close(journal, faults):
     tracker = Tracker(threaded=True)
     tracker.free.clear()
     delivery = Delivery(tracker, journal, faults)
@@ -113,7 +113,7 @@ def test_an_unthreaded_tracker_gets_few_records_per_notice(journal, faults):
     assert len(tracker.taken) == 20
 
 
-def test_closing_tries_once_more_in_spite_of_the_pause(journal, faults):
+def test_close_retries_without_waiting_for_the_end_of_the_pause(journal, faults):
     tracker = Tracker(threaded=False)
     tracker.away = True
     delivery = Delivery(tracker, journal, faults)
@@ -153,7 +153,7 @@ def test_a_backend_that_takes_many_at_once_catches_up_in_few_calls_and_in_order(
 
 
 @pytest.mark.parametrize("threaded", [True, False])
-def test_a_tracker_that_hangs_is_left_behind_and_counted(journal, faults, threaded):
+def test_a_hanging_tracker_is_waited_for_only_once_and_its_records_are_counted(journal, faults, threaded):
     tracker = Tracker(threaded)
     tracker.free.clear()
     delivery = Delivery(tracker, journal, faults)
@@ -161,14 +161,14 @@ def test_a_tracker_that_hangs_is_left_behind_and_counted(journal, faults, thread
     start = monotonic()
     for _ in range(100):
         delivery.notify()
-    assert monotonic() - start < 100 * delivery_module.MAX_BLOCKING / 2  # only the first one waits
+    assert monotonic() - start < 100 * delivery_module.MAX_BLOCKING / 2  # only the first call waits
     assert not delivery.close(monotonic() + 0.1)
     assert delivery.left == 3
     tracker.free.set()
 
 
 class Noted(Faults):
-    """Faults that somebody waits for."""
+    """Faults that set an event when one is recorded."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -181,7 +181,7 @@ class Noted(Faults):
         self.happened.set()
 
 
-def test_while_the_disk_is_full_the_delivery_waits_instead_of_looking_all_the_time(journal, faults, monkeypatch):
+def test_while_the_disk_is_full_the_delivery_does_not_poll(journal, faults, monkeypatch):
     looks, many, drain = [], Event(), Delivery._write_new
 
     def counted(self, limit=None) -> None:
@@ -209,7 +209,7 @@ def test_while_the_disk_is_full_the_delivery_waits_instead_of_looking_all_the_ti
 
 
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit()])
-def test_a_backend_that_raises_more_than_an_exception_is_counted_and_tried_again(journal, error, monkeypatch):
+def test_a_backend_that_raises_a_base_exception_is_counted_and_called_again(journal, error, monkeypatch):
     monkeypatch.setattr(delivery_module, "FIRST_PAUSE", 0.01)
 
     class Leaving(Tracker):
@@ -230,7 +230,7 @@ def test_a_backend_that_raises_more_than_an_exception_is_counted_and_tried_again
     assert tracker.taken == ["a"]
 
 
-def test_a_backend_that_hangs_or_refuses_for_good_is_a_fault_long_before_close(journal, monkeypatch):
+def test_a_backend_that_hangs_or_refuses_for_good_is_a_fault_during_the_run(journal, monkeypatch):
     monkeypatch.setattr(delivery_module, "HANGS_AFTER", 0.05)
     monkeypatch.setattr(delivery_module, "CHECK_EVERY", 0.01)
 
@@ -251,12 +251,12 @@ def test_a_backend_that_hangs_or_refuses_for_good_is_a_fault_long_before_close(j
     assert all(noted.happened.wait(10) for noted in faults)
     assert "backend tracker: it has not returned from a call for" in faults[0].details[0]
     assert faults[1].details == ["backend refusing: it takes no more"]
-    assert not wait_for(deliveries[1:], monotonic() + 10)  # it was given everything, and has not kept it
+    assert not wait_for(deliveries[1:], monotonic() + 10)  # it received everything, but has not kept it
     group.remove(deliveries)
     hanging.free.set()
 
 
-def test_the_training_thread_waits_for_all_backends_together_no_longer_than_for_one(journal, faults):
+def test_the_training_thread_waits_no_longer_for_several_backends_than_for_one(journal, faults):
     group, trackers = DeliveryGroup(), [Tracker(threaded=False) for _ in range(8)]
     for tracker in trackers:
         tracker.free.clear()
@@ -274,7 +274,7 @@ def test_the_training_thread_waits_for_all_backends_together_no_longer_than_for_
     assert [tracker.taken for tracker in trackers] == 8 * [["a"]]
 
 
-def test_a_backend_for_which_there_was_no_time_comes_first_in_the_next_step(journal, faults, monkeypatch):
+def test_a_backend_that_had_no_time_is_first_in_the_next_step(journal, faults, monkeypatch):
     monkeypatch.setattr(delivery_module, "MAX_BLOCKING", 10.0)
     group, trackers = DeliveryGroup(), [Tracker(threaded=False) for _ in range(3)]
     deliveries = [Delivery(tracker, journal, faults) for tracker in trackers]
@@ -288,7 +288,7 @@ def test_a_backend_for_which_there_was_no_time_comes_first_in_the_next_step(jour
 
 
 class Minimal:
-    """Only what a backend must have; not even hashable."""
+    """The required methods of a backend and nothing else; not hashable."""
 
     __hash__ = None
 
@@ -393,7 +393,7 @@ def test_eight_heads_of_hanging_backends_have_one_deadline(threaded: bool, end: 
     monitor.close()
 
 
-def test_the_run_that_heads_share_is_closed_after_all_of_them(tmp_path):
+def test_a_run_that_heads_share_is_closed_last(tmp_path):
     order, free = [], Event()
 
     class Named(Tracker):
@@ -424,7 +424,7 @@ def test_the_run_that_heads_share_is_closed_after_all_of_them(tmp_path):
         ("lost", "lacks 1 records: they were removed from the journal before they could be sent"),
     ],
 )
-def test_what_is_said_at_the_end_is_what_is_true(journal, faults, tracker_state, said, monkeypatch):
+def test_the_shortfall_states_what_the_backend_lacks(journal, faults, tracker_state, said, monkeypatch):
     monkeypatch.setattr("gwa_logging.journal._MAX_IN_MEMORY", 1)
     never = Event()
     tracker = Tracker(threaded=True)

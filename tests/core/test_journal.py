@@ -85,7 +85,7 @@ def test_an_invalid_line_is_skipped_and_counted_once_however_many_lines_are_read
 
 @contextmanager
 def full_disk(path: Path, capacity: int) -> Iterator[None]:
-    """As under a quota: the file cannot grow by more than `capacity` bytes."""
+    """Limits the growth of the file to `capacity` bytes, as a quota does."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + capacity, before[1]))
     try:
@@ -124,7 +124,7 @@ def test_a_line_that_a_full_disk_tore_is_written_again_if_another_process_append
     assert skipped == 1
 
 
-# --- a journal that another process damages -----------------------------------------------------------------------------
+# --- a journal that another process damages ---------------------------------------------------------------------------
 
 
 def delete(path: Path) -> None:
@@ -202,7 +202,7 @@ def test_lines_that_are_no_longer_in_memory_are_counted_as_lost(tmp_path, damage
     kept = [record.step for record in records[1:]]
     assert 1 < len(kept) < 5
     assert kept == list(range(11 - len(kept), 11))
-    assert faults.counts == {"journal": 1, "records lost": 12 - len(kept)}  # the old line of the run was one of them
+    assert faults.counts == {"journal": 1, "records lost": 12 - len(kept)}  # including the old run record
     assert not journal.is_complete
     assert skipped == 0
 

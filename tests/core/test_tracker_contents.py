@@ -1,4 +1,4 @@
-"""TrackerContents: which records a tracker has, as single ones."""
+"""TrackerContents: which single records a tracker has."""
 
 import math
 
@@ -19,7 +19,7 @@ def report(epoch: int, samples: int, step: int = 9) -> EpochReport:
     return epoch_report(epoch, np.linspace(-0.5, 0.5, samples), step=step)
 
 
-def test_a_gap_is_not_held_though_later_records_are():
+def test_a_gap_is_missing_although_later_records_are_contained():
     held = TrackerContents(intervals={5, 15}, epochs={0: 10, 2: 10}, alerts={1, 9}, suspects={4, 40}, closes={3})
     assert [step for step in (5, 10, 15, 20) if held.has(interval_record(step))] == [5, 15]
     assert [epoch for epoch in range(4) if held.has(report(epoch, 10))] == [0, 2]
@@ -29,11 +29,11 @@ def test_a_gap_is_not_held_though_later_records_are():
     assert [epochs for epochs in range(5) if held.has(close_record(epochs))] == [3]
 
 
-def test_an_epoch_is_held_whether_or_not_its_last_steps_had_scores():
+def test_an_epoch_is_contained_whether_or_not_its_last_steps_had_scores():
     assert TrackerContents(intervals={5}, epochs={0: 10}).has(report(0, 10, step=9))
 
 
-def test_the_report_of_a_run_that_was_closed_in_mid_epoch_does_not_stand_for_the_whole_epoch():
+def test_a_report_on_a_part_of_an_epoch_does_not_count_as_the_whole_epoch():
     assert not TrackerContents(intervals={9}, epochs={0: 6}).has(report(0, 10))
     assert TrackerContents(epochs={0: 10}).has(report(0, 6))
 
@@ -46,16 +46,16 @@ def test_samples_count_with_and_without_a_score():
 
 
 @pytest.mark.parametrize("samples", [2**24 + 1, 10**9 + 7])
-def test_a_tracker_that_keeps_float32_holds_what_it_was_sent(samples):
+def test_records_in_a_tracker_with_float32_are_recognised(samples):
     whole = report(0, 10).model_copy(update={"count": samples - 10, "excluded": 10})
     assert TrackerContents(epochs={0: float(np.float32(samples - 10)) + 10.0}).has(whole)
 
 
-def test_of_several_reports_on_an_epoch_the_fullest_counts():
+def test_the_most_complete_report_on_an_epoch_counts():
     assert samples_by_epoch([(0, 10.0), (1, 4.0), (1, 10.0), (1, 3.0)]) == {0: 10.0, 1: 10.0}
 
 
-def test_an_empty_run_holds_nothing_and_the_head_is_said_every_time():
+def test_an_empty_run_contains_nothing_and_a_run_record_is_always_sent():
     first = RunRecord(name="gwa", head="h", created="now", settings={})
     for record in (first, interval_record(0), report(0, 10), stop_alert(0), close_record(0)):
         assert not TrackerContents().has(record)

@@ -46,7 +46,7 @@ def model() -> nn.Module:
         ({"num_samples": 1e4}, "num_samples=10000.0: expected an integer from 1 to 2**31 - 1, or None"),
         ({"num_samples": 2**31}, "num_samples=2147483648: expected an integer from 1 to 2**31 - 1"),
         ({"num_samples": 3, "labels": [0, 1]}, "num_samples=3: there are 2 labels"),
-        ({"labels": [0.5]}, "labels=[0.5]: expected class indices, int [num_samples], found float64"),
+        ({"labels": [0.5]}, "labels: expected class indices, int [num_samples], found float64"),
         ({"early_stop": "yes"}, "early_stop='yes': expected an EarlyStop(...) or None"),
         ({"early_stop": {"patience": 3}}, "early_stop={'patience': 3}: expected an EarlyStop(...) or None"),
         ({"on_alert": "mail"}, "on_alert='mail': expected a function of the StopAlert, or None"),
@@ -86,7 +86,7 @@ def test_no_wrong_value_of_any_field_is_answered_in_the_words_of_the_validation_
         except InvalidInputError as error:
             refused += 1
             message = str(error)
-            assert message.startswith(f"{field}="), message
+            assert message.startswith((f"{field}=", "labels: ")), message
             assert not [phrase for phrase in PHRASES_OF_PYDANTIC if phrase in message], message
             assert len(message) < 400
     assert refused or field in ("run", "head")
