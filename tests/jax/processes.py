@@ -1,4 +1,4 @@
-"""One of two processes: trains with global arrays and with arrays of its own; prints results as JSON. See test_processes.py."""
+"""Run by test_processes.py as one of two processes: trains with global arrays and with its own; writes the results as JSON."""
 
 import json
 import os
@@ -56,13 +56,13 @@ def with_global_arrays(step):
     return scores
 
 
-def with_arrays_of_its_own(step):
+def with_own_arrays(step):
     half = slice(16 * number, 16 * (number + 1))
     (_, scores), _ = step(params, jnp.asarray(x[half]), jnp.asarray(y[half]))
     return scores
 
 
-def with_heads_of_their_own() -> dict:
+def with_different_heads() -> dict:
     """The first process trains five classes on 16 samples, the second one seven on 12."""
     classes, size = (7, 12) if number else (5, 16)
     own = nn.Dense(classes)
@@ -76,6 +76,15 @@ def with_heads_of_their_own() -> dict:
         monitor.update(scores)
         report = monitor.end_epoch()
     return {"count": report.count, "notes": report.notes, "faults": monitor.faults}
+
+
+def with_windows_of_samples() -> str | None:
+    """Returns the error. The processes would close their windows, and gather their summaries, at different steps."""
+    try:
+        gwa_logging.watch(model, samples_per_epoch=8).close()
+    except gwa_logging.InvalidInputError as error:
+        return str(error)
+    return None
 
 
 def watched_by_the_first() -> dict | None:
@@ -120,9 +129,10 @@ if sys.argv[3:] == ["dies"]:
 
 out = {
     "global": trained(with_global_arrays),
-    "own": trained(with_arrays_of_its_own),
-    "heads": with_heads_of_their_own(),
+    "own": trained(with_own_arrays),
+    "heads": with_different_heads(),
     "first": watched_by_the_first(),
+    "windows": with_windows_of_samples(),
 }
 Path(f"result{number}.json").write_text(json.dumps(out))
 jax.distributed.shutdown()

@@ -1,7 +1,4 @@
-"""Trains one step of a net of C classes on N host devices in every way of sharding; prints the results as JSON.
-
-Run by test_sharding.py.
-"""
+"""Run by test_sharding.py: trains one step of a net of C classes on N host devices, sharded in each way; prints JSON."""
 
 import json
 import sys

@@ -26,8 +26,15 @@ def make(activation: str | None, classes: int = 5) -> keras.Model:
     return keras.Sequential(layers)
 
 
-@pytest.mark.parametrize("classes", [5, 40], ids=["narrow", "wide"])
-@pytest.mark.parametrize("activation", [None, "softmax"], ids=["logits", "probabilities"])
+@pytest.mark.parametrize(
+    ("activation", "classes"),
+    [
+        pytest.param(None, 5, id="logits, narrow"),
+        pytest.param("softmax", 40, id="probabilities, wide"),
+        pytest.param(None, 40, id="logits, wide", marks=pytest.mark.slow),
+        pytest.param("softmax", 5, id="probabilities, narrow", marks=pytest.mark.slow),
+    ],
+)
 def test_scores_equal_each_samples_own_gradient_and_the_rest_is_bit_identical(activation, classes):
     model = make(activation, classes)
     loss_of = keras.losses.SparseCategoricalCrossentropy(from_logits=activation is None)

@@ -33,7 +33,7 @@ def test_ids_of_any_width_on_the_host_or_the_device_add_up_also_if_repeated(dtyp
 
 
 @pytest.mark.parametrize("on_device", [True, False])
-def test_ids_out_of_range_are_left_out_counted_and_told(on_device, caplog):
+def test_ids_out_of_range_are_left_out_counted_and_reported(on_device, caplog):
     wide = [] if on_device else [2**32 + 5, 2**40]  # JAX would cut them off to 5 and 0
     ids = np.array([[1, -1, N, 2**31 - 1], [1, -1, N, 4]][bool(wide)] + (wide or [2, 4]))
     with watched() as monitor:
@@ -82,7 +82,7 @@ def test_samples_without_a_score_are_not_seen():
         assert [(s.id, s.predicted) for s in monitor.suspects(N)] == [(0, 0)]
 
 
-def test_batches_without_ids_are_counted_and_told():
+def test_batches_without_ids_are_counted_and_reported():
     with watched() as monitor:
         monitor.update(jnp.asarray(SCORES))
         monitor.update(jnp.asarray(SCORES), np.arange(6))
@@ -90,7 +90,7 @@ def test_batches_without_ids_are_counted_and_told():
         assert monitor.faults == {"samples without ids": 6}
 
 
-def test_a_step_with_new_numbers_of_the_same_shape_compiles_nothing_anew():
+def test_a_step_with_new_numbers_of_the_same_shape_compiles_nothing():
     from gwa_logging.integrations.jax.ledger import add_to_ledger
 
     with watched() as monitor:
@@ -136,7 +136,7 @@ def test_what_does_not_fit_together_is_refused(ids, options, said):
         assert monitor.suspects() == []
 
 
-def test_update_inside_of_paused_counts_nothing():
+def test_update_inside_paused_counts_nothing():
     with watched() as monitor:
         with monitor.paused():
             monitor.update(jnp.asarray(SCORES), np.arange(6))

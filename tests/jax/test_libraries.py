@@ -46,7 +46,7 @@ def nnx_oracle(model: Nnx, x: jax.Array, y: jax.Array) -> np.ndarray:
     model = copy.deepcopy(model)
     h = model.drop(jnp.tanh(model.norm(model.body(x))))
     kernel, bias = model.head.kernel[...], model.head.bias[...]
-    gradients = jax.vmap(lambda h, y: jax.grad(lambda k: cross_entropy(h @ k + bias, y))(kernel))(h, y)
+    gradients = jax.jit(jax.vmap(lambda h, y: jax.grad(lambda k: cross_entropy(h @ k + bias, y))(kernel)))(h, y)
     return scores_of(gradients, kernel)
 
 
@@ -136,7 +136,8 @@ def test_equinox_under_vmap_scores_equal_each_samples_own_gradient(jitted):
         monitor.update(scores)
         assert monitor.end_epoch().count == 24
         assert "'layers.2'" in repr(monitor)
-    each = jax.vmap(lambda x, y: eqx.filter_grad(lambda m: cross_entropy(m(x), y))(model).layers[2].weight)(x, y)
+    gradient = eqx.filter_grad(lambda model, x, y: cross_entropy(model(x), y))
+    each = jax.jit(jax.vmap(lambda x, y: gradient(model, x, y).layers[2].weight))(x, y)
     np.testing.assert_allclose(scores, scores_of(each, model.layers[2].weight), atol=1e-6)
     bare = eqx.filter_value_and_grad(eqx_loss)
     plain_value, plain_grads = (eqx.filter_jit(bare) if jitted else bare)(model, x, y)
@@ -153,8 +154,8 @@ def test_equinox_batched_by_hand_scores_as_well():
         return cross_entropy(jax.vmap(model.layers[2])(h), y).mean()
 
     with gwa_logging.watch(model, head="layers.2") as monitor:
-        (_, scores), _ = monitor.value_and_grad(loss)(model, x, y)
-        (_, want), _ = monitor.value_and_grad(eqx_loss)(model, x, y)
+        (_, scores), _ = eqx.filter_jit(monitor.value_and_grad(loss))(model, x, y)
+        (_, want), _ = eqx.filter_jit(monitor.value_and_grad(eqx_loss))(model, x, y)
     np.testing.assert_allclose(scores, want, atol=1e-6)
 
 
@@ -178,7 +179,7 @@ def test_haiku_scores_equal_each_samples_own_gradient():
         assert monitor.end_epoch().count == 24
         assert "'mlp/~/linear_1'" in repr(monitor)
     head = "mlp/~/linear_1"
-    each = jax.vmap(lambda x, y: jax.grad(loss)(params, x[None], y[None])[head]["w"])(x, y)
+    each = jax.jit(jax.vmap(lambda x, y: jax.grad(loss)(params, x[None], y[None])[head]["w"]))(x, y)
     np.testing.assert_allclose(scores, scores_of(each, params[head]["w"]), atol=1e-6)
     plain_value, plain_grads = jax.jit(jax.value_and_grad(loss))(params, x, y)
     assert value == plain_value
@@ -214,16 +215,16 @@ def test_two_heads_are_refused_unless_one_is_named():
 def test_vmap_over_seeds_gives_the_scores_an_axis():
     net = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([12, 5], activation=jnp.tanh)(x)))
     x, y = data()
-    ensemble = jax.vmap(net.init, (0, None))(jax.random.split(jax.random.key(0), 3), x)
+    ensemble = jax.jit(jax.vmap(net.init, (0, None)))(jax.random.split(jax.random.key(0), 3), x)
 
     def loss(params, x, y):
         return cross_entropy(net.apply(params, x), y).mean()
 
     with gwa_logging.watch(net) as monitor:
         step = monitor.value_and_grad(loss)
-        (_, scores), _ = jax.vmap(step, (0, None, None))(ensemble, x, y)
+        (_, scores), _ = jax.jit(jax.vmap(step, (0, None, None)))(ensemble, x, y)
         one = jax.tree.map(lambda p: p[1], ensemble)
-        (_, want), _ = step(one, x, y)
+        (_, want), _ = jax.jit(step)(one, x, y)
     assert scores.shape == (3, 24)
     np.testing.assert_allclose(scores[1], want, atol=1e-6)
 

@@ -68,11 +68,13 @@ def one_at_a_time(loss_of_one, params: Any, x, y, *path: str) -> np.ndarray:
             gradient = gradient[part]
         return -jnp.sum(gradient * kernel) / jnp.linalg.norm(gradient) / jnp.linalg.norm(kernel)
 
-    return np.asarray(jax.vmap(score)(x, y))
+    return np.asarray(jax.jit(jax.vmap(score))(x, y))
 
 
-@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
-@pytest.mark.parametrize("loss", LOSSES)
+EAGER = [pytest.param(loss, False, marks=[pytest.mark.slow] * (loss != "cross-entropy")) for loss in LOSSES]
+
+
+@pytest.mark.parametrize(("loss", "jitted"), [*EAGER, *((loss, True) for loss in LOSSES)])
 def test_scores_equal_each_samples_own_gradient(loss, jitted):
     model, (x, y) = MLP(), data()
     params = model.init(jax.random.key(0), x)
@@ -99,8 +101,11 @@ def test_scores_equal_those_of_the_published_code(published, case):
     np.testing.assert_allclose(scores, published[f"{case}/scores"], atol=1e-6)
 
 
-@pytest.mark.parametrize("has_aux", [False, True])
-@pytest.mark.parametrize("argnums", [0, (0,), (0, 1), -3])
+PAIRS = [(0, False), ((0,), True), ((0, 1), False), (-3, True)]
+OTHER_PAIRS = [pytest.param(argnums, not has_aux, marks=pytest.mark.slow) for argnums, has_aux in PAIRS]
+
+
+@pytest.mark.parametrize(("argnums", "has_aux"), [*PAIRS, *OTHER_PAIRS])
 def test_value_and_gradients_are_bit_identical_to_those_of_jax(argnums, has_aux):
     model, (x, y) = MLP(), data()
     params = model.init(jax.random.key(0), x)
@@ -348,7 +353,7 @@ def test_a_head_without_a_bias_is_scored():
 
 
 def test_bfloat16_is_scored_in_float32():
-    x, y = data(256)
+    x, y = data(64)
     model = nn.Sequential([nn.Dense(12), nn.tanh, nn.Dense(5, dtype=jnp.bfloat16)])
     params = model.init(jax.random.key(0), x)
 
@@ -356,7 +361,7 @@ def test_bfloat16_is_scored_in_float32():
         return LOSSES["cross-entropy"](model.apply(p, x).astype(jnp.float32), y).mean()
 
     with gwa_logging.watch(model) as monitor:
-        (_, scores), _ = monitor.value_and_grad(loss_fn)(params, x, y)
+        (_, scores), _ = jax.jit(monitor.value_and_grad(loss_fn))(params, x, y)
     assert scores.dtype == jnp.float32
     want = one_at_a_time(loss_fn, params, x, y, "layers_2", "kernel")
     np.testing.assert_allclose(scores, want, atol=2e-2)
@@ -424,7 +429,7 @@ def test_scores_of_a_wrong_type_shape_or_dtype_are_refused(scores, said):
         monitor.update(scores)
 
 
-def test_nan_scores_are_excluded_counted_and_training_goes_on(caplog):
+def test_nan_scores_are_excluded_counted_and_training_continues(caplog):
     with gwa_logging.watch(MLP()) as monitor:
         for _ in range(2):
             monitor.update(jnp.array([0.1, jnp.inf, 0.2]))

@@ -7,8 +7,7 @@ as they were in the pass.
 """
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -33,21 +32,6 @@ WIDTH = {"narrow": (D, C), "wide": (4, C)}
 Loss = Callable[..., Array]
 
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
-
-
-@contextmanager
-def optimised(in_full: bool) -> Iterator[None]:
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", not in_full)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
-@pytest.fixture(autouse=True)
-def _compile_quickly() -> Iterator[None]:
-    """It is compiling that takes the time, so only some rows are optimised as in production."""
-    with optimised(in_full=False):
-        yield
 
 
 # --- model libraries --------------------------------------------------------------------------------------------------
@@ -209,13 +193,13 @@ def one_by_one(net: Net, loss: Loss, x: Array, y: Array, params: Any = None) -> 
         gradient = net.weight(jax.grad(lambda p: loss(whole(p), x[None], y[None]))(tree))
         return -jnp.sum(gradient * weight) / jnp.linalg.norm(gradient) / jnp.linalg.norm(weight)
 
-    return np.asarray(jax.vmap(score)(x, y))
+    return np.asarray(jax.jit(jax.vmap(score))(x, y))
 
 
 def by_copies(loss: Callable[[Array], Array], h: Array, kernel: Array, bias: Array) -> np.ndarray:
     """The oracle where samples meet before the head: a copy of the kernel [D, C] for each of them, and its gradient."""
     copies = jnp.broadcast_to(kernel, (len(h), *kernel.shape))
-    gradients = jax.grad(lambda copies: loss(jnp.einsum("bd,bdc->bc", h, copies) + bias))(copies)
+    gradients = jax.jit(jax.grad(lambda copies: loss(jnp.einsum("bd,bdc->bc", h, copies) + bias)))(copies)
     sizes = jnp.linalg.norm(gradients.reshape(len(h), -1), axis=1) * jnp.linalg.norm(kernel)
     return np.asarray(-jnp.sum(gradients * kernel, axis=(1, 2)) / sizes)
 
@@ -310,9 +294,11 @@ TASKS = {
 }
 
 
-def widths(library: str) -> list[str]:
-    """A wide head is scored in another way, which the libraries share, but for a function with tap."""
-    return list(WIDTH) if library in (LINEN, EQUINOX) else ["narrow"]
+HEADS = [(LINEN, "narrow"), (EQUINOX, "wide")]
+OTHER_HEADS = [(LINEN, "wide"), *((library, "narrow") for library in LIBRARIES if library != LINEN)]
+"""All libraries share the form for wide heads, which a function with tap never takes."""
+
+BASIC_TASKS = ("cross-entropy, mean", "ignored samples")
 
 
 def task_loss(net: Net, task: str) -> Loss:
@@ -320,11 +306,11 @@ def task_loss(net: Net, task: str) -> Loss:
 
 
 @lru_cache(maxsize=2)
-def steps_of(library: str, width: str, classes: int) -> tuple[Net, Any, Any]:
-    """The steps with all losses of one head, watched and plain: two compilations for all of them, which is much faster."""
+def steps_of(library: str, width: str, classes: int, tasks: tuple[str, ...]) -> tuple[Net, Any, Any]:
+    """The steps with several losses of one head, watched and plain: two compilations for all of them."""
     net, (x, _) = LIBRARIES[library](WIDTH[width][0], classes), data()
     tree, whole = net.pure(net.params)
-    ys = {name: jnp.asarray(task.y) for name, task in TASKS.items() if task.classes == classes}
+    ys = {name: jnp.asarray(TASKS[name].y) for name in tasks if TASKS[name].classes == classes}
 
     def every(value_and_grad: Callable[..., Any]) -> Any:
         steps = {name: value_and_grad(task_loss(net, name)) for name in ys}
@@ -335,11 +321,20 @@ def steps_of(library: str, width: str, classes: int) -> tuple[Net, Any, Any]:
 
 
 @pytest.mark.parametrize(
-    ("library", "width", "task"),
-    [(library, width, task) for library in LIBRARIES for width in WIDTH for task in TASKS if width in widths(library)],
+    ("library", "width", "task", "tasks"),
+    [
+        *((*head, task, tuple(TASKS)) for head in HEADS for task in TASKS),
+        *((*head, task, BASIC_TASKS) for head in OTHER_HEADS for task in BASIC_TASKS),
+        *(
+            pytest.param(*head, task, tuple(TASKS), marks=pytest.mark.slow)
+            for head in OTHER_HEADS
+            for task in TASKS
+            if task not in BASIC_TASKS
+        ),
+    ],
 )
-def test_a_loss_is_scored_by_each_samples_gradient_and_nothing_else_is_another(library, width, task):
-    net, watched, plain = steps_of(library, width, TASKS[task].classes)
+def test_a_loss_is_scored_by_each_samples_gradient_and_nothing_else_changes(library, width, task, tasks):
+    net, watched, plain = steps_of(library, width, TASKS[task].classes, tasks)
     (value, scores), grads = watched[task]
     want = one_by_one(net, task_loss(net, task), data()[0], jnp.asarray(TASKS[task].y))
     assert np.isnan(want).sum() == (5 if task == "ignored samples" else 0)
@@ -350,9 +345,10 @@ def test_a_loss_is_scored_by_each_samples_gradient_and_nothing_else_is_another(l
 @pytest.mark.parametrize(
     ("library", "width"), [(each, width) for each in LIBRARIES for width in WIDTH if (each, width) != (TAP, "wide")]
 )
+@pytest.mark.usefixtures("fully_optimised")
 def test_the_bits_are_those_of_the_plain_step_when_xla_optimises_in_full(library, width):
     net, (x, y) = LIBRARIES[library](*WIDTH[width]), data()
-    with gwa_logging.watch(net.model) as monitor, optimised(in_full=True):
+    with gwa_logging.watch(net.model) as monitor:
         (value, scores), grads = net.jit(monitor.value_and_grad(loss_of(net)))(net.params, x, y)
         plain = net.jit(net.value_and_grad(loss_of(net)))(net.params, x, y)
     np.testing.assert_allclose(scores, one_by_one(net, loss_of(net), x, y), atol=1e-6)
@@ -690,13 +686,19 @@ WAYS: Ways = {
 }
 
 
-def settings(way: str) -> list[tuple[str, str]]:
-    """A wide head that sees the batch, and a narrow one that sees a row; of what maps the head itself, all four."""
-    both = [(LINEN, "wide"), (EQUINOX, "narrow")]
-    return [*both, (LINEN, "narrow"), (EQUINOX, "wide")] if "vmap" in way else both
+WAYS_OF_HEADS = [
+    pytest.param(way, library, width, marks=[pytest.mark.slow] * ("vmap" not in way and (number + other) % 2))
+    for number, way in enumerate(WAYS)
+    for other, (library, width) in enumerate([(LINEN, "wide"), (EQUINOX, "narrow")])
+]
+"""A wide head whose layer gets the batch, and a narrow one whose layer gets a row: in the fast tier they take turns."""
+
+WAYS_OF_HEADS += [
+    (way, library, width) for way in WAYS if "vmap" in way for library, width in [(LINEN, "narrow"), (EQUINOX, "wide")]
+]
 
 
-@pytest.mark.parametrize(("way", "library", "width"), [(way, *rest) for way in WAYS for rest in settings(way)])
+@pytest.mark.parametrize(("way", "library", "width"), WAYS_OF_HEADS)
 def test_a_way_of_training_has_the_scores_of_each_samples_gradient(way, width, library):
     net = LIBRARIES[library](*WIDTH[width])
     with gwa_logging.watch(net.model) as monitor:
@@ -705,7 +707,7 @@ def test_a_way_of_training_has_the_scores_of_each_samples_gradient(way, width, l
     np.testing.assert_allclose(scores, want, atol=1e-6)
 
 
-def test_a_scan_over_steps_may_carry_a_summary_in_place_of_the_scores():
+def test_a_scan_over_steps_may_carry_a_summary_instead_of_the_scores():
     net = of_linen(Compact, D, C)
     with gwa_logging.watch(net.model) as monitor:
         run = Run(net, monitor, *data())
@@ -1086,7 +1088,8 @@ def count(text: str, *operations: str) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("library", "width"), [(each, width) for each in LIBRARIES for width in WIDTH if (each, width) != (TAP, "wide")]
 )
-def test_the_compiled_step_has_no_matrix_product_more_and_never_leaves_the_device(library, width):
+@pytest.mark.usefixtures("fully_optimised")
+def test_the_compiled_step_has_no_further_matrix_product_and_never_leaves_the_device(library, width):
     net, (x, y) = LIBRARIES[library](*WIDTH[width]), data()
     tree, whole = net.pure(net.params)
 
@@ -1095,8 +1098,7 @@ def test_the_compiled_step_has_no_matrix_product_more_and_never_leaves_the_devic
             return value_and_grad(whole(tree), x, y)
 
         traced = jax.jit(step).trace(tree, x, y)
-        with optimised(in_full=True):
-            return str(traced.jaxpr), traced.lower().compile().as_text()
+        return str(traced.jaxpr), traced.lower().compile().as_text()
 
     with gwa_logging.watch(net.model) as monitor:
         jaxpr, hlo = compiled(monitor.value_and_grad(loss_of(net)))
