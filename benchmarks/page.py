@@ -156,8 +156,8 @@ def gpu_section() -> str:
         f"{machine['device']}, PyTorch {machine['torch']}. B = 256, bfloat16 autocast; `python benchmarks/gpu.py`. "
         f"{machine.get('note', '')}\n\n"
         + table(["step", "bare", "watched", "with ledger", "bare against bare", "watched, mean"], rows)
-        + "\n\nKernel launches per step; the number of places where the host waited for the device in 50 steps, including a flush; and "
-        "the peak of device memory:\n\n"
+        + "\n\nKernel launches per step; the number of places where the host waited for the device in 50 steps, "
+        "including a flush; and the peak of device memory:\n\n"
         + table(["step", "launches, bare", "watched", "ledger", "waits", "peak, bare", "watched, more"], counts)
     )
     if "sizes" in results.get("scoring", {}) or "copy_gb_per_s" in results.get("scoring", {}):
@@ -184,16 +184,18 @@ def scale_section(scale: dict[str, Any]) -> str:
     merging = ", ".join(f"{world}: {ms:.1f} ms" for world, ms in scale["merging_ms"].items())
     large, long = scale["large"], scale["long"]
     return f"""Nothing that a rank stores, sends or writes depends on the length of an epoch, except the journal, which grows
-with the number of intervals: one line of {scale["line_bytes"]:,.0f} bytes each. After 10,000 intervals, the length of an interval doubles
-whenever the length of the run does.
+with the number of intervals: one line of {scale["line_bytes"]:,.0f} bytes each. After 10,000 intervals, the length of an
+interval doubles whenever the length of the run does.
 
 {table(["ranks", "what", "measured", "model"], rows)}
 
-`end_epoch` on a rank, median, by ranks (gloo, this machine): {ends}. Merging the summaries of this number of ranks on one rank: {merging}.
+`end_epoch` on a rank, median, by ranks (gloo, this machine): {ends}. Merging the summaries of this number of ranks on one
+rank: {merging}.
 
 The model at 1,024 ranks and 1e9 samples per epoch, 256 of them per step on each rank, which gives {large["steps"]:,.0f} steps:
 
-- a step: no communication, no wait, and no transfer to the host except {large["to_host_bytes"] / 1e3:,.0f} KB over the whole epoch;
+- a step: no communication, no wait, and no transfer to the host except {large["to_host_bytes"] / 1e3:,.0f} KB over the whole
+  epoch;
 - an epoch: each rank sends {large["sent_bytes"]:,.0f} bytes once and receives {large["received_bytes"] / 1e6:.1f} MB,
   and merges them in the time given above;
 - the journal: only rank 0 writes, at first {large["intervals_per_epoch"]:.0f} intervals and
@@ -254,20 +256,20 @@ Load of the machine at the start: {machine["load"]:.2f}.
 
 ## Overhead of a step
 
-Copies of one model take turns step by step in one process, in a different order each round. Overheads are relative to the bare step of
-the same round. There are two bare steps per round; comparing them gives the measurement noise. A step under 20 ms runs three times per
-turn, and the first time is not counted, so that the caches are as warm as in training. Everything is on: scores at every step, a
-histogram every 50 steps, the journal on disk.
+Copies of one model take turns step by step in one process, in a different order each round. Overheads are relative to the
+bare step of the same round. There are two bare steps per round; comparing them gives the measurement noise. A step under 20
+ms runs three times per turn, and the first time is not counted, so that the caches are as warm as in training. Everything is
+on: scores at every step, a histogram every 50 steps, the journal on disk.
 
-The mean includes work that is done only at every n-th step. It is omitted where fewer than 50 rounds were run; the comparison then uses the
-median (a histogram takes about 3 ms, every 50 steps). For wandb.watch the mean is computed from a step that logs and one that does not.
-Values below zero are noise, or a compiler that fuses the step differently.
+The mean includes work that is done only at every n-th step. It is omitted where fewer than 50 rounds were run; the comparison
+then uses the median (a histogram takes about 3 ms, every 50 steps). For wandb.watch the mean is computed from a step that
+logs and one that does not. Values below zero are noise, or a compiler that fuses the step differently.
 
 ![Overheads of all steps](images/performance.png)
 
-`reading alone` is the time to read the inputs of the scores once, at the speed of a copy, as a share of the step. No implementation
-outside the loss's own code can be cheaper. In the rows with words and with 21,843 classes the head dominates the step, so this share is
-large.
+`reading alone` is the time to read the inputs of the scores once, at the speed of a copy, as a share of the step. No
+implementation outside the loss's own code can be cheaper. In the rows with words and with 21,843 classes the head dominates
+the step, so this share is large.
 
 {targets(results)}
 
@@ -279,13 +281,14 @@ gradients of the head only, and score them. W&B is offline and logs nothing else
 
 ## The scoring alone
 
-One thread; a copy of 256 MB reads and writes {scoring["copy_gb_per_s"]:.1f} GB/s. The limit is the time to read the inputs of the score
-once at that speed: delta, z, h, W, or delta, dL/dh, h, W if there are more classes than features. Reading is faster than copying, so a
-ratio can be below one; the smallest size fits into the cache.
+One thread; a copy of 256 MB reads and writes {scoring["copy_gb_per_s"]:.1f} GB/s. The limit is the time to read the inputs of
+the score once at that speed: delta, z, h, W, or delta, dL/dh, h, W if there are more classes than features. Reading is faster
+than copying, so a ratio can be below one; the smallest size fits into the cache.
 
 {scoring_table(scoring["sizes"], SCORING)}
 
-`published, product` materialises the B x C x D product. It was timed on {product} and scaled, since its time is proportional to the rows.
+`published, product` materialises the B x C x D product. It was timed on {product} and scaled, since its time is proportional
+to the rows.
 
 ## On a GPU
 
