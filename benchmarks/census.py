@@ -373,31 +373,29 @@ def document(rows: dict[str, Row], versions: dict[str, str]) -> str:
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
     parts = [
         "# Census: is the head found, and are its scores right?",
-        f"Tested with {named}: the smallest model of every class and kind of classifier in timm, of every class that "
-        "classifies images or videos in torchvision, and every class "
-        "`...For{Sequence,Token,Image,Audio,AudioFrame,Video}Classification` of transformers, with random weights, seven "
-        "classes and a tiny input of four samples. Each model is watched with `gwa_logging.watch(model)` and trained for one "
-        "step. The count, mean and deviation of the scores, and the individual scores where a row is a sample, are compared "
-        "with autograd in float64 on the layer that the library itself declares to be the classifier. This page is written by:",
+        f"Of {named}: the smallest model of every class and kind of classifier in timm, of every class that classifies images "
+        "or videos in torchvision, and every class `...For{Sequence,Token,Image,Audio,AudioFrame,Video}Classification` of "
+        "transformers, with random weights, seven classes and a tiny input of four samples. Each is watched with "
+        "`gwa_logging.watch(model)` and trained one step; count, mean and deviation of the scores, and each sample's own where "
+        "a row is a sample, are compared with autograd in float64 on the layer that the library itself declares to be the "
+        "classifier. This page is made by:",
         "```bash\npip install torch torchvision timm transformers\n"
         "python benchmarks/census.py --json benchmarks/census.json --docs docs/census.md\n```",
         "\n".join(summary(rows)),
         "\n".join(
             [
-                "- **right**: the right layer was found automatically, and every score is within 1e-5 of the oracle's.",
-                "- **several**: several heads produce the output (distilled, averaged, auxiliary). The model is refused with "
-                "the list to pass as `head=[...]`; with that list, the scores of each head are right.",
-                "- **refused**: no head was taken, for a reason that is true or false.",
-                "- **wrong**: a layer other than the library's was taken, or the scores differ. **error**: none of these; the "
-                "reason is given below.",
-                "- **no classifier**: an encoder that is built without a classifier, so it has no head.",
-                "- **not built**: could not be run here, for the reason given below; not counted among the families with one "
-                "head.",
+                "- **right**: found without help, the right layer, every score within 1e-5 of the oracle's.",
+                "- **several**: the output is made by several heads (distilled, averaged, auxiliary). Refused with the list to "
+                "pass as `head=[...]`; passed, each head's scores are right.",
+                "- **refused**: no head was taken, for a reason that is true, or false.",
+                "- **wrong**: another layer than the library's, or other scores. **error**: neither, as said below.",
+                "- **no classifier**: an encoder that is built without one, and so has no head to find.",
+                "- **not built**: could not be run here, as said below; not counted among the families with one head.",
             ]
         ),
         f"The largest difference from the oracle is {worst:.0e}, and `watch()` took at most {slowest:.1f} s. How the right "
-        "heads were found: " + "; ".join(f"{how} ({n})" for how, n in ways.most_common()) + ".",
-        "## Everything except the right ones",
+        "ones were found: " + "; ".join(f"{how} ({n})" for how, n in ways.most_common()) + ".",
+        "## All but the right ones",
         _table(
             ("family", "model", "outcome", "what was said"),
             [
