@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol, Self
 import numpy as np
 
 from gwa_logging.alignment import FloatArray
+from gwa_logging.errors import InvalidInputError
 from gwa_logging.summary import AlignmentSummary
 
 logger = logging.getLogger("gwa_logging")
@@ -27,6 +28,23 @@ WATCHED_WITHIN = 60.0
 NONE_ABSENT = "none"
 _TEXT = 256  # bytes of the head's description
 _CLOSE = 1e-5  # two ranks compute the same scores up to rounding; the scores of different samples are never this close
+
+
+def check_windows(samples_per_epoch: int | None, processes: int) -> None:
+    """Refuses windows of samples in a distributed run, whose processes would close them at different steps and then hang.
+
+    Args:
+        samples_per_epoch: as in `gwa_logging.watch`; None if epochs are closed by the caller.
+        processes: number of processes in the run.
+
+    Raises:
+        InvalidInputError: `samples_per_epoch` is set and there are several processes.
+    """
+    if samples_per_epoch is not None and processes > 1:
+        raise InvalidInputError(
+            f"samples_per_epoch={samples_per_epoch}: the {processes} processes of this run would close their windows at "
+            "different steps; leave it out and call monitor.end_epoch() in every process instead"
+        )
 
 
 class Identity(NamedTuple):

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from gwa_logging.ranks import Identity, counted, first_scores
+from gwa_logging import InvalidInputError
+from gwa_logging.ranks import Identity, check_windows, counted, first_scores
 from gwa_logging.summary import AlignmentSummary
 
 
@@ -59,3 +60,10 @@ def test_an_identity_arrives_as_it_was_sent(head):
     found = Identity.from_vector(np.frombuffer(sent.to_vector().tobytes()))
     assert found[1:] == sent[1:]
     assert found.head[-80:] == head[-80:]
+
+
+def test_windows_of_samples_are_refused_in_a_distributed_run():
+    check_windows(None, 2)
+    check_windows(100, 1)
+    with pytest.raises(InvalidInputError, match=r"samples_per_epoch=100: the 2 processes .* monitor\.end_epoch\(\)"):
+        check_windows(100, 2)
