@@ -1,4 +1,4 @@
-"""What the tests of all trainers share: a small net, random samples, and the plain loop whose results every trainer must give."""
+"""What the tests of all trainers share: a net, random samples, and the plain loop whose results every trainer must give."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
