@@ -26,6 +26,11 @@ X, Y = samples()
 PLAIN = {"batch_size": BATCH, "shuffle": False, "verbose": 0}
 
 
+def slow_in_jax(test):
+    """Marks a test that is slow with JAX, since XLA compiles the step of every fit."""
+    return pytest.mark.slow(test) if BACKEND == "jax" else test
+
+
 def make(activation=None, model=keras.Sequential, **compiling):
     keras.utils.set_random_seed(0)
     head = keras.layers.Dense(CLASSES, activation=activation, name="head")
@@ -48,7 +53,11 @@ def copy_to_pytorch(model):
     return net
 
 
-@pytest.mark.parametrize("activation", [None, "softmax"], ids=["logits", "fused softmax"])
+@pytest.mark.parametrize(
+    "activation",
+    [pytest.param(None, marks=[pytest.mark.slow] if BACKEND == "jax" else []), "softmax"],
+    ids=["logits", "fused softmax"],
+)
 def test_statistics_equal_those_of_the_plain_loop_and_nothing_else_changes(activation):
     callback, model, bare = GWACallback(log_every_n_steps=1), make(activation), make(activation)
     before = set(vars(model.layers[-1])) | set(vars(model))
@@ -79,6 +88,7 @@ def test_the_progress_bar_shows_gwa(capsys):
 RULE = {"warmup": 0, "patience": 1, "min_delta": 1e9, "drop": 0}  # fires in epoch 1
 
 
+@slow_in_jax
 def test_the_alert_stops_the_fit_only_with_action_stop():
     alerted, stopped = (
         GWACallback(early_stop=EarlyStop(**RULE)),
@@ -115,6 +125,7 @@ def test_a_fit_resumed_from_a_backup_equals_an_uninterrupted_one(caplog):
     assert len(callback.monitor.history) == EPOCHS - 1
 
 
+@slow_in_jax
 def test_a_checkpoint_can_monitor_gwa_and_contains_plain_layers_only():
     callback, model = GWACallback(), make("softmax")
     following = {"monitor": "gwa/stable", "mode": "max", "save_best_only": True}
@@ -126,6 +137,7 @@ def test_a_checkpoint_can_monitor_gwa_and_contains_plain_layers_only():
     assert np.array_equal(loaded.predict(X, verbose=0), model.predict(X, verbose=0))
 
 
+@slow_in_jax
 def test_an_interrupted_fit_does_not_affect_the_next_one():
     model = make()
     with pytest.raises(InterruptedError):
@@ -217,6 +229,7 @@ def test_a_fit_without_training_steps_closes_its_journal():
     assert [record.kind for record in read_journal(callback.monitor.journal)[0]] == ["run", "close"]
 
 
+@slow_in_jax
 def test_another_model_starts_from_zero():
     callback, expected = GWACallback(), GWACallback()
     fit(make(), callback)

@@ -10,9 +10,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("backend", ["torch", "jax"])
-def test_keras_cases_pass_with_this_backend(backend, tmp_path):
-    cases = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path}/cases"]
+@pytest.mark.parametrize(
+    ("backend", "tier"), [("torch", ""), ("jax", "not slow"), pytest.param("jax", "slow", marks=pytest.mark.slow)]
+)
+def test_keras_cases_pass_with_this_backend(backend, tier, tmp_path):
+    cases = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", tier, f"--basetemp={tmp_path}/cases"]
     environment = {**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(ROOT)}
     command = [*cases, str(ROOT / "tests/trainers/keras_cases.py")]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)

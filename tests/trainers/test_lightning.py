@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 import gwa_logging
 from gwa_logging import EarlyStop, EpochReport, InvalidInputError
-from gwa_logging.integrations.lightning import GWACallback
+from gwa_logging.integrations.lightning import GWACallback, _runs
 from gwa_logging.journal import read_journal
 from tests.trainers.tasks import (
     BATCH,
@@ -238,6 +238,20 @@ def test_results_go_into_the_run_of_the_trainers_own_logger(kind, tmp_path, monk
         assert "loss" in found
     if kind == "tensorboard":
         assert list(Path(logger.log_dir, "gwa").glob("events.out.*"))
+
+
+@pytest.mark.parametrize(
+    ("logger", "attribute", "backend"),
+    [
+        ("WandbLogger", "experiment", "wandb"),
+        ("MLFlowLogger", "run_id", "mlflow"),
+        ("TensorBoardLogger", "log_dir", "tensorboard"),
+    ],
+)
+def test_the_run_of_each_kind_of_logger_is_found_also_in_subclasses(logger, attribute, backend):
+    kind = type("Derived", (type(logger, (), {}),), {attribute: "first"})
+    second = type(logger, (), {attribute: "second"})
+    assert _runs([kind(), second(), CSVLogger("out")]) == {backend: "first"}
 
 
 def test_a_backend_named_by_the_user_takes_precedence_over_the_loggers(tmp_path):

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import gwa_logging
 from gwa_logging import EarlyStop, EpochReport, InvalidInputError
-from gwa_logging.integrations.transformers import GWACallback
+from gwa_logging.integrations.transformers import GWACallback, _runs
 from gwa_logging.journal import read_journal
 from tests.trainers.tasks import (
     BATCH,
@@ -236,6 +236,11 @@ def test_results_go_into_the_run_that_the_trainer_reports_to(kind, monkeypatch, 
         assert Path(place).parent == Path("out/runs").absolute()
         assert list(Path(place).glob("events.out.*"))
         assert list(Path(place, "gwa").glob("events.out.*"))
+
+
+def test_active_runs_are_used_for_the_trackers_that_are_known(tmp_path):
+    reporting = TrainingArguments(output_dir=tmp_path, report_to=["wandb", "mlflow", "codecarbon"])
+    assert _runs(reporting) == {"wandb": None, "mlflow": None}
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
