@@ -103,7 +103,7 @@ def gwa(scores: npt.ArrayLike, beta: float = GWA_BETA) -> float:
         Dimensionless. NaN where the kurtosis is undefined: there are no scores, or all are equal.
 
     >>> round(gwa([0.1, 0.2, 0.2, 0.3, 0.9]), 6)
-    0.355087
+    0.279307
 
     Source: arXiv 2510.25480; kurtosis is Fisher's (excess) and biased, as in SciPy's default.
     """

@@ -101,7 +101,7 @@ def test_redacting_again_changes_nothing(text):
 def test_long_hostile_text_takes_linear_time(part):
     begin = time.thread_time()
     redact_urls("http://" + part * 30_000)
-    assert time.thread_time() - begin < 2.0
+    assert time.thread_time() - begin < 10  # quadratic time would be minutes
 
 
 @pytest.mark.parametrize("kind", [BackendError, InvalidInputError])
