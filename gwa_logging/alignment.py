@@ -21,6 +21,7 @@ Source: "Gradient-Weight Alignment", arXiv 2510.25480.
 
 import math
 import sys
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +47,20 @@ SMALLEST = 1e-18
 """Smallest norm whose square float32 represents with full precision. On the device, smaller gradients count as zero."""
 
 NO_GRADIENT, DEAD, NOT_FINITE = math.nan, -math.inf, math.inf
+
+
+class Markers(NamedTuple):
+    """The values that take the place of a score, by the reason why a sample has none."""
+
+    no_gradient: float
+    dead: float
+    not_finite: float
+
+
+MARKERS = Markers(NO_GRADIENT, DEAD, NOT_FINITE)
+
+FINITE_MARKERS = Markers(64.0, -128.0, 128.0)
+"""Markers for scores inside a gradient, where a NaN or an infinity would trigger the user's own checks for those."""
 
 FloatArray = npt.NDArray[np.float64]
 

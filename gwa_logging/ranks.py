@@ -28,9 +28,7 @@ WATCHED_WITHIN = 60.0
 
 NONE_ABSENT = "none"
 _TEXT_BYTES = 256  # of the head's description
-_TOLERANCE = (
-    1e-5  # relative; two ranks compute the same scores up to rounding, and those of other samples differ by more
-)
+_TOLERANCE = 1e-5  # relative: larger than the rounding between two ranks, smaller than the difference between samples
 
 
 def check_windows(samples_per_epoch: int | None, processes: int) -> None:
