@@ -8,7 +8,6 @@ from torch import nn
 
 from gwa_logging import EarlyStop, HeadNotFoundError, InvalidInputError
 from gwa_logging.integrations.keras import GWACallback
-from gwa_logging.journal import read_journal
 from tests.trainers.tasks import (
     BATCH,
     CLASSES,
@@ -16,6 +15,7 @@ from tests.trainers.tasks import (
     FEATURES,
     RATE,
     assert_adds_only_its_session,
+    assert_closed,
     assert_equal,
     plain,
     samples,
@@ -223,10 +223,10 @@ def test_two_callbacks_in_one_fit_are_refused():
         fit(make(), GWACallback(), GWACallback())
 
 
-def test_a_fit_without_training_steps_closes_its_journal():
+def test_a_fit_without_training_steps_closes_the_monitor():
     callback = GWACallback()
     fit(make(), callback, epochs=0)
-    assert [record.kind for record in read_journal(callback.monitor.journal)[0]] == ["run", "close"]
+    assert_closed(callback.monitor)
 
 
 @slow_in_jax

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import gwa_logging
-from gwa_logging import EpochReport
+from gwa_logging import EpochReport, InvalidInputError, Monitor
 
 SAMPLES, FEATURES, CLASSES, BATCH = 96, 8, 4, 24
 EPOCHS = 3
@@ -83,6 +83,12 @@ def assert_equal(found: Sequence[EpochReport], expected: Sequence[EpochReport], 
 
 def weights(model: nn.Module) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def assert_closed(monitor: Monitor) -> None:
+    """Checks that a monitor is closed."""
+    with pytest.raises(InvalidInputError, match="this monitor is closed"):
+        monitor.end_epoch()
 
 
 def assert_adds_only_its_session(callback: Any, base: type) -> None:

@@ -120,6 +120,7 @@ def test_the_next_training_takes_over_the_run_of_an_interrupted_one():
     models = [nn.Linear(4, 3) for _ in range(2)]
     interrupted.begin(models[0], training=object(), planned=None, runs={})
     interrupted.enter_epoch(0)
+    models[0](torch.ones(2, 4)).square().sum().backward()
     interrupted.count_step()
     following.begin(models[1], training=object(), planned=None, runs={})
     assert read_journal(interrupted.monitor.journal)[0][-1].kind == "close"

@@ -22,6 +22,7 @@ from tests.trainers.tasks import (
     SAMPLES,
     Samples,
     assert_adds_only_its_session,
+    assert_closed,
     assert_equal,
     loader,
     net,
@@ -276,10 +277,10 @@ def test_dropped_labels_are_refused_by_the_trainer_itself():
     assert callback.monitor.history == []
 
 
-def test_a_training_without_steps_closes_its_journal():
+def test_a_training_without_steps_closes_the_monitor():
     callback = GWACallback()
     trainer(callback, epochs=0).train()
-    assert [record.kind for record in read_journal(callback.monitor.journal)[0]] == ["run", "close"]
+    assert_closed(callback.monitor)
 
 
 def test_another_model_starts_from_zero():
