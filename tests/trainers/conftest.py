@@ -1,5 +1,6 @@
 """Fixtures: two processes started by torchrun, and an MLflow database."""
 
+import gc
 import os
 import shutil
 import subprocess
@@ -11,6 +12,15 @@ import pytest
 import torch
 
 torch.set_num_threads(1)  # the models are tiny, and other tests may run at the same time
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _freeze_heap() -> Iterator[None]:
+    """Trainers collect garbage at each start, which takes a second with the objects of all imported frameworks."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
