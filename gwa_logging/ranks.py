@@ -138,7 +138,7 @@ def counted(identities: Sequence[Identity], summaries: Sequence[AlignmentSummary
 
 
 class Board(Protocol):
-    """A key-value store that all processes of a run share. Boards of the same store are equal."""
+    """A key-value store that all processes of a run share. Two objects for the same store compare equal."""
 
     def watches(self, name: str) -> int:
         """Counts this call of watch() in this process, and returns the number of its calls under this name."""
