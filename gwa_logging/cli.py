@@ -206,7 +206,7 @@ def _load(where: str) -> Any:
     """Returns the object at `package.module:name`, or its result if it is a function or a class.
 
     Raises:
-        InvalidInputError: there is no such object, its module cannot be imported, or the function needs arguments or fails.
+        InvalidInputError: the object does not exist, its module cannot be imported, or the function needs arguments or fails.
     """
     module, _, name = where.partition(":")
     if not module or not name:

@@ -3,7 +3,6 @@
 import math
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -12,12 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gwa_logging import AlignmentSummary, EarlyStop, Monitor, StopAlert, StopReason
-from gwa_logging.faults import Faults
+import gwa_logging
+from gwa_logging import AlignmentSummary, EarlyStop, StopAlert, StopReason
 from gwa_logging.histogram import Histogram
 from gwa_logging.records import EpochReport
 from gwa_logging.report.notebook import WIDTH, monitor_html, report_html
-from gwa_logging.settings import WatchSettings
 
 SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = """</div><script>alert(1)</script><img src=x onerror="alert(2)">' & ]]> \x00\x1b \udcff"""
@@ -226,23 +224,38 @@ def test_nothing_has_a_background_and_text_has_the_notebook_s_colour():
     assert not [label for label in parts(html, "text") if label.get("fill")]
 
 
-def test_a_monitor_shows_its_name_head_history_journal_and_faults():
-    faults = Faults()
-    monitor, other = (Monitor(WatchSettings(name="mine", early_stop=EarlyStop()), None, faults) for _ in range(2))
-    monitor._adapter = SimpleNamespace(head="head 'fc' (Linear 16 -> 3)", path="fc")
-    monitor.history += [report(0), report(1)]
-    monitor.journal = Path("gwa_runs/one/journal.jsonl")
-    monitor.alert = ALERT
-    other.history.append(report(1))
-    monitor.heads = {"aux": other}
-    faults.record("wandb", "gone", times=3)
-    html = monitor._repr_html_()
-    for text in (
-        "mine head 'fc' (Linear 16 -> 3)",
+def test_a_monitor_shows_its_name_heads_history_alert_faults_and_journal(tmp_path):
+    import torch
+    from torch import nn
+
+    class TwoHeads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.aux = nn.Linear(8, 3), nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.fc(x), self.aux(x)
+
+    def failing(alert: StopAlert) -> None:
+        raise RuntimeError("no connection")
+
+    torch.manual_seed(0)
+    model, x = TwoHeads(), torch.randn(32, 8)
+    rule = EarlyStop(warmup=0, patience=1, min_delta=1e9, drop=0)  # fires in the second epoch
+    options = {"name": "mine", "head": ["fc", "aux"], "early_stop": rule, "on_alert": failing, "directory": tmp_path}
+    with gwa_logging.watch(model, **options) as monitor:
+        for _ in range(2):
+            for logits in model(x):
+                nn.functional.cross_entropy(logits, torch.arange(32) % 3).backward()
+            monitor.end_epoch()
+        text = text_of(monitor._repr_html_())
+    assert monitor.faults
+    for part in (
+        "mine head 'fc' (Linear 8 -> 3)",
         "Epoch 1",
-        f"Head 'aux' {report(1)}",
-        "Faults wandb (3)",
+        f"Head 'aux' {monitor.heads['aux'].history[-1]}",
+        *(f"{kind} ({times})" for kind, times in monitor.faults.items()),
         f"Journal {monitor.journal}",
-        ALERT.message,
+        f"Stop alert {' '.join(monitor.alert.message.split())}",
     ):
-        assert text in text_of(html)
+        assert part in text
