@@ -226,8 +226,8 @@ def _suspects_table(record: SuspectsRecord) -> str:
         last = f'<td class="picture">{picture}' if has_pictures else ""
         rows.append(f'<tr><th scope="row">{suspect.id}{"".join(f"<td>{cell}" for cell in cells)}{last}')
     names = ["sample", "mean score", "times seen", "label", "predicted", *(["picture"] if has_pictures else [])]
-    when = f"in epoch {record.epoch}, after step {record.step:,}; {record.samples:,} samples had been scored"
-    return f"<p>Lowest mean score over the run first: {when}.</p>{_table(names, rows)}"
+    when = f"in epoch {record.epoch} after step {record.step:,}, when {record.samples:,} samples had been scored"
+    return f"<p>Lowest mean score first. Recorded {when}.</p>{_table(names, rows)}"
 
 
 def _table(names: Iterable[str], rows: Iterable[str], last_name: str = "") -> str:
