@@ -1,4 +1,4 @@
-"""The heatmap of a timeline has a bounded number of columns and contains every sample."""
+"""The timeline of a picture: bounded, and nothing is lost in it."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from tests.core.test_journal import interval
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 100, 1001])
-def test_columns_are_bounded_and_contain_every_sample(n):
+def test_however_many_intervals_the_columns_are_bounded_and_hold_every_sample(n):
     timeline = Timeline(columns=8)
     for step in range(n):
         timeline.add(interval(step))
@@ -21,7 +21,7 @@ def test_columns_are_bounded_and_contain_every_sample(n):
     np.testing.assert_allclose(heatmap.shares.sum(axis=0), 1)
     assert sum(r.count for r in timeline._intervals) == 3 * n
     widths = np.diff(heatmap.steps)[:-1]
-    assert len(set(widths)) <= 1  # all columns except the last span equally many intervals
+    assert len(set(widths)) <= 1  # all but the last column span equally many intervals
 
 
 def test_the_median_is_that_of_the_scores():
@@ -30,5 +30,5 @@ def test_the_median_is_that_of_the_scores():
     assert timeline.heatmap().medians[0] == pytest.approx(0.2, rel=0.05)
 
 
-def test_an_empty_timeline_has_an_empty_heatmap():
+def test_an_empty_timeline_has_an_empty_picture():
     assert Timeline().heatmap().shares.shape == (64, 0)
