@@ -13,7 +13,7 @@ import pytest
 import wandb
 
 from gwa_logging import EarlyStop, InvalidInputError, Monitor
-from gwa_logging.integrations import picture
+from gwa_logging.integrations import heatmap_picture
 from gwa_logging.journal import read_journal
 from gwa_logging.protocols import RunContext
 from gwa_logging.records import EPOCH_KEYS, AnyRecord, StopAlert
@@ -56,7 +56,7 @@ WITH_RUNS_THAT_END = ("MLflow", "MLflow server", "W&B", "Trackio")
 @pytest.fixture(scope="module", autouse=True)
 def _clean() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(picture, "PAUSE", 0.0)
+        patch.setattr(heatmap_picture, "PAUSE", 0.0)
         yield
     wandb.teardown()
     OnMlflowServer.stop()

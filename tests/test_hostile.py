@@ -15,12 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gwa_logging import AlignmentSummary, EarlyStop
+from gwa_logging import EarlyStop
 from gwa_logging.cli import main
 from gwa_logging.journal import FILE_NAME, read_journal
-from gwa_logging.records import Histogram, IntervalRecord
+from gwa_logging.records import Histogram
 from gwa_logging.report.page import REPORT_NAME
 from gwa_logging.thumbnail import thumbnail
+from tests.records import interval_record
 
 PICTURE = thumbnail(np.random.default_rng(0).integers(0, 256, (64, 64, 4), dtype=np.uint8))
 UNEXPECTED: tuple[Any, ...] = (
@@ -255,11 +256,7 @@ def test_a_valid_journal_is_read_completely(lines, tmp_path):
     run = write(tmp_path, lines)
     records, skipped = read_journal(run / FILE_NAME)
     assert (len(records), skipped) == (len(lines), 0)
-    summary = AlignmentSummary.from_scores(np.zeros(0))
-    empty = IntervalRecord(
-        **{"step": 0, "epoch": 0, "steps": 1, "count": 0, "excluded": 3, "mean": np.nan, "minimum": np.nan},
-        **{"maximum": np.nan, "histogram": summary.histogram, "display_limit": 0.001},
-    )
+    empty = interval_record(0, [], excluded=3, display_limit=0.001)
     (run / FILE_NAME).write_text(empty.model_dump_json() + "\n")
     assert read_journal(run / FILE_NAME)[1] == 0
 

@@ -27,8 +27,8 @@ from torch import nn
 
 import gwa_logging
 from gwa_logging import BackendError, EarlyStop, InvalidInputError, Monitor
-from gwa_logging.histogram import EDGES, Histogram
-from gwa_logging.integrations import picture
+from gwa_logging.histogram import Histogram
+from gwa_logging.integrations import heatmap_picture
 from gwa_logging.integrations.heatmap_picture import INTERVALS_PER_PICTURE, SIZE, PictureSeries
 from gwa_logging.integrations.mlflow import open_backend
 from gwa_logging.journal import read_journal
@@ -38,12 +38,10 @@ from gwa_logging.records import (
     RECORDS,
     AnyRecord,
     CloseRecord,
-    EpochReport,
     IntervalRecord,
     RunRecord,
-    StopAlert,
-    StopReason,
 )
+from tests.records import epoch_report, interval_record, stop_alert
 from tests.trackers import Server, empty_database, new_database, point_mlflow_to, series
 
 EPOCHS, BATCHES, EVERY = 3, 7, 3
@@ -62,7 +60,7 @@ ALERT_AT_ONCE = EarlyStop(
 def _pictures_in_a_hurry() -> Iterator[None]:
     """So that a run of a second has a picture for each epoch."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(picture, "PAUSE", 0.0)
+        patch.setattr(heatmap_picture, "PAUSE", 0.0)
         patch.setattr("gwa_logging.integrations.mlflow.BREATH", 0.0)
         yield
 
@@ -358,38 +356,7 @@ def test_a_server_that_is_not_there_is_an_error_within_five_seconds(
 
 def interval(step: int, epoch: int = 0, steps: int = 1, seed: int = 0) -> IntervalRecord:
     scores = np.random.default_rng(seed).normal(0.1, 0.1, 200).clip(-1, 1)
-    histogram = Histogram.from_dense(np.histogram(scores, EDGES)[0])
-    return IntervalRecord(
-        step=step,
-        epoch=epoch,
-        steps=steps,
-        count=200,
-        excluded=0,
-        mean=scores.mean(),
-        minimum=scores.min(),
-        maximum=scores.max(),
-        histogram=histogram,
-        display_limit=histogram.display_limit(),
-    )
-
-
-def epoch_report(epoch: int = 0, step: int = 9, gwa: float = 0.5) -> EpochReport:
-    return EpochReport(
-        epoch=epoch,
-        step=step,
-        count=200,
-        excluded=0,
-        mean=0.1,
-        std=0.1,
-        skewness=0.0,
-        excess_kurtosis=-1.2,
-        gwa=gwa,
-        stable_gwa=0.05,
-        negative_fraction=0.2,
-        quantiles={},
-        histogram=Histogram(),
-        gwa_defined=False,
-    )
+    return interval_record(step, scores, epoch=epoch, steps=steps)
 
 
 def context(client: MlflowClient, directory: Path, name: str = "gwa") -> RunContext:
@@ -399,7 +366,7 @@ def context(client: MlflowClient, directory: Path, name: str = "gwa") -> RunCont
 @pytest.mark.parametrize("infinite", [math.inf, -math.inf, math.nan])
 def test_an_infinite_gwa_arrives_as_nan(client: MlflowClient, tmp_path: Path, infinite: float) -> None:
     where = context(client, tmp_path)
-    open_backend(where).write(epoch_report(gwa=infinite))
+    open_backend(where).write(epoch_report(gwa=infinite, mean=0.1))
     assert math.isnan(series(client, where.run, "gwa/gwa")[0])
     assert series(client, where.run, "gwa/mean") == {0: 0.1}
 
@@ -410,15 +377,7 @@ def test_writing_a_record_again_changes_nothing(client: MlflowClient, tmp_path: 
         interval(0),
         interval(9, steps=9),
         epoch_report(gwa=math.nan),
-        StopAlert(
-            epoch=0,
-            best_epoch=0,
-            statistic="stable",
-            value=0,
-            best_value=0,
-            reason=StopReason.NO_IMPROVEMENT,
-            message="no improvement",
-        ),
+        stop_alert(epoch=0, best_epoch=0),
         CloseRecord(epochs=1, steps=10, best_epoch=0, best_value=0.5, faults={}),
     ]
     where = context(client, tmp_path)
@@ -538,7 +497,7 @@ def test_steps_that_the_tracker_has_already_are_white_in_a_picture_of_those_it_l
 
 
 def test_pictures_leave_a_pause_for_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(picture, "PAUSE", 3600.0)
+    monkeypatch.setattr(heatmap_picture, "PAUSE", 3600.0)
     pictures = PictureSeries()
     assert pictures.add(interval(0))
     pictures.draw()
@@ -547,7 +506,7 @@ def test_pictures_leave_a_pause_for_training(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_last_picture_comes_on_close_however_short_the_run(client, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(picture, "PAUSE", 3600.0)
+    monkeypatch.setattr(heatmap_picture, "PAUSE", 3600.0)
     model, monitor = watch(tmp_path)
     train(model, monitor)
     monitor.close()

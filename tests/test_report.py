@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import gwa_logging
-from gwa_logging import AlignmentSummary, EarlyStop, InvalidInputError, MissingDependencyError, Monitor
+from gwa_logging import EarlyStop, InvalidInputError, MissingDependencyError, Monitor
 from gwa_logging.faults import Faults
 from gwa_logging.journal import FILE_NAME, Journal
 from gwa_logging.records import (
@@ -27,11 +27,10 @@ from gwa_logging.records import (
     EpochReport,
     IntervalRecord,
     RunRecord,
-    StopAlert,
-    StopReason,
     TrackerRunRef,
 )
 from gwa_logging.report.page import write_report
+from tests.records import close_record, epoch_report, interval_record, run_record, stop_alert
 
 HOSTILE = """</script><script>alert(1)</script><img src=x onerror="alert(2)">' & </style> --ink"""
 
@@ -96,7 +95,7 @@ def train(directory: Path, epochs: int = 4, **options: Any) -> Monitor:
     return monitor
 
 
-RUN = RunRecord(name="gwa", head="head 'fc'", created="2026-01-31T12:00:00+00:00", settings={"early_stop": None})
+RUN = run_record(settings={"early_stop": None})
 
 
 def scores_of(seed: int, n: int = 200) -> Any:
@@ -104,28 +103,15 @@ def scores_of(seed: int, n: int = 200) -> Any:
 
 
 def interval(step: int, steps: int = 1, scores: Any = None) -> IntervalRecord:
-    summary = AlignmentSummary.from_scores(scores_of(step) if scores is None else scores)
-    return IntervalRecord(
-        step=step,
-        epoch=0,
-        steps=steps,
-        count=summary.count,
-        excluded=summary.excluded,
-        mean=summary.mean,
-        minimum=summary.minimum,
-        maximum=summary.maximum,
-        histogram=summary.histogram,
-        display_limit=0.5,
-    )
+    return interval_record(step, scores_of(step) if scores is None else scores, steps=steps)
 
 
 def epoch(number: int, scores: Any = None, **more: Any) -> EpochReport:
-    report = AlignmentSummary.from_scores(scores_of(number) if scores is None else scores)
-    return report.report(epoch=number, step=10 * number + 9).model_copy(update=more)
+    return epoch_report(number, scores_of(number) if scores is None else scores, **more)
 
 
 def closed(**faults: int) -> CloseRecord:
-    return CloseRecord(epochs=0, steps=0, best_epoch=None, best_value=math.nan, faults=faults)
+    return close_record(faults=faults)
 
 
 def journal_of(directory: Path, *records: AnyRecord) -> Path:
@@ -265,16 +251,7 @@ def test_short_last_interval_of_an_epoch_gets_no_separate_column(tmp_path):
 
 
 def test_page_shows_faults_settings_and_caveats(tmp_path):
-    alert = StopAlert(
-        epoch=1,
-        best_epoch=0,
-        statistic="stable",
-        value=0.1,
-        best_value=0.2,
-        reason=StopReason.NO_IMPROVEMENT,
-        message="stop now",
-        caveats=("few samples",),
-    )
+    alert = stop_alert(epoch=1, best_epoch=0, caveats=("few samples",))
     rule = RUN.model_copy(update={"settings": {"early_stop": {"patience": 7}, "samples_per_epoch": None}})
     text = page_of(tmp_path, rule, epoch(0), epoch(1), alert, closed(journal=3)).text
     expected = ("stop now", "Caveat: few samples.", "early_stop.patience\n7", "samples_per_epoch\nnone", "journal\n3")
@@ -282,8 +259,7 @@ def test_page_shows_faults_settings_and_caveats(tmp_path):
 
 
 def test_epoch_better_than_the_alerts_best_is_shown(tmp_path):
-    alert = {"statistic": "stable", "value": 0, "best_value": 0, "reason": "no improvement", "message": ""}
-    records = [epoch(0, is_best=True), epoch(1), StopAlert(epoch=1, best_epoch=0, **alert), epoch(2, is_best=True)]
+    records = [epoch(0, is_best=True), epoch(1), stop_alert(epoch=1, best_epoch=0), epoch(2, is_best=True)]
     page = page_of(tmp_path, RUN, *records, closed())
     assert "Stop alert in epoch 1; best epoch 0; epoch 2 was better since" in page.text
     assert page.rows[3][10].startswith("better since")
@@ -422,16 +398,7 @@ def test_hostile_names_are_shown_as_text(tmp_path):
         settings={HOSTILE: HOSTILE, "list": [HOSTILE]},
         places={HOSTILE: TrackerRunRef(url=f"https://{HOSTILE}")},
     )
-    alert = StopAlert(
-        epoch=0,
-        best_epoch=0,
-        statistic=HOSTILE,
-        value=0,
-        best_value=0,
-        reason=StopReason.NO_IMPROVEMENT,
-        message=HOSTILE,
-        caveats=(HOSTILE,),
-    )
+    alert = stop_alert(epoch=0, best_epoch=0, statistic=HOSTILE, message=HOSTILE, caveats=(HOSTILE,))
     folder = tmp_path / HOSTILE.replace("/", "")
     records = [interval(0), epoch(0, notes=(HOSTILE,)), alert, closed(**{HOSTILE: 1})]
     hostile = page_of(folder, run, *records)

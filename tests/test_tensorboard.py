@@ -19,35 +19,17 @@ from gwa_logging import AlignmentSummary, BackendError, InvalidInputError
 from gwa_logging.integrations.tensorboard import TensorBoardBackend, open_backend
 from gwa_logging.journal import read_journal
 from gwa_logging.protocols import RunContext, TrackerContents
-from gwa_logging.records import CloseRecord, IntervalRecord, StopAlert, StopReason
+from gwa_logging.records import CloseRecord, IntervalRecord, StopReason
+from tests.records import interval_record, stop_alert
 from tests.trackers import EventAccumulator, Training, events_of, read_events, totals_in
 
-ALERT = StopAlert(
-    epoch=7,
-    best_epoch=2,
+ALERT = stop_alert(
     statistic="stable",
     value=0.25,
     best_value=0.5,
     reason=StopReason.NO_IMPROVEMENT,
-    message="stop now",
     caveats=("the epochs are small", "the labels may be clean"),
 )
-
-
-def interval(scores: list[float], step: int = 0, limit: float = 0.5) -> IntervalRecord:
-    summary = AlignmentSummary.from_scores(scores)
-    return IntervalRecord(
-        step=step,
-        epoch=0,
-        steps=1,
-        count=summary.count,
-        excluded=summary.excluded,
-        mean=summary.mean,
-        minimum=summary.minimum,
-        maximum=summary.maximum,
-        histogram=summary.histogram,
-        display_limit=limit,
-    )
 
 
 def open_in(folder: Path, run: Any = None, name: str = "gwa") -> TensorBoardBackend:
@@ -127,7 +109,7 @@ def test_a_tensorboard_that_is_looking_goes_on_seeing_what_the_user_logs(tmp_pat
     writer.add_scalar("loss", 1.0, 0)
     writer.flush()
     backend, looking = open_in(tmp_path, writer), EventAccumulator(str(tmp_path))
-    backend.write(interval([0.1]))
+    backend.write(interval_record(0, [0.1]))
     looking.Reload()
     for step in (1, 2):
         writer.add_scalar("loss", 0.5, step)
@@ -140,7 +122,7 @@ def test_a_tensorboard_that_is_looking_goes_on_seeing_what_the_user_logs(tmp_pat
 
 
 def test_the_bins_are_those_of_the_display_without_the_empty_ones_at_both_ends(tmp_path: Path) -> None:
-    record = interval([-0.21, -0.2, 0.1, 0.11, 0.3])
+    record = interval_record(0, [-0.21, -0.2, 0.1, 0.11, 0.3])
     open_in(tmp_path).write(record)
     (event,) = read_events(tmp_path / "gwa").Histograms("gwa/scores")
     shown = event.histogram_value
@@ -157,7 +139,7 @@ def test_a_record_that_knows_its_time_keeps_it(tmp_path: Path) -> None:
         time: float = 0.0
 
     backend = open_in(tmp_path)
-    values = interval([0.1, 0.2]).model_dump()
+    values = interval_record(0, [0.1, 0.2]).model_dump()
     backend.write(Timed(**values | {"time": 1_700_000_000.0}))
     backend.write(Timed(**values | {"step": 1, "time": 0.0}))
     first, second = read_events(tmp_path / "gwa").Scalars("gwa/q50")
@@ -168,7 +150,7 @@ def test_a_record_that_knows_its_time_keeps_it(tmp_path: Path) -> None:
 def test_an_interval_without_a_score_leaves_no_event(tmp_path: Path) -> None:
     backend = open_in(tmp_path)
     for step, scores in enumerate(([math.nan], [0.1, -0.2], [math.nan])):
-        backend.write(interval(scores, step))
+        backend.write(interval_record(step, scores))
     events = read_events(tmp_path / "gwa")
     for key in ("step_mean", "q50"):
         assert [event.step for event in events.Scalars(f"gwa/{key}")] == [1]
@@ -213,7 +195,7 @@ def test_a_later_backend_knows_what_the_folder_holds(tmp_path: Path) -> None:
     first = open_in(tmp_path)
     assert first.contents() == TrackerContents()
     for step in (0, 20, 40):
-        first.write(interval([0.1, 0.2], step))
+        first.write(interval_record(step, [0.1, 0.2]))
     first.write(AlignmentSummary.from_scores([0.1, 0.2, 0.4]).report(epoch=3))
     first.write(ALERT)
     first.close()
@@ -273,7 +255,7 @@ def test_neither_torch_nor_tensorflow_is_needed(tmp_path: Path) -> None:
 def test_what_is_written_later_is_read_later_however_soon_it_comes(tmp_path: Path) -> None:
     for step in range(4):  # each in a file of its own, as a replay has it
         backend = open_backend(RunContext("gwa", str(tmp_path), tmp_path))
-        backend.write(interval([0.1, 0.2], step))
+        backend.write(interval_record(step, [0.1, 0.2]))
         backend.close()
     seconds = sorted(path.name.split(".")[3] for path in (tmp_path / "gwa").iterdir())
     assert len(set(seconds)) == len(seconds) == 4

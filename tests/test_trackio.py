@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.records import stop_alert
 from tests.trackers import BATCH, BATCHES, Training, rows_of, run_of, start_trackio_run, trackio
 
 # isort: split
@@ -18,17 +19,9 @@ from trackio.context_vars import current_run
 from gwa_logging import AlignmentSummary, BackendError, EarlyStop, InvalidInputError
 from gwa_logging.integrations.trackio import TrackioBackend, open_backend
 from gwa_logging.protocols import RunContext, TrackerContents
-from gwa_logging.records import CloseRecord, StopAlert, StopReason, TrackerRunRef
+from gwa_logging.records import CloseRecord, TrackerRunRef
 
-ALERT = StopAlert(
-    epoch=7,
-    best_epoch=2,
-    statistic="stable",
-    value=0.25,
-    best_value=0.5,
-    reason=StopReason.NO_IMPROVEMENT,
-    message="stop now",
-)
+ALERT = stop_alert()
 
 
 @pytest.fixture(autouse=True)

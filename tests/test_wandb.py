@@ -18,12 +18,13 @@ import wandb
 import gwa_logging
 from gwa_logging import BackendError, EarlyStop, InvalidInputError, Monitor, delivery
 from gwa_logging.errors import GwaError
-from gwa_logging.integrations import reach
+from gwa_logging.integrations import _reachable
 from gwa_logging.integrations.wandb import WandbBackend, open_backend
 from gwa_logging.journal import read_journal
 from gwa_logging.protocols import RunContext
-from gwa_logging.records import EpochReport, IntervalRecord, StopAlert, StopReason, SuspectsRecord
+from gwa_logging.records import EpochReport, IntervalRecord, StopAlert, SuspectsRecord
 from tests import trackers
+from tests.records import interval_record, stop_alert
 from tests.trackers import BATCH, BATCHES, OnDisk, OnWandb, folder_of, read_back, run_of, start_run
 
 EPOCHS = 6
@@ -313,7 +314,7 @@ def test_an_interval_without_a_score_leaves_no_row(tmp_path: Path, owned: bool) 
     scored = gwa_logging.AlignmentSummary.from_scores([0.1, -0.2])
     nothing = gwa_logging.AlignmentSummary.from_scores([float("nan")])
     for step, summary in enumerate((nothing, scored, nothing)):
-        backend.write(interval_of(summary, step))
+        backend.write(interval_record(step, summary))
     backend.close()
     run.finish()
     disk = read_back(folder_of(run))
@@ -326,9 +327,9 @@ def test_a_row_of_merged_intervals_says_which_of_them_it_holds(tmp_path: Path) -
     backend = WandbBackend(run, "gwa", owned=False)
     scored = gwa_logging.AlignmentSummary.from_scores([0.1, -0.2])
     for step in (0, 1, 2, 10, 11, 12):  # a resumed run leaves out what the tracker has
-        backend.write(interval_of(scored, step))
+        backend.write(interval_record(step, scored))
     run.log({"step": 7, "epoch": 0, "count": 3, "excluded": 0})  # the user's keys, without our prefix
-    backend.write(interval_of(scored, 20))
+    backend.write(interval_record(20, scored))
     backend.close()
     run.finish()
     rows = [(row["gwa/step"], row.get("gwa/covers")) for row in read_back(folder_of(run)).history]
@@ -341,36 +342,12 @@ def test_a_row_of_merged_intervals_says_which_of_them_it_holds(tmp_path: Path) -
 def test_every_alert_and_list_of_suspects_is_held_not_only_the_last(tmp_path: Path) -> None:
     run = start_run(tmp_path)
     backend = WandbBackend(run, "gwa", owned=True)
-    alert = StopAlert(
-        epoch=2,
-        best_epoch=1,
-        statistic="separation",
-        value=0.1,
-        best_value=0.2,
-        reason=StopReason.DECLINE,
-        message="stop",
-    )
     for epoch in (9, 5):
-        backend.write(alert.model_copy(update={"epoch": epoch}))
+        backend.write(stop_alert(epoch))
         backend.write(SuspectsRecord(step=10 * epoch, epoch=epoch, samples=3, suspects=()))
     backend.close()
     held = backend.contents()
     assert (held.alerts, held.suspects) == ({5, 9}, {50, 90})
-
-
-def interval_of(summary: gwa_logging.AlignmentSummary, step: int) -> IntervalRecord:
-    return IntervalRecord(
-        step=step,
-        epoch=0,
-        steps=1,
-        count=summary.count,
-        excluded=summary.excluded,
-        mean=summary.mean,
-        minimum=summary.minimum,
-        maximum=summary.maximum,
-        histogram=summary.histogram,
-        display_limit=0.5,
-    )
 
 
 def test_a_write_that_failed_can_be_repeated_without_counting_twice(
@@ -378,9 +355,7 @@ def test_a_write_that_failed_can_be_repeated_without_counting_twice(
 ) -> None:
     run = start_run(tmp_path)
     backend = open_backend(RunContext(name="gwa", run=run, directory=tmp_path))
-    first, second = (
-        interval_of(gwa_logging.AlignmentSummary.from_scores([0.1] * n), step) for step, n in enumerate((3, 4))
-    )
+    first, second = (interval_record(step, [0.1] * n) for step, n in enumerate((3, 4)))
     backend.write(first)
     with monkeypatch.context() as patch:
         patch.setattr(wandb.Run, "log", _refuse)
@@ -701,7 +676,7 @@ def test_a_run_that_wandb_gives_up_uploading_is_a_fault_in_mid_run(
 def test_a_server_that_does_not_answer_is_an_error_within_ten_seconds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answering: str
 ) -> None:
-    monkeypatch.setattr(reach, "CALL_WITHIN", 0.3)
+    monkeypatch.setattr(_reachable, "CALL_WITHIN", 0.3)
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         if answering == "it hangs":

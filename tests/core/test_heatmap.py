@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 from gwa_logging.report.heatmap import Timeline
-from tests.core.test_journal import interval
+from tests.records import interval_record
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 100, 1001])
 def test_however_many_intervals_the_columns_are_bounded_and_hold_every_sample(n):
     timeline = Timeline(columns=8)
     for step in range(n):
-        timeline.add(interval(step))
+        timeline.add(interval_record(step))
     heatmap = timeline.heatmap()
     columns = heatmap.shares.shape[1]
     assert columns <= 8
@@ -26,7 +26,7 @@ def test_however_many_intervals_the_columns_are_bounded_and_hold_every_sample(n)
 
 def test_the_median_is_that_of_the_scores():
     timeline = Timeline()
-    timeline.add(interval(0, (0.1, 0.2, 0.3)))
+    timeline.add(interval_record(0, (0.1, 0.2, 0.3)))
     assert timeline.heatmap().medians[0] == pytest.approx(0.2, rel=0.05)
 
 

@@ -16,29 +16,14 @@ from gwa_logging import AlignmentSummary, BackendError
 from gwa_logging import journal as journal_module
 from gwa_logging.faults import Faults
 from gwa_logging.journal import Journal, JournalFeed, JournalReader, read_journal
-from gwa_logging.records import IntervalRecord, RunRecord
-
-
-def interval(step: int, scores=(0.1, 0.2, -0.1)) -> IntervalRecord:
-    summary = AlignmentSummary.from_scores(scores)
-    return IntervalRecord(
-        step=step,
-        epoch=0,
-        steps=1,
-        count=summary.count,
-        excluded=summary.excluded,
-        mean=summary.mean,
-        minimum=summary.minimum,
-        maximum=summary.maximum,
-        histogram=summary.histogram,
-        display_limit=0.2,
-    )
+from gwa_logging.records import RunRecord
+from tests.records import interval_record
 
 
 def test_what_was_written_is_read_back(tmp_path):
     journal = Journal(tmp_path / "run" / "journal.jsonl", Faults())
     report = AlignmentSummary.from_scores([0.1, 0.2, 0.4]).report(epoch=3, step=40)
-    written, before = [interval(0), report, interval(1)], time()
+    written, before = [interval_record(0), report, interval_record(1)], time()
     for record in written:
         journal.append(record)
     records, skipped = read_journal(journal.path)
@@ -59,7 +44,7 @@ def test_undefined_numbers_are_null_in_the_file_and_nan_in_python(tmp_path):
 def test_it_is_readable_with_pandas(tmp_path):
     journal = Journal(tmp_path / "journal.jsonl", Faults())
     for step in range(5):
-        journal.append(interval(step))
+        journal.append(interval_record(step))
     frame = pandas.read_json(journal.path, lines=True)
     assert list(frame["step"]) == [0, 1, 2, 3, 4]
 
@@ -67,10 +52,10 @@ def test_it_is_readable_with_pandas(tmp_path):
 @pytest.mark.parametrize("garbage", [b'{"kind":"interval","st\n', b"not json\n", b'{"kind":"other"}\n', b"\xff\xfe\n"])
 def test_torn_and_foreign_lines_are_skipped_and_counted(tmp_path, garbage):
     journal = Journal(tmp_path / "journal.jsonl", Faults())
-    journal.append(interval(0))
+    journal.append(interval_record(0))
     with journal.path.open("ab") as file:
         file.write(garbage)
-    journal.append(interval(1))
+    journal.append(interval_record(1))
     records, skipped = read_journal(journal.path)
     assert [r.step for r in records] == [0, 1]
     assert skipped == 1
@@ -78,7 +63,7 @@ def test_torn_and_foreign_lines_are_skipped_and_counted(tmp_path, garbage):
 
 def test_a_torn_last_line_is_left_alone_until_it_is_whole(tmp_path):
     path = tmp_path / "journal.jsonl"
-    line = interval(7).model_dump_json().encode()
+    line = interval_record(7).model_dump_json().encode()
     path.write_bytes(line[:40])
     reader = JournalReader(path)
     assert reader.peek() == ([], 0)
@@ -88,8 +73,8 @@ def test_a_torn_last_line_is_left_alone_until_it_is_whole(tmp_path):
 
 def test_a_reader_stays_at_a_record_until_it_is_told_to_go_on(tmp_path):
     journal = Journal(tmp_path / "journal.jsonl", Faults())
-    journal.append(interval(0))
-    journal.append(interval(1))
+    journal.append(interval_record(0))
+    journal.append(interval_record(1))
     reader = JournalReader(journal.path)
     first, position = reader.peek()
     assert reader.peek()[0] == first
@@ -101,7 +86,7 @@ def test_a_reader_stays_at_a_record_until_it_is_told_to_go_on(tmp_path):
 
 @pytest.mark.parametrize("limit", [1, 2, 9])
 def test_a_line_is_skipped_and_counted_once_however_often_one_looks(tmp_path, limit):
-    lines = [interval(step).model_dump_json() for step in range(4)]
+    lines = [interval_record(step).model_dump_json() for step in range(4)]
     path = tmp_path / "journal.jsonl"
     path.write_text("\n".join(["stranger", lines[0], lines[1], "", "{}", lines[2], "torn {", lines[3]]) + "\n")
     reader, steps = JournalReader(path), []
@@ -127,13 +112,13 @@ def full_disk(path: Path, room: int) -> Iterator[None]:
 def test_a_full_disk_is_counted_and_what_it_did_not_take_follows_later_without_a_torn_line(tmp_path, room):
     faults = Faults()
     journal = Journal(tmp_path / "journal.jsonl", faults)
-    journal.append(interval(0))
+    journal.append(interval_record(0))
     with full_disk(journal.path, room):
-        journal.append(interval(1))
-        journal.append(interval(2))
+        journal.append(interval_record(1))
+        journal.append(interval_record(2))
     assert faults.counts == {"journal": 2}
     assert not journal.is_complete
-    journal.append(interval(3))
+    journal.append(interval_record(3))
     records, skipped = read_journal(journal.path)
     assert [r.step for r in records] == [0, 1, 2, 3]
     assert skipped == 0
@@ -142,12 +127,12 @@ def test_a_full_disk_is_counted_and_what_it_did_not_take_follows_later_without_a
 
 def test_a_line_that_a_full_disk_tore_is_written_again_if_somebody_else_wrote_behind_it(tmp_path):
     journal = Journal(tmp_path / "journal.jsonl", Faults())
-    journal.append(interval(0))
+    journal.append(interval_record(0))
     with full_disk(journal.path, 100):
-        journal.append(interval(1))
+        journal.append(interval_record(1))
     with journal.path.open("ab") as file:
         file.write(b"garbage")
-    journal.append(interval(2))
+    journal.append(interval_record(2))
     records, skipped = read_journal(journal.path)
     assert [r.step for r in records] == [0, 1, 2]
     assert skipped == 1
@@ -201,7 +186,7 @@ def begun(path: Path, faults: Faults, intervals: int = 5) -> Journal:
     journal = Journal(path, faults)
     journal.append(RunRecord(name="gwa", head="h", created="now", settings={}))
     for step in range(intervals):
-        journal.append(interval(step))
+        journal.append(interval_record(step))
     return journal
 
 
@@ -210,8 +195,8 @@ def test_a_journal_that_somebody_damages_goes_on_whole_at_the_next_line(tmp_path
     faults = Faults()
     journal = begun(tmp_path / "run" / "journal.jsonl", faults)
     damage(journal.path)
-    journal.append(interval(5))
-    journal.append(interval(6))
+    journal.append(interval_record(5))
+    journal.append(interval_record(6))
     records, _ = read_journal(journal.path)
     assert [record.kind for record in records] == ["run"] + 7 * ["interval"]
     assert [record.step for record in records[1:]] == list(range(7))
@@ -225,7 +210,7 @@ def test_what_memory_does_not_have_any_more_is_counted_as_lost(tmp_path, damage,
     faults = Faults()
     journal = begun(tmp_path / "journal.jsonl", faults, intervals=10)
     damage(journal.path)
-    journal.append(interval(10))
+    journal.append(interval_record(10))
     records, skipped = read_journal(journal.path)
     assert records[0].kind == "run"
     kept = [record.step for record in records[1:]]
@@ -243,7 +228,7 @@ def test_a_backend_that_is_behind_reads_on_in_the_file_that_was_taken_away(tmp_p
     feed = JournalFeed(journal)
     damage(journal.path)
     for step in range(10, 20):
-        journal.append(interval(step))
+        journal.append(interval_record(step))
     steps = []
     while (found := feed.peek(3))[0]:
         steps += [record.step for record in found[0] if record.kind == "interval"]
@@ -260,7 +245,7 @@ def test_a_backend_that_is_behind_counts_what_was_cut_off(tmp_path, monkeypatch)
     third = read_journal(journal.path)[0][:4]
     os.truncate(journal.path, sum(len(record.model_dump_json()) + 1 for record in third))
     for step in range(10, 20):
-        journal.append(interval(step))
+        journal.append(interval_record(step))
     steps = []
     while (found := feed.peek())[0]:
         steps += [record.step for record in found[0] if record.kind == "interval"]

@@ -12,23 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gwa_logging
-from gwa_logging import AlignmentSummary, EarlyStop, StopAlert, StopReason
+from gwa_logging import AlignmentSummary, EarlyStop, StopAlert
 from gwa_logging.histogram import Histogram
 from gwa_logging.records import EpochReport
 from gwa_logging.report.notebook import WIDTH, monitor_html, report_html
+from tests.records import stop_alert
 
 SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = """</div><script>alert(1)</script><img src=x onerror="alert(2)">' & ]]> \x00\x1b \udcff"""
-ALERT = StopAlert(
-    epoch=7,
-    best_epoch=2,
-    statistic="separation",
-    value=0.5,
-    best_value=0.75,
-    reason=StopReason.DECLINE,
-    message="GWA says stop: it falls.",
-    caveats=("the head is small",),
-)
+ALERT = stop_alert(message="GWA says stop: it falls.", caveats=("the head is small",))
 
 
 def report(epoch: int = 0, scores: Any = None, **more: Any) -> EpochReport:

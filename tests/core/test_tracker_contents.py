@@ -5,55 +5,28 @@ import math
 import numpy as np
 import pytest
 
-from gwa_logging import AlignmentSummary, StopReason
+from gwa_logging import AlignmentSummary
 from gwa_logging.protocols import TrackerContents, samples_by_epoch
 from gwa_logging.records import (
-    CloseRecord,
     EpochReport,
-    IntervalRecord,
     RunRecord,
-    StopAlert,
     SuspectsRecord,
 )
-
-
-def interval(step: int) -> IntervalRecord:
-    scores = AlignmentSummary.from_scores([0.1, 0.2])
-    return IntervalRecord(
-        step=step,
-        epoch=0,
-        steps=5,
-        count=2,
-        excluded=0,
-        mean=scores.mean,
-        minimum=scores.minimum,
-        maximum=scores.maximum,
-        histogram=scores.histogram,
-        display_limit=1.0,
-    )
+from tests.records import close_record, epoch_report, interval_record, stop_alert
 
 
 def report(epoch: int, samples: int, step: int = 9) -> EpochReport:
-    return AlignmentSummary.from_scores(np.linspace(-0.5, 0.5, samples)).report(epoch=epoch, step=step)
-
-
-def alert(epoch: int) -> StopAlert:
-    numbers = {"value": 0.1, "best_value": 0.2}
-    return StopAlert(epoch=epoch, best_epoch=0, statistic="mean", reason=StopReason.DECLINE, message="stop", **numbers)
-
-
-def close(epochs: int) -> CloseRecord:
-    return CloseRecord(epochs=epochs, steps=9, best_epoch=0, best_value=math.nan, faults={})
+    return epoch_report(epoch, np.linspace(-0.5, 0.5, samples), step=step)
 
 
 def test_a_gap_is_not_held_though_later_records_are():
     held = TrackerContents(intervals={5, 15}, epochs={0: 10, 2: 10}, alerts={1, 9}, suspects={4, 40}, closes={3})
-    assert [step for step in (5, 10, 15, 20) if held.has(interval(step))] == [5, 15]
+    assert [step for step in (5, 10, 15, 20) if held.has(interval_record(step))] == [5, 15]
     assert [epoch for epoch in range(4) if held.has(report(epoch, 10))] == [0, 2]
-    assert [epoch for epoch in range(10) if held.has(alert(epoch))] == [1, 9]
+    assert [epoch for epoch in range(10) if held.has(stop_alert(epoch))] == [1, 9]
     lists = [SuspectsRecord(step=step, epoch=0, samples=0, suspects=()) for step in (4, 20, 40)]
     assert [record.step for record in lists if held.has(record)] == [4, 40]
-    assert [epochs for epochs in range(5) if held.has(close(epochs))] == [3]
+    assert [epochs for epochs in range(5) if held.has(close_record(epochs))] == [3]
 
 
 def test_an_epoch_is_held_whether_or_not_its_last_steps_had_scores():
@@ -84,6 +57,6 @@ def test_of_several_reports_on_an_epoch_the_fullest_counts():
 
 def test_an_empty_run_holds_nothing_and_the_head_is_said_every_time():
     first = RunRecord(name="gwa", head="h", created="now", settings={})
-    for record in (first, interval(0), report(0, 10), alert(0), close(0)):
+    for record in (first, interval_record(0), report(0, 10), stop_alert(0), close_record(0)):
         assert not TrackerContents().has(record)
     assert not TrackerContents(intervals=range(99), epochs={0: 99}, alerts=range(9), closes=range(9)).has(first)
