@@ -377,7 +377,7 @@ def test_writing_a_record_again_changes_nothing(client: MlflowClient, tmp_path: 
         interval(0),
         interval(9, steps=9),
         epoch_report(gwa=math.nan),
-        stop_alert(epoch=0, best_epoch=0),
+        stop_alert(epoch=0, best_epoch=0, message="no improvement"),
         CloseRecord(epochs=1, steps=10, best_epoch=0, best_value=0.5, faults={}),
     ]
     where = context(client, tmp_path)
@@ -516,7 +516,7 @@ def test_the_last_picture_comes_on_close_however_short_the_run(client, tmp_path,
 
 def test_a_picture_of_a_long_run_takes_the_interpreter_a_few_milliseconds() -> None:
     pictures = PictureSeries()
-    for step in range(picture.COLUMNS - 1):
+    for step in range(heatmap_picture.COLUMNS - 1):
         pictures.add(interval(step, epoch=step, seed=step))
 
     def seconds() -> float:
@@ -536,13 +536,15 @@ def test_a_picture_shows_the_medians_and_zero_where_they_are() -> None:
     pictures = PictureSeries()
     for step in range(50):
         pictures.add(interval(step, seed=step))  # normal(0.1, 0.1), shown from -0.5 to 0.5
-    pixels = np.asarray(pictures.draw()).astype(int)[picture._TOP : picture._BOTTOM, picture._LEFT : picture._RIGHT]
-    is_median = (pixels == picture._MEDIAN).all(axis=-1)
+    pixels = np.asarray(pictures.draw()).astype(int)[
+        heatmap_picture._TOP : heatmap_picture._BOTTOM, heatmap_picture._LEFT : heatmap_picture._RIGHT
+    ]
+    is_median = (pixels == heatmap_picture._MEDIAN).all(axis=-1)
     assert is_median.any(axis=0).all()
     middle = np.nonzero(is_median)[0].mean() / len(pixels)
     assert 0.5 - middle == pytest.approx(0.1, abs=0.01)
     zero = pixels[len(pixels) // 2]
-    assert {tuple(pixel) for pixel in zero.tolist()} == {picture._INK, picture._WHITE}
+    assert {tuple(pixel) for pixel in zero.tolist()} == {heatmap_picture._INK, heatmap_picture._WHITE}
 
 
 def test_a_picture_has_white_where_there_are_no_scores_and_colour_where_there_are() -> None:
