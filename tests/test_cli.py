@@ -9,22 +9,20 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import gwa_logging
-from gwa_logging import AlignmentSummary
 from gwa_logging.cli import main
 from gwa_logging.faults import Faults
 from gwa_logging.journal import FILE_NAME, Journal
-from gwa_logging.records import RunRecord
+from tests.records import epoch_report, run_record
 
 
 def make_run(folder: Path, written: int = 0) -> Path:
     """Makes a run of one epoch whose journal was last written at a given time, in seconds."""
     journal = Journal(folder / FILE_NAME, Faults())
-    journal.append(RunRecord(name="gwa", head="fc", created="2026-01-31T12:00:00+00:00", settings={}))
-    journal.append(AlignmentSummary.from_scores(np.linspace(-0.1, 0.3, 300)).report())
+    journal.append(run_record())
+    journal.append(epoch_report())
     journal.close()
     os.utime(folder / FILE_NAME, (written, written))
     return folder
