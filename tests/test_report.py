@@ -32,7 +32,7 @@ from gwa_logging.records import (
 from gwa_logging.report.page import write_report
 from tests.records import close_record, epoch_report, interval_record, run_record, stop_alert
 
-HOSTILE = """</script><script>alert(1)</script><img src=x onerror="alert(2)">' & </style> --ink"""
+HOSTILE = """</script><script>alert(1)</script><img src=x onerror="alert(2)">' & </style> --ink $css"""
 
 
 class Page(HTMLParser):
@@ -243,11 +243,11 @@ def test_undefined_gwa_is_hollow_in_brackets_and_explained(tmp_path):
 
 
 def test_short_last_interval_of_an_epoch_gets_no_separate_column(tmp_path):
-    few = [interval(10, scores=scores_of(0, 5)), interval(11, scores=scores_of(0, 5))]
-    page = page_of(tmp_path, RUN, *(interval(i) for i in range(10)), few[0], interval(12), closed())
+    short = [interval(10, scores=scores_of(0, 5)), interval(11, scores=scores_of(0, 5))]
+    page = page_of(tmp_path, RUN, *(interval(i) for i in range(10)), short[0], interval(12), closed())
     assert page.figures["scores"]["data"][0]["x"] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 13]
-    lasting = page_of(tmp_path / "lasting", RUN, *(interval(i) for i in range(10)), *few, closed())
-    assert lasting.figures["scores"]["data"][0]["x"][-2:] == [11, 12]
+    several_short = page_of(tmp_path / "several", RUN, *(interval(i) for i in range(10)), *short, closed())
+    assert several_short.figures["scores"]["data"][0]["x"][-2:] == [11, 12]
 
 
 def test_page_shows_faults_settings_and_caveats(tmp_path):
@@ -261,8 +261,8 @@ def test_page_shows_faults_settings_and_caveats(tmp_path):
 def test_epoch_better_than_the_alerts_best_is_shown(tmp_path):
     records = [epoch(0, is_best=True), epoch(1), stop_alert(epoch=1, best_epoch=0), epoch(2, is_best=True)]
     page = page_of(tmp_path, RUN, *records, closed())
-    assert "Stop alert in epoch 1; best epoch 0; epoch 2 was better since" in page.text
-    assert page.rows[3][10].startswith("better since")
+    assert "Stop alert in epoch 1; best epoch 0; later epoch 2 was better" in page.text
+    assert page.rows[3][10].startswith("better")
 
 
 @pytest.mark.parametrize(
@@ -315,15 +315,7 @@ def test_report_of_a_resumed_run_says_where_the_earlier_epochs_are(tmp_path):
 
 
 def test_repeated_steps_and_epochs_replace_the_earlier_ones(tmp_path):
-    records = [
-        interval(0),
-        interval(1),
-        interval(2),
-        epoch(0),
-        epoch(1),
-        interval(1),
-        epoch(1, [0.3]),
-    ]
+    records = [interval(0), interval(1), interval(2), epoch(0), epoch(1), interval(1), epoch(1, [0.3])]
     page = page_of(tmp_path, RUN, *records)
     assert [row[0] for row in page.rows[1:]] == ["0", "1"]
     assert page.rows[2][8] == "1"

@@ -74,7 +74,7 @@ def epoch_markers(history: RunHistory) -> list[EpochMarker]:
     if alert:
         wanted = [(alert.best_epoch, "best", "--best", "solid"), (alert.epoch, "alert", "--alert", "dash")]
     if best is not None and (not alert or best > alert.epoch):
-        wanted.append((best, "better since" if alert else "best", "--best", "solid"))
+        wanted.append((best, "better" if alert else "best", "--best", "solid"))
     reports = {r.epoch: r for r in history.epochs}
     return [EpochMarker(reports[epoch], *style) for epoch, *style in wanted if epoch in reports]
 

@@ -122,7 +122,7 @@ def _headline(history: RunHistory) -> str:
     if not history.epochs:
         return "No epoch has been completed yet"
     if alert:
-        later = f"; epoch {best} was better since" if best is not None and best > alert.epoch else ""
+        later = f"; later epoch {best} was better" if best is not None and best > alert.epoch else ""
         return f"Stop alert in epoch {alert.epoch}; best epoch {alert.best_epoch}{later}"
     has_rule = history.run is None or history.run.settings.get("early_stop") is not None
     status = "No alert" if has_rule else "No alert: no stop rule was set"
