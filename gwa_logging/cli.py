@@ -118,9 +118,8 @@ def _add_replay(parser: argparse.ArgumentParser) -> None:
 def _replay(arguments: argparse.Namespace) -> int:
     """Sends the missing records and prints a line for each journal of the run, or for each run in the folder."""
     folder, backend, run = arguments.directory, arguments.backend, arguments.run
-    if backend == "local":
-        raise InvalidInputError("--backend local: that is the journal itself; name a tracker")
-    registry.find_backend(backend)  # reports an unknown name before any journal is read
+    if backend != "local":  # refused below
+        registry.find_backend(backend)  # reports an unknown name before any journal is read
     if not (folder / FILE_NAME).exists():
         return _replay_all(folder, backend, run)
     for journal in journals_of(folder):
@@ -132,6 +131,8 @@ def _replay(arguments: argparse.Namespace) -> int:
 
 def _replay_all(folder: Path, backend: str, run: str | None) -> int:
     """Sends the missing records of every run in a folder. A run that fails does not stop the others."""
+    if backend == "local":
+        raise InvalidInputError("--backend local: this is the journal itself; name a tracker")
     folders = sorted(path.parent.name for path in folder.glob(f"*/{FILE_NAME}"))
     if not folders:
         _run_folder(folder)  # raises the error that explains why

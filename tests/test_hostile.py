@@ -130,9 +130,9 @@ def test_replay_follows_a_journal_within_its_folder_and_the_working_directory(li
 )
 def test_a_run_record_with_a_name_that_watch_refuses_is_skipped(lines, tmp_path, capsys, name):
     run = write(tmp_path, [lines[0] | {"name": name}, *lines[1:]])
-    code, error = check(run, capsys, "replay", ".", "--backend", "tensorboard")
+    code, said = check(run, capsys, "replay", ".", "--backend", "tensorboard")
     assert code == 2
-    assert "there is no run in it (lines skipped: 1)" in error
+    assert "there is no run in it (lines skipped: 1)" in said
 
 
 @pytest.mark.parametrize(

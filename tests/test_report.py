@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from html import unescape
 from html.parser import HTMLParser
 from importlib.resources import files
@@ -422,6 +423,13 @@ def test_every_colour_of_the_figures_is_defined_for_light_and_dark(run):
     assert len(names) > 10
     for palette in (light, dark):
         assert names <= set(re.findall(r"(--[a-z0-9-]+):", palette))
+
+
+def test_template_style_sheet_and_script_are_in_the_list_of_package_data():
+    root = Path(__file__).parents[1]
+    data = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    others = [path.name for path in (root / "gwa_logging" / "report").iterdir() if path.suffix not in (".py", "")]
+    assert sorted(data["gwa_logging.report"]) == sorted(others) == ["page.css", "page.html", "page.js"]
 
 
 def test_only_write_report_imports_plotly(tmp_path):

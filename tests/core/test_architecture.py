@@ -99,8 +99,6 @@ def test_the_wheel_holds_every_module_and_works_from_elsewhere(tmp_path):
     for path in rooms("integrations"):
         assert f"gwa_logging/integrations/{path.relative_to(ROOT / 'integrations')}" in held
     assert "gwa_logging/py.typed" in held
-    data = {f"gwa_logging/report/{name}" for name in ("page.html", "page.css", "page.js")}
-    assert data <= held
     code = "import gwa_logging, gwa_logging.integrations.torch as t; print(gwa_logging.__file__, t.__file__)"
     run = subprocess.run(
         [sys.executable, "-c", code],
