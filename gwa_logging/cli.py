@@ -132,7 +132,7 @@ def _replay(arguments: argparse.Namespace) -> int:
 def _replay_all(folder: Path, backend: str, run: str | None) -> int:
     """Sends the missing records of every run in a folder. A run that fails does not stop the others."""
     if backend == "local":
-        raise InvalidInputError("--backend local: this is the journal itself; name a tracker")
+        raise InvalidInputError("--backend local: this is the journal itself; choose a tracker")
     folders = sorted(path.parent.name for path in folder.glob(f"*/{FILE_NAME}"))
     if not folders:
         _run_folder(folder)  # raises the error that explains why

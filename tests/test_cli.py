@@ -138,7 +138,7 @@ def test_replay_to_an_unknown_backend_names_the_right_one(backend, folder, tmp_p
 def test_replay_to_local_is_an_error(folder, tmp_path, capsys):
     make_run(tmp_path / "run")
     assert main(["replay", folder, "--backend", "local"]) == 2
-    assert "name a tracker" in capsys.readouterr().err
+    assert "is the journal itself" in capsys.readouterr().err
 
 
 MODELS = """
