@@ -1,8 +1,8 @@
-"""What `gwa_logging` costs, beside what else one could log: measures, and writes docs/performance.md and its picture.
+"""Measures what `gwa_logging` and its alternatives cost, and writes docs/performance.md with its picture.
 
     python -m benchmarks [--minutes 10] [--only PyTorch MLP] [--tiny] [--docs DIR]
 
-`--tiny` runs everything for a moment, so that a test can show that it runs. `--page` only writes the page anew.
+`--tiny` runs everything briefly, for the tests. `--page` only rewrites the page from the figures of the last run.
 """
 
 import argparse
@@ -21,14 +21,14 @@ import numpy as np
 import torch
 
 from benchmarks import jax_steps, page, scale, scoring, torch_steps
-from benchmarks.gpu import bytes_read
 from benchmarks.measuring import measure, overheads
+from benchmarks.score_forms import bytes_read
 
 RESULTS = Path(__file__).parent / "performance.json"
 
 
 def machine() -> dict[str, Any]:
-    """What this runs on."""
+    """Describes this machine and the versions."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
@@ -44,7 +44,7 @@ def machine() -> dict[str, Any]:
 
 
 def measured_groups(args: argparse.Namespace, directory: str, seconds: float) -> dict[str, Any]:
-    """Each model with all its steps; printed as they come."""
+    """Measures all steps of each model and prints the figures as they come."""
     results = {}
     names = {"torch": ["MLP", "21,843 classes"], "jax": ["MLP"]} if args.tiny else {}
     groups = {
@@ -81,13 +81,13 @@ def measured_groups(args: argparse.Namespace, directory: str, seconds: float) ->
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10.0, help="about so long in all")
+    parser.add_argument("--minutes", type=float, default=10.0, help="approximate time in all")
     parser.add_argument(
-        "--only", nargs="+", default=[], help="only groups whose name holds one of these; the page stays"
+        "--only", nargs="+", default=[], help="only groups whose names contain one of these; leaves the page unchanged"
     )
-    parser.add_argument("--tiny", action="store_true", help="everything, for a moment")
-    parser.add_argument("--page", action="store_true", help="write the page from the numbers of the last time")
-    parser.add_argument("--docs", type=Path, default=page.DOCS, help="where the page goes")
+    parser.add_argument("--tiny", action="store_true", help="run everything briefly")
+    parser.add_argument("--page", action="store_true", help="only write the page, from the figures of the last run")
+    parser.add_argument("--docs", type=Path, default=page.DOCS, help="folder of the page")
     args = parser.parse_args(arguments)
     if args.page:
         print(page.write(json.loads(RESULTS.read_text()), args.docs))
@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     here = machine()
     print(here)
-    # Of the time, two minutes are the compilers' and a minute is that of scoring and scale; the rest is shared by 18 groups.
+    # The compilers take two minutes, scoring and scale one or two; the groups share the rest.
     seconds = 0.1 if args.tiny else max(2.0, 60 * (args.minutes - 4.5) / 21)
     docs = args.docs.resolve()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory, contextlib.chdir(directory):

@@ -1,11 +1,11 @@
-"""The census: watches a model of every family of timm, torchvision and transformers, trains one step, checks every score.
+"""The census: watches a model of every family in timm, torchvision and transformers for one step and checks every score.
 
-    python benchmarks/census.py --json benchmarks/census.json --docs docs/census.md
+    python -m benchmarks.census --json benchmarks/census.json --docs docs/census.md
 
-needs timm, torchvision and transformers. Every family has random weights, a tiny input and a process of its own. What has
-been written to the JSON is not done again, unless `--again PATTERN` names it. The oracle shares no code with what it judges:
-the layer is the one that the model's own library declares, and the score of a row is -<delta h^T, W> / (|delta h^T| |W|) in
-float64, from plain hooks on that layer.
+Needs timm, torchvision and transformers. Each family runs in its own process, with random weights and a tiny input. Results in
+the JSON file are kept unless `--again PATTERN` matches them. The oracle shares no code with the library: the right layer is the
+one that the model's own library declares, and a row's score is -<delta h^T, W> / (|delta h^T| |W|) in float64, computed from
+plain hooks on that layer.
 """
 
 import argparse
@@ -19,28 +19,26 @@ import re
 import tempfile
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-import census_transformers
-import census_zoo as zoo
 import torch
 from torch import Tensor, nn
 
 import gwa_logging
+from benchmarks import census_transformers
+from benchmarks import census_zoo as zoo
+from benchmarks.census_page import Row, document, summary
 
 SECONDS = 60.0
-"""A model's time limit."""
+"""Time limit of one model."""
 
 TOLERANCE = 1e-5
 
 JAX_HEADING = "\n## JAX\n"
-"""Starts the last part of the page, which is kept: tests/jax/test_head_census.py has the census behind it."""
-
-Row = dict[str, Any]
+"""Begins the last part of the page, which is left unchanged: it comes from tests/jax/test_head_census.py."""
 
 SUBJECTS = {
     "timm": zoo.timm_subject,
@@ -48,23 +46,17 @@ SUBJECTS = {
     "transformers": census_transformers.transformers_subject,
 }
 
-JUDGED = {
-    "transformers/BrosSpadeEEForTokenClassification": "two tasks, a linear layer for the first token of a field and a bilinear "
-    "product for the others: two outputs, as the refusal says",
-}
-"""Refusals whose reason is true though the library has a single layer of that width; why."""
-
 
 # --- one model --------------------------------------------------------------------------------------------------------
 
 
 def examine(member: zoo.Member) -> Row:
-    """What becomes of one model."""
+    """Builds, watches and trains one model, and returns the outcome."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
-    said = []
+    errors = []
     subjects = SUBJECTS[member.library](member.name)
     while True:
         try:
@@ -73,31 +65,31 @@ def examine(member: zoo.Member) -> Row:
                 break
             subject.model.train()
             subject.loss().backward()
-        except Exception as error:  # noqa: BLE001 - sizes or an input that do not fit, which only the library can tell
-            said.append(f"{type(error).__name__}: {error}")
+        except Exception as error:  # noqa: BLE001 - the sizes or the input do not fit, and every library has its own error for it
+            errors.append(f"{type(error).__name__}: {error}")
             continue
         return _judge(subject)
-    said.append(census_transformers.why_not())
-    return {"outcome": "not built", "reason": " | ".join(dict.fromkeys(filter(None, said)))[:500]}
+    errors.append(census_transformers.build_failures())
+    return {"outcome": "not built", "reason": " | ".join(dict.fromkeys(filter(None, errors)))[:500]}
 
 
 def _judge(subject: zoo.Subject) -> Row:
     model = subject.model
     modules = dict(model.named_modules())
-    heads, word = subject.heads, subject.word
+    heads, source = subject.heads, subject.source
     if not heads:
-        heads, word = zoo.layers_in(model, ""), f"nothing from the library; {zoo.CLASSES} outputs"
+        heads, source = zoo.layers_in(model, ""), f"nothing from the library; {zoo.CLASSES} outputs"
     for path in heads:
         if not modules[path].weight.any():
-            nn.init.normal_(modules[path].weight, std=0.02)  # a head of zeros has no score
+            nn.init.normal_(modules[path].weight, std=0.02)  # with a head of zeros, no sample has a score
     effects = {path: effect_of(modules[path], subject) for path in heads}
     heads = [path for path in heads if effects[path] in ("affine", "nonlinear")]
     row: Row = {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "input": subject.given,
+        "input": subject.input_shape,
         "classifier": heads,
         "kind": ", ".join(dict.fromkeys(type(modules[path]).__name__ for path in heads)),
-        "word": word,
+        "word": source,
         "effect": ", ".join(dict.fromkeys(effects.values())),
     }
     try:
@@ -116,14 +108,14 @@ def _judge(subject: zoo.Subject) -> Row:
             "rows": several[0]["rows"],
             "difference": max(each["difference"] for each in several),
         }
-    if not heads and seen["right"]:  # of an encoder the features: the scores of the layer that makes them
+    if not heads and seen["right"]:  # an encoder: the scores are those of the layer that computes its features
         return row | seen | {"outcome": "no classifier"}
     right = heads == [seen["head"]] and seen["right"]
     return row | seen | {"outcome": "right" if right else "wrong"}
 
 
 def effect_of(layer: nn.Module, subject: zoo.Subject) -> str:
-    """How the logits depend on the weight of a layer: "affine", "nonlinear", "direction only", "none"."""
+    """How the logits depend on a layer's weight: "affine", "nonlinear", "direction only" or "none"."""
     subject.model.eval()
     weight = layer.weight
     kept = weight.detach().clone()
@@ -148,7 +140,7 @@ def effect_of(layer: nn.Module, subject: zoo.Subject) -> str:
 
 
 def _watched(subject: zoo.Subject, head: list[str] | None, heads: list[str]) -> list[Row]:
-    """Watches, trains one step, and compares the scores of every head that is watched with the oracle's."""
+    """Watches, trains one step, and compares the scores of each watched head with the oracle's."""
     model = subject.model
     modules = dict(model.named_modules())
     oracles = {path: Oracle(modules[path]) for path in heads or [p for p, m in modules.items() if zoo.is_layer(m)]}
@@ -165,8 +157,10 @@ def _watched(subject: zoo.Subject, head: list[str] | None, heads: list[str]) -> 
             monitor.end_epoch()
             rows = []
             for each in (monitor, *monitor.heads.values()):
-                said = each._adapter.head  # "head 'fc' (Linear 32 -> 7): why"
-                path, how = re.fullmatch(r"head (?:'(.*)'|\(the model itself\)) \(.*?\): (.*)", said).groups(default="")
+                described = each._adapter.head  # "head 'fc' (Linear 32 -> 7): why"
+                path, how = re.fullmatch(r"head (?:'(.*)'|\(the model itself\)) \(.*?\): (.*)", described).groups(
+                    default=""
+                )
                 rows.append({"head": path, "how": how, "watch_seconds": seconds} | _compared(each, oracles.get(path)))
     for oracle in oracles.values():
         oracle.remove()
@@ -174,7 +168,7 @@ def _watched(subject: zoo.Subject, head: list[str] | None, heads: list[str]) -> 
 
 
 def _compared(monitor: gwa_logging.Monitor, oracle: "Oracle | None") -> Row:
-    """Whether count, mean, deviation and, where a row is a sample of the batch, each score are the oracle's."""
+    """Compares count, mean and standard deviation with the oracle's, and each score if a row is a sample of the batch."""
     report = monitor.history[-1]
     if oracle is None:
         return {"right": False, "rows": report.count}
@@ -193,23 +187,23 @@ def _compared(monitor: gwa_logging.Monitor, oracle: "Oracle | None") -> Row:
 
 
 class Oracle:
-    """Plain hooks on a layer; the scores of its rows in float64."""
+    """Scores of the rows of a layer in float64, from plain hooks on it."""
 
     def __init__(self, layer: nn.Module) -> None:
-        self._calls: list[tuple[Tensor, Tensor, list[Tensor]]] = []
-        self._handle = layer.register_forward_hook(self._called)
+        self._forwards: list[tuple[Tensor, Tensor, list[Tensor]]] = []
+        self._handle = layer.register_forward_hook(self._on_forward)
         self.rows = 0
 
-    def _called(self, layer: nn.Module, args: tuple[Tensor, ...], logits: Tensor) -> None:
+    def _on_forward(self, layer: nn.Module, args: tuple[Tensor, ...], logits: Tensor) -> None:
         if logits.requires_grad:
             deltas: list[Tensor] = []
-            self._calls.append((args[0].detach().clone(), layer.weight.detach().clone(), deltas))
+            self._forwards.append((args[0].detach().clone(), layer.weight.detach().clone(), deltas))
             logits.register_hook(lambda delta: deltas.append(delta.clone()))
 
     def scores(self) -> Tensor:
         """float64 [rows that have a score]."""
         found = []
-        for h, weight, deltas in self._calls:
+        for h, weight, deltas in self._forwards:
             if not deltas:
                 continue
             h, delta, weight = h.double(), deltas[0].double(), weight.double()
@@ -224,7 +218,7 @@ class Oracle:
         return torch.cat(found) if found else torch.zeros(0)
 
     def remove(self) -> None:
-        """Takes the hook off."""
+        """Removes the hook."""
         self._handle.remove()
 
 
@@ -232,17 +226,17 @@ class Oracle:
 
 
 def in_processes(tasks: Iterable[tuple[str, Callable[[], Any]]], jobs: int, limit: float) -> Iterator[tuple[str, Any]]:
-    """Runs each task in a process of its own; its result is a string if it did not come in time, or died."""
+    """Runs each task in its own process. The result of a task that timed out or died is a string with the reason."""
     context = multiprocessing.get_context("fork")
     waiting, running = list(tasks), {}
     while waiting or running:
         while waiting and len(running) < jobs:
             key, task = waiting.pop(0)
-            ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_send, args=(theirs, task), daemon=True)
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_send, args=(sender, task), daemon=True)
             process.start()
-            theirs.close()
-            running[ours] = (key, process, time.monotonic() + limit)
+            sender.close()
+            running[receiver] = (key, process, time.monotonic() + limit)
         ready: list[Any] = wait(list(running), timeout=1.0)
         late = [c for c, (_, _, end) in running.items() if c not in ready and time.monotonic() > end]
         for connection in [*ready, *late]:
@@ -269,7 +263,7 @@ def _safe(member: zoo.Member) -> Row:
 
 
 def members(jobs: int) -> list[zoo.Member]:
-    """Every family of every library."""
+    """One member of every family of every library."""
     import timm
 
     tasks: list[tuple[str, Callable[[], list[zoo.Member]]]] = [
@@ -285,16 +279,13 @@ def members(jobs: int) -> list[zoo.Member]:
 
 
 def main() -> None:
-    """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--json", type=Path, default=Path("benchmarks/census.json"), help="results; those in it are kept"
+        "--json", type=Path, default=Path("benchmarks/census.json"), help="file of the results; those in it are kept"
     )
-    parser.add_argument("--docs", type=Path, help="where the table goes")
-    parser.add_argument("--again", metavar="PATTERN", help="do those again whose key or outcome it is found in")
-    parser.add_argument(
-        "--only", metavar="PATTERN", default="", help="do no others than those whose key it is found in"
-    )
+    parser.add_argument("--docs", type=Path, help="page to write")
+    parser.add_argument("--again", metavar="PATTERN", help="repeat the families whose key or outcome matches")
+    parser.add_argument("--only", metavar="PATTERN", default="", help="run only the families whose key matches")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="time limit of each model")
     arguments = parser.parse_args()
@@ -327,7 +318,7 @@ def main() -> None:
 
 
 def _write(path: Path, versions: dict[str, str], rows: dict[str, Row]) -> None:
-    """One line for each family."""
+    """Writes the results, one line per family."""
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(row)}" for key, row in rows.items())
     path.write_text(f'{{"versions": {json.dumps(versions)}, "families": {{\n{lines}\n}}}}\n')
 
@@ -340,99 +331,6 @@ def _versions() -> dict[str, str]:
 
     found = {m.__name__: m.__version__ for m in (torch, torchvision, timm, transformers)}
     return {name: version.split("+")[0] for name, version in found.items()}
-
-
-COLUMNS = ("right", "several", "refused, true", "refused, false", "wrong", "error", "no classifier", "not built")
-
-
-def outcome(key: str, row: Row) -> str:
-    """The column of a family."""
-    if row["outcome"] == "refused":
-        return "refused, true" if key in JUDGED else "refused, false"
-    return str(row["outcome"])
-
-
-def summary(rows: dict[str, Row]) -> list[str]:
-    """Counts, as a table."""
-    lines = ["| library | families | one head | right of these | " + " | ".join(COLUMNS) + " |"]
-    lines.append("|---" * (len(COLUMNS) + 4) + "|")
-    for library in ("timm/", "torchvision/", "transformers/", ""):
-        counts = Counter(outcome(key, row) for key, row in rows.items() if key.startswith(library) and "outcome" in row)
-        one = counts["right"] + counts["refused, false"] + counts["wrong"] + counts["error"]
-        share = f"{counts['right'] / one:.1%}" if one else "-"
-        cells = [library.strip("/") or "all", counts.total(), one, share, *(counts[column] for column in COLUMNS)]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return lines
-
-
-def document(rows: dict[str, Row], versions: dict[str, str]) -> str:
-    """docs/census.md."""
-    ways = Counter(row["how"] for row in rows.values() if row.get("outcome") == "right")
-    slowest = max(row.get("watch_seconds", 0) for row in rows.values())
-    worst = max(row.get("difference", 0) for row in rows.values() if row.get("outcome") in ("right", "several"))
-    named = ", ".join(f"{name} {version}" for name, version in versions.items())
-    parts = [
-        "# Census: is the head found, and are its scores right?",
-        f"Of {named}: the smallest model of every class and kind of classifier in timm, of every class that classifies images "
-        "or videos in torchvision, and every class `...For{Sequence,Token,Image,Audio,AudioFrame,Video}Classification` of "
-        "transformers, with random weights, seven classes and a tiny input of four samples. Each is watched with "
-        "`gwa_logging.watch(model)` and trained one step; count, mean and deviation of the scores, and each sample's own where "
-        "a row is a sample, are compared with autograd in float64 on the layer that the library itself declares to be the "
-        "classifier. This page is made by:",
-        "```bash\npip install torch torchvision timm transformers\n"
-        "python benchmarks/census.py --json benchmarks/census.json --docs docs/census.md\n```",
-        "\n".join(summary(rows)),
-        "\n".join(
-            [
-                "- **right**: found without help, the right layer, every score within 1e-5 of the oracle's.",
-                "- **several**: the output is made by several heads (distilled, averaged, auxiliary). Refused with the list to "
-                "pass as `head=[...]`; passed, each head's scores are right.",
-                "- **refused**: no head was taken, for a reason that is true, or false.",
-                "- **wrong**: another layer than the library's, or other scores. **error**: neither, as said below.",
-                "- **no classifier**: an encoder that is built without one, and so has no head to find.",
-                "- **not built**: could not be run here, as said below; not counted among the families with one head.",
-            ]
-        ),
-        f"The largest difference from the oracle is {worst:.0e}, and `watch()` took at most {slowest:.1f} s. How the right "
-        "ones were found: " + "; ".join(f"{how} ({n})" for how, n in ways.most_common()) + ".",
-        "## All but the right ones",
-        _table(
-            ("family", "model", "outcome", "what was said"),
-            [
-                (key, row["model"], outcome(key, row), _said(key, row))
-                for key, row in rows.items()
-                if row["outcome"] != "right"
-            ],
-        ),
-        "## The right ones",
-        _table(
-            ("family", "model", "head", "found", "rows", "difference"),
-            [
-                (
-                    key,
-                    row["model"],
-                    f"`{row['head']}`: {row['kind']}",
-                    row["how"],
-                    row["rows"],
-                    f"{row['difference']:.0e}",
-                )
-                for key, row in rows.items()
-                if row["outcome"] == "right"
-            ],
-        ),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _said(key: str, row: Row) -> str:
-    said = " ".join(str(row.get("reason") or f"{row.get('how', '')}: `{row.get('head', '')}`").split())
-    said = said if len(said) < 400 else said[:400] + "..."
-    return f"{said} ({JUDGED[key]})" if key in JUDGED else said
-
-
-def _table(names: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
-    cells = [names, tuple("---" for _ in names), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "/") for cell in row) + " |" for row in cells)
 
 
 if __name__ == "__main__":

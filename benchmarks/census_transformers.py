@@ -1,4 +1,4 @@
-"""The models of transformers for the census: every class that classifies, from a configuration of tiny sizes."""
+"""The census's models of transformers: every class for classification, with a configuration of tiny sizes."""
 
 import inspect
 import re
@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from census_zoo import BATCH, CLASSES, LIMIT, Member, Subject, cross_entropy, layers_in
 from torch import Tensor, nn
+
+from benchmarks.census_zoo import BATCH, CLASSES, LIMIT, Member, Subject, cross_entropy, layers_in
 
 TASKS = re.compile(r"For(Sequence|Token|Image|Audio|AudioFrame|Video)Classification")
 
@@ -15,7 +16,7 @@ TRANSFORMERS = (
     "score", "classifier", "classification_head", "classifiers", "cls", "head", "logits_proj", "sequence_summary.summary",
     "fc", "output_projection", "lin", "proj", "dist_head", "cls_classifier", "distillation_classifier",
 )  # fmt: skip
-"""Where transformers' models keep their classifier."""
+"""Attributes with the classifier in transformers' models."""
 
 TINY: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "word_embed_proj_dim"), 32),
@@ -45,7 +46,7 @@ TINY: dict[str, Any] = {
     "frames_per_clip": 4,
 }
 FEWER = {name: TINY[name] for name in TINY if TINY[name] == 2 or name == "vocab_size"}
-"""If the tiny sizes do not fit together: only fewer layers."""
+"""Used where the tiny sizes are inconsistent: only fewer layers."""
 
 OWN: dict[str, dict[str, Any]] = {
     "GPTNeo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
@@ -79,7 +80,7 @@ OWN: dict[str, dict[str, Any]] = {
     "Zamba2": {"layer_types": ["mamba", "hybrid"], "use_mamba_kernels": False, "hybrid_layer_ids": [1]},
     "T5": {"decoder_start_token_id": 0},
 }
-"""Sizes that a family needs besides."""
+"""Further sizes that a family needs."""
 
 SPECIAL = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3, "sep_token_id": 4, "cls_token_id": 5}
 
@@ -94,7 +95,7 @@ def transformers_members() -> list[Member]:
 
 
 def tiny_config(kind: Any, wanted: dict[str, Any]) -> Any:
-    """A configuration of a class, with those of the wanted values that it knows, and its parts alike."""
+    """A configuration of a class, and of its parts, with those of the wanted values that it has."""
     import transformers
 
     known = inspect.signature(kind.__init__).parameters
@@ -111,7 +112,7 @@ def tiny_config(kind: Any, wanted: dict[str, Any]) -> Any:
 
 
 def transformers_subject(name: str) -> Iterator[Subject]:
-    """A model of transformers, the tiniest first."""
+    """A transformers model in ever larger sizes, from the tiniest on."""
     import transformers
 
     kind = getattr(transformers, name)
@@ -126,11 +127,11 @@ def transformers_subject(name: str) -> Iterator[Subject]:
             config.problem_type = None
             with torch.device("meta"):
                 size = sum(p.numel() for p in kind(config).parameters())
-        except Exception as error:  # noqa: BLE001 - whatever a library raises on sizes that do not fit
-            _why.append(f"{type(error).__name__}: {error}")
+        except Exception as error:  # noqa: BLE001 - the errors for sizes that do not fit differ between models
+            _failures.append(f"{type(error).__name__}: {error}")
             continue
         if size > LIMIT:
-            _why.append(f"{size:,} parameters are too many")
+            _failures.append(f"{size:,} parameters are too many")
             continue
         model = kind(config)
         for inputs in _inputs(kind, config):
@@ -153,23 +154,23 @@ def transformers_subject(name: str) -> Iterator[Subject]:
 
             heads = sorted({path for part in TRANSFORMERS for path in layers_in(model, part)})
             word = "transformers' " + " | ".join(TRANSFORMERS)
-            yield Subject(model, loss, logits, heads or layers_in(model, ""), word, _described(inputs))
+            yield Subject(model, loss, logits, heads or layers_in(model, ""), word, _shapes(inputs))
 
 
-_why: list[str] = []
+_failures: list[str] = []
 
 
-def why_not() -> str:
-    """What was said against the sizes that were tried last."""
-    return " | ".join(dict.fromkeys(_why))
+def build_failures() -> str:
+    """The errors of the sizes that failed, each once."""
+    return " | ".join(dict.fromkeys(_failures))
 
 
-def _described(inputs: dict[str, Any]) -> str:
+def _shapes(inputs: dict[str, Any]) -> str:
     return ", ".join(f"{name} {tuple(x.shape)}" for name, x in inputs.items() if isinstance(x, Tensor))
 
 
 def _inputs(kind: Any, config: Any) -> Iterable[dict[str, Any]]:
-    """Inputs to try, by the name of a model's main one."""
+    """Inputs to try, chosen by the name of the model's main input."""
     main = kind.main_input_name
     parameters = inspect.signature(kind.forward).parameters
     text = config.get_text_config()
@@ -228,4 +229,4 @@ def _inputs(kind: Any, config: Any) -> Iterable[dict[str, Any]]:
         yield {"inputs": torch.randn(BATCH, 3, side, side)}
         yield {"inputs": torch.randn(BATCH, 3, 224, 224)}
     else:
-        _why.append(f"no input is known for {sorted(known)}")
+        _failures.append(f"no input is known for {sorted(known)}")

@@ -1,4 +1,4 @@
-"""What the models of the census have in common, and those of timm and torchvision: random weights, tiny inputs."""
+"""The census's models of timm and torchvision, and what they share with those of transformers: random weights, tiny inputs."""
 
 import importlib.util
 import re
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 CLASSES = 7
-"""A width that no other layer of a tiny model has."""
+"""Number of classes; no other layer of a tiny model has this width."""
 
 BATCH = 4
 LIMIT = 300_000_000
@@ -21,8 +21,8 @@ class Member(NamedTuple):
     """One model of a library, not yet built.
 
     Attributes:
-        library, family: where it is counted.
-        name: what the library calls it.
+        library, family: how the page counts it.
+        name: its name in the library.
     """
 
     library: str
@@ -39,23 +39,23 @@ class Subject(NamedTuple):
 
     Attributes:
         model: in training mode.
-        loss: one forward pass: the logits, for the eye, and the loss.
-        logits: the model's logits on the same input.
-        heads: the paths of the classifier's layers by the library's own word.
-        word: where the library says so.
-        given: the shape of the input, in words.
+        loss: runs a forward pass and returns the loss.
+        logits: runs a forward pass on the same input and returns the logits.
+        heads: the paths of the layers that the library declares to be the classifier.
+        source: where the library declares them.
+        input_shape: the shape of the input, for the page.
     """
 
     model: nn.Module
     loss: Callable[[], Tensor]
     logits: Callable[[], Tensor]
     heads: list[str]
-    word: str
-    given: str
+    source: str
+    input_shape: str
 
 
 def declare_torchvision() -> None:
-    """Declares the names of torchvision's operators, where its binaries cannot be loaded; without arguments or results."""
+    """Declares torchvision's operators by name, so that it can be imported where its binaries cannot be loaded."""
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:
         return
@@ -64,21 +64,21 @@ def declare_torchvision() -> None:
     for name in re.findall(r'register_(?:meta|fake)\("(?:torchvision::)?(\w+)"', source):
         if not hasattr(torch.ops.torchvision, name):
             library.define(f"{name}(Tensor x) -> Tensor")
-    _kept.append(library)
+    _operator_libraries.append(library)
 
 
-_kept: list[Any] = []  # a library that is collected takes its operators with it
+_operator_libraries: list[Any] = []  # a library that is garbage-collected removes its operators
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether a module is a linear layer or a 1x1 convolution, to the eye: the census must not ask the code it judges."""
+    """Returns True for a linear layer or a 1x1 convolution. Does not use the code that the census judges."""
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return set(module.kernel_size) == {1}
     return isinstance(module, nn.Linear)
 
 
 def width(module: nn.Module) -> int:
-    """How many outputs a layer has."""
+    """Number of outputs of a layer."""
     return int(getattr(module, "out_features", 0) or getattr(module, "out_channels", 0))
 
 
@@ -92,7 +92,7 @@ def layers_in(model: nn.Module, part: str) -> list[str]:
 
 
 def cross_entropy(logits: Tensor) -> Tensor:
-    """Of logits [B, C], or [B, T, C], on labels that are always the same."""
+    """Cross-entropy of logits [B, C] or [B, T, C] with fixed labels."""
     logits = logits.reshape(-1, logits.shape[-1])
     return nn.functional.cross_entropy(logits, torch.arange(len(logits)) % logits.shape[-1])
 
@@ -101,7 +101,7 @@ def cross_entropy(logits: Tensor) -> Tensor:
 
 
 def timm_members(module: str) -> list[Member]:
-    """Of one of timm's modules: the smallest model of every class and every kind of classifier."""
+    """The smallest model of every class and kind of classifier in one of timm's modules."""
     import timm
 
     smallest: dict[str, tuple[int, str]] = {}
@@ -121,11 +121,11 @@ def timm_members(module: str) -> list[Member]:
 
 
 SHALLOW = {"deepseek_vit": {"depth": 2}}
-"""Families whose smallest member is large: as many layers are enough."""
+"""Options for families whose smallest model is large: fewer layers."""
 
 
 def timm_subject(name: str) -> Iterator[Subject]:
-    """A model of timm, at the smallest input that it takes first."""
+    """A timm model with ever larger inputs, from the smallest on."""
     import timm
 
     native = timm.get_pretrained_cfg(name)
@@ -138,10 +138,10 @@ def timm_subject(name: str) -> Iterator[Subject]:
             except TypeError:
                 continue
             channels, *native_size = model.default_cfg["input_size"]
-            given = (BATCH, channels, *([size, size] if size else native_size))
-            x = torch.randn(given)
-            said = model.default_cfg.get("classifier")
-            said = [said] if isinstance(said, str) else list(said or ())
+            input_shape = (BATCH, channels, *([size, size] if size else native_size))
+            x = torch.randn(input_shape)
+            declared = model.default_cfg.get("classifier")
+            declared = [declared] if isinstance(declared, str) else list(declared or ())
 
             def logits(model: nn.Module = model, x: Tensor = x) -> Tensor:
                 out = model(x)
@@ -151,16 +151,16 @@ def timm_subject(name: str) -> Iterator[Subject]:
                 model,
                 lambda f=logits: cross_entropy(f()),
                 logits,
-                [path for part in said for path in layers_in(model, part)],
-                f"default_cfg['classifier'] = {said}",
-                str(given),
+                [path for part in declared for path in layers_in(model, part)],
+                f"default_cfg['classifier'] = {declared}",
+                str(input_shape),
             )
 
 
 # --- torchvision ------------------------------------------------------------------------------------------------------
 
 TORCHVISION = ("fc", "classifier", "head", "heads.head")
-"""Where torchvision's models keep their classifier; in a Sequential it is the last layer."""
+"""Attributes with the classifier in torchvision's models; in a Sequential it is the last layer."""
 
 
 def torchvision_members() -> list[Member]:
@@ -192,14 +192,14 @@ def _torchvision(name: str) -> nn.Module:
 
 
 def torchvision_subject(name: str) -> Iterator[Subject]:
-    """A model of torchvision, at the smallest input that it takes first."""
+    """A torchvision model with ever larger inputs, from the smallest on."""
     from torchvision import models
 
     video = name in models.list_models(module=models.video)
     for size in (64, 96, 112, 128, 224, 299):
         model = _torchvision(name)
-        given = (BATCH, 3, 16, size, size) if video else (BATCH, 3, size, size)
-        x = torch.randn(given)
+        input_shape = (BATCH, 3, 16, size, size) if video else (BATCH, 3, size, size)
+        x = torch.randn(input_shape)
         heads = [found[-1] for part in TORCHVISION if (found := layers_in(model, part))]
 
         def loss(model: nn.Module = model, x: Tensor = x) -> Tensor:
@@ -212,4 +212,4 @@ def torchvision_subject(name: str) -> Iterator[Subject]:
             out = model(x)
             return out if isinstance(out, Tensor) else out[0]
 
-        yield Subject(model, loss, logits, heads, "torchvision's " + " | ".join(TORCHVISION), str(given))
+        yield Subject(model, loss, logits, heads, "torchvision's " + " | ".join(TORCHVISION), str(input_shape))

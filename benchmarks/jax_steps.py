@@ -16,11 +16,11 @@ WORKS: dict[str, tuple[str, tuple[int, ...], int]] = {
     "128k words": ("narrow", (32, 8, 8, 2), 128_000),
     "21,843 classes": ("narrow", (64, 8, 8, 2), 21_843),
 }
-"""What makes the embeddings, the batch, and the classes."""
+"""Name of the body, shape of a batch, and number of classes."""
 
 
 def body(kind: str) -> Any:
-    """A function of images [B, H, W, C] that makes the embeddings; called inside of a compact Linen module."""
+    """Returns a function from images [B, H, W, C] to embeddings [B, D], to be called inside a compact Linen module."""
     import jax
     from flax import linen
 

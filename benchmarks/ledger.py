@@ -1,8 +1,8 @@
-"""What the per-sample ledger costs: its own operations of a step, and, of ten million samples, memory and the end of an epoch.
+"""What the per-sample ledger costs: its operations in a step, and memory and time at the end of an epoch.
 
     python -m benchmarks.ledger [--samples 10000000]
 
-What a whole step with a ledger costs is among the rows of `make bench`.
+`make bench` measures whole steps with a ledger.
 """
 
 import argparse
@@ -21,19 +21,19 @@ BATCH, BATCHES = 256, 50
 
 
 def megabytes() -> float:
-    """The most memory that this process has ever held."""
+    """Peak memory of this process, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def timed(call: Callable[[], Any]) -> float:
-    """Seconds that a call takes."""
+    """Seconds of one call."""
     begin = time.perf_counter()
     call()
     return time.perf_counter() - begin
 
 
 def epoch_of_torch(samples: int | None, directory: str) -> tuple[gwa_logging.Monitor, Callable[[], None]]:
-    """A monitor, and a function that trains a small model for an epoch of 50 batches."""
+    """A monitor, and a function that trains a small PyTorch model for an epoch of 50 batches."""
     model = torch.nn.Linear(32, 10)
     monitor = gwa_logging.watch(model, directory=directory, num_samples=samples)
 
@@ -47,7 +47,7 @@ def epoch_of_torch(samples: int | None, directory: str) -> tuple[gwa_logging.Mon
 
 
 def epoch_of_jax(samples: int | None, directory: str) -> tuple[gwa_logging.Monitor, Callable[[], None]]:
-    """The same in JAX; the scores are made up, the predictions too."""
+    """A monitor of a JAX model, and a function that passes it random scores and predictions for an epoch of 50 batches."""
     import jax.numpy as jnp
     from flax import linen
 
@@ -64,38 +64,40 @@ def epoch_of_jax(samples: int | None, directory: str) -> tuple[gwa_logging.Monit
 
 
 def median_us(call: Callable[[], Any], times: int = 300) -> float:
-    """Microseconds."""
+    """Median microseconds of a call."""
     return float(1e6 * np.median([timed(call) for _ in range(times)]))
 
 
-def own_operations(samples: int) -> None:
-    """What the ledger adds to a step, each operation by itself and waited for: exact on a busy machine, too."""
+def time_operations(samples: int) -> None:
+    """Times each operation that the ledger adds to a step by itself, which is exact on a busy machine, too."""
     import jax
     import jax.numpy as jnp
+    from gwa_logging.integrations.jax.ledger import DeviceLedger as JaxLedger
+    from gwa_logging.integrations.jax.ledger import add_to_ledger
+    from gwa_logging.integrations.torch.ledger import DeviceLedger, TaggedScores
 
-    from gwa_logging.integrations.jax.accumulate import DeviceLedger, enter
-    from gwa_logging.integrations.torch.accumulate import Accumulator
     from gwa_logging.integrations.torch.head_layers import Linear
     from gwa_logging.ledger import TaggedBatch
 
-    accumulator, ids, scores = Accumulator(samples), torch.randint(0, samples, (BATCH,)), 0.3 * torch.rand(BATCH)
-    batches = [TaggedBatch(torch.randint(0, samples, (BATCH,)), None, torch.zeros(BATCH, dtype=torch.int64))] * BATCHES
+    scores = 0.3 * torch.rand(BATCH)
     for classes in (10, 100, 1000):
         layer, logits = Linear(torch.nn.Linear(8, classes), classes, 8), torch.randn(BATCH, classes)
         took = median_us(lambda layer=layer, logits=logits: layer.predicted(logits))  # type: ignore[misc]
         print(f"PyTorch, prediction of {BATCH} samples, {classes} classes: {took:.0f} us")
-    took = median_us(lambda: accumulator._enter(batches, [scores] * BATCHES, [None] * BATCHES)) / BATCHES
-    print(f"PyTorch, entering them, {BATCHES} batches at once: {took:.0f} us a batch")
+    ids, predicted = torch.randint(0, samples, (BATCH,)), torch.zeros(BATCH, dtype=torch.int64)
+    ledger, batches = DeviceLedger(samples), [TaggedScores(TaggedBatch(ids, None, predicted), scores, None)] * BATCHES
+    took = median_us(lambda: ledger.add(batches)) / BATCHES
+    print(f"PyTorch, adding {BATCHES} batches at once: {took:.0f} us per batch")
 
-    ledger, device_scores = DeviceLedger.empty(samples), jnp.asarray(scores.numpy())
-    device_batch = TaggedBatch(ids.numpy().astype(np.int32))
+    jax_ledger, jax_scores = JaxLedger.empty(samples), jnp.asarray(scores.numpy())
+    jax_batch = TaggedBatch(ids.numpy().astype(np.int32))
 
-    def entered() -> None:
-        nonlocal ledger
-        ledger = jax.block_until_ready(enter(ledger, device_batch, device_scores))
+    def add() -> None:
+        nonlocal jax_ledger
+        jax_ledger = jax.block_until_ready(add_to_ledger(jax_ledger, jax_batch, jax_scores))
 
-    entered()
-    print(f"JAX, entering them: {median_us(entered):.0f} us\n")
+    add()
+    print(f"JAX, adding a batch: {median_us(add):.0f} us\n")
 
 
 def main() -> None:
@@ -104,7 +106,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     directory, samples = tempfile.mkdtemp(), args.samples
-    own_operations(samples)
+    time_operations(samples)
 
     for name, epoch_of in (("PyTorch", epoch_of_torch), ("JAX", epoch_of_jax)):
         for size in (None, samples):

@@ -1,14 +1,14 @@
-"""The longest training steps with a healthy MLflow, beside those with the journal alone.
+"""The longest training steps with a healthy MLflow, compared with those of the journal alone.
 
     python -m benchmarks.longest_step [--steps 3000] [--repeats 3]
 
-A worker thread that holds the interpreter (drawing a picture, encoding a request) makes the training step longer that runs
-at the same time. The rows are measured in turn, each in its own process, so that other load on the machine falls on
-all of them alike.
+A worker thread that holds the interpreter lock (to draw a picture or encode a request) delays the training step that runs at
+the same time. The rows are measured in turn, each in its own process, so that other load on the machine affects all alike.
 """
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,50 +16,48 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from torch import nn
 
 import gwa_logging
-from tests.trackers import OnMlflow, OnMlflowServer, Tracker
+from benchmarks.trackers import MLFLOW_SERVER, MLFLOW_SQLITE, Tracker, signal_servers
 
-ROWS: dict[str, type[Tracker] | None] = {"journal": None, "MLflow, sqlite": OnMlflow, "MLflow, server": OnMlflowServer}
+ROWS: dict[str, Tracker | None] = {"journal": None, "MLflow, sqlite": MLFLOW_SQLITE, "MLflow, server": MLFLOW_SERVER}
 WARM_UP, EPOCH, INTERVAL = 50, 500, 20  # steps
 
 
-def measure(tracker: type[Tracker] | None, steps: int, folder: Path) -> np.ndarray:
+def measure(tracker: Tracker | None, steps: int, folder: Path) -> np.ndarray:
     """Milliseconds of each step, float [steps]."""
-    with pytest.MonkeyPatch.context() as patch:
-        if tracker is not None:
-            tracker().set_up(folder, patch)
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 10))
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        x, y = torch.randn(128, 784), torch.randint(0, 10, (128,))
-        monitor = gwa_logging.watch(
-            model,
-            backend="mlflow" if tracker else "local",
-            directory=folder / "gwa",
-            log_every_n_steps=INTERVAL,
-            early_stop=None,
-        )
+    if tracker is not None:
+        tracker.set_up(folder)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 10))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    x, y = torch.randn(128, 784), torch.randint(0, 10, (128,))
+    monitor = gwa_logging.watch(
+        model,
+        backend=tracker.backend if tracker else "local",
+        directory=folder / "gwa",
+        log_every_n_steps=INTERVAL,
+        early_stop=None,
+    )
 
-        def step() -> None:
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x), y).backward()
-            optimizer.step()
+    def step() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
 
-        for _ in range(WARM_UP):
-            step()
-        monitor.flush()
-        times = np.zeros(steps)
-        for i in range(steps):
-            begin = time.perf_counter()
-            step()
-            times[i] = 1e3 * (time.perf_counter() - begin)
-            if i % EPOCH == EPOCH - 1:
-                monitor.end_epoch()
-        monitor.close()
+    for _ in range(WARM_UP):
+        step()
+    monitor.flush()
+    times = np.zeros(steps)
+    for i in range(steps):
+        begin = time.perf_counter()
+        step()
+        times[i] = 1e3 * (time.perf_counter() - begin)
+        if i % EPOCH == EPOCH - 1:
+            monitor.end_epoch()
+    monitor.close()
     return times
 
 
@@ -68,7 +66,7 @@ def _one(name: str, steps: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
             sys.stdout.write("RESULT " + json.dumps(measure(ROWS[name], steps, Path(folder)).tolist()) + "\n")
     finally:
-        OnMlflowServer.stop()
+        signal_servers(signal.SIGTERM)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Interleaved timing: steps take turns, in another order each round, in one process."""
+"""Interleaved timing in one process: the steps take turns in a new random order each round."""
 
 import time
 from collections.abc import Callable
@@ -13,10 +13,10 @@ class Group(NamedTuple):
     """Steps that are compared with each other.
 
     Attributes:
-        steps: by name; "bare" and "again" are the same step, which shows the noise of the machine.
-        check: ends what the steps began; fails if one of them did not do what it says.
-        missing: why a step is not there, by name.
-        head: B, D and C.
+        steps: by name; "bare" and "again" are the same step, so their difference is the noise of the machine.
+        check: closes what the steps opened; fails if one of them did not do its work.
+        missing: the reason for each step that could not be built, by name.
+        head: samples, features and classes: B, D, C.
     """
 
     steps: dict[str, Step]
@@ -26,12 +26,12 @@ class Group(NamedTuple):
 
 
 QUICK = 0.02
-"""Seconds. A step that is quicker runs three times in its turn, and the first time is not counted: so it finds the caches as a
-step of its own kind has left them, as in training. Three, since what comes at every 50th step must be met in both places."""
+"""Seconds. A faster step runs three times per turn and its first run is not counted, so the caches are those that the same step
+has left, as in training. Three, not two: the work at every 50th step must fall on counted and uncounted runs alike."""
 
 
 def measure(steps: dict[str, Step], seconds: float, warm_up: int = 5, least: int = 10) -> dict[str, np.ndarray]:
-    """Seconds, float [rounds], of each step."""
+    """Seconds of each step, float [rounds]."""
     rng = np.random.default_rng(0)
     bare = []
     for _ in range(warm_up):
@@ -57,11 +57,10 @@ def _timed(step: Step) -> float:
 
 
 def overheads(times: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    """Per cent over the bare step, by step.
+    """Per cent over the bare step, by name of the step.
 
-    `median` over rounds, `low` and `high` of its 95 % interval by bootstrap; and `mean`, in which what happens at every n-th
-    step shows: over the rounds in which the machine was not elsewhere, that is, in which no bare step took three times its
-    median.
+    `median` over the rounds, with its 95 % bootstrap interval, `low` to `high`; and `mean`, which includes the work of every
+    n-th step. It leaves out rounds in which a bare step took more than three times its median: the machine was busy.
     """
     rng = np.random.default_rng(0)
     level = np.median(times["bare"])

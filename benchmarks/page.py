@@ -1,4 +1,4 @@
-"""The page about performance, docs/performance.md, and its picture: made from the numbers and from nothing else."""
+"""Writes docs/performance.md and its picture from the measured figures alone."""
 
 import json
 import math
@@ -28,17 +28,17 @@ DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 
 PERIODS = {"wandb.watch, 1000": 1000, "wandb.watch, 100": 100}
 EVERY = 50
-"""Steps between two of our histograms."""
+"""Steps between two histograms: the default of log_every_n_steps."""
 
 
 SCORING = ("ours", "ours, compiled", "published, factored", "published, product")
 
 
 def mean_of(name: str, group: dict[str, Any]) -> float:
-    """Per cent, on average over the steps.
+    """Mean overhead in per cent.
 
-    Not known (NaN) if no whole period was seen of something that comes at every n-th step; but for wandb.watch, where a step
-    that logs was timed for itself.
+    NaN if the measurement was shorter than the period of something that happens at every n-th step. For wandb.watch the mean is
+    computed from the times of a step that logs and of one that does not.
     """
     row = group["steps"][name]
     if name == "again" or name.startswith(("published", "torch.func", "BackPACK", "wandb.watch, 1 ")):
@@ -50,7 +50,7 @@ def mean_of(name: str, group: dict[str, Any]) -> float:
 
 
 def cheapest(group: dict[str, Any]) -> tuple[str, float]:
-    """The cheapest of the other ways of one group, by its mean."""
+    """Name and mean overhead of the cheapest alternative in a group."""
     peers = [name for name in group["steps"] if not name.startswith(("watched", "again", "wandb.watch, 1"))]
     peers += [name for name in PERIODS if name in group["steps"]]
     costs = {name: mean_of(name, group) for name in peers}
@@ -59,18 +59,18 @@ def cheapest(group: dict[str, Any]) -> tuple[str, float]:
 
 
 def number(value: float, digits: int = 1) -> str:
-    """With a sign; a dash for what is not known."""
+    """A number with its sign; a dash for NaN."""
     return DASH if math.isnan(value) else f"{value:+.{digits}f}".replace("-", MINUS)
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """In Markdown."""
+    """A Markdown table."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
 def steps_table(groups: dict[str, Any]) -> str:
-    """All groups, one row for each step."""
+    """The table of all groups, one row per step."""
     rows = []
     for title, group in groups.items():
         first = f"**{title}**, {group['bare_ms']:.1f} ms, {group['rounds']:,} rounds"
@@ -95,7 +95,7 @@ def steps_table(groups: dict[str, Any]) -> str:
 
 
 def scoring_table(sizes: dict[str, Any], ways: tuple[str, ...], unit: str = "us") -> str:
-    """The scoring alone."""
+    """The table of the scoring alone."""
     rows = []
     for size, row in sizes.items():
         ours = row["ours"][unit]
@@ -105,13 +105,13 @@ def scoring_table(sizes: dict[str, Any], ways: tuple[str, ...], unit: str = "us"
 
 
 def targets(results: dict[str, Any]) -> str:
-    """What was promised, and what was measured."""
+    """The tables of targets and of the cheapest alternatives, with what was measured."""
     groups, rows = results["groups"], []
     for title, group in groups.items():
         watched, noise = group["steps"]["watched"], group["steps"]["again"]
         limit = 8.0 if "MLP" in title and title.startswith("PyTorch") else 1.0
         if group["bare_ms"] < 40 and limit == 1.0:
-            continue  # nothing was promised
+            continue  # no target
         met = "yes" if watched["median"] <= limit else "within the noise" if watched["low"] <= limit else "no"
         noise_cell = f"[{number(noise['low'])}, {number(noise['high'])}]"
         reading = 100 * group["read_bytes"] / results["scoring"]["copy_gb_per_s"] / 1e6 / group["bare_ms"]
@@ -131,9 +131,9 @@ def targets(results: dict[str, Any]) -> str:
 
 
 def gpu_section() -> str:
-    """From the numbers of `benchmarks/gpu.py`, if there are any."""
+    """The section on GPUs, from the figures of `benchmarks.gpu` if there are any."""
     if not GPU.exists():
-        return "These rows are not measured yet: `python benchmarks/gpu.py --json benchmarks/gpu.json` on a machine with a GPU."
+        return "Not measured yet: `python -m benchmarks.gpu --json benchmarks/gpu.json` on a machine with a GPU."
     results = json.loads(GPU.read_text())
     machine = results.pop("machine")
     rows, counts = [], []
@@ -153,24 +153,24 @@ def gpu_section() -> str:
         ])  # fmt: skip
     failed = [f"{part}: {row['error']}" for part, row in results.items() if "error" in row]
     text = (
-        f"{machine['device']}, PyTorch {machine['torch']}. B = 256, bfloat16 autocast; `python benchmarks/gpu.py`. "
+        f"{machine['device']}, PyTorch {machine['torch']}. B = 256, bfloat16 autocast; `python -m benchmarks.gpu`. "
         f"{machine.get('note', '')}\n\n"
         + table(["step", "bare", "watched", "with ledger", "bare against bare", "watched, mean"], rows)
-        + "\n\nKernel launches of a step; places where the host waited for the device in 50 steps, a flush among them; and the "
-        "peak of device memory:\n\n"
+        + "\n\nKernel launches per step; the number of places where the host waited for the device in 50 steps, "
+        "including a flush; and the peak of device memory:\n\n"
         + table(["step", "launches, bare", "watched", "ledger", "waits", "peak, bare", "watched, more"], counts)
     )
     if "sizes" in results.get("scoring", {}) or "copy_gb_per_s" in results.get("scoring", {}):
         scoring = results["scoring"]
         sizes = {size: row for size, row in scoring.items() if isinstance(row, dict)}
         ways = ("ours", "ours, compiled", "published, factored")
-        text += f"\n\nThe scoring alone, as the device sees it; a copy does {scoring['copy_gb_per_s']:,.0f} GB/s:\n\n"
+        text += f"\n\nThe scoring alone, in device time; a copy reaches {scoring['copy_gb_per_s']:,.0f} GB/s:\n\n"
         text += scoring_table(sizes, ways, "device_us" if "device_us" in next(iter(sizes.values()))["ours"] else "us")
     return text + "".join(f"\n\nNot measured: {line}" for line in failed)
 
 
 def scale_section(scale: dict[str, Any]) -> str:
-    """The cost model."""
+    """The section on the cost model."""
     rows = []
     for point in scale["points"]:
         for name in ("sent_bytes", "received_bytes", "ledger_bytes"):
@@ -183,29 +183,31 @@ def scale_section(scale: dict[str, Any]) -> str:
     ends = ", ".join(f"{p['ranks']}: {p['measured']['end_epoch_ms']:.1f} ms" for p in scale["points"])
     merging = ", ".join(f"{world}: {ms:.1f} ms" for world, ms in scale["merging_ms"].items())
     large, long = scale["large"], scale["long"]
-    return f"""Nothing that a rank keeps, sends or writes depends on the length of an epoch, but for the journal, which grows
-with the number of intervals: one line of {scale["line_bytes"]:,.0f} bytes for each. After 10,000 intervals they become twice as
-long whenever the run does.
+    return f"""Nothing that a rank stores, sends or writes depends on the length of an epoch, except the journal, which grows
+with the number of intervals: one line of {scale["line_bytes"]:,.0f} bytes each. After 10,000 intervals, the length of an
+interval doubles whenever the length of the run does.
 
 {table(["ranks", "what", "measured", "model"], rows)}
 
-`end_epoch` on a rank, median, by ranks (gloo, this machine): {ends}. Merging of so many summaries on one rank: {merging}.
+`end_epoch` on a rank, median, by ranks (gloo, this machine): {ends}. Merging the summaries of this number of ranks on one
+rank: {merging}.
 
-The model at 1,024 ranks and 1e9 samples an epoch, 256 of them a step on each rank, which makes {large["steps"]:,.0f} steps:
+The model at 1,024 ranks and 1e9 samples per epoch, 256 of them per step on each rank, which gives {large["steps"]:,.0f} steps:
 
-- a step: no communication, no wait, nothing to the host but {large["to_host_bytes"] / 1e3:,.0f} KB over the whole epoch;
+- a step: no communication, no wait, and no transfer to the host except {large["to_host_bytes"] / 1e3:,.0f} KB over the whole
+  epoch;
 - an epoch: each rank sends {large["sent_bytes"]:,.0f} bytes once and receives {large["received_bytes"] / 1e6:.1f} MB,
-  and merges them in the time above;
-- the journal: rank 0 alone writes, {large["intervals_per_epoch"]:.0f} intervals and
-  {large["journal_bytes_per_epoch"] / 1e3:,.0f} KB an epoch at first; a run of 1,000 such epochs,
+  and merges them in the time given above;
+- the journal: only rank 0 writes, at first {large["intervals_per_epoch"]:.0f} intervals and
+  {large["journal_bytes_per_epoch"] / 1e3:,.0f} KB per epoch; a run of 1,000 such epochs,
   {1000 * large["steps"]:,.0f} steps, writes {long["journal_bytes"] / 1e6:,.0f} MB;
-- the queue: a record waits in the journal until a tracker takes it; memory holds the latest 4 MB;
-- the ledger, if it is asked for: 12 bytes a sample on every rank, here {large["ledger_bytes"] / 1e9:.0f} GB, which are
-  added up over the ranks where suspects or a state are asked for. At this size, leave it out."""
+- the queue: a record waits in the journal until a tracker takes it; the latest 4 MB are kept in memory;
+- the ledger, if enabled: 12 bytes per sample on every rank, here {large["ledger_bytes"] / 1e9:.0f} GB, added up over the ranks
+  whenever suspects or a state are requested. At this size, leave it off."""
 
 
 def picture(groups: dict[str, Any], path: Path) -> None:
-    """Overheads of all steps, one panel for each group."""
+    """Draws the overheads of all steps, one panel per group."""
     import matplotlib as mpl
 
     mpl.use("agg")
@@ -242,49 +244,51 @@ def picture(groups: dict[str, Any], path: Path) -> None:
 
 
 def write(results: dict[str, Any], docs: Path = DOCS) -> Path:
-    """Writes the page and its picture; where the page is."""
+    """Writes the page and its picture, and returns the path of the page."""
     picture(results["groups"], docs / "images" / "performance.png")
     machine, scoring = results["machine"], results["scoring"]
     product = ", ".join(f"{row['product_rows']} rows ({size})" for size, row in scoring["sizes"].items())
     text = f"""# Performance
 
-This page is made by `make bench`, figures and all: {machine["date"]}, {machine["cpu"]}, {machine["cpus"]} CPUs,
+Written by `make bench`, including the figures: {machine["date"]}, {machine["cpu"]}, {machine["cpus"]} CPUs,
 {machine["system"]}, Python {machine["python"]}, PyTorch {machine["torch"]} on one thread, JAX {machine["jax"]}.
-Load of the machine when it began: {machine["load"]:.2f}.
+Load of the machine at the start: {machine["load"]:.2f}.
 
-## What is added to a step
+## Overhead of a step
 
-Copies of one model take turns step by step, in another order each round, in one process; overheads are relative to the bare
-step of the same round, of which there are two: one against the other is the noise of the machine. A step under 20 ms runs three
-times in its turn, and the first time is not counted: so it finds the caches as in training. Everything is on: scores at
-every step, a histogram every 50, the journal on disk. The mean holds what comes at every n-th step only; it is left out where
-fewer than 50 rounds were run (the comparison then takes the median: a histogram takes some 3 ms, every 50 steps), and for
-wandb.watch it is put together from a step that logs and one that does not. Below zero is noise, or a compiler that fuses
-otherwise.
+Copies of one model take turns step by step in one process, in a different order each round. Overheads are relative to the
+bare step of the same round. There are two bare steps per round; comparing them gives the measurement noise. A step under 20
+ms runs three times per turn, and the first time is not counted, so that the caches are as warm as in training. Everything is
+on: scores at every step, a histogram every 50 steps, the journal on disk.
+
+The mean includes work that is done only at every n-th step. It is omitted where fewer than 50 rounds were run; the comparison
+then uses the median (a histogram takes about 3 ms, every 50 steps). For wandb.watch the mean is computed from a step that
+logs and one that does not. Values below zero are noise, or a compiler that fuses the step differently.
 
 ![Overheads of all steps](images/performance.png)
 
-`reading alone` is the time to read once what the scores are made of, at the speed of a copy, as a share of the step: below it
-there is nothing to be had outside of the loss's own code. In the rows of words and of 21,843 classes there is little but the
-head, so this share is a large one.
+`reading alone` is the time to read the inputs of the scores once, at the speed of a copy, as a share of the step. No
+implementation outside the loss's own code can be cheaper. In the rows with words and with 21,843 classes the head dominates
+the step, so this share is large.
 
 {targets(results)}
 
 {steps_table(results["groups"])}
 
-`published form`: scores in closed form from labels, logits and embeddings at every step, kept in a list; the B x C x D product
-is taken apart, as in the published JAX code, which is the cheaper way. `torch.func` and `BackPACK` make the per-sample
-gradients of the head alone and score them. W&B is offline, and logs nothing else.
+`published form`: scores in closed form from labels, logits and embeddings at every step, kept in a list. The B x C x D product
+is factored, as in the published JAX code, which is the cheaper variant. `torch.func` and `BackPACK` compute the per-sample
+gradients of the head only, and score them. W&B is offline and logs nothing else.
 
 ## The scoring alone
 
-One thread; a copy of 256 MB reads and writes {scoring["copy_gb_per_s"]:.1f} GB/s. The limit is the time to read once what
-the score is made of (delta, z, h, W; with more classes than features delta, dL/dh, h, W) at that speed; reading alone is faster
-than copying, so a ratio can be below one, and the smallest size lives in the cache.
+One thread; a copy of 256 MB reads and writes {scoring["copy_gb_per_s"]:.1f} GB/s. The limit is the time to read the inputs of
+the score once at that speed: delta, z, h, W, or delta, dL/dh, h, W if there are more classes than features. Reading is faster
+than copying, so a ratio can be below one; the smallest size fits into the cache.
 
 {scoring_table(scoring["sizes"], SCORING)}
 
-`published, product` writes the B x C x D product out; it was timed on {product} and scaled, being proportional to the rows.
+`published, product` materialises the B x C x D product. It was timed on {product} and scaled, since its time is proportional
+to the rows.
 
 ## On a GPU
 

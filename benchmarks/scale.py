@@ -1,43 +1,42 @@
-"""What a run costs at scale: a model of bytes and time per epoch, checked against runs of 1, 2 and 4 processes over gloo.
+"""Bytes and time per epoch at scale: a cost model, checked against runs of 1, 2 and 4 processes over gloo.
 
     python -m benchmarks.scale [--steps 2000] [--json FILE]
 
-Each process trains a small watched MLP, with a ledger; at the end of its epoch the ranks' summaries are gathered and merged.
-What one rank's merging of 1,024 summaries takes is measured in one process, since merging needs no network.
+Each process trains a small watched MLP with a ledger; at the end of the epoch the ranks' summaries are gathered and merged. The
+time that one rank needs to merge 1,024 summaries is measured in one process, because merging needs no network.
 """
 
 import argparse
 import json
 import os
+import pickle
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import distributed, nn
+from torch import distributed, multiprocessing, nn
 
 import gwa_logging
 from gwa_logging.interval_recorder import STEADY, interval_at
 from gwa_logging.ranks import Identity
 from gwa_logging.summary import AlignmentSummary
-from tests.torch import ranks
 
 SUMMARY_BYTES = AlignmentSummary().to_vector().nbytes
-SENT_BYTES = SUMMARY_BYTES + Identity().to_vector().nbytes  # a rank's summary, and what tells which head it is of
+SENT_BYTES = SUMMARY_BYTES + Identity().to_vector().nbytes  # a rank's summary and the identity of its head
 EVERY = 50
-SAMPLES = 10_000
-"""Of the ledger, in the measured runs."""
+LEDGER_SAMPLES = 10_000
+"""Size of the ledger in the measured runs."""
 
 
 def intervals(steps: int, every: int = EVERY) -> int:
-    """How many intervals a run of so many steps writes: by its rule, without the steps."""
+    """Number of intervals that a run of this many steps writes, computed from the rule for their length."""
     count, step = 0, 0
     while step < steps:
         length = interval_at(step, every)
-        # As far as intervals stay so long.
+        # The step up to which intervals keep this length.
         until = every * STEADY if length == every else every * STEADY * (length // every)
         count += -(-(min(steps, until) - step) // length)
         step = until
@@ -45,14 +44,15 @@ def intervals(steps: int, every: int = EVERY) -> int:
 
 
 def predicted(world: int, samples: int, batch: int, epochs: int, line: float, ledger: int) -> dict[str, float]:
-    """The model.
+    """The cost model: steps, bytes and intervals.
 
     Args:
-        world: ranks.
-        samples: of an epoch, all ranks together.
-        batch: of one rank.
+        world: number of ranks.
+        samples: in an epoch, all ranks together.
+        batch: samples per step on one rank.
+        epochs: number of epochs.
         line: bytes of an interval in the journal.
-        ledger: its samples.
+        ledger: number of samples in the ledger.
     """
     steps = samples // (batch * world)
     lines = intervals(steps * epochs) + epochs  # the rest of each epoch is written at its end
@@ -68,22 +68,22 @@ def predicted(world: int, samples: int, batch: int, epochs: int, line: float, le
     }
 
 
-def epoch_of_steps(steps: int) -> dict[str, Any]:
-    """Trains one epoch on this rank; what it wrote, sent and waited for."""
+def train_epoch(steps: int) -> dict[str, Any]:
+    """Trains one epoch on this rank. Returns the bytes that it wrote, sent and received, and the time of `end_epoch`."""
     torch.manual_seed(distributed.get_rank())
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 10))
     x, y = torch.randn(64, 16), torch.randint(0, 10, (64,))
-    monitor = gwa_logging.watch(model, directory=Path("runs"), num_samples=SAMPLES, log_every_n_steps=EVERY)
+    monitor = gwa_logging.watch(model, directory=Path("runs"), num_samples=LEDGER_SAMPLES, log_every_n_steps=EVERY)
     sent: list[int] = []
     received: list[int] = []
     gather = distributed.all_gather
 
-    def noted(tensors: list[torch.Tensor], tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def recording_gather(tensors: list[torch.Tensor], tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         sent.append(tensor.nbytes)
         received.append(sum(each.nbytes for each in tensors))
         return gather(tensors, tensor, *args, **kwargs)
 
-    distributed.all_gather = noted
+    distributed.all_gather = recording_gather
     ids = torch.arange(64)
     for _ in range(steps):
         monitor.tag(ids)
@@ -95,7 +95,7 @@ def epoch_of_steps(steps: int) -> dict[str, Any]:
     begin = time.perf_counter()
     monitor.end_epoch()
     times.append(time.perf_counter() - begin)
-    for _ in range(20):  # further ones, of one step each
+    for _ in range(20):  # epochs of one step each
         nn.functional.cross_entropy(model(x), y).backward()
         distributed.barrier()
         begin = time.perf_counter()
@@ -115,11 +115,26 @@ def epoch_of_steps(steps: int) -> dict[str, Any]:
     return found
 
 
-SCENARIOS = {"epoch": partial(epoch_of_steps, int(os.environ.get("GWA_BENCH_STEPS", "1000")))}
+def run_rank(rank: int, world: int, steps: int, folder: Path) -> None:
+    """Joins the world, trains an epoch and writes the result to `folder`; the entry point of one process."""
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    distributed.init_process_group("gloo", f"file://{folder / 'meeting'}", rank=rank, world_size=world)
+    found = train_epoch(steps)
+    (folder / f"{rank}.pickle").write_bytes(pickle.dumps(found))
+    distributed.barrier()
+    distributed.destroy_process_group()
 
 
-def merging(world: int) -> float:
-    """Milliseconds that one rank needs to merge so many summaries."""
+def run_world(world: int, steps: int) -> list[dict[str, Any]]:
+    """The results of all ranks of a world, each in its own process."""
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(run_rank, (world, steps, Path(folder)), nprocs=world)
+        return [pickle.loads((Path(folder) / f"{rank}.pickle").read_bytes()) for rank in range(world)]
+
+
+def merge_milliseconds(world: int) -> float:
+    """Milliseconds that one rank needs to merge the summaries of `world` ranks."""
     scores = np.random.default_rng(0).normal(0.1, 0.05, (world, 256)).astype(np.float32)
     data = [AlignmentSummary.from_scores(row).to_vector() for row in scores]
     begin = time.perf_counter()
@@ -128,24 +143,22 @@ def merging(world: int) -> float:
 
 
 def measure(steps: int, worlds: tuple[int, ...] = (1, 2, 4)) -> dict[str, Any]:
-    """Measured points beside what the model says, and the model at 1,024 ranks and 1e9 samples."""
-    os.environ["GWA_BENCH_STEPS"] = str(steps)
+    """Measured points beside the model's, and the model at 1,024 ranks and 1e9 samples."""
     points = []
     line = 1000.0
     for world in worlds:
-        with tempfile.TemporaryDirectory() as folder:
-            found = ranks.run("benchmarks.scale", "SCENARIOS", world, Path(folder))["epoch"]
+        found = run_world(world, steps)
         assert all(each["intervals"] == 0 for each in found[1:]), "only rank 0 writes"
         if world == worlds[0]:
             line = found[0]["journal_bytes"] / found[0]["intervals"]
-        says = predicted(world, steps * 64 * world, 64, 1, line, SAMPLES)
-        points.append({"ranks": world, "measured": found[0], "model": says})
+        modelled = predicted(world, steps * 64 * world, 64, 1, line, LEDGER_SAMPLES)
+        points.append({"ranks": world, "measured": found[0], "model": modelled})
     large = predicted(1024, 10**9, 256, 1, line, 10**9)
     long = predicted(1024, 10**9, 256, 1000, line, 10**9)
     return {
         "line_bytes": line,
         "points": points,
-        "merging_ms": {str(world): merging(world) for world in (1, 4, 64, 1024)},
+        "merging_ms": {str(world): merge_milliseconds(world) for world in (1, 4, 64, 1024)},
         "large": large,
         "long": long,
     }
@@ -154,7 +167,7 @@ def measure(steps: int, worlds: tuple[int, ...] = (1, 2, 4)) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--json", type=Path, help="where to write the numbers")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
     args = parser.parse_args()
     text = json.dumps(measure(args.steps), indent=1)
     print(text)

@@ -1,9 +1,9 @@
-"""The scoring alone on this machine: against the published form, and against the bytes that must be read.
+"""Times of the scoring alone on this machine's CPU, compared with the published form and with the bytes that must be read.
 
     python -m benchmarks.scoring [--json FILE]
 
-The limit is the time to read, once, what the score is made of, at the speed at which a large copy reads and writes on one
-thread. Each call works on another batch than the one before, so that none is found in a cache, where they are large.
+The limit is the time to read once what the scores depend on, at the speed at which one thread copies a large tensor (reads and
+writes counted). Successive calls use different batches, so that large ones are not in a cache.
 """
 
 import argparse
@@ -15,34 +15,32 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks.gpu import (
+from benchmarks.score_forms import (
     SIZES,
-    TINY,
-    Scored,
-    by_input,
-    by_logits,
+    TINY_SIZES,
+    Batch,
     bytes_read,
+    library_form,
     published_factored,
     published_product,
-    scored,
+    random_batch,
 )
-from gwa_logging.integrations.torch.head_layers import Linear
 
 PRODUCT_ROWS_BYTES = 2**27
-"""The published product is timed on as many samples as fit; its time is proportional to them."""
+"""The published product is timed on as many samples as fit into this; its time is proportional to their number."""
 
 
 def bandwidth(tiny: bool) -> float:
     """Bytes per second that a copy of 256 MB reads and writes."""
     source = torch.ones(2**16 if tiny else 2**26)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / typical({"copy": lambda _: target.copy_(source)}, 0.1 if tiny else 2)["copy"]
+    return 2 * source.nbytes / median_seconds({"copy": lambda _: target.copy_(source)}, 0.1 if tiny else 2)["copy"]
 
 
-def typical(calls: dict[str, Callable[[int], Any]], seconds: float, least: int = 5) -> dict[str, float]:
-    """Seconds of each call, median; they take turns."""
+def median_seconds(calls: dict[str, Callable[[int], Any]], seconds: float, least: int = 5) -> dict[str, float]:
+    """Median seconds of each call. The calls take turns for `seconds`, and at least `least` times."""
     for call in calls.values():
         call(0)
         call(1)
@@ -61,17 +59,14 @@ def measure(seconds: float, tiny: bool = False) -> dict[str, Any]:
     """Microseconds of each way at each size."""
     copied = bandwidth(tiny)
     results: dict[str, Any] = {"copy_gb_per_s": copied / 1e9, "sizes": {}}
-    for rows, features, classes in TINY if tiny else SIZES:
-        layer = Linear(nn.Linear(features, classes), classes, features)
-        read = bytes_read(rows, features, classes)
+    for samples, features, classes in TINY_SIZES if tiny else SIZES:
+        read = bytes_read(samples, features, classes)
         count = 2 if tiny else int(min(16, max(2, 200e6 // read)))
-        batches = [scored(rows, features, classes, torch.device("cpu")) for _ in range(count)]
-        ours = by_input if layer.taps_input else by_logits
-        compiled = torch.compile(ours, dynamic=False, backend="aot_eager" if tiny else "inductor")
-        some = min(rows, max(1, PRODUCT_ROWS_BYTES // (4 * features * classes)))
-        ways: dict[str, Callable[[Scored], Tensor]] = {
-            "ours": lambda batch, score=ours, layer=layer: score(layer, batch),  # type: ignore[misc]
-            "ours, compiled": lambda batch, score=compiled, layer=layer: score(layer, batch),  # type: ignore[misc]
+        batches = [random_batch(samples, features, classes, torch.device("cpu")) for _ in range(count)]
+        ours = library_form(features, classes)
+        ways: dict[str, Callable[[Batch], Tensor]] = {
+            "ours": ours,
+            "ours, compiled": torch.compile(ours, dynamic=False, backend="aot_eager" if tiny else "inductor"),
             "published, factored": published_factored,
         }
         first = batches[0]
@@ -79,16 +74,17 @@ def measure(seconds: float, tiny: bool = False) -> dict[str, Any]:
         for name, way in ways.items():
             error = float((way(first) - expected).abs().max())
             assert error < 1e-4, f"{name} differs by {error}"
-        part = Scored(*(x[:some] if x.shape[0] == rows else x for x in first))
+        rows = min(samples, max(1, PRODUCT_ROWS_BYTES // (4 * features * classes)))
+        part = Batch(*(x[:rows] if x.shape[0] == samples else x for x in first))
         calls = {name: (lambda i, way=way, b=batches: way(b[i % len(b)])) for name, way in ways.items()}
-        taken = typical(calls, seconds)
-        product = typical({"product": lambda _, part=part: published_product(part)}, seconds / 4, 2)["product"]
-        taken["published, product"] = product * rows / some
+        taken = median_seconds(calls, seconds)
+        product = median_seconds({"product": lambda _, part=part: published_product(part)}, seconds / 4, 2)["product"]
+        taken["published, product"] = product * samples / rows
         row = {name: {"us": 1e6 * each, "times_the_limit": each * copied / read} for name, each in taken.items()}
-        results["sizes"][f"{rows} x {features} x {classes}"] = {
+        results["sizes"][f"{samples} x {features} x {classes}"] = {
             "bytes": read,
             "limit_us": 1e6 * read / copied,
-            "product_rows": some,
+            "product_rows": rows,
             **row,
         }
     return results
@@ -96,8 +92,8 @@ def measure(seconds: float, tiny: bool = False) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=10.0, help="per size")
-    parser.add_argument("--json", type=Path, help="where to write the numbers")
+    parser.add_argument("--seconds", type=float, default=10.0, help="time to measure each size")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
     args = parser.parse_args()
     torch.set_num_threads(1)
     results = measure(args.seconds)

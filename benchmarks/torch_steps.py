@@ -1,4 +1,4 @@
-"""The training steps of the benchmark in PyTorch, bare, watched, and with everything else that one could log instead."""
+"""The benchmark's training steps in PyTorch: bare, watched, and with each alternative that users could log instead."""
 
 import importlib.util
 import math
@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gwa_logging
-from benchmarks.gpu import Block, published_scores
 from benchmarks.measuring import Group, Step
+from benchmarks.models import TransformerBlock
+from benchmarks.score_forms import published_scores
 
 PER_SAMPLE_BYTES = 500e6
-"""Per-sample gradients of a head, B x C x D, are only made up to here."""
+"""The largest B x C x D tensor of per-sample gradients that is computed."""
 
-BACKENDS = {"wandb": "wandb", "mlflow": "mlflow", "tensorboard": "tensorboard", "trackio": "trackio"}
+BACKENDS = ("wandb", "mlflow", "tensorboard", "trackio")
 
 
 class Work(NamedTuple):
@@ -30,19 +31,19 @@ class Work(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """B, D and C of its head."""
+        """B, D and C: samples, features and classes of the head."""
         classes, features = self.model.get_submodule(self.head).weight.shape  # type: ignore[union-attr]
         return len(self.y), features, classes
 
 
 def mlp() -> Work:
-    """About 1.5 ms a step on one core."""
+    """About 1.5 ms per step on one core."""
     model = nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
     return Work(model, "4", torch.randn(128, 128), torch.randint(0, 10, (128,)))
 
 
 def cnn() -> Work:
-    """About 50 ms a step on one core."""
+    """About 50 ms per step on one core."""
     layers: list[nn.Module] = []
     for inputs, outputs in ((3, 32), (32, 64), (64, 64)):
         layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
@@ -51,17 +52,17 @@ def cnn() -> Work:
 
 
 class Vit(nn.Module):
-    """Blocks of ViT-S on images of 32 x 32 in patches of 4."""
+    """A few blocks of ViT-S on 32 x 32 images with patches of 4 x 4 pixels."""
 
     def __init__(self, layers: int = 4, width: int = 384) -> None:
         super().__init__()
         self.patches = nn.Conv2d(3, width, 4, 4)
-        self.places = nn.Parameter(0.02 * torch.randn(1, 64, width))
-        self.body = nn.Sequential(*(Block(width, 6) for _ in range(layers)), nn.LayerNorm(width))
+        self.positions = nn.Parameter(0.02 * torch.randn(1, 64, width))
+        self.body = nn.Sequential(*(TransformerBlock(width, 6) for _ in range(layers)), nn.LayerNorm(width))
         self.head = nn.Linear(width, 1000)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(self.patches(x).flatten(2).transpose(1, 2) + self.places).mean(1))  # type: ignore[no-any-return]
+        return self.head(self.body(self.patches(x).flatten(2).transpose(1, 2) + self.positions).mean(1))  # type: ignore[no-any-return]
 
 
 def vit() -> Work:
@@ -70,7 +71,7 @@ def vit() -> Work:
 
 
 def tokens(words: int) -> Work:
-    """128 tokens before a head of so many words."""
+    """128 tokens and a head with this number of words."""
     width = 128
     model = nn.Sequential(
         nn.Embedding(1024, width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, words, bias=False)
@@ -79,7 +80,7 @@ def tokens(words: int) -> Work:
 
 
 def many_classes() -> Work:
-    """128 samples before a head of 21,843 classes."""
+    """128 samples and a head with 21,843 classes."""
     model = nn.Sequential(nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 21_843))
     return Work(model, "2", torch.randn(128, 256), torch.randint(0, 21_843, (128,)))
 
@@ -94,8 +95,8 @@ WORKS: dict[str, Callable[[], Work]] = {
 }
 
 
-class Peers:
-    """Builds the training step of each peer, and ends what it began."""
+class Alternatives:
+    """Builds the steps of one model: bare, watched and with each alternative. Closes runs and monitors at the end."""
 
     def __init__(self, make: Callable[[], Work], compiled: bool, directory: str, backends: bool) -> None:
         self.make = make
@@ -106,7 +107,7 @@ class Peers:
         self.monitors: list[gwa_logging.Monitor] = []
 
     def group(self) -> Group:
-        """All steps that this model is asked to make. A peer that is missing says why."""
+        """All steps of this model, with the reason for each alternative that is missing."""
         steps: dict[str, Step] = {"bare": self._step(), "again": self._step()}
         missing: dict[str, str] = {}
         shape = self.make().shape
@@ -117,7 +118,7 @@ class Peers:
             if self.backends:
                 for backend in BACKENDS:
                     steps[f"watched, {backend}"] = self._watched(backend=backend)
-            for every in (1000, 100, 1):  # at 1 every step logs
+            for every in (1000, 100, 1):  # 1: every step logs
                 steps[f"wandb.watch, {every}"] = self._wandb_watch(every)
             if 4 * math.prod(shape) > PER_SAMPLE_BYTES:
                 missing["torch.func"] = missing["BackPACK"] = "B x C x D is too large"
@@ -150,8 +151,8 @@ class Peers:
         """A training step.
 
         Args:
-            before: called before it.
-            after: called with the logits once the optimizer has stepped.
+            before: called before the forward pass.
+            after: called with the logits after the optimizer step.
         """
         model, _, x, y = work if work is not None else self._work()
         run = torch.compile(model, fullgraph=True) if self.compiled else model
@@ -183,7 +184,7 @@ class Peers:
         kept: list[Tensor] = []
 
         class Returning(nn.Module):
-            """The model returns its embeddings as well, as the published code has it."""
+            """Also returns the embeddings, as the published code does."""
 
             def __init__(self) -> None:
                 super().__init__()
@@ -219,14 +220,14 @@ class Peers:
 
         work = self._work()
         if self.wandb_run is None:
-            # One for all: the hooks log to the active run, whatever run they are asked of. A plain init() would hand out ours.
+            # One run for all steps: the hooks always log to the active run. A plain init() would return the library's own run.
             options = {"mode": "offline", "dir": self.directory}
             self.wandb_run = wandb.run = wandb.init(project="bench", reinit="create_new", **options)
         self.wandb_run.watch(work.model, log="gradients", log_freq=every)
         return self._step(work)
 
     def _per_sample(self) -> Step:
-        """Per-sample gradients of the head alone, which is the least that one can ask of torch.func."""
+        """Per-sample gradients of the head alone by torch.func, which is its cheapest use."""
         from torch.func import grad, vmap
 
         work = self._work()
@@ -248,7 +249,7 @@ class Peers:
         return self._step(work, after=after)
 
     def _backpack(self) -> Step:
-        """The same by BackPACK, on the head and the loss alone."""
+        """Per-sample gradients of the head alone by BackPACK."""
         from backpack import backpack, extend
         from backpack.extensions import BatchGrad
 
@@ -270,13 +271,13 @@ class Peers:
 
 
 def groups(directory: str, names: list[str]) -> dict[str, Callable[[], Group]]:
-    """Each model, eager and compiled, by name."""
+    """Functions that build the steps of each model, eager and compiled, by name."""
     os.environ.setdefault("WANDB_MODE", "offline")
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{directory}/mlflow.db")
     os.environ.setdefault("TRACKIO_DIR", f"{directory}/trackio")
     return {
-        f"PyTorch {name}{', compiled' * compiled}": Peers(
+        f"PyTorch {name}{', compiled' * compiled}": Alternatives(
             WORKS[name], compiled, directory, backends=name in ("MLP", "CNN")
         ).group
         for compiled in (False, True)

@@ -1,4 +1,4 @@
-"""A small MLP in a loop around an Accelerator, on scikit-learn's digits, with some of the training labels flipped.
+"""Trains an MLP in an Accelerate loop on scikit-learn's digits, with a share of the training labels flipped.
 
 python examples/accelerate_digits.py --noise 0.3
 """
@@ -27,7 +27,7 @@ def main() -> None:
     monitor = watch(
         accelerator,
         model,
-        backend=args.backend.split(","),  # without it: the accelerator's trackers
+        backend=args.backend.split(","),  # by default: the accelerator's trackers
         early_stop=EarlyStop(action="stop" if args.stop else "alert"),
         log_every_n_steps=5,
         num_samples=len(y),

@@ -1,4 +1,4 @@
-"""What the examples share: scikit-learn's digits with wrong labels, the command line, and the table at the end."""
+"""Shared by the examples: scikit-learn's digits with wrong labels, the command line, and the summary at the end."""
 
 import argparse
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ import gwa_logging
 
 
 class Digits(NamedTuple):
-    """Images float32 [N, 8, 8] in [0, 1] and labels int64 [N]; `flipped` bool [N] tells which training labels are wrong."""
+    """Images float32 [N, 8, 8] in [0, 1] and labels int64 [N]; `flipped` bool [N] is True where the training label is wrong."""
 
     x: np.ndarray
     y: np.ndarray
@@ -23,18 +23,18 @@ class Digits(NamedTuple):
 
 
 def arguments(description: str) -> argparse.Namespace:
-    """The command line of the examples."""
+    """Parses the command line of an example."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--backend", default="local", help="mlflow, wandb, local, or several: mlflow,wandb")
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--noise", type=float, default=0.3, help="share of the training labels that are flipped")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stop", action="store_true", help="end the training at the stop alert")
+    parser.add_argument("--stop", action="store_true", help="end training at the stop alert")
     return parser.parse_args()
 
 
 def load(noise: float, seed: int) -> Digits:
-    """The data set; a share `noise` of the training labels is replaced by another class."""
+    """Loads the data set and replaces each training label by another class with probability `noise`."""
     data = load_digits()
     images = (data.images / 16).astype(np.float32)
     x, x_test, y, y_test = train_test_split(images, data.target, test_size=0.4, random_state=0, stratify=data.target)
@@ -45,13 +45,13 @@ def load(noise: float, seed: int) -> Digits:
 
 
 def batches(n: int, size: int, rng: np.random.Generator) -> Sequence[np.ndarray]:
-    """Indices of the shuffled batches of an epoch; the last one may be shorter."""
+    """Indices of the shuffled batches of an epoch; the last batch may be shorter."""
     order = rng.permutation(n)
     return [order[i : i + size] for i in range(0, n, size)]
 
 
 def summary(monitor: gwa_logging.Monitor, accuracies: Sequence[float], flipped: np.ndarray) -> None:
-    """Prints what came out, after `monitor.close()`."""
+    """Prints the outcome; to be called after `monitor.close()`."""
     marked = [report.epoch for report in monitor.history if report.is_best]
     by_gwa = marked[-1] if marked else len(accuracies) - 1
     by_test = int(np.argmax(accuracies))

@@ -1,4 +1,4 @@
-"""A small MLP in Equinox on scikit-learn's digits, with some of the training labels flipped.
+"""Trains an MLP in Equinox on scikit-learn's digits, with a share of the training labels flipped.
 
 python examples/equinox_digits.py --noise 0.3
 """
@@ -25,7 +25,7 @@ def main() -> None:
     optimizer = optax.adam(1e-3)
     opt_state = optimizer.init(eqx.filter(model, eqx.is_array))
     monitor = gwa_logging.watch(model, backend=args.backend.split(","), log_every_n_steps=5, num_samples=len(data.y))
-    value_and_grad = monitor.value_and_grad(loss_fn)  # in place of eqx.filter_value_and_grad(loss_fn)
+    value_and_grad = monitor.value_and_grad(loss_fn)  # replaces eqx.filter_value_and_grad(loss_fn)
     accuracies = []
 
     @eqx.filter_jit

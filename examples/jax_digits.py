@@ -1,4 +1,4 @@
-"""A small MLP in JAX and Flax Linen on scikit-learn's digits, with some of the training labels flipped.
+"""Trains an MLP in Flax Linen on scikit-learn's digits, with a share of the training labels flipped.
 
 python examples/jax_digits.py --backend mlflow --noise 0.3
 """

@@ -1,4 +1,4 @@
-"""A small MLP in Keras's fit, on scikit-learn's digits, with some of the training labels flipped.
+"""Trains an MLP with Keras's `fit` on scikit-learn's digits, with a share of the training labels flipped.
 
 KERAS_BACKEND=torch python examples/keras_fit_digits.py --noise 0.3
 """
@@ -31,7 +31,7 @@ def main() -> None:
     fitted = model.fit(
         data.x, data.y, batch_size=64, epochs=args.epochs, validation_data=held_out, callbacks=[callback], verbose=2
     )
-    # Which samples a batch holds is not told by fit: keras_digits.py, with a loop of its own, finds the wrong labels as well.
+    # `fit` does not pass the ids of a batch's samples; keras_digits.py has a custom loop and also finds the wrong labels.
     summary(callback.monitor, fitted.history["val_accuracy"], data.flipped[:0])
 
 

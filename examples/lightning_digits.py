@@ -1,4 +1,4 @@
-"""A small MLP in Lightning, on scikit-learn's digits, with some of the training labels flipped.
+"""Trains an MLP in Lightning on scikit-learn's digits, with a share of the training labels flipped.
 
 python examples/lightning_digits.py --backend mlflow --noise 0.3
 """

@@ -1,4 +1,4 @@
-"""A small MLP in Flax NNX on scikit-learn's digits, with some of the training labels flipped.
+"""Trains an MLP in Flax NNX on scikit-learn's digits, with a share of the training labels flipped.
 
 python examples/nnx_digits.py --noise 0.3
 """
@@ -34,7 +34,7 @@ def main() -> None:
     model = MLP(nnx.Rngs(args.seed))
     optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
     monitor = gwa_logging.watch(model, backend=args.backend.split(","), log_every_n_steps=5, num_samples=len(data.y))
-    value_and_grad = monitor.value_and_grad(loss_fn)  # in place of nnx.value_and_grad(loss_fn)
+    value_and_grad = monitor.value_and_grad(loss_fn)  # replaces nnx.value_and_grad(loss_fn)
     accuracies = []
 
     @nnx.jit

@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/histograms.md: four small runs on scikit-learn's digits, a few seconds each.
+"""Draws the pictures of docs/histograms.md from four small runs on scikit-learn's digits, a few seconds each.
 
 python examples/pictures.py docs/images
 """
@@ -20,11 +20,11 @@ from gwa_logging.records import EpochReport, IntervalRecord
 from gwa_logging.report.heatmap import Timeline
 
 COLOURS = 128
-"""Of the palette that the pictures are saved with; the files are half as large."""
+"""Size of the palette of the pictures, which halves the size of the files."""
 
 
 def train(directory: str, *, epochs: int, noise: float, learning_rate: float = 1e-3) -> Path:
-    """Trains the CNN of pytorch_digits.py; returns the journal."""
+    """Trains the CNN of pytorch_digits.py and returns the path of the journal."""
     data = load(noise, seed=0)
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
@@ -41,7 +41,7 @@ def train(directory: str, *, epochs: int, noise: float, learning_rate: float = 1
 
 
 def picture(journal: Path, path: Path, title: str) -> None:
-    """Draws the scores of a journal, and prints what the last epoch says."""
+    """Draws the scores of a journal and prints the report of the last epoch."""
     records, _ = read_journal(journal)
     timeline = Timeline()
     for record in records:

@@ -1,4 +1,4 @@
-"""A small CNN on scikit-learn's digits, with some of the training labels flipped, watched by one line.
+"""Trains a CNN in PyTorch on scikit-learn's digits, with a share of the training labels flipped.
 
 python examples/pytorch_digits.py --backend mlflow --noise 0.3
 """

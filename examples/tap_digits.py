@@ -1,4 +1,4 @@
-"""A hand-written net in JAX on scikit-learn's digits: `tap` marks its classifier head.
+"""Trains a hand-written JAX network on scikit-learn's digits; `tap` marks its classifier head.
 
 python examples/tap_digits.py --noise 0.3
 """
@@ -41,7 +41,7 @@ def main() -> None:
     optimizer = optax.adam(1e-3)
     opt_state = optimizer.init(params)
     monitor = gwa_logging.watch(predict, backend=args.backend.split(","), log_every_n_steps=5, num_samples=len(data.y))
-    value_and_grad = monitor.value_and_grad(loss_fn)  # in place of jax.value_and_grad(loss_fn)
+    value_and_grad = monitor.value_and_grad(loss_fn)  # replaces jax.value_and_grad(loss_fn)
     accuracies = []
 
     @jax.jit

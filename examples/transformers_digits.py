@@ -1,4 +1,4 @@
-"""A small vision transformer, made from a configuration, in transformers' Trainer, on scikit-learn's digits.
+"""Trains a small vision transformer with transformers' Trainer on scikit-learn's digits, with a share of the labels flipped.
 
 python examples/transformers_digits.py --backend mlflow --noise 0.3
 """
@@ -12,10 +12,10 @@ from gwa_logging import EarlyStop
 from gwa_logging.integrations.transformers import GWACallback
 
 
-def rows(x: np.ndarray, y: np.ndarray, **columns: np.ndarray) -> list[dict[str, torch.Tensor]]:
-    """A data set: any sequence of dicts."""
-    whole = {"pixel_values": x[:, None], "labels": y, **columns}
-    return [{name: torch.as_tensor(column[i]) for name, column in whole.items()} for i in range(len(y))]
+def rows(x: np.ndarray, y: np.ndarray, **more: np.ndarray) -> list[dict[str, torch.Tensor]]:
+    """The data set, one dict per sample."""
+    columns = {"pixel_values": x[:, None], "labels": y, **more}
+    return [{name: torch.as_tensor(column[i]) for name, column in columns.items()} for i in range(len(y))]
 
 
 def accuracy(predicted: EvalPrediction) -> dict[str, float]:
@@ -31,11 +31,11 @@ def main() -> None:
     model = ViTForImageClassification(ViTConfig(**sizes, **depth, num_labels=10))
 
     callback = GWACallback(
-        backend=args.backend.split(","),  # without it: what the trainer reports to
+        backend=args.backend.split(","),  # by default: the trackers that the trainer reports to
         early_stop=EarlyStop(action="stop" if args.stop else "alert"),
         log_every_n_steps=5,
         num_samples=len(data.y),
-        sample_ids="id",  # the column that holds the ids
+        sample_ids="id",  # the column with the ids
     )
     training = TrainingArguments(
         "transformers_output",
@@ -48,7 +48,7 @@ def main() -> None:
         save_strategy="no",
         report_to="none",
         use_cpu=True,
-        remove_unused_columns=False,  # or the ids would never arrive
+        remove_unused_columns=False,  # keeps the column with the ids
     )
     trainer = Trainer(
         model,

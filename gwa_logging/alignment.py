@@ -22,7 +22,7 @@ Source: "Gradient-Weight Alignment", arXiv 2510.25480.
 
 import math
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +48,19 @@ SMALLEST = 1e-18
 """Of a norm whose square float32 still holds to full precision. On the device a smaller gradient counts as none."""
 
 NO_GRADIENT, DEAD, NOT_FINITE = math.nan, -math.inf, math.inf
+
+
+class Markers(NamedTuple):
+    """What stands for the score of a sample that has none."""
+
+    no_gradient: float
+    dead: float
+    not_finite: float
+
+
+MARKERS = Markers(NO_GRADIENT, DEAD, NOT_FINITE)
+FINITE_MARKERS = Markers(64.0, -128.0, 128.0)
+"""The same where every number must be finite, as in a gradient: NaN there would alarm users."""
 
 FloatArray = npt.NDArray[np.float64]
 

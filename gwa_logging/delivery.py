@@ -1,13 +1,13 @@
-"""From the journal to the backends.
+"""Sends the records of the journal to the backends.
 
-A backend is fed from the journal, one record after the other, from where it last stopped. So the journal is the queue:
-it cannot fill the memory, keeps the order, and a tracker that was away catches up when it is back. A record that a
-backend does not take is tried again with a growing pause; nothing raises into training and nothing waits for a tracker.
+Each backend reads the journal record by record, from where it last stopped. So the journal is the queue: it cannot exhaust the
+memory, it keeps the order, and a tracker that was unreachable catches up once it is back. If a backend does not accept a
+record, the delivery retries after a pause that doubles each time. Errors never reach the training thread.
 
-Each backend has a thread of its own, so that one that hangs holds nothing but itself. For a backend that must not write
-beside the user, the training thread stands still meanwhile, and loses patience soon. The deliveries of one `watch` are a
-`DeliveryGroup`: whatever their number, a training step is blocked for `PATIENCE` at most, and `flush` and `close` have one
-deadline.
+Each backend has its own thread, so one that hangs does not block the others. A backend with `threaded=False` must not write
+while users log to the same run; for it the training thread waits, for `MAX_BLOCKING` seconds at most. The deliveries of one
+`watch` call form a `DeliveryGroup`: however many heads and backends there are, they block a training step for `MAX_BLOCKING`
+at most in total, and share one deadline in `flush` and `close`.
 """
 
 from collections import deque
@@ -18,203 +18,202 @@ from time import monotonic
 from gwa_logging.faults import Faults
 from gwa_logging.journal import Journal, JournalFeed
 from gwa_logging.protocols import Backend, TrackerContents
-from gwa_logging.records import AnyRecord
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds between two tries
-RECORDS_PER_NOTICE = 8  # while the training thread stands still, so that catching up never holds a step for long
-RECORDS_PER_CALL = 100  # for a backend that takes many at once
-PATIENCE = 0.02  # seconds that the training thread stands still; a backend that takes longer is not waited for again
-HANGS_AFTER = 30.0  # seconds in one call until a backend is reported
-LOOK_EVERY = 10.0  # seconds between two looks at the backends
-
-
-def batch_of(backend: Backend) -> int:
-    """How many records a backend takes at once."""
-    return RECORDS_PER_CALL if hasattr(backend, "write_many") else 1
-
-
-def send(backend: Backend, records: list[AnyRecord]) -> None:
-    """Writes records, `batch_of(backend)` at most."""
-    if len(records) > 1:
-        backend.write_many(records)  # type: ignore[attr-defined]  # not every backend has it
-    else:
-        for record in records:
-            backend.write(record)
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds between two attempts
+RECORDS_PER_NOTICE = 8  # while the training thread waits, so that catching up does not block a step for long
+MAX_BLOCKING = 0.02  # seconds that the training thread waits; a backend that takes longer is not waited for again
+HANGS_AFTER = 30.0  # seconds in one call after which a backend is reported as hanging
+CHECK_EVERY = 10.0  # seconds between two checks of the backends
 
 
 class Delivery:
-    """Feeds one backend.
+    """Feeds one backend from its own thread.
+
+    The thread goes through these states::
+
+                    notify()                 begin_close()
+          idle ----------------> writing            |
+            ^                       |               v
+            +-----------------------+   ===>   writing the rest -> waiting for `after` -> closing the backend -> closed
+              end of the journal, a
+              refused record or the limit
+
+    Four events connect it to the other threads: `_wake` (the thread has something to do), `_idle` (it is not writing; for
+    an unthreaded backend the training thread waits for this one), `_closing` (`begin_close` was called), `_closed` (the end).
 
     Attributes:
         backend: the backend.
-        delivered: records that it has taken.
+        delivered: number of records that the backend has accepted.
     """
 
     def __init__(self, backend: Backend, journal: Journal, faults: Faults) -> None:
         self.backend = backend
         self.delivered = 0
-        self._reader = JournalFeed(journal)
+        self._feed = JournalFeed(journal)
         self._faults = faults
         self._pause, self._not_before = FIRST_PAUSE, 0.0
-        self._held: TrackerContents | None = (
-            TrackerContents()
-        )  # what the tracker need not be sent; None: it has to be asked
-        self._called: float | None = None  # when the call into the backend that is under way began
-        self._reported: float | None = None  # the last such call that was reported because it hangs
+        # What the tracker already has and need not be sent. None: to be read from the tracker.
+        self._contents: TrackerContents | None = TrackerContents()
+        self._call_began: float | None = None  # when the current call into the backend began
+        self._reported: float | None = None  # the `_call_began` of the last call that was reported as hanging
         self._refusal: str | None = None
-        self._deadline = 0.0  # of `close`
+        self._deadline = 0.0  # of `begin_close`
         self._after: tuple[Delivery, ...] = ()
-        self._news, self._rested, self._closing, self._done = Event(), Event(), Event(), Event()
-        self._rested.set()
-        Thread(target=self._work, name=f"gwa_logging {backend.name}", daemon=True).start()
+        self._wake, self._idle, self._closing, self._closed = Event(), Event(), Event(), Event()
+        self._idle.set()
+        Thread(target=self._run, name=f"gwa_logging {backend.name}", daemon=True).start()
 
-    def notify(self, patience: float | None = None) -> None:
-        """Says that the journal has grown. Never raises; takes microseconds, or, if the backend must not write beside the
-        user, its `write`, `patience` at most, which is `PATIENCE` if it is None.
+    def notify(self, timeout: float | None = None) -> None:
+        """Announces that the journal has grown. Never raises.
+
+        Takes microseconds for a threaded backend. For an unthreaded one, waits until it has written: at most `timeout` seconds,
+        by default `MAX_BLOCKING`.
         """
         if self.backend.threaded:
-            self._news.set()
-        elif self._rested.is_set():  # otherwise it still hangs in the last one
-            self._rested.clear()
-            self._news.set()
-            self._rested.wait(PATIENCE if patience is None else patience)
+            self._wake.set()
+        elif self._idle.is_set():  # otherwise it still hangs in the previous call
+            self._idle.clear()
+            self._wake.set()
+            self._idle.wait(MAX_BLOCKING if timeout is None else timeout)
 
-    def go_on(self) -> None:
-        """Says that the run goes on from an earlier state: what the tracker has already of the steps since then is not sent
-        again.
-        """
-        self._held = None
+    def resume(self) -> None:
+        """Announces that the run resumes from an earlier state: records that the tracker already has are not sent again."""
+        self._contents = None
 
     def wait(self, deadline: float) -> bool:
-        """Waits until the backend has everything, at most until `deadline` on the monotonic clock."""
+        """Waits until the backend has everything, or until `deadline` on the monotonic clock. Returns True if it has."""
         return wait_for([self], deadline)
 
     def begin_close(self, deadline: float, after: "Iterable[Delivery]" = ()) -> None:
-        """Has the backend given what is left, and closed as soon as those in `after` have been, or at `deadline`."""
+        """Starts to send what is left and to close the backend; does not block.
+
+        Args:
+            deadline: on the monotonic clock.
+            after: deliveries to be closed before this one, unless the deadline comes first.
+        """
         self._deadline, self._after = deadline, tuple(after)
         self._closing.set()
-        self._news.set()
+        self._wake.set()
 
     def close(self, deadline: float) -> bool:
-        """Delivers what is left and closes the backend, at most until `deadline`; whether it managed to."""
+        """Sends what is left and closes the backend, until `deadline` at the latest. Returns True if that succeeded."""
         self.begin_close(deadline)
         return self.shortfall() is None
 
     def shortfall(self) -> str | None:
-        """After `begin_close`: waits until its deadline, and says what the backend lacks then; None if it lacks nothing."""
-        self._done.wait(max(0.0, self._deadline - monotonic()))
+        """Waits for the end of `begin_close`. Returns what went wrong in it, as a clause after the backend's name, or None."""
+        self._closed.wait(max(0.0, self._deadline - monotonic()))
         if left := self.left:
             return f"has not taken everything in time: {left} records are left"
-        if lost := self._reader.lost:
+        if lost := self._feed.lost:
             return f"lacks {lost} records: they were removed from the journal before they could be sent"
         if refusal := self.refusal():
             return f"has not kept everything: {refusal}"
-        if not self._done.is_set():
+        if not self._closed.is_set():
             return "has taken everything, but has not finished in time: the tracker may show the run as unfinished"
         return None
 
     def refusal(self) -> str | None:
-        """Why the tracker refuses for good what it is sent, if the backend can tell. It is recorded as a fault, once."""
-        if self._refusal is None and (ask := getattr(self.backend, "refusal", None)):
+        """Returns why the tracker refuses records for good, or None. Records the reason as a fault, once."""
+        if self._refusal is None:
             try:
-                self._refusal = ask()
-            except Exception as error:  # noqa: BLE001 - as in `_drain`
-                self._faults.record(f"backend {self.backend.name}", f"{type(error).__name__}: {error}")
+                self._refusal = self.backend.refusal()
+            except Exception as error:  # noqa: BLE001 - as in `_write_new`
+                self._record_fault(error)
             if self._refusal:
                 self._faults.record(f"backend {self.backend.name}", self._refusal)
         return self._refusal
 
     @property
     def is_behind(self) -> bool:
-        """Whether there is something that the backend has not taken."""
-        return self._reader.behind()
+        """Returns True if there are records that the backend has not accepted yet."""
+        return self._feed.behind()
 
     @property
     def is_whole(self) -> bool:
-        """Whether the backend has kept everything up to where it is."""
-        return not self._reader.lost and self.refusal() is None
-
-    def pause(self, seconds: float) -> None:
-        """Waits for a while, or until the backend may be notified again."""
-        (self._closing if self._rested.is_set() else self._rested).wait(seconds)
-
-    def look(self) -> None:
-        """Reports a backend that hangs in a call or refuses for good. Called by the group's watchdog."""
-        called = self._called
-        if called is not None and called != self._reported and monotonic() - called > HANGS_AFTER:
-            self._reported = called
-            self._faults.record(
-                f"backend {self.backend.name}", f"it has not returned from a call for {monotonic() - called:.0f} s"
-            )
-        self.refusal()
+        """Returns True if the backend has kept every record that it was sent."""
+        return not self._feed.lost and self.refusal() is None
 
     @property
     def left(self) -> int:
-        """How many records the backend has not taken."""
-        return self._reader.count()
+        """Number of records that the backend has not accepted yet."""
+        return self._feed.count()
 
-    def _drain(self, limit: int | None = None) -> None:
-        """Writes what is new. Stops at the first record that is not taken."""
-        if monotonic() < self._not_before:
-            return
-        self._called = monotonic()
-        try:
-            while limit != 0 and (found := self._reader.peek(batch_of(self.backend)))[0]:
-                held = self._held  # after the records were read: those of a run that goes on come after `go_on`
-                if held is None:
-                    # What an earlier close has written is replaced by what this one will know.
-                    self._held = held = getattr(self.backend, "contents", TrackerContents)()._replace(
-                        closes=frozenset()
-                    )
-                    if not self.backend.threaded and not self._closing.is_set():
-                        return  # the training thread may not have waited
-                records, position = found
-                send(self.backend, [record for record in records if not held.has(record)])
-                self._reader.advance(position)
-                self._called = monotonic()
-                self.delivered += len(records)
-                self._pause = FIRST_PAUSE
-                limit = None if limit is None else limit - 1
-        except BaseException as error:  # noqa: BLE001 - also SystemExit, which would end this thread without a word
-            self._not_before = monotonic() + self._pause
-            self._pause = min(2 * self._pause, LONGEST_PAUSE)
-            self._faults.record(f"backend {self.backend.name}", f"{type(error).__name__}: {error}")
-        finally:
-            self._called = None
+    def pause(self, seconds: float) -> None:
+        """Waits for some seconds, but not longer than until the backend can be notified again."""
+        (self._closing if self._idle.is_set() else self._idle).wait(seconds)
 
-    def _close_backend(self) -> None:
+    def check(self) -> None:
+        """Reports a backend that hangs or refuses records for good. Called by the group's watchdog thread."""
+        began = self._call_began
+        if began is not None and began != self._reported and monotonic() - began > HANGS_AFTER:
+            self._reported = began
+            self._faults.record(
+                f"backend {self.backend.name}", f"it has not returned from a call for {monotonic() - began:.0f} s"
+            )
+        self.refusal()
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            self._wake.wait(self._next_attempt())
+            self._wake.clear()
+            if not self._closing.is_set():
+                self._write_new(None if self.backend.threaded else RECORDS_PER_NOTICE)
+            self._idle.set()
+        self._not_before = 0.0
+        self._write_new()
+        for other in self._after:
+            other._closed.wait(max(0.0, self._deadline - monotonic()))
         try:
             self.backend.close()
-        except BaseException as error:  # noqa: BLE001 - as above
-            self._faults.record(f"backend {self.backend.name}", f"{type(error).__name__}: {error}")
+        except BaseException as error:  # noqa: BLE001 - as in `_write_new`
+            self._record_fault(error)
+        self._closed.set()
 
-    def _work(self) -> None:
-        while not self._closing.is_set():
-            self._news.wait(self._next_try())
-            self._news.clear()
-            if not self._closing.is_set():
-                self._drain(None if self.backend.threaded else RECORDS_PER_NOTICE)
-            self._rested.set()
-        self._not_before = 0.0
-        self._drain()
-        for other in self._after:
-            other._done.wait(max(0.0, self._deadline - monotonic()))
-        self._close_backend()
-        self._done.set()
-
-    def _next_try(self) -> float | None:
-        """Seconds until a record that was not taken may be tried again; None if news must come first."""
-        if self.backend.threaded and self._reader.behind():
+    def _next_attempt(self) -> float | None:
+        """Seconds until a refused record may be sent again; None to wait for a notification."""
+        if self.backend.threaded and self._feed.behind():
             return max(0.0, self._not_before - monotonic())
         return None
 
+    def _write_new(self, limit: int | None = None) -> None:
+        """Writes new records, in `limit` calls at most. Stops at the first record that is refused."""
+        if monotonic() < self._not_before:
+            return
+        self._call_began = monotonic()
+        try:
+            while limit != 0 and (found := self._feed.peek(self.backend.records_per_call))[0]:
+                contents = self._contents  # read after the records: those of a resumed run come after `resume`
+                if contents is None:
+                    # A close record of the earlier run is replaced by the one that this run will write.
+                    self._contents = contents = self.backend.contents()._replace(closes=frozenset())
+                    if not self.backend.threaded and not self._closing.is_set():
+                        return  # the training thread may not have waited
+                records, position = found
+                if missing := [record for record in records if not contents.has(record)]:
+                    self.backend.write_many(missing)
+                self._feed.advance(position)
+                self._call_began = monotonic()
+                self.delivered += len(records)
+                self._pause = FIRST_PAUSE
+                limit = None if limit is None else limit - 1
+        except BaseException as error:  # noqa: BLE001 - also SystemExit, which would end this thread silently
+            self._not_before = monotonic() + self._pause
+            self._pause = min(2 * self._pause, LONGEST_PAUSE)
+            self._record_fault(error)
+        finally:
+            self._call_began = None
+
+    def _record_fault(self, error: BaseException) -> None:
+        self._faults.record(f"backend {self.backend.name}", f"{type(error).__name__}: {error}")
+
 
 def wait_for(deliveries: Iterable[Delivery], deadline: float) -> bool:
-    """Waits until all backends have everything, at most until `deadline` on the monotonic clock; whether they have."""
+    """Waits until all backends have everything, or until `deadline` on the monotonic clock. Returns True if they have."""
     behind = every = list(deliveries)
     while True:
         for delivery in behind:
-            delivery.notify(patience=0.0)
+            delivery.notify(timeout=0.0)
         behind = [delivery for delivery in behind if delivery.is_behind]
         left = deadline - monotonic()
         if not behind or left <= 0:
@@ -223,25 +222,28 @@ def wait_for(deliveries: Iterable[Delivery], deadline: float) -> bool:
 
 
 class DeliveryGroup:
-    """The deliveries of one `watch`: of all its heads and backends."""
+    """The deliveries of one `watch` call: one for each head and backend.
+
+    Attributes:
+        waiting: deliveries that have new records and need the training thread to wait for them.
+    """
 
     def __init__(self) -> None:
         self.waiting: deque[Delivery] = deque()
-        """Those that have news, and for which the training thread must wait."""
         self._deliveries: list[Delivery] = []
         self._lock = Lock()
-        self._asked: set[object] = set()
-        self._left = 0.0  # of the patience, in the present step
+        self._callers: set[object] = set()  # of `take_turns` in the current training step
+        self._blocking_left = 0.0  # seconds in the current training step
         self._closed = Event()
 
     def add(self, delivery: Delivery) -> None:
-        """Adds a delivery. The first one starts the watchdog."""
+        """Adds a delivery. The first one starts the watchdog thread."""
         self._deliveries.append(delivery)
         if len(self._deliveries) == 1:
             Thread(target=self._watch, name="gwa_logging watchdog", daemon=True).start()
 
     def notify(self, deliveries: Iterable[Delivery]) -> None:
-        """Says that the journal of some deliveries has grown."""
+        """Announces that the journals of these deliveries have grown."""
         for delivery in deliveries:
             if delivery.backend.threaded:
                 delivery.notify()
@@ -249,29 +251,32 @@ class DeliveryGroup:
                 self.waiting.append(delivery)
 
     def take_turns(self, caller: object) -> None:
-        """Waits for those in `waiting`, one after the other, `PATIENCE` at most in one training step; the others stay there.
+        """Lets the deliveries in `waiting` write, one after the other.
+
+        Blocks for `MAX_BLOCKING` seconds at most in one training step. The rest stays in `waiting` until the next step.
 
         Args:
-            caller: who asks, each of the heads at most once in one training step.
+            caller: a head's monitor, which calls this at most once in a training step. A second call of the same one shows that
+                a new step has begun.
         """
         with self._lock:
-            if caller in self._asked or not self._asked:
-                self._asked.clear()
-                self._left = PATIENCE
-            self._asked.add(caller)
-            while self.waiting and self._left > 0:
+            if caller in self._callers or not self._callers:
+                self._callers.clear()
+                self._blocking_left = MAX_BLOCKING
+            self._callers.add(caller)
+            while self.waiting and self._blocking_left > 0:
                 begin = monotonic()
-                self.waiting.popleft().notify(self._left)
-                self._left -= monotonic() - begin
+                self.waiting.popleft().notify(self._blocking_left)
+                self._blocking_left -= monotonic() - begin
 
     def remove(self, deliveries: Iterable[Delivery]) -> None:
-        """Forgets deliveries that are closed. The last one ends the watchdog."""
+        """Removes closed deliveries. The last one ends the watchdog thread."""
         for delivery in deliveries:
             self._deliveries.remove(delivery)
         if not self._deliveries:
             self._closed.set()
 
     def _watch(self) -> None:
-        while not self._closed.wait(LOOK_EVERY):
+        while not self._closed.wait(CHECK_EVERY):
             for delivery in tuple(self._deliveries):
-                delivery.look()
+                delivery.check()

@@ -1,9 +1,10 @@
 """The interfaces between the core and the integrations: what an adapter and a backend must provide.
 
 An `AdapterModule` is a package such as `gwa_logging.integrations.torch`; its `attach` returns an `Adapter`, which gives the
-monitor its `Snapshot`s. A backend's module has `open_backend`, which returns a `Backend`.
+monitor its `Snapshot`s. A backend's module has `open_backend`, which returns a `Backend` or any other `BackendWriter`.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -63,12 +64,12 @@ class Adapter(Protocol):
 
     @property
     def processes(self) -> int:
-        """How many processes train together."""
+        """Number of processes in the run."""
         ...
 
     @property
     def is_detached(self) -> bool:
-        """Returns True if the model no longer exists, so that nothing more can be observed."""
+        """Returns True if the model was deleted and nothing more can be observed. Always False if users pass the scores."""
         ...
 
     @property
@@ -81,11 +82,11 @@ class Adapter(Protocol):
         ...
 
     def observe(self, scores: Any, samples: TaggedBatch | None) -> None:
-        """Takes the scores of one step, float [...] on the device, from the user's own training loop."""
+        """Adds the scores of one step, float [...] on the device, from the user's own training loop."""
         ...
 
     def tag(self, samples: TaggedBatch) -> None:
-        """Sets which samples the next forward pass is about."""
+        """Sets which samples the next forward pass processes."""
         ...
 
     def pause(self, paused: bool) -> None:
@@ -97,15 +98,15 @@ class Adapter(Protocol):
         ...
 
     def reduce(self, summary: AlignmentSummary) -> AlignmentSummary:
-        """The summary over all processes, the same on each. Every process must call it."""
+        """Merges the summaries of all processes; the result is the same on each. Every process must call this."""
         ...
 
     def ledger(self) -> Ledger:
-        """The ledger over all processes, on the host, the same on each. Every process must call it."""
+        """Merges the ledgers of all processes, on the host; the result is the same on each. Every process must call this."""
         ...
 
     def load_ledger(self, ledger: Ledger) -> None:
-        """Restores what `ledger` returned, so that the sum over processes is what it was."""
+        """Restores what `ledger` returned, so that the sum over processes is unchanged."""
         ...
 
     def to_checkpoint_array(self, array: npt.NDArray[Any]) -> Any:
@@ -146,32 +147,32 @@ class AdapterModule(Protocol):
 
 
 class RunContext(NamedTuple):
-    """What a backend is told when it is opened.
+    """What `open_backend` receives.
 
     Attributes:
         name: prefix of every metric key.
-        run: the user's run, or None for the active one.
-        directory: the run's own folder, with the journal in it.
+        run: what the user passed as `watch(run=)`: a run of the tracker or its id. None means the active one.
+        directory: the run's own folder, which contains the journal.
     """
 
     name: str
-    run: Any
+    run: object
     directory: Path
 
 
 class TrackerContents(NamedTuple):
-    """What a tracker's run holds already, as it is read back from the tracker.
+    """Which of this library's records a tracker's run contains, as read back from the tracker.
 
-    A tracker can lack records in the middle: it was down, the process was killed, and the resumed run sent later ones. So
-    each field answers for single records. Any container with `in` will do; a tracker that knows only its last step
-    gives ranges, such as `range(last_step + 1)`.
+    A tracker can lack records in the middle, for example if it was down, or if the process was killed and the resumed run
+    sent later ones. So each field answers for single records. Any container that supports `in` will do; for a tracker that
+    only knows its last step, use a range such as `range(last_step + 1)`.
 
     Attributes:
         intervals: steps of the intervals (`IntervalRecord.step`).
-        epochs: by epoch, how many samples its report is about, with and without a score; see `samples_by_epoch`.
+        epochs: number of samples that each epoch's report covers, with and without a score; see `samples_by_epoch`.
         alerts: epochs of the stop alerts.
         suspects: steps of the lists of suspects.
-        closes: numbers of epochs (`CloseRecord.epochs`) of the ends that it has been sent.
+        closes: numbers of epochs (`CloseRecord.epochs`) of the close records.
     """
 
     intervals: Container[int] = frozenset()
@@ -183,14 +184,14 @@ class TrackerContents(NamedTuple):
     def has(self, record: AnyRecord) -> bool:
         """Returns True if the run has this record, or another one about the same interval, epoch, alert or list.
 
-        A report of fewer samples does not count: that run was closed in the middle of the epoch, and the record knows more.
-        A RunRecord is never held: it says the same every time.
+        A report that covers fewer samples does not count: its run was closed in the middle of the epoch, so `record` is more
+        complete. The answer for a RunRecord is always False; writing it again changes nothing.
         """
         if isinstance(record, IntervalRecord):
             return record.step in self.intervals
         if isinstance(record, EpochReport):
             seen = record.count + record.excluded
-            return self.epochs.get(record.epoch, -1.0) >= seen * (1 - 1e-6)  # some trackers keep float32
+            return self.epochs.get(record.epoch, -1.0) >= seen * (1 - 1e-6)  # some trackers store float32
         if isinstance(record, StopAlert):
             return record.epoch in self.alerts
         if isinstance(record, SuspectsRecord):
@@ -199,44 +200,114 @@ class TrackerContents(NamedTuple):
 
 
 def samples_by_epoch(reports: Iterable[tuple[int, float]]) -> dict[int, float]:
-    """`TrackerContents.epochs` from all reports in a tracker, in any order: pairs of epoch and number of samples."""
-    found: dict[int, float] = {}
-    for epoch, samples in reports:
-        found[epoch] = max(samples, found.get(epoch, -1.0))
-    return found
+    """Computes `TrackerContents.epochs` from all reports in a tracker.
 
+    Args:
+        reports: pairs of epoch and number of samples, in any order. An epoch may have several reports.
 
-class Backend(Protocol):
-    """What a tracker does: it writes records, nothing else.
-
-    A module or entry point named by `backend=` has a function `open_backend(context: RunContext) -> Backend`, which
-    raises BackendError where the tracker cannot be used. It may also have `locate(context) -> TrackerRunRef`: the place of the
-    run that `open_backend` would take, without opening it, and empty if it would start one.
+    Returns:
+        The largest number of samples of each epoch.
     """
+    samples: dict[int, float] = {}
+    for epoch, count in reports:
+        samples[epoch] = max(count, samples.get(epoch, -1.0))
+    return samples
 
-    name: str
-    run: Any
-    """The tracker's run, in a form that its `open_backend` takes as the user's."""
 
-    run_ref: TrackerRunRef
-    """The same as text, for the journal."""
-
-    threaded: bool
-    """True: written whenever there is news. False: only while the training thread waits for it, a few milliseconds at most,
-    because something would go wrong if the user wrote at the same time; so `write` should take about a millisecond."""
-
-    def contents(self) -> TrackerContents:
-        """What the run holds of this library's records: `gwa-logging replay` and a resumed run send the rest."""
-        ...
+class BackendWriter(Protocol):
+    """The required part of a backend: `watch(backend=)` accepts any object with these two methods."""
 
     def write(self, record: AnyRecord) -> None:
-        """Writes one record. Raising means that it was not written: it is counted, kept in the journal, tried again.
-
-        A backend may also have `write_many(records)`, of the same meaning for a list, if its tracker takes many at once and
-        drops what it has already: then it catches up so.
-        """
+        """Writes one record. If it raises, the record counts as not written, and is written again later."""
         ...
 
     def close(self) -> None:
-        """Finishes the run if the backend started it. Called once, after the last record."""
+        """Called once, after the last record. Ends the tracker's run if the backend started it."""
         ...
+
+
+class Backend(ABC):
+    """Writes records to a tracker.
+
+    `write` and `close` are required. All other members are optional and have defaults: subclasses inherit them, and
+    `with_defaults` adds them to any other object.
+
+    A module or entry point named by `watch(backend=)` has a function `open_backend(context: RunContext)`, which returns an
+    object with `write` and `close`, and raises BackendError if the tracker cannot be used. The module may also have a
+    function `locate(context: RunContext) -> TrackerRunRef`: the run that `open_backend` would use, found without opening
+    it; empty if `open_backend` would start a new one.
+
+    Attributes:
+        name: what faults and warnings call the backend. By default the name of its class.
+        run: the tracker's run, in a form that `open_backend` accepts as `RunContext.run`. Several heads share it.
+        run_ref: the same run as text, for the journal.
+        threaded: if True, a thread of the delivery calls `write`, which may block for as long as it needs. If False, the
+            training thread waits meanwhile (at most a few milliseconds), for trackers that go wrong if users log at the same
+            time; then `write` should take about a millisecond.
+        records_per_call: how many records `write_many` accepts in one call.
+    """
+
+    name: str = ""
+    run: object = None
+    run_ref: TrackerRunRef = TrackerRunRef()
+    threaded: bool = True
+    records_per_call: int = 1
+
+    def __init_subclass__(cls) -> None:
+        cls.name = cls.name or cls.__name__
+
+    @abstractmethod
+    def write(self, record: AnyRecord) -> None:
+        """See `BackendWriter.write`."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """See `BackendWriter.close`."""
+
+    def write_many(self, records: Sequence[AnyRecord]) -> None:
+        """Writes several records, in order. If it raises, all of them are written again later.
+
+        Override it, and `records_per_call`, if the tracker takes many records in one request and drops those that it already
+        has.
+        """
+        for record in records:
+            self.write(record)
+
+    def contents(self) -> TrackerContents:
+        """Reads back which records the run contains. `gwa-logging replay` and a resumed run send only the others."""
+        return TrackerContents()
+
+    def refusal(self) -> str | None:
+        """Returns why the tracker has stopped accepting records for good, or None.
+
+        Called every 10 seconds from a thread, and at the end.
+        """
+        return None
+
+
+class _WithDefaults(Backend):
+    """A backend made of an object that has `write`, `close`, and any of the optional members."""
+
+    def __init__(self, writer: BackendWriter) -> None:
+        self._writer = writer
+        self.name = type(writer).__name__
+        for member in ("name", "run", "run_ref", "threaded", "records_per_call", "write_many", "contents", "refusal"):
+            if hasattr(writer, member):
+                setattr(self, member, getattr(writer, member))
+
+    def __eq__(self, other: object) -> bool:
+        return self._writer is (other._writer if isinstance(other, _WithDefaults) else other)
+
+    def __hash__(self) -> int:
+        return id(self._writer)
+
+    def write(self, record: AnyRecord) -> None:
+        self._writer.write(record)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def with_defaults(writer: BackendWriter) -> Backend:
+    """Adds the defaults of `Backend` to an object that has `write` and `close`. Equal to that object, and hashable."""
+    return writer if isinstance(writer, Backend) else _WithDefaults(writer)

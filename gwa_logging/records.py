@@ -1,16 +1,16 @@
 """What the journal holds and the backends receive.
 
-The records are frozen pydantic models, one JSON line each. Numbers that JSON cannot hold (NaN, infinities) are written
-as null and read back as NaN; wherever one can occur, the record's notes or flags say why.
+Each record is a frozen pydantic model and one line of JSON. Numbers that JSON cannot represent (NaN, infinities) are written
+as null and read back as NaN; the record's notes or flags explain every such number.
 
-Everything read from JSON is checked, because a journal may come from somebody else: numbers are within bounds in which no
-arithmetic overflows, names are those that `watch(name=)` accepts, and a picture is a small PNG.
+Everything read from JSON is validated, because a journal may come from an untrusted source: numbers are within bounds in
+which no arithmetic overflows, names are those that `watch(name=)` accepts, and a picture is a small PNG.
 """
 
 import math
 import re
 from enum import StrEnum
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import (
@@ -40,13 +40,13 @@ STEP_KEYS = {"step_mean": "mean", "negative_fraction": "negative_fraction"}
 EPOCH_KEYS = {"gwa": "gwa", "stable": "stable_gwa"} | {
     k: k for k in ("separation", "mean", "std", "excess_kurtosis", "excluded", "count")
 }
-"""What trackers receive of an IntervalRecord, besides its quantiles, and of an EpochReport: metric key to attribute."""
+"""The metrics of an IntervalRecord (besides its quantiles) and of an EpochReport: metric key to attribute."""
 
 _LARGEST = 1e30
-"""Larger numbers in a journal are not ours: no statistic of scores comes near them."""
+"""Larger numbers in a journal are rejected: no statistic of scores comes near this."""
 
 
-def _number(value: Any, info: ValidationInfo) -> Any:
+def _number(value: object, info: ValidationInfo) -> object:
     if value is None:
         return math.nan
     if info.mode == "json" and isinstance(value, int | float) and not abs(value) <= _LARGEST:
@@ -60,31 +60,29 @@ Number = Annotated[
     PlainSerializer(lambda value: value if math.isfinite(value) else None, when_used="json"),
 ]
 """A float that may be undefined: null in JSON, NaN in Python."""
-
-
 Count = Annotated[int, Field(ge=0, lt=MOST)]
-"""Steps, epochs, samples."""
+"""A number or an index of steps, epochs or samples."""
 
 Index = Annotated[int, Field(gt=-MOST, lt=MOST)]
-"""Samples' ids and classes, which may be negative where they are left out."""
+"""A sample id or a class index; negative ones mark what is to be ignored."""
 
 
 class Record(BaseModel):
-    """Base of everything in the journal."""
+    """Base class of everything in the journal."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 Address = Annotated[str, AfterValidator(redact_urls)]
-"""A text that may be a URL; credentials in it are masked."""
+"""A text that may be a URL. Credentials in it are masked."""
 
 
 class TrackerRunRef(Record):
-    """Where a tracker's run is.
+    """Identifies a tracker's run, as text.
 
     Attributes:
-        run: what `watch(run=)` and `gwa-logging replay --run` take to find it again; None if it cannot be found again.
-        url: where to look at it, or None.
+        run: the value for `watch(run=)` and `gwa-logging replay --run`; None if the run cannot be opened again.
+        url: the page or folder that shows the run, or None.
     """
 
     run: Address | None = None
@@ -92,15 +90,15 @@ class TrackerRunRef(Record):
 
 
 class RunRecord(Record):
-    """The first line of a journal: what is being watched, and how.
+    """The first line of a journal: what is watched, and with which settings.
 
     Attributes:
-        version: of the journal's form.
+        version: version of the journal's format.
         name: prefix of every metric key.
         head: which head was chosen, and why.
-        created: ISO 8601, UTC.
-        settings: arguments of `watch`.
-        places: the trackers' runs, by backend.
+        created: date and time in ISO 8601, UTC.
+        settings: the arguments of `watch`.
+        places: the trackers' runs, by the name of the backend.
     """
 
     kind: Literal["run"] = "run"
@@ -108,13 +106,13 @@ class RunRecord(Record):
     name: str
     head: str
     created: str
-    settings: dict[str, Any]
+    settings: dict[str, object]
     places: dict[str, TrackerRunRef] = Field(default_factory=dict)
 
     @field_validator("name")
     @classmethod
     def _is_a_name(cls, value: str) -> str:
-        """A head beside the first one has the name of the run, a slash and its path, in which `watch` leaves no other."""
+        """Accepts a name that `watch(name=)` accepts; for a further head, followed by a slash and the head's path."""
         name, _, path = value.partition("/")
         fits = re.fullmatch(NAME_PATTERN, name) and len(name) <= NAME_LENGTH and re.fullmatch(r"[\w.-]{0,1000}", path)
         if not fits or path in (".", ".."):
@@ -123,11 +121,7 @@ class RunRecord(Record):
 
 
 class TimedRecord(Record):
-    """Something that happened at a time.
-
-    Attributes:
-        time: when it was written into the journal, in seconds since 1970 (UTC); 0 in what was not read from a journal.
-    """
+    """A record with the time at which it was written to the journal: seconds since 1970 (UTC), or 0 if it was not yet."""
 
     time: float = Field(default=0.0, ge=0, lt=1e11)
 
@@ -136,14 +130,14 @@ class IntervalRecord(TimedRecord):
     """The scores of the training steps since the last interval.
 
     Attributes:
-        step: index of the last step of the interval, from 0 over the whole run.
-        epoch: the epoch it belongs to, from 0.
-        steps: how many steps it spans.
-        count, excluded: samples with a score, and without.
+        step: index of the interval's last step, counted from 0 over the whole run.
+        epoch: the epoch that the interval belongs to, from 0.
+        steps: number of steps in the interval.
+        count, excluded: number of samples with and without a score.
         mean: mean score, dimensionless, in [-1, 1].
         minimum, maximum: smallest and largest score.
         histogram: distribution of the scores.
-        display_limit: half-width of the range to show; grows only, through a run.
+        display_limit: half-width of the score axis; never decreases during a run.
     """
 
     kind: Literal["interval"] = "interval"
@@ -169,21 +163,21 @@ class IntervalRecord(TimedRecord):
 
     @property
     def negative_fraction(self) -> float:
-        """Share of scores below zero: samples whose gradient asks the head to shrink, in [0, 1]."""
+        """Share of scores below zero, in [0, 1]: samples whose gradient opposes the head's weights."""
         return self.histogram.negative_fraction
 
     @property
     def quantiles(self) -> dict[str, float]:
-        """Scores at 5, 25, 50, 75 and 95 %, right to within a bin of the histogram."""
+        """The 5, 25, 50, 75 and 95 % quantiles of the scores, accurate to one bin of the histogram."""
         return score_quantiles(self.histogram, self.minimum, self.maximum)
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The numbers for a tracker, by metric key without the prefix."""
+        """The numbers that trackers show, by metric key without the prefix."""
         return {key: getattr(self, name) for key, name in STEP_KEYS.items()} | self.quantiles
 
     def merge(self, later: "IntervalRecord") -> "IntervalRecord":
-        """This interval and a later one as one."""
+        """Returns the union of this interval and a later one."""
         count = self.count + later.count
         parts = [r for r in (self, later) if r.count]
         return later.model_copy(
@@ -201,25 +195,24 @@ class IntervalRecord(TimedRecord):
 
 
 class EpochReport(TimedRecord):
-    """What the scores of one epoch say.
+    """The statistics of the scores of one epoch.
 
     Attributes:
-        epoch: from 0.
-        step: index of the epoch's last step, from 0 over the whole run; -1 in a report that belongs to no run.
-        count: samples with a score.
-        excluded: samples without one: no gradient (padded, ignored, saturated), nothing in the embedding, not finite.
-        mean, std: of the scores, dimensionless; the spread is the population's (divided by count).
-        skewness, excess_kurtosis: biased, as in SciPy's default; excess kurtosis is 0 for a normal distribution.
+        epoch: index of the epoch, from 0.
+        step: index of the epoch's last step, counted from 0 over the whole run; -1 in a report that belongs to no run.
+        count: number of samples with a score.
+        excluded: number of samples without a score: the gradient or the embedding is zero or not finite.
+        mean, std: mean and population standard deviation (divided by count) of the scores, dimensionless.
+        skewness, excess_kurtosis: biased estimates (SciPy's default); excess kurtosis is 0 for a normal distribution.
         gwa: mean / (excess kurtosis + 1.2), as published, even beyond its pole. NaN where the kurtosis is undefined.
         stable_gwa: mean / (excess kurtosis + 3), which has no pole.
-        separation: how well the scores fall into two groups, in (0, 1), which is what the stop alert watches; see
-            `gwa_logging.statistic`. NaN if there is no spread.
+        separation: how well the scores fall into two groups, in (0, 1); see `gwa_logging.statistic`. NaN if all are equal.
         negative_fraction: share of scores below zero, in [0, 1].
-        quantiles: scores at q05, q25, q50, q75 and q95, right to within a bin of the histogram.
+        quantiles: the quantiles q05, q25, q50, q75 and q95 of the scores, accurate to one bin of the histogram.
         histogram: distribution of the scores.
-        gwa_defined: False where the denominator of `gwa` is not clearly positive; then `gwa` says nothing.
-        is_best: whether this is the best epoch so far by the statistic that the stop alert watches.
-        notes: sentences on what is unusual in this epoch.
+        gwa_defined: False where the denominator of `gwa` is not clearly positive; then `gwa` is meaningless.
+        is_best: True if this is the best epoch so far by the statistic that the stop alert watches.
+        notes: sentences about what is unusual in this epoch.
     """
 
     kind: Literal["epoch"] = "epoch"
@@ -243,11 +236,11 @@ class EpochReport(TimedRecord):
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The numbers for a tracker, by metric key without the prefix."""
+        """The numbers that trackers show, by metric key without the prefix."""
         return {key: getattr(self, name) for key, name in EPOCH_KEYS.items()}
 
     def __str__(self) -> str:
-        """One readable line."""
+        """The most important numbers in one line."""
         doubt = "" if self.gwa_defined else " (undefined)"
         return (
             f"epoch {self.epoch}: GWA {self.gwa:.4g}{doubt}, separation {self.separation:.4g}, mean {self.mean:.4g}, "
@@ -273,18 +266,19 @@ class StopReason(StrEnum):
 
 
 class StopAlert(TimedRecord):
-    """GWA says that training should stop.
+    """The advice to stop training.
 
     Attributes:
-        epoch: when it fired, from 0.
-        best_epoch: the epoch to go back to; -1 if there has been none.
-        statistic: what was watched: "separation", "stable", "gwa" or "mean".
-        value, best_value: of that statistic at `epoch` and at `best_epoch`.
-        reason: why.
-        message: the same in a sentence.
-        caveats: what speaks against it.
+        epoch: the epoch after which the alert fired, from 0.
+        best_epoch: the epoch whose checkpoint to use; -1 if no epoch had a defined value.
+        statistic: the watched statistic: "separation", "stable", "gwa" or "mean".
+        value, best_value: the statistic at `epoch` and at `best_epoch`.
+        reason: why the alert fired.
+        message: the advice in one sentence.
+        caveats: reasons to doubt the advice, without a full stop.
     """
 
+    TITLE: ClassVar = "GWA: stop"
     kind: Literal["alert"] = "alert"
     epoch: Count
     best_epoch: int = Field(ge=-1, lt=MOST)
@@ -295,13 +289,25 @@ class StopAlert(TimedRecord):
     message: str
     caveats: tuple[str, ...] = ()
 
+    @property
+    def text(self) -> str:
+        """The message and the caveats as the trackers show them: Markdown that also reads well as plain text."""
+        caveats = [f"- But: {caveat}." for caveat in self.caveats]
+        return "\n".join([self.message, *([""] if caveats else []), *caveats])
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The numbers that trackers show, by metric key without the prefix."""
+        return {"best_epoch": self.best_epoch, "best_value": self.best_value, "stop_epoch": self.epoch}
+
 
 class CloseRecord(TimedRecord):
-    """The last line of a journal that was closed: how the run went.
+    """The last line of a journal whose monitor was closed: a summary of the run.
 
     Attributes:
-        best_epoch, best_value: by the statistic that the stop alert watches; None and NaN if there was none.
-        faults: how often each kind of fault happened.
+        epochs, steps: number of epochs and of training steps.
+        best_epoch, best_value: of the statistic that the stop alert watches; None and NaN if it was never defined.
+        faults: number of faults, by kind.
     """
 
     kind: Literal["close"] = "close"
@@ -311,18 +317,22 @@ class CloseRecord(TimedRecord):
     best_value: Number
     faults: dict[str, Count]
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The numbers that trackers show, by metric key without the prefix; empty without a best epoch."""
+        return {} if self.best_epoch is None else {"best_epoch": self.best_epoch, "best_value": self.best_value}
+
 
 class Suspect(Record):
     """A training sample that is probably mislabelled.
 
     Attributes:
         id: the sample's id.
-        mean_score: its mean score over the run, dimensionless; the lower, the more suspect.
-        times_seen: how often it was scored: a whole number, but for mixed samples (mixup), whose shares are added up.
-        label: its class index, from `watch(labels=)`; None where unknown.
-        predicted: the class that the head gave most to when the sample was last seen; None where unknown. Of several
-            processes, the last time on the one of the highest rank that has seen it.
-        thumbnail: a PNG in base64, at most 64 pixels wide and high; None if there is none.
+        mean_score: the sample's mean score over the run, dimensionless; the lower, the more suspect.
+        times_seen: how often the sample was scored; the sum of its shares if samples are mixed (mixup).
+        label, predicted: class index from `watch(labels=)`, and class with the largest logit when the sample was last seen (by
+            the highest rank); None if unknown.
+        thumbnail: a PNG in base64, at most 64 pixels wide and high, or None.
     """
 
     id: Index
@@ -341,13 +351,13 @@ class Suspect(Record):
 
 
 class SuspectsRecord(TimedRecord):
-    """The samples that were most suspect at some moment of the run.
+    """The most suspect samples at one point of the run.
 
     Attributes:
-        step: index of the last training step until then.
-        epoch: the epoch in progress, or that has just been closed.
-        samples: how many samples have been scored.
-        suspects: the most suspect first.
+        step: index of the last training step before that point.
+        epoch: the epoch in progress, or the one that has just ended.
+        samples: number of samples that have been scored.
+        suspects: the suspects, most suspect first.
     """
 
     kind: Literal["suspects"] = "suspects"
@@ -359,14 +369,14 @@ class SuspectsRecord(TimedRecord):
     COLUMNS: ClassVar = ("id", "mean_score", "times_seen", "label", "predicted")
 
     def rows(self) -> list[list[float | int | None]]:
-        """The suspects' `COLUMNS`; whole numbers as int."""
+        """The table of suspects, with one row of `COLUMNS` each; whole numbers as int."""
         return [
             [s.id, s.mean_score, int(s.times_seen) if s.times_seen.is_integer() else s.times_seen, s.label, s.predicted]
             for s in self.suspects
         ]
 
     def csv(self) -> str:
-        """The table as CSV, with a line of headings; unknown is empty."""
+        """The table as CSV with a header line; unknown values are empty."""
         lines = [",".join("" if value is None else str(value) for value in row) for row in self.rows()]
         return "\n".join([",".join(self.COLUMNS), *lines, ""])
 
@@ -377,6 +387,6 @@ RECORDS: TypeAdapter[AnyRecord] = TypeAdapter(Annotated[AnyRecord, Field(discrim
 
 
 def score_quantiles(histogram: Histogram, minimum: float, maximum: float) -> dict[str, float]:
-    """The quantiles of `QUANTILES` from a histogram, kept between the smallest and the largest score."""
+    """Returns the quantiles of `QUANTILES` from a histogram, clipped to the smallest and the largest score."""
     values = histogram.quantiles(list(QUANTILES.values()))
     return {name: float(np.clip(q, minimum, maximum)) for name, q in zip(QUANTILES, values, strict=True)}

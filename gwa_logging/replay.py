@@ -1,10 +1,10 @@
-"""Sends what a tracker has missed, from the journals of a run: after an outage, a crash, or a run that was not tracked at all.
+"""Sends the records that a tracker lacks, from a run's journals: after an outage, a crash, or a run without that tracker.
 
-The tracker is asked which records it has, and gets the others, whatever their place in the run. Nothing is kept on the
-side, and sending twice sends nothing the second time.
+The tracker is read back, and every record that it lacks is sent, wherever it belongs in the run. A second replay sends
+nothing.
 
-A run that was killed and resumed has several journals. They overlap where the resumed run repeated steps after its
-checkpoint: of two records about the same interval or epoch the later journal's counts, and is sent once.
+A run that was killed and resumed has several journals. They overlap if the resumed run repeated the steps after its
+checkpoint. Of two records about the same interval or epoch, only the one from the later journal is sent.
 """
 
 import re
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gwa_logging import registry
-from gwa_logging.delivery import batch_of, send
+from gwa_logging._journal_file import lock
 from gwa_logging.errors import BackendError, InvalidInputError
-from gwa_logging.journal import FILE_NAME, JournalReader, lock
+from gwa_logging.journal import FILE_NAME, JournalReader
 from gwa_logging.protocols import Backend, RunContext
 from gwa_logging.records import (
     AnyRecord,
@@ -32,18 +32,18 @@ from gwa_logging.records import (
 from gwa_logging.redact import MASK, has_secret
 
 NEW = "new"
-"""In place of a run: one that is started for it."""
+"""The value of `run=` that starts a new run."""
 
 
 class Replayed(NamedTuple):
-    """What a replay did.
+    """The result of a replay. Only intervals with a score, epochs, alerts and lists of suspects are counted.
 
     Attributes:
-        sent: intervals with a score, epochs, alerts and lists of suspects that were missing and are in the tracker now.
-        had: the same, which the tracker had already.
-        skipped: lines of the journals that were torn or not ours.
+        sent: number of records that were missing and were sent.
+        had: number of records that the tracker already had.
+        skipped: number of lines of the journals that were torn or are not valid records.
         run_ref: the tracker's run.
-        repeated: records that a later journal of the same run, or a later line, replaces; they were not sent.
+        repeated: number of records that were not sent, because a later one about the same subject replaces them.
     """
 
     sent: int
@@ -54,21 +54,21 @@ class Replayed(NamedTuple):
 
 
 def replay(journals: Path | Sequence[Path], backend: str, run: str | None = None) -> Replayed:
-    """Sends what is missing to a tracker's run.
+    """Sends the missing records to a tracker's run.
 
     Args:
-        journals: a run's journal.jsonl, which no process is writing any more; or those of a run that was resumed, from
-            the first to the last.
+        journals: the journal.jsonl of a run; for a resumed run its journals, from the first to the last. No process may
+            still be writing to them.
         backend: "wandb", "mlflow", ... as in `watch`.
-        run: the tracker's run: what `watch(run=)` takes as text; None for the one that the journals were written for; "new" to
-            start one.
+        run: the tracker's run, as text for `watch(run=)`; None for the run that the journals were written for; "new" for a
+            new one.
 
     Raises:
-        InvalidInputError: a journal is empty or of another version, or no run is known and none was given.
-        BackendError: the tracker cannot be used, stops taking records, or a process is still writing a journal.
+        InvalidInputError: a journal is empty or of another version, or no run is known and none was passed.
+        BackendError: the tracker cannot be used or refuses records, or a process is still writing to a journal.
     """
     if backend == "local":
-        raise InvalidInputError("backend='local': that is the journal itself; name a tracker")
+        raise InvalidInputError("backend='local': this is the journal itself; choose a tracker")
     paths = [journals] if isinstance(journals, Path) else list(journals)
     for path in paths:
         if not path.is_file():
@@ -76,31 +76,31 @@ def replay(journals: Path | Sequence[Path], backend: str, run: str | None = None
     with ExitStack() as locks:
         for path in paths:
             lock(locks.enter_context(path.open("rb")))
-        first, folder = _first(paths[-1]), paths[-1].parent
-        context = RunContext(first.name, _wanted(first, folder, backend, run), folder)
+        first, folder = _run_record(paths[-1]), paths[-1].parent
+        context = RunContext(first.name, _run_to_open(first, folder, backend, run), folder)
         tracker = registry.open_backend(backend, context)
         assert tracker is not None  # it is not "local"
         return _send(paths, tracker)
 
 
-def _first(journal: Path) -> RunRecord:
+def _run_record(journal: Path) -> RunRecord:
     reader = JournalReader(journal)
-    first = next((record for record in reader if isinstance(record, RunRecord)), None)
-    if first is None:
-        raise InvalidInputError(f"{journal}: there is no run in it (lines skipped: {reader.skipped})")
-    return first
+    for record in reader:
+        if isinstance(record, RunRecord):
+            return record
+    raise InvalidInputError(f"{journal}: it contains no run (lines skipped: {reader.skipped})")
 
 
-def _wanted(first: RunRecord, folder: Path, backend: str, run: str | None) -> str | None:
-    """The run to take; None to start one."""
+def _run_to_open(first: RunRecord, folder: Path, backend: str, run: str | None) -> str | None:
+    """Returns the run to open; None to start one."""
     if run is not None:
         return None if run == NEW else run
     known = first.places.get(backend, TrackerRunRef()).run
-    if known is None or MASK in known:  # an address with credentials, which were not written down
+    if known is None or MASK in known:  # an address whose credentials were masked
         raise InvalidInputError(
-            f"this journal was not written for a run of {backend} that could be found again: give --run ID, or --run {NEW}"
+            f"this journal does not name a run of {backend} that can be opened again: pass --run ID or --run {NEW}"
         )
-    _check_place(known, first.name, folder, backend)
+    _check_run(known, first.name, folder, backend)
     return known
 
 
@@ -111,21 +111,21 @@ _RUN_IDS = {
 }
 
 
-def _check_place(known: str, name: str, folder: Path, backend: str) -> None:
-    """Checks the run that a journal names: it may be somebody else's, and must not lead anywhere on this machine.
+def _check_run(known: str, name: str, folder: Path, backend: str) -> None:
+    """Checks the run that a journal names. The journal may be untrusted, so its run must not be any path on this machine.
 
     Raises:
-        InvalidInputError: it is no run of that backend, or a folder outside the run's own and the working directory.
+        InvalidInputError: this is not a run of the backend, or it is a folder outside the journal's and the working directory.
     """
     if backend == "tensorboard":
         where = f"{known}/{name}"
-        inside = "\0" not in where and "://" not in where and _is_inside(Path(where), (folder, Path.cwd()))
-        remedy = f"outside {str(folder)!r} and the working directory. If it is yours, name it: --run PATH"
+        allowed = "\0" not in where and "://" not in where and _is_inside(Path(where), (folder, Path.cwd()))
+        remedy = f"outside {str(folder)!r} and the working directory. If you trust it, pass --run PATH"
     else:
         shape = re.fullmatch(_RUN_IDS.get(backend, ".{1,4096}"), known)
-        inside = bool(shape) and known.isprintable() and not {"", ".", ".."} & set(known.split("/"))
-        remedy = f"which is no run of {backend}. Name the run: --run ID, or --run {NEW}"
-    if not inside:
+        allowed = bool(shape) and known.isprintable() and not {"", ".", ".."} & set(known.split("/"))
+        remedy = f"which is not a run of {backend}. Pass --run ID or --run {NEW}"
+    if not allowed:
         raise InvalidInputError(f"this journal was logged to {known[:300]!r}, {remedy}")
 
 
@@ -135,34 +135,35 @@ def _is_inside(path: Path, folders: Iterable[Path]) -> bool:
 
 def _send(journals: list[Path], tracker: Backend) -> Replayed:
     sent = had = repeated = 0
-    problem: Exception | None = None
+    failure: Exception | None = None
     readers = [JournalReader(journal) for journal in journals]
     try:
-        held = tracker.contents()
-        last = _last_of_each(journals)
-        for records in _batches(readers, batch_of(tracker)):
+        contents = tracker.contents()
+        last = _last_of_each_subject(journals)
+        for records in _batches(readers, tracker.records_per_call):
             wanted = [record for number, record in records if last[_subject(record)] == number]
-            missing = [record for record in wanted if not held.has(record)]
-            send(tracker, missing)
+            missing = [record for record in wanted if not contents.has(record)]
+            if missing:
+                tracker.write_many(missing)
             sent += _counted(missing)
             had += _counted(wanted) - _counted(missing)
             repeated += _counted([record for _, record in records]) - _counted(wanted)
-    except Exception as error:  # noqa: BLE001 - whatever a tracker raises; raised again below
-        problem = error
+    except Exception as error:  # noqa: BLE001 - whatever a tracker raises; see below
+        failure = error
     try:
         tracker.close()
-    except Exception as error:  # noqa: BLE001 - as above; the first one says more
-        problem = problem or error
-    if problem is not None:
+    except Exception as error:  # noqa: BLE001 - as above; the first error is more informative
+        failure = failure or error
+    if failure is not None:
         raise BackendError(
-            f"backend {tracker.name}: {sent} missing records were sent, then: {type(problem).__name__}: {problem}. "
-            "Replay again to go on"
-        ) from (None if has_secret(problem) else problem)
+            f"backend {tracker.name}: {sent} missing records were sent, then: {type(failure).__name__}: {failure}. "
+            "Replay again to send the rest"
+        ) from (None if has_secret(failure) else failure)
     return Replayed(sent, had, sum(reader.skipped for reader in readers), tracker.run_ref, repeated)
 
 
 def _batches(readers: Sequence[JournalReader], size: int) -> Iterator[list[tuple[int, AnyRecord]]]:
-    """The records of all journals with their numbers, counted through all of them."""
+    """Yields the records of all journals in order, in lists of at most `size`. They are numbered over all journals."""
     number = 0
     for reader in readers:
         while records := reader.take(size):
@@ -171,7 +172,7 @@ def _batches(readers: Sequence[JournalReader], size: int) -> Iterator[list[tuple
 
 
 def _subject(record: AnyRecord) -> tuple[str, int]:
-    """What a record is about: of two records about the same, the later one counts."""
+    """Returns what a record is about. Of two records about the same subject only the later one is sent."""
     if isinstance(record, IntervalRecord | SuspectsRecord):
         return record.kind, record.step
     if isinstance(record, EpochReport | StopAlert):
@@ -179,23 +180,25 @@ def _subject(record: AnyRecord) -> tuple[str, int]:
     return record.kind, 0
 
 
-def _last_of_each(journals: Sequence[Path]) -> dict[tuple[str, int], int]:
-    """The number of the last record about each subject, as `_batches` counts them."""
+def _last_of_each_subject(journals: Sequence[Path]) -> dict[tuple[str, int], int]:
+    """Returns the number of the last record about each subject, in the numbering of `_batches`."""
     readers = [JournalReader(journal) for journal in journals]
     return {_subject(record): number for batch in _batches(readers, 1000) for number, record in batch}
 
 
 def _counted(records: list[AnyRecord]) -> int:
-    """How many records leave something in a tracker that can be read back."""
-    return sum(not isinstance(r, RunRecord | CloseRecord) and not _is_empty(r) for r in records)
+    """Returns how many of these records `Replayed` counts."""
+    return sum(_is_counted(record) for record in records)
 
 
-def _is_empty(record: AnyRecord) -> bool:
-    return isinstance(record, IntervalRecord) and not record.count
+def _is_counted(record: AnyRecord) -> bool:
+    if isinstance(record, IntervalRecord):
+        return record.count > 0
+    return not isinstance(record, RunRecord | CloseRecord)
 
 
 class TrackedRun(NamedTuple):
-    """The journals that were written for one run of a tracker under one name, from the first to the last."""
+    """The journals that were written for one run of a tracker under one name, in the order in which they were written."""
 
     run: str
     name: str
@@ -203,24 +206,24 @@ class TrackedRun(NamedTuple):
 
 
 def tracked_runs(directory: Path, backend: str) -> tuple[list[TrackedRun], dict[Path, str]]:
-    """Groups all journals in a folder of runs by the run of the tracker that they were written for.
+    """Groups all journals in a folder by the tracker's run that they were written for.
 
     Returns:
-        The runs, the one that was begun first at the beginning; and the journals that belong to none, with the reason.
+        The runs, oldest first, and the journals that belong to no run, with the reason.
     """
     found: dict[tuple[str, str], list[tuple[str, float, Path]]] = {}
     others: dict[Path, str] = {}
     for journal in sorted(directory.glob(f"**/{FILE_NAME}")):
         try:
-            first = _first(journal)
+            first = _run_record(journal)
         except (InvalidInputError, OSError) as error:
             others[journal] = str(error)
             continue
         run = first.places.get(backend, TrackerRunRef()).run
         if run is None:
-            others[journal] = f"{journal}: it was not written for a run of {backend} that could be found again"
+            others[journal] = f"{journal}: it does not name a run of {backend} that can be opened again"
             continue
-        # Two runs can be created within a second; the times of their records tell them apart.
+        # Two runs can be created in the same second. The times of their records show which was first.
         began = next((record.time for record in JournalReader(journal) if isinstance(record, TimedRecord)), 0.0)
         found.setdefault((run, first.name), []).append((first.created, began, journal))
     ordered = sorted((sorted(journals), key) for key, journals in found.items())
@@ -228,6 +231,6 @@ def tracked_runs(directory: Path, backend: str) -> tuple[list[TrackedRun], dict[
 
 
 def journals_of(folder: Path) -> Iterator[Path]:
-    """The journals of one run: its own, and those of the further heads that were watched beside it."""
+    """Yields the journals of one run: that of the first head, then those of further heads."""
     yield folder / FILE_NAME
     yield from sorted(path for path in folder.glob(f"**/{FILE_NAME}") if path.parent != folder)

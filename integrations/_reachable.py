@@ -1,4 +1,4 @@
-"""Whether a tracker's server answers, found out within seconds: the trackers' own clients try for minutes."""
+"""Checks within seconds that a tracker's server responds. The trackers' own clients retry for minutes."""
 
 import ssl
 from concurrent.futures import Future
@@ -7,54 +7,53 @@ from threading import Thread
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-CALL_WITHIN = 3.0
-"""Seconds for connecting, for each address of a host, and for each answer."""
+CONNECT_WITHIN = 3.0
+"""Seconds for each connection (one for each address of the host), and for each response."""
 
-ANSWER_WITHIN = 8.0
-"""Seconds altogether, also where looking up the host's name takes long."""
+RESPONSE_WITHIN = 8.0
+"""Seconds in total, including a slow DNS look-up."""
 
 
 def check_reachable(url: str, path: str = "/") -> None:
-    """Asks an HTTP server for anything, and takes any answer. Does nothing for other addresses, or behind a proxy, where
-    there is no telling.
+    """Sends an HTTP request, and accepts any response. Does nothing for other protocols and behind a proxy.
 
     Raises:
-        OSError: no answer within `ANSWER_WITHIN` seconds.
-        ValueError: the address has a port that is none.
+        OSError: no response within `RESPONSE_WITHIN` seconds.
+        ValueError: the port of the address is not a number.
     """
     scheme, host, port = urlsplit(url).scheme, urlsplit(url).hostname, urlsplit(url).port
     if scheme not in ("http", "https") or not host:
         return
     if getproxies().keys() & {scheme, "all"} and not proxy_bypass(host):
         return
-    answer: Future[None] = Future()
+    response: Future[None] = Future()
 
-    def ask() -> None:
+    def send_request() -> None:
         try:
-            _ask(scheme, host, port, path)
-            answer.set_result(None)
+            _request(scheme, host, port, path)
+            response.set_result(None)
         except HTTPException as error:
-            answer.set_exception(ConnectionError(repr(error)))
+            response.set_exception(ConnectionError(repr(error)))
         except Exception as error:  # noqa: BLE001 - raised again below
-            answer.set_exception(error)
+            response.set_exception(error)
 
-    Thread(target=ask, name="gwa_logging reach", daemon=True).start()
+    Thread(target=send_request, name="gwa_logging reach", daemon=True).start()
     try:
-        answer.result(ANSWER_WITHIN)
+        response.result(RESPONSE_WITHIN)
     except TimeoutError as error:
-        raise TimeoutError(str(error) or f"no answer within {ANSWER_WITHIN:g} s") from None
+        raise TimeoutError(str(error) or f"no response within {RESPONSE_WITHIN:g} s") from None
 
 
-def _ask(scheme: str, host: str, port: int | None, path: str) -> None:
+def _request(scheme: str, host: str, port: int | None, path: str) -> None:
     if scheme == "https":
-        # Nothing secret is sent and nothing is believed, so whoever answers may have any certificate.
-        line: HTTPConnection = HTTPSConnection(
-            host, port, timeout=CALL_WITHIN, context=ssl._create_unverified_context()
+        # The request contains no secret and the response is not used, so the certificate does not matter.
+        connection: HTTPConnection = HTTPSConnection(
+            host, port, timeout=CONNECT_WITHIN, context=ssl._create_unverified_context()
         )
     else:
-        line = HTTPConnection(host, port, timeout=CALL_WITHIN)
+        connection = HTTPConnection(host, port, timeout=CONNECT_WITHIN)
     try:
-        line.request("HEAD", path)
-        line.getresponse()
+        connection.request("HEAD", path)
+        connection.getresponse()
     finally:
-        line.close()
+        connection.close()

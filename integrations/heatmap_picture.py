@@ -1,14 +1,12 @@
-"""A run so far as one picture: time to the right, score upwards, the share of samples as colour.
+"""Draws the distribution of the scores over time: steps to the right, scores upwards, the share of samples as colour.
 
-Worker threads draw it in the middle of somebody's training, and every millisecond in which they hold the interpreter makes
-a training step longer. So NumPy colours the pixels and Pillow sets the text, a few milliseconds in all, where matplotlib
-takes 100. The colours are those of the report.
+A thread draws it during training, and every millisecond in which it holds the interpreter lock delays a training step. So
+NumPy colours the pixels and Pillow draws the text. This takes a few milliseconds, where matplotlib takes 100. The colours
+are those of the report.
 """
 
 from functools import cache
-from itertools import count
 from time import monotonic
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,14 +17,14 @@ from gwa_logging.records import IntervalRecord
 from gwa_logging.report.heatmap import Heatmap, Timeline
 
 SIZE = (640, 480)
-"""Width and height in pixels; trackers show it about as large, or smaller."""
+"""Width and height in pixels. Trackers show it at about this size, or smaller."""
 
 COLUMNS = 200
 INTERVALS_PER_PICTURE = 20
-"""In a long epoch."""
+"""In long epochs."""
 
 PAUSE = 10.0
-"""Seconds between two pictures at least: a tracker takes 30 ms to encode one, and some store every one for good."""
+"""Minimum seconds between two pictures: a tracker needs 30 ms to encode one, and some trackers store all of them for ever."""
 
 _LEFT, _TOP, _RIGHT, _BOTTOM = 102, 46, 528, 410
 """The pixels around the heatmap."""
@@ -44,67 +42,70 @@ _HEAT = (
     (0x17, 0x4F, 0x8F),
     (0x08, 0x23, 0x47),
 )
-"""From no share to the largest, evenly spaced."""
+"""Colours from the smallest share to the largest, evenly spaced."""
 
 Pixels = npt.NDArray[np.uint8]
 
 
 class PictureSeries:
-    """The pictures of a run: one of its first interval, one after each epoch, some between in long epochs; none in a hurry."""
+    """Decides when a run gets a picture, and draws it.
+
+    There is a picture after the first interval, after each epoch, and in between in long epochs, unless the last one
+    is less than `PAUSE` seconds old.
+    """
 
     def __init__(self) -> None:
-        Image.init()  # imports Pillow's formats: now, rather than in the middle of a training step
+        Image.init()  # imports Pillow's formats now rather than during a training step
         _background()
         self._timeline = Timeline(COLUMNS)
-        self._since = 0
+        self._new_intervals = 0  # since the last picture
         self._drawn = -PAUSE
         self._first_epoch = self._last_epoch = self._last_step = 0
 
     @property
-    def news(self) -> bool:
-        """Whether an interval has come since the last picture."""
-        return self._since > 0
+    def has_news(self) -> bool:
+        """Returns True if an interval was added since the last picture."""
+        return self._new_intervals > 0
 
     def add(self, interval: IntervalRecord) -> bool:
-        """Takes in the next interval; whether it is time for a picture, epochs aside.
+        """Adds the next interval. Returns True if a picture is due before the end of the epoch.
 
-        Steps that are left out, because the tracker has them already, stay white. An interval that comes late, after later
-        ones, is not in the picture.
+        Missing steps, which the tracker already has, stay white. An interval that arrives after a later one is left out.
         """
         first = not len(self._timeline)
         begins = interval.step - interval.steps + 1
         if not first and begins <= self._last_step:
             return False
         if not first and begins > self._last_step + 1:
-            self._timeline.add(_nothing(interval, steps=begins - self._last_step - 1))
+            self._timeline.add(_gap_before(interval, steps=begins - self._last_step - 1))
         self._timeline.add(interval)
         self._last_step = interval.step
-        self._since += 1
+        self._new_intervals += 1
         self._last_epoch = interval.epoch
         if first:
             self._first_epoch = interval.epoch
-        return first or (self._since >= INTERVALS_PER_PICTURE and self.rested)
+        return first or (self._new_intervals >= INTERVALS_PER_PICTURE and self.rested)
 
     @property
     def rested(self) -> bool:
-        """Whether the last picture is long enough ago."""
+        """Returns True if the last picture is at least `PAUSE` seconds old."""
         return monotonic() >= self._drawn + PAUSE
 
     def draw(self) -> Image.Image:
-        """The picture so far; takes a few milliseconds. See the function `draw`."""
-        self._since, self._drawn = 0, monotonic()
+        """Draws the run so far; takes a few milliseconds. See the function `draw`."""
+        self._new_intervals, self._drawn = 0, monotonic()
         first, last = self._first_epoch, self._last_epoch
         return draw(self._timeline.heatmap(), f"epoch {last}" if first == last else f"epochs {first} to {last}")
 
 
-def _nothing(before: IntervalRecord, steps: int) -> IntervalRecord:
-    """An interval without scores, right before another one."""
+def _gap_before(interval: IntervalRecord, steps: int) -> IntervalRecord:
+    """Returns an interval without scores that ends where another one begins."""
     empty = {"count": 0, "excluded": 0, "mean": np.nan, "minimum": np.nan, "maximum": np.nan, "histogram": Histogram()}
-    return before.model_copy(update={"step": before.step - before.steps, "steps": steps, **empty})
+    return interval.model_copy(update={"step": interval.step - interval.steps, "steps": steps, **empty})
 
 
 def draw(heatmap: Heatmap, title: str) -> Image.Image:
-    """Draws the distribution of scores over time, with the line of zero and the medians.
+    """Draws the distribution of the scores over time, with a line at zero and a line through the medians.
 
     Args:
         heatmap: from `Timeline.heatmap`; at least one column.
@@ -114,7 +115,7 @@ def draw(heatmap: Heatmap, title: str) -> Image.Image:
         An RGB image of `SIZE`.
     """
     peaks = heatmap.shares.max(axis=0)
-    most = float(np.quantile(peaks, 0.9)) or 1.0  # a few narrow columns, such as the first step, must not pale the rest
+    most = float(np.quantile(peaks, 0.9)) or 1.0  # so that a few narrow columns do not make the rest pale
     canvas = np.array(_background())
     _paint_heatmap(canvas[_TOP:_BOTTOM, _LEFT:_RIGHT], heatmap, most)
     image = Image.fromarray(canvas)
@@ -128,7 +129,7 @@ def draw(heatmap: Heatmap, title: str) -> Image.Image:
 
 @cache
 def _background() -> Image.Image:
-    """What is the same in every picture: the frames, the bar of colours, the names of the axes."""
+    """The parts that all pictures share: frames, colour bar, names of the axes."""
     image = Image.new("RGB", SIZE, _WHITE)
     pen = ImageDraw.Draw(image)
     bar = _colours(np.linspace(1.0, 0.0, _BOTTOM - _TOP))[:, None].repeat(_BAR_RIGHT - _BAR_LEFT, axis=1)
@@ -137,7 +138,7 @@ def _background() -> Image.Image:
         pen.rectangle((left - 1, _TOP - 1, right, _BOTTOM), outline=_INK)
     for y in (_TOP, _BOTTOM - 1):
         pen.line((_BAR_RIGHT, y, _BAR_RIGHT + _TICK, y), fill=_INK)
-    for x in (_RIGHT - 1, _RIGHT):  # twice: there is no bold font
+    for x in (_RIGHT - 1, _RIGHT):  # twice, because there is no bold font
         pen.text((x, _TOP - 10), "median", fill=_MEDIAN, font=_font(21), anchor="rs")
     pen.rectangle((_RIGHT - 100, _TOP - 18, _RIGHT - 82, _TOP - 15), fill=_MEDIAN)
     pen.text(((_LEFT + _RIGHT) / 2, 464), "training step", fill=_INK, font=_font(22), anchor="ms")
@@ -147,14 +148,14 @@ def _background() -> Image.Image:
 
 
 def _paint_heatmap(pixels: Pixels, heatmap: Heatmap, most: float) -> None:
-    """Colours the pixels within the axes; bins without samples stay white."""
+    """Colours the pixels inside the axes; bins without samples stay white."""
     height, width = pixels.shape[:2]
     limit = heatmap.edges[-1]
     steps = np.linspace(heatmap.steps[0], heatmap.steps[-1], 2 * width + 1)[1::2]  # at the middle of each pixel
     column = np.clip(np.searchsorted(heatmap.steps, steps, side="right") - 1, 0, heatmap.shares.shape[1] - 1)
     scores = np.linspace(limit, -limit, 2 * height + 1)[1::2]
     row = np.clip(np.searchsorted(heatmap.edges, scores, side="right") - 1, 0, heatmap.shares.shape[0] - 1)
-    # In the square root of the share, because the tails matter as much as the middle.
+    # The colour is linear in the square root of the share, so that the tails are visible.
     colours = _colours(np.sqrt(np.minimum(heatmap.shares / most, 1.0)))
     colours[heatmap.shares == 0.0] = _WHITE
     pixels[:] = colours.take(column, axis=1).take(row, axis=0)
@@ -163,13 +164,13 @@ def _paint_heatmap(pixels: Pixels, heatmap: Heatmap, most: float) -> None:
 
 
 def _paint_zero(rows: Pixels) -> None:
-    """A dashed line that is seen on light and on dark colours."""
+    """Draws a dashed line that is visible on light and dark colours."""
     rows[:] = _WHITE
     rows[:, np.arange(rows.shape[1]) % (_DASH + _GAP) < _DASH] = _INK
 
 
 def _paint_medians(pixels: Pixels, at: npt.NDArray[np.float64]) -> None:
-    """A line with a white border through the heights `at`, float [width]; it is broken where they are NaN."""
+    """Draws a line with a white border through the heights `at`, float [width]. It has gaps where they are NaN."""
     known = np.isfinite(at)
     before = np.where(np.roll(known, 1), np.roll(at, 1), at)
     before[0] = at[0]
@@ -184,8 +185,8 @@ def _paint_medians(pixels: Pixels, at: npt.NDArray[np.float64]) -> None:
 def _label_axes(pen: ImageDraw.ImageDraw, heatmap: Heatmap) -> None:
     first, last, limit = int(heatmap.steps[0]), int(heatmap.steps[-1]), float(heatmap.edges[-1])
     span = max(last - first, 1)
-    every = next(n * 10**k for k in count() for n in (1, 2, 5) if 5 * n * 10**k >= span)
-    for step in range(-(-first // every) * every, last + 1, every):
+    spacing = _tick_spacing(span)
+    for step in range(-(-first // spacing) * spacing, last + 1, spacing):
         x = _LEFT + (_RIGHT - 1 - _LEFT) * (step - first) / span
         pen.line((x, _BOTTOM, x, _BOTTOM + _TICK), fill=_INK)
         pen.text((x, _BOTTOM + 26), _short(step), fill=_INK, font=_font(19), anchor="ms")
@@ -198,28 +199,40 @@ def _label_axes(pen: ImageDraw.ImageDraw, heatmap: Heatmap) -> None:
             pen.rectangle((left - 12, y, left - 4, y + 1), fill=_INK)  # the font has no minus sign
 
 
+def _tick_spacing(span: int) -> int:
+    """Returns the smallest of 1, 2, 5, 10, 20, 50, ... that divides `span` into 5 parts at most."""
+    power = 1
+    while True:
+        for spacing in (power, 2 * power, 5 * power):
+            if 5 * spacing >= span:
+                return spacing
+        power *= 10
+
+
 def _text_upwards(image: Image.Image, text: str, size: int, x: int) -> None:
-    """Text turned to the left, its middle at the height of the axes' middle."""
+    """Draws text that is rotated by 90 degrees and centred on the vertical axis."""
     mask = Image.new("L", (_BOTTOM - _TOP, 2 * size))
     ImageDraw.Draw(mask).text((mask.width / 2, size), text, fill=255, font=_font(size), anchor="mm")
-    turned = mask.transpose(Image.Transpose.ROTATE_90)
-    image.paste(_INK, (x - size, _TOP), turned)
+    rotated = mask.transpose(Image.Transpose.ROTATE_90)
+    image.paste(_INK, (x - size, _TOP), rotated)
 
 
 def _colours(values: npt.NDArray[np.float64]) -> Pixels:
-    """uint8 [..., 3] for values in [0, 1]."""
+    """Returns the colours, uint8 [..., 3], of values in [0, 1]."""
     anchors = np.linspace(0.0, 1.0, len(_HEAT))
     channels = [np.interp(values, anchors, [colour[i] for colour in _HEAT]) for i in range(3)]
     return np.stack(channels, axis=-1).round().astype(np.uint8)
 
 
 @cache
-def _font(size: int) -> Any:
-    """The font that Pillow brings along, so that pictures look the same everywhere."""
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's built-in font, so that pictures look the same on every machine."""
     return ImageFont.load_default(size)
 
 
 def _short(step: float) -> str:
-    """1500000 as 1.5M."""
-    size, unit = next(((size, unit) for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if step >= size), (1, ""))
-    return f"{step / size:.4g}{unit}"
+    """Formats a number of steps: 1.5M for 1500000."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if step >= size:
+            return f"{step / size:.4g}{unit}"
+    return f"{step:.4g}"

@@ -1,8 +1,8 @@
-"""MLflow: writes records into a run, from a worker thread.
+"""MLflow: writes records to a run, from the delivery's thread.
 
-MLflow's active run belongs to the thread that started it, and its calls wait four minutes for a server that is gone. So
-the tracking URI and the run are settled on the caller's thread, where a server that does not answer is an error; from
-then on there is only a client with that URI and that run id, on a thread that may wait as long as it likes.
+MLflow's active run belongs to the thread that started it, and its calls wait four minutes for a server that does not
+respond. So the tracking URI and the run are determined on the user's thread, where a server that does not respond is an
+error. From then on only a client with this URI and this run id is used, on a thread that may block for as long as it needs.
 
 MLflow has no histograms: the quantiles are metrics, and the distribution over time is a picture with a step slider.
 """
@@ -12,7 +12,7 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from importlib import metadata
@@ -25,8 +25,9 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Run, RunTag
 
-from gwa_logging.errors import BackendError, InvalidInputError, MissingDependencyError
+from gwa_logging.errors import BackendError, MissingDependencyError
 from gwa_logging.integrations._reachable import check_reachable
+from gwa_logging.integrations._tracker import Tracker, invalid_run
 from gwa_logging.integrations.heatmap_picture import PictureSeries
 from gwa_logging.journal import FILE_NAME
 from gwa_logging.protocols import RunContext, TrackerContents, samples_by_epoch
@@ -38,29 +39,30 @@ from gwa_logging.records import (
     RunRecord,
     StopAlert,
     SuspectsRecord,
+    TimedRecord,
     TrackerRunRef,
 )
 from gwa_logging.redact import redact_urls
 
 logger = logging.getLogger("gwa_logging")
 
-METRICS_PER_CALL = 1000  # MLflow's limit
+METRICS_PER_REQUEST = 1000  # MLflow's limit
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
-PICTURE_TRIES = 3  # so many pictures in a row may fail; then there are no more
-BREATH = 0.05
-"""Seconds between writing numbers, drawing a picture and encoding it. Each takes the interpreter for 5 to 10 ms; without a
-pause a single training step could wait for all three."""
+PICTURE_TRIES = 3  # after this many failures in a row no more pictures are drawn
+YIELD = 0.05
+"""Seconds between writing numbers, drawing a picture and encoding it. Each of these holds the interpreter lock for 5 to 10 ms;
+without a pause a single training step could wait for all three."""
 
 
 def open_backend(context: RunContext) -> "MlflowBackend":
-    """Takes the user's run, or the active one; if there is neither, starts one of its own. Waits for the server.
+    """Uses the run that the user passed, or the active one; without either, starts a run. Waits for the server.
 
     Raises:
-        InvalidInputError: `run=` is neither a run of MLflow nor a run id.
-        BackendError: the server does not answer, there is no such run, or no run can be started.
+        InvalidInputError: `run=` is neither an MLflow run nor a run id.
+        BackendError: the server does not respond, the run does not exist, or no run can be started.
     """
     uri = mlflow.get_tracking_uri()
-    _knock(uri)
+    _check_reachable(uri)
     wanted = _wanted_run(context.run)
     try:
         client = MlflowClient(tracking_uri=uri)
@@ -68,10 +70,10 @@ def open_backend(context: RunContext) -> "MlflowBackend":
         run = client.get_run(own.run_id if own else wanted)
         if run.info.lifecycle_stage != "active":
             raise LookupError("the run is deleted")
-    except Exception as error:  # noqa: BLE001 - whatever MLflow raises here: nothing could ever be logged
+    except Exception as error:  # noqa: BLE001 - whatever MLflow raises: logging would be impossible
         what = "backend='mlflow'" if wanted is None else f"run={wanted!r}"
-        remedy = "Pass a run that is there"
-        if uri.startswith(DATABASES) and not _is_whole():
+        remedy = "Pass a run that exists"
+        if uri.startswith(DATABASES) and not _is_full_mlflow():
             remedy = "mlflow-skinny needs a server: pip install mlflow"
         raise BackendError(
             f"{what}: MLflow at {uri} refuses: {error!r}. {remedy}, or choose another server with "
@@ -79,78 +81,110 @@ def open_backend(context: RunContext) -> "MlflowBackend":
         ) from None
     if own:
         logger.info("gwa_logging: no MLflow run is active in this thread; started one: %s", own.run_id)
-    # Loading MLflow makes a full garbage collection due, which would otherwise stop a training step for 0.2 to 0.4 s.
+    # Importing MLflow makes a full garbage collection due, which would otherwise delay a training step by 0.2 to 0.4 s.
     gc.collect()
     return MlflowBackend(client, run, context, own)
 
 
 def locate(context: RunContext) -> TrackerRunRef:
-    """The place of the run that `open_backend` would take; empty if it would start one."""
+    """Returns the run that `open_backend` would use; empty if it would start one."""
     return TrackerRunRef(run=_wanted_run(context.run))
 
 
-class MlflowBackend:
-    """Writes into one run. See `gwa_logging.protocols.Backend`."""
+class MlflowBackend(Tracker):
+    """Writes to one run. A write takes 10 to 100 ms, and minutes while the server does not respond."""
 
     name = "mlflow"
-    threaded = True
-    """A write takes 10 to 100 ms, and minutes while the server is away."""
+    records_per_call = 100
 
     def __init__(self, client: MlflowClient, run: Run, context: RunContext, own: "_OwnRun | None" = None) -> None:
-        """Writes into `run`; `own` is given if nobody else does, and is ended by `close`."""
-        address, page = (
-            redact_urls(client.tracking_uri),
-            f"/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}",
-        )
+        """Writes to `run`. `own` is the same run if this library started it, and is ended by `close`."""
+        super().__init__(context.name)
+        address = redact_urls(client.tracking_uri)
+        page = f"/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
         self._client = client
-        self.run = self._run_id = str(run.info.run_id)
+        self.run: str = str(run.info.run_id)
         self.run_ref = TrackerRunRef(
             run=self.run, url=address.rstrip("/") + page if address.startswith("http") else None
         )
-        self._prefix = context.name
         self._directory = context.directory
         self._own = own
         self._begun = False
         self._pictures = PictureSeries()
         self._picture_tries = PICTURE_TRIES
+        # What the records of the current call add to the run. Files come last.
+        self._metrics: list[Metric] = []
+        self._tags: dict[str, str] = {}
+        self._add_files: list[Callable[[], None]] = []
 
     def write(self, record: AnyRecord) -> None:
-        """Writes one record. The same record may be written again: MLflow drops metrics that it already has.
+        """Writes one record. Writing it again is harmless: MLflow drops metrics that it already has.
 
         Raises:
-            BackendError: MLflow has not taken it.
+            BackendError: MLflow has not accepted it.
         """
         self.write_many([record])
 
     def write_many(self, records: Sequence[AnyRecord]) -> None:
-        """Writes records in as few calls as MLflow allows; what `write` says holds for all of them together.
+        """Writes records with as few requests as MLflow allows.
 
         Raises:
-            BackendError: MLflow has not taken them all.
+            BackendError: MLflow has not accepted all of them.
         """
         self._begun = True
-        with _without_passwords():
-            metrics = [metric for record in records for metric in self._metrics(record)]
-            for start in range(0, len(metrics), METRICS_PER_CALL):
-                part = metrics[start : start + METRICS_PER_CALL]
-                self._client.log_batch(self._run_id, metrics=part, synchronous=True)
-            for record in records:
-                self._tag(record)
-        # Nothing below raises, so an interval that is written again has not been added yet.
+        self._metrics, self._tags, self._add_files = [], {}, []
         for record in records:
-            if self._pictures_of(record):
-                self._show(record)
-            elif isinstance(record, SuspectsRecord):
-                self._list(record)
+            super().write(record)
+        with _as_backend_errors():
+            for start in range(0, len(self._metrics), METRICS_PER_REQUEST):
+                part = self._metrics[start : start + METRICS_PER_REQUEST]
+                self._client.log_batch(self.run, metrics=part, synchronous=True)
+            if self._tags:
+                tags = [RunTag(f"{self.prefix}.{key}", value) for key, value in self._tags.items()]
+                self._client.log_batch(self.run, tags=tags, synchronous=True)
+        # These do not raise, so an interval that has to be written again has not been added to the pictures.
+        for add in self._add_files:
+            add()
+
+    def on_run(self, run: RunRecord) -> None:
+        """Sets a tag with the head."""
+        self._tags["head"] = run.head
+
+    def on_interval(self, interval: IntervalRecord) -> None:
+        """Logs the metrics; adds a picture if it is time for one."""
+        self._add_metrics(interval, interval.step, interval.metrics)
+        self._add_files.append(lambda: self._draw(interval, interval.step) if self._pictures.add(interval) else None)
+
+    def on_epoch(self, report: EpochReport) -> None:
+        """Logs the metrics; adds a picture unless the last one is too recent."""
+        self._add_metrics(report, report.epoch, report.metrics)
+        self._add_files.append(lambda: self._draw(report, report.step) if self._pictures.rested else None)
+
+    def on_alert(self, alert: StopAlert) -> None:
+        """Sets tags, by which runs can be searched for."""
+        self._tags |= {
+            "alert": f"stop: {alert.text}",
+            "alert.epoch": str(alert.epoch),
+            "alert.best_epoch": str(alert.best_epoch),
+        }
+
+    def on_suspects(self, suspects: SuspectsRecord) -> None:
+        """Adds the suspects as a CSV file, which MLflow shows as a table."""
+        self._add_files.append(lambda: self._add_table(suspects))
+
+    def on_close(self, end: CloseRecord) -> None:
+        """Logs the best epoch, and adds the last picture."""
+        self._add_metrics(end, end.epochs - 1, end.metrics)
+        self._add_files.append(lambda: self._draw(end, end.steps - 1))
 
     def contents(self) -> TrackerContents:
-        """What the run has of ours. Waits for the server.
+        """Reads which records the run contains. Waits for the server.
 
         Raises:
-            BackendError: MLflow does not answer.
+            BackendError: MLflow does not respond.
         """
-        with _without_passwords():
-            tags = self._client.get_run(self._run_id).data.tags
+        with _as_backend_errors():
+            tags = self._client.get_run(self.run).data.tags
             intervals, ends = (self._history(key) for key in ("step_mean", "best_epoch"))
             samples = Counter[tuple[int, int]]()  # by epoch and time, because an epoch can have several reports
             for metric in self._history("count") + self._history("excluded"):
@@ -158,112 +192,87 @@ class MlflowBackend:
             return TrackerContents(
                 intervals=frozenset(metric.step for metric in intervals),
                 epochs=samples_by_epoch((epoch, total) for (epoch, _), total in samples.items()),
-                # Only the last alert and the last list can be in MLflow: sending an older one would replace it.
-                alerts=range(int(tags.get(f"{self._prefix}.alert.epoch", -1)) + 1),
-                suspects=range(int(tags.get(f"{self._prefix}.suspects.step", -1)) + 1),
+                # MLflow keeps only the last alert and the last list: sending an older one would replace it.
+                alerts=range(int(tags.get(f"{self.prefix}.alert.epoch", -1)) + 1),
+                suspects=range(int(tags.get(f"{self.prefix}.suspects.step", -1)) + 1),
                 closes=frozenset(metric.step + 1 for metric in ends),
             )
 
-    def _history(self, key: str) -> list[Metric]:
-        """All values of a metric; MLflow's client asks for as many pages as there are."""
-        return list(self._client.get_metric_history(self._run_id, f"{self._prefix}/{key}"))
-
     def close(self) -> None:
-        """Ends the run if it is ours; adds the journal and the report to it, in a folder of the name that metrics have.
+        """Ends the run if this library started it. Adds the journal and the report to it, in a folder named like the prefix.
 
         Raises:
-            BackendError: MLflow has not taken the end or the files.
+            BackendError: MLflow has not accepted the end or the files.
         """
-        with _without_passwords():
-            # The run first: its end must not wait for uploads, and a run that has ended still takes files.
+        with _as_backend_errors():
+            # The end first: it must not wait for uploads, and a run that has ended still accepts files.
             if self._own:
                 self._own.end(self._client, "FINISHED" if self._begun else "FAILED")
-            if not self._begun:  # watch() has failed, before the first record
+            if not self._begun:  # watch() failed before the first record
                 return
-            self._client.log_artifact(self._run_id, str(self._directory / FILE_NAME), self._prefix)
+            self._client.log_artifact(self.run, str(self._directory / FILE_NAME), self.prefix)
             try:
                 from gwa_logging.report.page import write_report  # here, because it needs plotly
 
-                self._client.log_artifact(self._run_id, str(write_report(self._directory)), self._prefix)
+                self._client.log_artifact(self.run, str(write_report(self._directory)), self.prefix)
             except MissingDependencyError as error:
                 logger.info("gwa_logging: no report.html for MLflow: %s", error)
 
-    def _metrics(self, record: AnyRecord) -> list[Metric]:
-        """What a record has for MLflow's charts. Infinities become NaN: MLflow would make them 1.8e308."""
-        if isinstance(record, IntervalRecord) and record.count:
-            step, values = record.step, record.metrics
-        elif isinstance(record, EpochReport):
-            step, values = record.epoch, record.metrics
-        elif isinstance(record, CloseRecord) and record.best_epoch is not None:
-            step, values = record.epochs - 1, {"best_epoch": record.best_epoch, "best_value": record.best_value}
-        else:
-            return []
-        finite = {key: float(value) if math.isfinite(value) else math.nan for key, value in values.items()}
-        return [Metric(f"{self._prefix}/{key}", finite[key], int(1000 * record.time), step) for key in finite]
+    def _history(self, key: str) -> list[Metric]:
+        """All values of a metric. The client requests as many pages as there are."""
+        return list(self._client.get_metric_history(self.run, f"{self.prefix}/{key}"))
 
-    def _tag(self, record: AnyRecord) -> None:
-        if isinstance(record, StopAlert):
-            text = f"stop: {record.message}"
-            values = {"alert": text, "alert.epoch": record.epoch, "alert.best_epoch": record.best_epoch}
-        elif isinstance(record, RunRecord):
-            values = {"head": record.head}
-        else:
+    def _add_metrics(self, record: TimedRecord, step: int, values: Mapping[str, float]) -> None:
+        """Adds metrics to the current call. Infinities become NaN: MLflow would store them as 1.8e308."""
+        for key, value in self.keyed(values).items():
+            finite = float(value) if math.isfinite(value) else math.nan
+            self._metrics.append(Metric(key, finite, int(1000 * record.time), step))
+
+    def _draw(self, record: TimedRecord, step: int) -> None:
+        """Adds a picture if an interval was added since the last one.
+
+        Does not raise, because files are often not allowed where metrics are, and must not delay them.
+        """
+        if not self._picture_tries or not self._pictures.has_news:
             return
-        tags = [RunTag(f"{self._prefix}.{key}", str(value)) for key, value in values.items()]
-        self._client.log_batch(self._run_id, tags=tags, synchronous=True)
-
-    def _pictures_of(self, record: AnyRecord) -> bool:
-        """Adds an interval to the pictures; whether it is time for one."""
-        if isinstance(record, IntervalRecord):
-            return self._pictures.add(record)
-        if isinstance(record, EpochReport):
-            return self._pictures.news and self._pictures.rested
-        return isinstance(record, CloseRecord) and self._pictures.news
-
-    def _show(self, record: AnyRecord) -> None:
-        """Adds a picture. Files are often not allowed where numbers are; that must not hold the numbers up."""
-        if not self._picture_tries:
-            return
-        assert isinstance(record, IntervalRecord | EpochReport | CloseRecord)
-        step = record.steps - 1 if isinstance(record, CloseRecord) else record.step
-        key, timestamp = f"{self._prefix}/scores", int(1000 * record.time)
         try:
-            sleep(BREATH)
+            sleep(YIELD)
             image = self._pictures.draw()
-            sleep(BREATH)
-            self._client.log_image(self._run_id, image, key=key, step=step, timestamp=timestamp, synchronous=True)
+            sleep(YIELD)
+            key, timestamp = f"{self.prefix}/scores", int(1000 * record.time)
+            self._client.log_image(self.run, image, key=key, step=step, timestamp=timestamp, synchronous=True)
             self._picture_tries = PICTURE_TRIES
-        except Exception as error:  # noqa: BLE001 - whatever an artifact store raises; see above
+        except Exception as error:  # noqa: BLE001 - whatever an artifact store raises
             self._picture_tries -= 1
-            outlook = "the next will be tried" if self._picture_tries else "there will be no more"
+            outlook = "the next one will be tried" if self._picture_tries else "no more will be tried"
             logger.warning("gwa_logging: backend mlflow: no picture (%s); %s", redact_urls(repr(error)), outlook)
 
-    def _list(self, record: SuspectsRecord) -> None:
-        """Adds the suspects, as a CSV file, which MLflow shows as a table. See `_show`."""
+    def _add_table(self, suspects: SuspectsRecord) -> None:
+        """Adds the suspects. Does not raise, as `_draw`."""
         try:
-            self._client.log_text(self._run_id, record.csv(), f"{self._prefix}/suspects.csv")
-            self._client.set_tag(self._run_id, f"{self._prefix}.suspects.step", record.step)
-        except Exception as error:  # noqa: BLE001 - see `_show`
+            self._client.log_text(self.run, suspects.csv(), f"{self.prefix}/suspects.csv")
+            self._client.set_tag(self.run, f"{self.prefix}.suspects.step", suspects.step)
+        except Exception as error:  # noqa: BLE001 - whatever an artifact store raises
             logger.warning("gwa_logging: backend mlflow: no suspects.csv (%s)", redact_urls(repr(error)))
 
 
 class _OwnRun:
-    """A run of our own, started and ended by one thread that does nothing else.
+    """A run that this library started. A thread that does nothing else starts and ends it.
 
-    So it is never the active run of the user's thread: none is left there when it has ended, `mlflow.start_run()` works
-    as before, and MLflow's exit hook, which waits four minutes for a server that is gone, knows nothing of it.
+    So it is never the active run of the user's thread: `mlflow.start_run()` works as before, and MLflow's exit hook,
+    which waits four minutes for a server that does not respond, does not know it.
     """
 
     def __init__(self) -> None:
         self._calls: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = SimpleQueue()
-        Thread(target=self._live, name="gwa_logging mlflow run", daemon=True).start()
+        Thread(target=self._work, name="gwa_logging mlflow run", daemon=True).start()
         self.run_id: str = self._do(mlflow.start_run).info.run_id
 
     def end(self, client: MlflowClient, status: str) -> None:
-        """Ends the run, also if the user has turned MLflow to another server in the meantime."""
+        """Ends the run, even if the user has pointed MLflow to another server in the meantime."""
         try:
             self._do(lambda: mlflow.end_run(status))
-        except Exception:  # noqa: BLE001 - if it was something else, it is raised here
+        except Exception:  # noqa: BLE001 - any other cause raises here again
             client.set_terminated(self.run_id, status)
 
     def _do(self, call: Callable[[], Any]) -> Any:
@@ -271,44 +280,47 @@ class _OwnRun:
         self._calls.put((call, done))
         return done.result()
 
-    def _live(self) -> None:
+    def _work(self) -> None:
         for _ in ("start", "end"):
             call, done = self._calls.get()
             try:
                 done.set_result(call())
-            except Exception as error:  # noqa: BLE001 - raised where it was asked for
+            except Exception as error:  # noqa: BLE001 - raised by `_do`
                 done.set_exception(error)
                 return
 
 
-def _wanted_run(run: Any) -> str | None:
-    """The id of the run that the user wants; None if there is none."""
+def _wanted_run(run: object) -> str | None:
+    """Returns the id of the run that the user passed, or of the active one; None if there is neither."""
     if run is None:
         run = mlflow.active_run() or os.environ.get("MLFLOW_RUN_ID")  # set by `mlflow run` and by jobs
     if run is None or isinstance(run, str):
         return run
     if not isinstance(run, Run):
-        raise InvalidInputError(
-            f"run={run!r}: expected an MLflow run, as mlflow.start_run() returns it, or a run id (Lightning: "
-            f"logger.run_id), found {type(run).__module__}.{type(run).__qualname__}"
+        raise invalid_run(
+            run, "an MLflow run, as mlflow.start_run() returns it, or a run id (Lightning: logger.run_id)"
         )
     return str(run.info.run_id)
 
 
-def _is_whole() -> bool:
-    """Whether all of MLflow is installed: mlflow-skinny, which the extra asks for, has no database."""
+def _is_full_mlflow() -> bool:
+    """Returns True if all of MLflow is installed: mlflow-skinny, which the extra installs, has no database."""
     try:
         return bool(metadata.version("mlflow"))
     except metadata.PackageNotFoundError:
         return False
 
 
-def _knock(uri: str) -> None:
-    """Looks whether anybody is there: MLflow itself would try for four minutes. Behind a proxy there is no telling."""
+def _check_reachable(uri: str) -> None:
+    """Checks that the server responds; MLflow itself would retry for four minutes. Does nothing behind a proxy.
+
+    Raises:
+        BackendError: the server does not respond.
+    """
     try:
         check_reachable(uri, "/health")
     except (OSError, ValueError) as error:
-        # The message of a ValueError quotes the port, which is a piece of the password if that has odd characters.
+        # The message of a ValueError quotes the port, which is a part of the password if that has special characters.
         reason = error if isinstance(error, OSError) else "its port is not a number"
         raise BackendError(
             f"backend='mlflow': nothing answers at {uri} ({reason}). Start the server, or choose another "
@@ -317,8 +329,8 @@ def _knock(uri: str) -> None:
 
 
 @contextmanager
-def _without_passwords() -> Iterator[None]:
-    """Errors of MLflow show the address of the server, and they will be logged."""
+def _as_backend_errors() -> Iterator[None]:
+    """Raises MLflow's errors as BackendErrors without a cause: they are logged, and MLflow's quote the server's address."""
     try:
         yield
     except Exception as error:  # noqa: BLE001 - raised again

@@ -1,15 +1,15 @@
-"""Trackio: writes records into a run, as rows of their own.
+"""Trackio: writes each record to a run, as a separate row.
 
-A row in Trackio can have any step, in any order, so an interval has its training step and an epoch its number, as in
-MLflow; the user's rows stay as they are. One thing must be put back: logging a row moves the step that the run gives to
-the user's next row without one.
+Rows can have any step, in any order: an interval's row has the training step, an epoch's row the number of the epoch. The
+user's rows do not change. Logging a row moves the step that Trackio gives to the user's next row, so this module restores
+that step.
 
-Trackio takes rows and alerts into a queue and stores them half a second later, in a thread of its own. If it cannot, it
-warns, and raises nothing: they are in the journal then, and nowhere else. The run itself is stored with its first row, so
-that of a process that is killed before, a replay must start a new one.
+Trackio queues rows and alerts, and its thread stores them half a second later. If that fails, it only warns; then only the
+journal has them. The run itself is stored with its first row. If the process is killed before, a replay must start a new run.
 """
 
 import os
+from collections.abc import Mapping
 from contextvars import copy_context
 from tempfile import TemporaryFile
 from typing import Any
@@ -20,12 +20,12 @@ from trackio.run import Run
 from trackio.sqlite_storage import SQLiteStorage
 from trackio.utils import TRACKIO_DIR
 
-from gwa_logging.errors import BackendError, InvalidInputError
+from gwa_logging.errors import BackendError
 from gwa_logging.histogram import DISPLAY_BINS
 from gwa_logging.integrations._reachable import check_reachable
+from gwa_logging.integrations._tracker import Tracker, invalid_run
 from gwa_logging.protocols import RunContext, TrackerContents, samples_by_epoch
 from gwa_logging.records import (
-    AnyRecord,
     CloseRecord,
     EpochReport,
     IntervalRecord,
@@ -36,143 +36,147 @@ from gwa_logging.records import (
 )
 from gwa_logging.redact import has_secret
 
-ALERT_TITLE = "GWA: stop"
-
-_WITH_PATH = (
-    " and has this run (one that is killed within its first half second is never stored: "
+_RUN_IS_MISSING = (
+    " and contains this run (a run that was killed within half a second is never stored: "
     "gwa-logging replay DIR --backend trackio --run new)"
 )
 
 
 def open_backend(context: RunContext) -> "TrackioBackend":
-    """Takes the user's run, or the active one; if there is neither, starts one of its own, in the project `<name>`.
+    """Uses the run that the user passed, or the active one; without either, starts a run in the project `<name>`.
 
-    A text, "project/run", names a run in Trackio's folder that has ended; it is taken up again, and finished on close.
+    A text, "project/run", names an ended run in Trackio's folder. It is resumed, and finished on close.
 
     Raises:
-        InvalidInputError: `run=` is neither a run of Trackio nor such a text.
-        BackendError: no run can be started or taken up, or Trackio's folder cannot be written.
+        InvalidInputError: `run=` is neither a Trackio run nor such a text.
+        BackendError: no run can be started or resumed, or Trackio's folder is not writable.
     """
-    wanted = context_vars.current_run.get() if context.run is None else _checked(context.run)
+    wanted = context_vars.current_run.get() if context.run is None else _check_run(context.run)
     path, users = (wanted, None) if isinstance(wanted, str) else (None, wanted)
     try:
         if users is None or users.url is None:  # stored here, not sent to a server
-            _knock()
+            _check_writable()
         if users is None and (server := os.environ.get("TRACKIO_SERVER_URL")):
             check_reachable(server)
         run = users or (_resume(path) if path else _start(context.name))
-        _ = run._next_step  # other versions may have it under another name
-    except Exception as error:  # noqa: BLE001 - whatever trackio raises here: nothing could ever be logged
+        _ = run._next_step  # private, so other versions may not have it
+    except Exception as error:  # noqa: BLE001 - whatever trackio raises: logging would be impossible
         raise BackendError(
             f"backend='trackio': there is no run to log to ({type(error).__name__}: {error}). Set TRACKIO_DIR to a "
-            f"folder that can be written{_WITH_PATH if path else ''}, or pass run=trackio.init(project=...)"
+            f"folder that can be written{_RUN_IS_MISSING if path else ''}, or pass run=trackio.init(project=...)"
         ) from (None if has_secret(error) else error)
     return TrackioBackend(run, context.name, owned=users is None)
 
 
 def locate(context: RunContext) -> TrackerRunRef:
-    """The place of the run that `open_backend` would take; empty if it would start one."""
-    wanted = context_vars.current_run.get() if context.run is None else _checked(context.run)
+    """Returns the run that `open_backend` would use; empty if it would start one."""
+    wanted = context_vars.current_run.get() if context.run is None else _check_run(context.run)
     if isinstance(wanted, str):
         return TrackerRunRef(run=wanted)
-    return TrackerRunRef() if wanted is None else _place(wanted)
+    return TrackerRunRef() if wanted is None else _reference_to(wanted)
 
 
-class TrackioBackend:
-    """Writes into one run. See `gwa_logging.protocols.Backend`."""
+class TrackioBackend(Tracker):
+    """Writes to one run. A write takes 0.2 ms, since Trackio queues it.
+
+    The training thread waits meanwhile: in another thread the user's `log` could come between the row and the restored step.
+    """
 
     name = "trackio"
     threaded = False
-    """A write takes 0.2 ms, into Trackio's own queue; and on another thread the user's `log` could come between ours and
-    putting the step back."""
 
     def __init__(self, run: Run, prefix: str, *, owned: bool) -> None:
-        """Writes into `run` under `prefix`; `owned` says that nobody else does, and that `close` finishes it."""
-        self.run = run
-        self.run_ref = _place(run)
-        self._prefix = prefix
+        """Writes to `run` under `prefix`. `owned` means that this library started or resumed the run and finishes it."""
+        super().__init__(prefix)
+        self.run: Run = run
+        self.run_ref = _reference_to(run)
         self._owned = owned
 
     def contents(self) -> TrackerContents:
-        """What Trackio has stored of ours; nothing if it is not stored here."""
-        where, name, run_id = self.run.project, self.run.name, self.run.id
-        rows = SQLiteStorage.get_logs(where, name, run_id=run_id, scalar_only=True)
-        alerts = SQLiteStorage.get_alerts(where, name, run_id=run_id)
-        count, excluded = (f"{self._prefix}/{key}" for key in ("count", "excluded"))
+        """Reads which records Trackio's folder contains; none if the run is on a server."""
+        project, name, run_id = self.run.project, self.run.name, self.run.id
+        rows = SQLiteStorage.get_logs(project, name, run_id=run_id, scalar_only=True)
+        alerts = SQLiteStorage.get_alerts(project, name, run_id=run_id)
+        count, excluded = (f"{self.prefix}/{key}" for key in ("count", "excluded"))
 
         def steps(key: str) -> frozenset[int]:
-            return frozenset(row["step"] for row in rows if f"{self._prefix}/{key}" in row)
+            return frozenset(row["step"] for row in rows if f"{self.prefix}/{key}" in row)
 
         return TrackerContents(
             intervals=steps("step_mean"),
             epochs=samples_by_epoch((row["step"], row[count] + row[excluded]) for row in rows if count in row),
-            alerts=frozenset(alert["step"] for alert in alerts if alert["title"] == ALERT_TITLE),
+            alerts=frozenset(alert["step"] for alert in alerts if alert["title"] == StopAlert.TITLE),
             suspects=steps("suspects_of"),
             closes=frozenset(step + 1 for step in steps("best_epoch")),
         )
 
-    def write(self, record: AnyRecord) -> None:
-        """Hands one record to Trackio."""
-        if isinstance(record, IntervalRecord):
-            if record.count:
-                histogram = record.histogram.to_display(DISPLAY_BINS, record.display_limit)
-                self._log(record.step, {"scores": trackio.Histogram(np_histogram=histogram), **record.metrics})
-        elif isinstance(record, EpochReport):
-            self._log(record.epoch, record.metrics)
-        elif isinstance(record, StopAlert):
-            text = "\n".join([record.message, *(f"But: {caveat}." for caveat in record.caveats)])
-            self.run.alert(title=ALERT_TITLE, text=text, level=trackio.AlertLevel.WARN, step=record.epoch)
-        elif isinstance(record, SuspectsRecord):
-            table = trackio.Table(columns=list(record.COLUMNS), data=record.rows())
-            self._log(record.step, {"suspects": table, "suspects_of": record.samples})
-        elif isinstance(record, CloseRecord):
-            if record.best_epoch is not None:
-                self._log(record.epochs - 1, {"best_epoch": record.best_epoch, "best_value": record.best_value})
-        elif isinstance(record, RunRecord) and self._owned:
-            self.run.config[self._prefix] = {"head": record.head, **record.settings}
+    def on_run(self, run: RunRecord) -> None:
+        """Adds the head and the settings to the config of a run that this library started."""
+        if self._owned:
+            self.run.config[self.prefix] = {"head": run.head, **run.settings}
+
+    def on_interval(self, interval: IntervalRecord) -> None:
+        """Logs the histogram and its numbers."""
+        histogram = interval.histogram.to_display(DISPLAY_BINS, interval.display_limit)
+        self._log(interval.step, {"scores": trackio.Histogram(np_histogram=histogram), **interval.metrics})
+
+    def on_epoch(self, report: EpochReport) -> None:
+        """Logs the numbers."""
+        self._log(report.epoch, report.metrics)
+
+    def on_alert(self, alert: StopAlert) -> None:
+        """Sends an alert."""
+        self.run.alert(title=alert.TITLE, text=alert.text, level=trackio.AlertLevel.WARN, step=alert.epoch)
+
+    def on_suspects(self, suspects: SuspectsRecord) -> None:
+        """Logs a table."""
+        table = trackio.Table(columns=list(suspects.COLUMNS), data=suspects.rows())
+        self._log(suspects.step, {"suspects": table, "suspects_of": suspects.samples})
+
+    def on_close(self, end: CloseRecord) -> None:
+        """Logs the best epoch."""
+        if end.metrics:
+            self._log(end.epochs - 1, end.metrics)
 
     def close(self) -> None:
-        """Finishes the run if it is ours, which stores what is still in Trackio's queue."""
+        """Finishes the run if this library started it, which stores what is still in Trackio's queue."""
         if self._owned:
             self.run.finish()  # type: ignore[no-untyped-call]
 
-    def _log(self, step: int, values: dict[str, Any]) -> None:
-        users = self.run._next_step  # Trackio has no public name for it
-        self.run.log({f"{self._prefix}/{key}": value for key, value in values.items()}, step=step)
-        self.run._next_step = users
+    def _log(self, step: int, values: Mapping[str, Any]) -> None:
+        users_step = self.run._next_step  # there is no public name for it
+        self.run.log(self.keyed(values), step=step)
+        self.run._next_step = users_step
 
 
-def _place(run: Run) -> TrackerRunRef:
+def _reference_to(run: Run) -> TrackerRunRef:
     return TrackerRunRef(run=f"{run.project}/{run.name}") if run.url is None else TrackerRunRef(url=_page(run.url))
 
 
 def _page(url: str) -> str:
-    """Where to look at a run that is sent to a server, or to a Space, which has only a name."""
+    """Returns the page of a run on a server, or on a Space, for which Trackio's `url` is only a name."""
     return url if "://" in url else f"https://huggingface.co/spaces/{url}"
 
 
-def _knock() -> None:
-    """Looks whether Trackio could store anything: it would only warn, after a while."""
+def _check_writable() -> None:
+    """Raises OSError if Trackio's folder is not writable; Trackio itself would only warn, later."""
     TRACKIO_DIR.mkdir(parents=True, exist_ok=True)
     TemporaryFile(dir=TRACKIO_DIR).close()
 
 
 def _start(project: str, **options: Any) -> Run:
-    """A run of our own. Not the active one: the user's `trackio.init` would finish it, and `trackio.log` write into it."""
+    """Starts a run without making it the active one, which `trackio.init` would finish and `trackio.log` would write to."""
     return copy_context().run(trackio.init, project, embed=False, auto_log_gpu=False, auto_log_cpu=False, **options)
 
 
 def _resume(path: str) -> Run:
     project, _, name = path.partition("/")
     run = _start(project, name=name, resume="must")
-    run.config |= SQLiteStorage.get_run_config(project, name, run_id=run.id) or {}  # or Trackio would forget it
+    run.config |= SQLiteStorage.get_run_config(project, name, run_id=run.id) or {}  # otherwise Trackio drops it
     return run
 
 
-def _checked(run: Any) -> Run | str:
+def _check_run(run: object) -> Run | str:
     if not isinstance(run, Run | str) or (isinstance(run, str) and not all(run.partition("/"))):
-        raise InvalidInputError(
-            f"run={run!r}: expected a run of Trackio, as trackio.init() returns it, or 'project/run', found "
-            f"{type(run).__module__}.{type(run).__qualname__}"
-        )
+        raise invalid_run(run, "a Trackio run, as trackio.init() returns it, or 'project/run'")
     return run

@@ -1,4 +1,4 @@
-"""Fixtures for all tests: the published code's numbers, and a folder of its own for each test."""
+"""Fixtures for all tests: the published code's numbers, and a separate working directory for each test."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ CASES = ("hard10", "smooth10", "mixup100", "hard1000", "confident")
 EPOCHS = ("unimodal", "heavy", "bimodal60_40", "uniform", "tiny")
 
 
-# No test is timed: the machine may be busy. The same examples in every CI run; new ones on a developer's machine.
+# Examples have no deadline, because the machine may be busy. CI always runs the same examples; a developer's machine new ones.
 settings.register_profile("default", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("default")
 
@@ -28,7 +28,7 @@ class Published:
         return self._arrays[key]
 
     def logit_grads(self, case: str) -> np.ndarray:
-        """softmax - labels in float32, as the published code has it: for saturated samples the rounding matters."""
+        """softmax - labels in float32, like the published code: for saturated samples the rounding matters."""
         z = self[f"{case}/logits"]
         p = np.exp(z - z.max(axis=-1, keepdims=True))
         return p / p.sum(axis=-1, keepdims=True) - self[f"{case}/labels"]
@@ -40,5 +40,5 @@ def published() -> Published:
 
 
 @pytest.fixture(autouse=True)
-def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _separate_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,9 +1,8 @@
-"""What is released, tried: the wheel and the sdist are built, and installed with each extra into an environment of its own, in
-which the smallest whole run that needs this extra must succeed.
+"""Builds the wheel and the sdist, installs them with each extra into a fresh environment, and runs a small training in it.
 
     python -m tests.release [EXTRAS ...]
 
-It takes some minutes for each, since each installs its framework anew; so it is no part of the tests.
+Not part of the tests, because each environment installs its framework again, which takes minutes.
 """
 
 import argparse
@@ -90,7 +89,7 @@ TRAINERS = {
 
 
 def trainer(name: str) -> str:
-    """The README's lines for a trainer, with what they take for granted."""
+    """The README's lines for a trainer, with the code that they presume."""
     (code,) = [code for code in python_blocks(ROOT / "README.md") if f"gwa_logging.integrations.{name} import" in code]
     return BEFORE[name] + code.replace("=20", "=2") + AFTER.get(name, "")
 
@@ -106,14 +105,18 @@ RUNS = {
 }
 
 
-def built(folder: Path) -> list[Path]:
-    """The wheel and the sdist."""
+def build(folder: Path) -> list[Path]:
+    """Builds the wheel and the sdist and returns their paths."""
     subprocess.run([sys.executable, "-m", "build", "--outdir", folder, ROOT], check=True, stdout=subprocess.DEVNULL)
     return sorted(folder.iterdir())
 
 
-def tried(package: Path, extras: str, folder: Path, server: Server) -> str | None:
-    """Installs a package and runs what needs it, with nothing of this folder in reach; what went wrong, if anything did."""
+def try_run(package: Path, extras: str, folder: Path, server: Server) -> str | None:
+    """Installs a package and runs a training that needs its extras, without access to this checkout.
+
+    Returns:
+        The errors, or None.
+    """
     venv.create(folder / "venv", with_pip=True)
     python = folder / "venv" / "bin" / "python"
     wanted = f"{package}[{extras}]" if extras else str(package)
@@ -130,18 +133,20 @@ def tried(package: Path, extras: str, folder: Path, server: Server) -> str | Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("extras", nargs="*", metavar="EXTRAS", help=f"among {', '.join(map(repr, RUNS))}; all if none")
+    parser.add_argument(
+        "extras", nargs="*", metavar="EXTRAS", help=f"any of {', '.join(map(repr, RUNS))}; all by default"
+    )
     failures = 0
     with tempfile.TemporaryDirectory() as directory:
-        packages, server = built(Path(directory) / "dist"), Server(Path(directory))
+        packages, server = build(Path(directory) / "dist"), Server(Path(directory))
         server.start()
         for extras in parser.parse_args().extras or RUNS:
             for package in packages if extras in ("", "torch") else packages[:1]:
                 folder = Path(directory) / "environment"
                 folder.mkdir()
-                failed = tried(package, extras, folder, server)
+                failed = try_run(package, extras, folder, server)
                 failures += failed is not None
-                print(f"{package.name}[{extras}]: {failed or 'right'}", flush=True)
+                print(f"{package.name}[{extras}]: {failed or 'passed'}", flush=True)
                 shutil.rmtree(folder)
         server.stop()
     sys.exit(failures)

@@ -16,7 +16,7 @@ from gwa_logging import EarlyStop, InvalidInputError, Monitor
 from gwa_logging.integrations import heatmap_picture
 from gwa_logging.journal import read_journal
 from gwa_logging.protocols import RunContext
-from gwa_logging.records import EPOCH_KEYS, AnyRecord, StopAlert
+from gwa_logging.records import EPOCH_KEYS, AnyRecord, EpochReport, IntervalRecord, StopAlert
 from gwa_logging.registry import BACKENDS, open_backend
 from tests.trackers import (
     BATCH,
@@ -48,6 +48,14 @@ TRACKERS = {
     "TensorBoard": OnTensorBoard,
     "Trackio": OnTrackio,
 }
+SLOW = {"MLflow server": pytest.mark.slow}
+
+
+def of(*names: str) -> list[Any]:
+    """Parameters of a test: trackers; the server only in the slow tier."""
+    return [pytest.param(name, marks=SLOW.get(name, ())) for name in names]
+
+
 WITH_HISTOGRAMS = ("W&B", "TensorBoard", "Trackio")
 WITH_ROWS_OF_ANY_STEP = ("MLflow", "MLflow server", "TensorBoard", "Trackio")
 WITH_RUNS_THAT_END = ("MLflow", "MLflow server", "W&B", "Trackio")
@@ -148,7 +156,7 @@ def _train_alone(tracker: Tracker, folder: Path) -> Trained:
         return Trained(tracker, monitor, run, read_journal(monitor.journal)[0], tracker.read(run), ended)
 
 
-@pytest.mark.parametrize("name", TRACKERS)
+@pytest.mark.parametrize("name", of(*TRACKERS))
 def test_every_number_arrives_once_in_order_and_at_its_step(alone, name: str) -> None:
     trained = alone(name)
     expected = trained.expected()
@@ -166,7 +174,7 @@ def test_every_histogram_holds_all_of_its_samples(alone, name: str) -> None:
     assert sum(total for _, total in trained.held.totals) == EPOCHS * BATCHES * BATCH
 
 
-@pytest.mark.parametrize("name", TRACKERS)
+@pytest.mark.parametrize("name", of(*TRACKERS))
 def test_one_alert_says_what_the_monitor_says(alone, name: str) -> None:
     trained = alone(name)
     (text,) = trained.held.alerts
@@ -174,7 +182,7 @@ def test_one_alert_says_what_the_monitor_says(alone, name: str) -> None:
     assert trained.monitor.alert.message in text
 
 
-@pytest.mark.parametrize("name", WITH_RUNS_THAT_END)
+@pytest.mark.parametrize("name", of(*WITH_RUNS_THAT_END))
 def test_a_run_that_we_started_has_ended_after_close(alone, name: str) -> None:
     assert alone(name).ended
 
@@ -211,18 +219,18 @@ def _train_as_guest(tracker: Tracker, folder: Path) -> Trained:
         return Trained(tracker, monitor, run, read_journal(monitor.journal)[0], tracker.read(run), ended)
 
 
-@pytest.mark.parametrize("name", TRACKERS)
+@pytest.mark.parametrize("name", of(*TRACKERS))
 def test_the_users_rows_are_there_with_their_own_steps_and_nothing_else(visits, name: str) -> None:
     values = [0.5, *[*[0.5] * len(range(0, BATCHES, 3)), 0.25] * EPOCHS, 0.125]
     assert visits(name).held.users == list(enumerate(values))
 
 
-@pytest.mark.parametrize("name", TRACKERS)
+@pytest.mark.parametrize("name", of(*TRACKERS))
 def test_the_users_run_goes_on_after_close(visits, name: str) -> None:
     assert not visits(name).ended
 
 
-@pytest.mark.parametrize("name", TRACKERS)
+@pytest.mark.parametrize("name", of(*TRACKERS))
 def test_a_guest_writes_every_epoch(visits, name: str) -> None:
     trained = visits(name)
     expected = {key: values for key, values in trained.expected().items() if key in EPOCH_KEYS}
@@ -230,7 +238,7 @@ def test_a_guest_writes_every_epoch(visits, name: str) -> None:
     assert trained.monitor.faults == {}
 
 
-@pytest.mark.parametrize("name", WITH_ROWS_OF_ANY_STEP)
+@pytest.mark.parametrize("name", of(*WITH_ROWS_OF_ANY_STEP))
 def test_a_guest_writes_every_interval(visits, name: str) -> None:
     trained = visits(name)
     expected = {key: values for key, values in trained.expected().items() if key in INTERVAL_KEYS}
@@ -245,7 +253,7 @@ def test_a_guest_loses_no_sample(visits, name: str) -> None:
 # --- flush, and a run that is handed on -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", WITH_ROWS_OF_ANY_STEP)
+@pytest.mark.parametrize("name", of(*WITH_ROWS_OF_ANY_STEP))
 def test_after_flush_everything_so_far_is_in_the_tracker(name: str, tmp_path: Path, monkeypatch) -> None:
     """Trackio stores what it has taken within half a second; W&B, not here, does so when its run ends."""
     tracker, training = TRACKERS[name](), Training()
@@ -329,14 +337,23 @@ def in_csv(file: Path, prefix: str) -> dict[str, Series]:
     return found
 
 
+def test_the_example_of_the_page_is_short() -> None:
+    assert len([line for line in EXAMPLE.splitlines() if line]) <= 40
+
+
 def test_the_example_of_the_page_gets_all_the_numbers_as_an_object(tmp_path: Path) -> None:
     names: dict[str, Any] = {}
     exec(EXAMPLE, names)
-    training = Training()
-    monitor = training.watch(tmp_path, backend=names["CsvBackend"](tmp_path / "scores.csv"))
-    training.epoch(monitor)
+    tracker, training = names["CsvTracker"](tmp_path / "scores.csv"), Training(lr=0.0)
+    monitor = training.watch(tmp_path, backend=tracker, early_stop=ALERT_AT_ONCE)
+    for _ in range(2):
+        training.epoch(monitor)
     monitor.close()
-    assert in_csv(tmp_path / "scores.csv", "gwa") == numbers_in(read_journal(monitor.journal)[0])
+    records, _ = read_journal(monitor.journal)
+    found = in_csv(tmp_path / "scores.csv", "gwa")
+    assert [found.pop(key)[0][0] for key in monitor.alert.metrics] == 3 * [monitor.alert.epoch]
+    assert found == numbers_in(records)
+    assert all(tracker.contents().has(r) for r in records if isinstance(r, IntervalRecord | EpochReport | StopAlert))
 
 
 @pytest.mark.parametrize("run", [None, "named.csv"])
@@ -357,7 +374,7 @@ def test_the_example_of_the_page_can_be_installed_and_named(tmp_path: Path, monk
     monitor.close()
     file = tmp_path / run if run else monitor.journal.parent / "scores.csv"
     assert in_csv(file, "mine") == numbers_in(read_journal(monitor.journal)[0])
-    with pytest.raises(InvalidInputError, match=r"there are 'local', 'wandb', .*'csv'"):
+    with pytest.raises(InvalidInputError, match=r"'local', 'wandb', .*'csv'"):
         training.watch(tmp_path, backend="nonsense")
 
 

@@ -1,4 +1,4 @@
-"""The pages of docs/: their links lead somewhere, their code runs, and what they quote is what the code says."""
+"""The pages of docs/: links have a target, code runs, and quoted messages and figures are the real ones."""
 
 import ast
 import re
@@ -11,12 +11,15 @@ from tests.pages import DOCS, MODEL, ROOT, links, python_blocks, run, run_in_tra
 
 PAGES = sorted(DOCS.glob("*.md"))
 TRAINERS = python_blocks(DOCS / "trainers.md")
-TAKEN_FOR_GRANTED = {"stopping.md": MODEL}
-ELSEWHERE = {"backends.md", "trainers.md"}  # the first is run in test_backends.py, the second below, block by block
+PRESUMED = {"stopping.md": MODEL}
+"""Code that the blocks of a page presume."""
+
+TESTED_ELSEWHERE = {"backends.md", "trainers.md"}
+"""Pages whose code is run by test_backends.py, and below block by block."""
 
 
 def anchors(page: Path) -> set[str]:
-    """What can come after the # of a link to a page: its headings, and what the API page documents."""
+    """The anchors of a page: its headings, and the names that the API page documents."""
     prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     headings = re.findall(r"^#+ (.+)$", prose, flags=re.MULTILINE)
     slugs = {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
@@ -24,20 +27,20 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(("page", "target"), [(page.name, target) for page in PAGES for target in links(page)])
-def test_every_link_and_picture_of_the_docs_is_there(page, target):
+def test_every_link_and_picture_of_the_docs_has_a_target(page, target):
     path, _, anchor = target.partition("#")
     found = DOCS / (path or page)
     assert found.is_file()
     assert not anchor or anchor in anchors(found)
 
 
-@pytest.mark.parametrize("page", [p.name for p in PAGES if python_blocks(p) and p.name not in ELSEWHERE])
+@pytest.mark.parametrize("page", [p.name for p in PAGES if python_blocks(p) and p.name not in TESTED_ELSEWHERE])
 def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
-    if page == "devices.md":  # a world of one, as torchrun would make it; at port 0 it takes a free one
+    if page == "devices.md":  # a world of one process, as torchrun sets it up; port 0 means any free port
         for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
             monkeypatch.setenv(name, value)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    run("\n".join([TAKEN_FOR_GRANTED.get(page, ""), *python_blocks(DOCS / page)]), tmp_path)
+    run("\n".join([PRESUMED.get(page, ""), *python_blocks(DOCS / page)]), tmp_path)
 
 
 @pytest.mark.parametrize("trainer", ["lightning", "transformers", "keras", "accelerate"])
@@ -46,12 +49,12 @@ def test_the_code_for_each_trainer_runs(trainer, tmp_path):
     run_in_trainer(trainer, code, tmp_path)
 
 
-def test_the_test_above_runs_every_block_of_its_page():
+def test_the_page_on_trainers_has_one_block_per_trainer():
     assert len(TRAINERS) == 4
 
 
-def texts() -> list[str]:
-    """Every piece of text in the code; what is filled in is left out."""
+def literals() -> list[str]:
+    """Every string literal in the library, with … for what is filled in."""
     found = []
     for folder in ("gwa_logging", "integrations"):
         for path in (ROOT / folder).rglob("*.py"):
@@ -63,17 +66,22 @@ def texts() -> list[str]:
     return found
 
 
-TEXTS = texts()
+LITERALS = literals()
 QUOTED = re.findall(r"^\*\*`([^`]+)`\*\*", (DOCS / "troubleshooting.md").read_text(), flags=re.MULTILINE)
+
+
+def test_the_page_on_troubleshooting_quotes_messages():
+    headings = re.findall(r"^\*\*.*`.*\*\*", (DOCS / "troubleshooting.md").read_text(), flags=re.MULTILINE)
+    assert len(QUOTED) == len(headings) > 10
 
 
 @pytest.mark.parametrize("message", QUOTED)
 def test_every_message_in_troubleshooting_is_one_that_the_code_gives(message):
     pieces = [piece.strip() for piece in message.split("…") if piece.strip(" .:")]
-    assert any(all(piece in text for piece in pieces) for text in TEXTS)
+    assert any(all(piece in text for piece in pieces) for text in LITERALS)
 
 
-def test_the_figures_on_the_stop_alert_are_those_of_the_study():
+def test_the_figures_about_the_stop_alert_are_those_of_the_study():
     _, evidence = (DOCS / "stopping.md").read_text().split("## The evidence")
     quoted, measured = (set(re.findall(r"\d+\.\d+", text)) for text in (evidence, (DOCS / "study.md").read_text()))
     assert quoted

@@ -132,7 +132,7 @@ def test_a_run_record_with_a_name_that_watch_refuses_is_skipped(lines, tmp_path,
     run = write(tmp_path, [lines[0] | {"name": name}, *lines[1:]])
     code, said = check(run, capsys, "replay", ".", "--backend", "tensorboard")
     assert code == 2
-    assert "there is no run in it (lines skipped: 1)" in said
+    assert "it contains no run (lines skipped: 1)" in said
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,8 @@ from tests.resumed_trainer import STEPS, die_after_sending, train, uninterrupted
 from tests.trackers import INTERVAL_KEYS, OnMlflow, OnTensorBoard, OnWandb, Tracker, TrackerContents, numbers_in
 from tests.wandb_server import ENTITY, PROJECT, WandbServer
 
+pytestmark = pytest.mark.slow
+
 KILLS = int(os.environ.get("GWA_TEST_KILLS", "4"))
 """`GWA_TEST_KILLS=20 pytest tests/test_kills.py` is the long form."""
 

@@ -1,4 +1,4 @@
-"""The README's code runs as it stands there."""
+"""The README's code runs unchanged."""
 
 import pytest
 
@@ -82,5 +82,5 @@ def test_the_suspects_of_the_readme():
 
 
 @pytest.mark.parametrize("target", links(README))
-def test_every_file_that_the_readme_links_is_there(target):
+def test_every_file_that_the_readme_links_exists(target):
     assert (ROOT / target).exists()

@@ -1,4 +1,4 @@
-"""The study of stop criteria and suspect scores runs, and its parts do what their papers say."""
+"""The study of stop criteria and suspect scores runs, and its criteria behave as their papers define them."""
 
 from pathlib import Path
 
@@ -32,18 +32,18 @@ def test_halves_of_the_grid_are_balanced_and_keep_seeds_together():
 
 def test_label_wave_takes_the_first_local_minimum_of_the_mean_of_three():
     changed = np.array([1.0, 0.9, 0.6, 0.3, 0.3, 0.3, 0.9, 0.1, 0.1, 0.1])
-    # Means that end in epochs 3 to 9: 0.6, 0.4, 0.3, 0.5, ...: the minimum ends in epoch 5, and epoch 6 shows it.
+    # The means up to epochs 3 to 9 are 0.6, 0.4, 0.3, 0.5, ...: the minimum is at epoch 5, and epoch 6 reveals it.
     assert label_wave({"changed": changed})[:2] == (5, 6)
     assert label_wave({"changed": np.linspace(1, 0, 8)}) == (7, 7, False)
 
 
-def test_gradient_disparity_ends_with_its_fifth_rise():
+def test_gradient_disparity_stops_at_its_fifth_increase():
     rises = np.array([0, 1, 0, 1, 2, 1, 2, 3, 2, 9.0])  # the fifth is from epoch 6 to 7
     assert gradient_disparity({"disparity": rises})[:2] == (7, 7)
     assert gradient_disparity({"disparity": np.arange(5)[::-1].astype(float)}) == (4, 4, False)
 
 
-def test_patience_keeps_the_best_before_it_ran_out():
+def test_patience_keeps_the_best_epoch_before_it_ran_out():
     values = np.array([9, 1, 2, 1, 1, 8.0])
     assert best_with_patience(values, skipped=0.1, patience=2) == (2, 4, True)
     assert best_with_patience(values, skipped=0.1, patience=None) == (5, 5, False)
@@ -79,7 +79,7 @@ def test_runs_of_all_kinds_make_a_page(tmp_path: Path, monkeypatch: pytest.Monke
     assert {p.name for p in (tmp_path / "images").iterdir()} == {"study-regret.png", "study-suspects.png"}
 
 
-def test_the_runs_that_come_along_are_those_of_the_page(tmp_path: Path):
+def test_the_runs_in_the_repository_are_those_of_the_page(tmp_path: Path):
     unpack(tmp_path / "runs")
     names = {run.name for run in grid()}
     assert {path.stem for path in (tmp_path / "runs").iterdir()} <= names

@@ -80,7 +80,9 @@ def test_something_that_is_no_log_directory_is_refused(tmp_path: Path, wrong: An
 
 def test_a_log_directory_that_cannot_be_written_is_an_error_at_once(tmp_path: Path) -> None:
     (tmp_path / "a file").touch()
-    with pytest.raises(BackendError, match=r"'.*a file' cannot be written \(NotADirectoryError.*run='runs/experiment'"):
+    with pytest.raises(
+        BackendError, match=r"'.*a file' cannot be written to \(NotADirectoryError.*run='runs/experiment'"
+    ):
         Training().watch(tmp_path, backend="tensorboard", run=tmp_path / "a file")
 
 
@@ -173,7 +175,7 @@ def test_the_alert_is_a_text_and_the_best_epoch_a_number(tmp_path: Path) -> None
     (event,) = events.Tensors("gwa/alert")
     text = event.tensor_proto.string_val[0].decode()
     assert event.step == 7
-    assert text == "**stop now**\n\n- but: the epochs are small\n- but: the labels may be clean"
+    assert text == "stop now\n\n- But: the epochs are small.\n- But: the labels may be clean."
     numbers = {key: [(e.step, e.value) for e in events.Scalars(f"gwa/{key}")] for key in ("stop_epoch", "best_epoch")}
     assert numbers == {"stop_epoch": [(7, 7.0)], "best_epoch": [(7, 2.0), (8, 2.0)]}
 

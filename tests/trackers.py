@@ -3,13 +3,9 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -26,7 +22,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import gwa_logging
+from benchmarks.trackers import MlflowServer
 from gwa_logging import Monitor
+from gwa_logging.integrations._wandb_contents import offline_records, values_of
 from gwa_logging.records import (
     EPOCH_KEYS,
     QUANTILES,
@@ -345,58 +343,12 @@ def series(client: MlflowClient, run_id: str, key: str) -> dict[int, float]:
     return values
 
 
-class Server:
-    """`mlflow server` on loopback; can be stopped and started again on the same data and port."""
+class Server(MlflowServer):
+    """`mlflow server` on loopback, whose database is a copy of the empty one."""
 
     def __init__(self, folder: Path) -> None:
         shutil.copy(empty_database(), folder / "server.db")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.address = f"127.0.0.1:{free.getsockname()[1]}"
-        self._folder = folder
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        host, port = self.address.split(":")
-        quiet = {
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-            "MLFLOW_DISABLE_TELEMETRY": "true",
-            "DO_NOT_TRACK": "true",
-        }
-        command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", port, "--workers", "1"]
-        command += ["--backend-store-uri", f"sqlite:///{self._folder / 'server.db'}"]
-        command += ["--artifacts-destination", str(self._folder / "artifacts")]
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")} | quiet
-        with (self._folder / "server.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                command, env=environment, cwd=self._folder, stdout=log, stderr=log, start_new_session=True
-            )
-        deadline = time.monotonic() + 60
-        while not self._answers():
-            assert self._process.poll() is None, (self._folder / "server.log").read_text()
-            assert time.monotonic() < deadline, (self._folder / "server.log").read_text()
-
-    def _answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"http://{self.address}/health", timeout=1) as answer:
-                return bool(answer.status == 200)
-        except OSError:
-            assert self._process is not None
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(0.05)
-            return False
-
-    def signal(self, number: int) -> None:
-        """To all of its processes."""
-        assert self._process is not None
-        os.killpg(self._process.pid, number)
-
-    def stop(self) -> None:
-        if self._process:
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, 15)
-            self._process.wait(20)
-            self._process = None
+        super().__init__(folder)
 
 
 # --- W&B --------------------------------------------------------------------------------------------------------------
@@ -425,24 +377,33 @@ class OnDisk(NamedTuple):
 
 def read_back(folder: str) -> OnDisk:
     """Reads the folder of an offline run, after everything has been written to it."""
-    wandb.teardown()  # finish() alone can come back before the last rows are on disk
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", folder]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    records = [json.loads(line) for line in lines]
-    of = {kind: [r[kind] for r in records if r["type"] == kind] for kind in {r["type"] for r in records}}
+    wandb.teardown()  # finish() alone can return before the last rows are on disk
+    records = list(offline_records(Path(folder)))
+
+    def of(kind: str) -> list[Any]:
+        return [getattr(record, kind) for record in records if record.HasField(kind)]
+
     summary: dict[str, Any] = {}
     config: dict[str, Any] = {}
-    for record in of.get("summary", []):
-        summary |= record["update"]
-    for record in of.get("config", []):
-        config |= record["update"]
+    for part in of("summary"):
+        summary |= values_of(part.update)
+    for part in of("config"):
+        config |= values_of(part.update)
     return OnDisk(
-        history=[record["item"] for record in of.get("history", [])],
-        alerts=of.get("alert", []),
-        metrics={record.get("name", record.get("glob_name")): record for record in of.get("metric", [])},
+        history=[values_of(part.item) for part in of("history")],
+        alerts=[{"title": part.title, "text": part.text, "level": part.level} for part in of("alert")],
+        metrics={part.name or part.glob_name: {"step_metric": part.step_metric} for part in of("metric")},
         summary=summary,
         config=config,
     )
+
+
+def inspect_by_wandb(folder: str) -> list[dict[str, Any]]:
+    """Reads the same with W&B's own reader, which takes a second or two: the rows of the history."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", folder]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    records = [json.loads(line) for line in lines]
+    return [record["history"]["item"] for record in records if record["type"] == "history"]
 
 
 def folder_of(run: wandb.Run) -> str:

@@ -1,7 +1,7 @@
-"""A training in a process of its own, which does what it is told, a line at a time; run by test_outages.py.
+"""A training process that test_outages.py controls line by line.
 
-Every line on stdin is a command with its arguments as JSON, every line on stdout its answer. So the test decides what happens
-between two steps of the training, and nobody sleeps.
+Each line on stdin is a command with its arguments in JSON, each line on stdout an answer. So the test decides what happens
+between two training steps, and no sleeps are needed.
 """
 
 import json
@@ -19,7 +19,7 @@ STEPS = BATCHES * 5
 
 
 class Trainer:
-    """Trains; keeps how long each step has waited for gwa_logging to tell its backends."""
+    """Trains, and records how long each step was blocked while gwa_logging notified its backends."""
 
     def __init__(self, directory: str, backend: str, run: str | None) -> None:
         self.training = Training()
@@ -57,7 +57,7 @@ class Trainer:
         return {"done": self.monitor.flush(timeout)}
 
     def limit_files(self, more: int | None) -> dict[str, Any]:
-        """As a quota does: files cannot grow past what the journal has now, and a few bytes; None takes that back."""
+        """Limits the size of files to the journal's size plus `more` bytes, like a quota; None removes the limit."""
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         assert self.monitor.journal is not None
         soft = hard if more is None else self.monitor.journal.stat().st_size + more
@@ -79,7 +79,7 @@ def main() -> None:
                 trainer = Trainer(*arguments)
                 arguments = []
             answer = getattr(trainer, command)(*arguments)
-        except Exception as error:  # noqa: BLE001 - told to the test
+        except Exception as error:  # noqa: BLE001 - reported to the test
             answer = {"error": f"{type(error).__name__}: {error}"}
         sys.stdout.write(f"ANSWER {json.dumps(answer)}\n")
         sys.stdout.flush()

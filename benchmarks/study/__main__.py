@@ -1,4 +1,4 @@
-"""The study's command line: see the package."""
+"""The command line of the study; the package's docstring describes it."""
 
 import argparse
 from pathlib import Path
@@ -12,12 +12,12 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("train", help="train the grid; resumable")
     command.add_argument("--data", type=Path, required=True, help="Fashion-MNIST as .npz: x_train, y_train, ...")
-    command.add_argument("--runs", type=Path, default=Path("study_runs"), help="where each run's file goes")
+    command.add_argument("--runs", type=Path, default=Path("study_runs"), help="folder of the runs' files")
     command.add_argument("--workers", type=int, default=2)
-    command.add_argument("--minutes", type=float, default=1e6, help="start no run after this time")
-    command.add_argument("--only", default="", help="only runs whose name holds this")
+    command.add_argument("--minutes", type=float, default=1e6, help="start no further run after this time")
+    command.add_argument("--only", default="", help="only runs whose names contain this")
     command.set_defaults(call=lambda a: train_all(a.data, a.runs, a.workers, a.minutes, a.only))
-    command = commands.add_parser("page", help="write docs/study.md from the runs that are there")
+    command = commands.add_parser("page", help="write docs/study.md from the finished runs")
     command.add_argument("--runs", type=Path, default=Path("study_runs"))
     command.set_defaults(call=lambda a: print(write_page(a.runs)))
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The runs behind `docs/study.md` come with the repository, so that the page can be made anew and the grid gone on with."""
+"""The runs behind `docs/study.md`, kept in the repository so that the page can be rewritten and the grid continued."""
 
 import tarfile
 from pathlib import Path
@@ -7,7 +7,7 @@ ARCHIVE = Path(__file__).with_name("runs.tar.xz")
 
 
 def unpack(directory: Path) -> None:
-    """Puts the runs into a directory that does not exist yet."""
+    """Unpacks the runs into a new directory; does nothing if it exists."""
     if directory.exists():
         return
     with tarfile.open(ARCHIVE) as archive:

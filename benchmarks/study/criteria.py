@@ -1,6 +1,6 @@
-"""Criteria that pick an epoch, each online: at no epoch do they know of a later one, unless their name says so.
+"""Criteria that pick an epoch. All are online, that is, use no later epoch, unless their name states otherwise.
 
-Those of others are implemented from their papers.
+Criteria from other papers are implemented from the papers.
 """
 
 from collections.abc import Callable
@@ -22,12 +22,12 @@ PATIENCE = 5
 
 
 class Pick(NamedTuple):
-    """What a criterion says of a run.
+    """What a criterion decides about a run.
 
     Attributes:
-        epoch: the one whose model is kept.
-        stopped: the one after which training was ended, or the last one.
-        alarmed: whether training was ended before the last one.
+        epoch: the epoch whose model is kept.
+        stopped: the last epoch that was trained.
+        alarmed: True if training ended before the last planned epoch.
     """
 
     epoch: int
@@ -36,7 +36,7 @@ class Pick(NamedTuple):
 
 
 def by_rule(series: Series, **rule: Any) -> Pick:
-    """Ours: the library's own stop rule on the library's own statistics."""
+    """This library's stop rule on its own statistics."""
     settings, state, planned = EarlyStop(**rule), StopState(), len(series["bins"])
     for epoch, bins in enumerate(series["bins"]):
         value, error = estimate(settings.statistic, Histogram.from_dense(bins))
@@ -47,7 +47,7 @@ def by_rule(series: Series, **rule: Any) -> Pick:
 
 
 def best_with_patience(values: npt.NDArray[np.float64], skipped: float = 0.0, patience: int | None = PATIENCE) -> Pick:
-    """The maximum; training ends after `patience` epochs without a new one, or never (None)."""
+    """The epoch of the maximum; training ends after `patience` epochs without a new maximum, or never (None)."""
     last = len(values) - 1
     best, waited = -1, 0
     for epoch in range(int(np.ceil(skipped * len(values))), last + 1):
@@ -71,8 +71,8 @@ def label_wave(series: Series) -> Pick:
 
     Source: "Early Stopping Against Label Noise Without Validation Data", ICLR 2024.
     """
-    changed = series["changed"][1:]  # nothing can have changed in the first epoch
-    average = np.convolve(changed, np.ones(3) / 3, mode="valid")  # of index i: epochs i + 1 to i + 3
+    changed = series["changed"][1:]  # the first epoch has no predecessor
+    average = np.convolve(changed, np.ones(3) / 3, mode="valid")  # index i: epochs i + 1 to i + 3
     for i in range(1, len(average)):
         if average[i] > average[i - 1]:
             return Pick(i + 2, i + 3, i + 3 < len(changed))
@@ -80,7 +80,7 @@ def label_wave(series: Series) -> Pick:
 
 
 def gradient_disparity(series: Series) -> Pick:
-    """Mean distance between the gradients of five batches; training ends when it has grown five times.
+    """Mean distance between the gradients of five batches; training ends after its fifth increase.
 
     Source: "Disparity Between Batches as a Signal for Early Stopping", ECML 2021.
     """
@@ -91,10 +91,10 @@ def gradient_disparity(series: Series) -> Pick:
 
 
 def sign_agreement(series: Series) -> Pick:
-    """Share of samples whose score has the sign of its own past sum, mean of two epochs; needs sample ids."""
+    """Share of samples whose score has the same sign as the sum of their earlier scores, averaged over two epochs."""
     values = series["sign_agreement"]
     smooth = np.concatenate([[-np.inf], (values[1:] + values[:-1]) / 2])
-    smooth[1] = -np.inf  # the first epoch has no past
+    smooth[1] = -np.inf  # the first epoch has no earlier scores
     return best_with_patience(smooth)
 
 
@@ -105,7 +105,7 @@ def last_epoch(series: Series) -> Pick:
 
 
 def oracle(series: Series) -> Pick:
-    """Sees the test set, but only as the mean of three epochs: what is left is the jitter of single epochs."""
+    """The best test accuracy, averaged over three epochs; what remains of its regret is the noise of single epochs."""
     accuracy = np.pad(series["test_accuracy"], 1, mode="edge")
     return Pick(int(np.argmax(np.convolve(accuracy, np.ones(3) / 3, mode="valid"))), len(accuracy) - 3, False)
 
@@ -126,12 +126,12 @@ CRITERIA: dict[str, Callable[[Series], Pick]] = {
     "last epoch": last_epoch,
     "oracle: test accuracy, mean of 3 epochs": oracle,
 }
-"""Of the run on all training data."""
+"""Criteria for the run on all training data."""
 
 HELD_OUT: dict[str, Callable[[Series], Pick]] = {
     "10 % held out, accuracy": lambda series: best_with_patience(series["held_out_accuracy"]),
     "10 % held out, accuracy, whole run": lambda series: best_with_patience(series["held_out_accuracy"], patience=None),
     "10 % held out, loss": lambda series: best_with_patience(-series["held_out_loss"]),
 }
-"""Of the run that holds data out, and is judged by its own epochs."""
+"""Criteria for the run that holds data out; compared with that run's own epochs."""
 RIVAL = "10 % held out, accuracy"

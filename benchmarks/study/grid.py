@@ -1,4 +1,4 @@
-"""What is trained: every combination of data, label noise, net, recipe and seed."""
+"""The grid: every combination of data, label noise, network, recipe and seed."""
 
 from itertools import product
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import numpy as np
 
 
 class Data(NamedTuple):
-    """A data set: how many images are trained on, for how many epochs, in which batches."""
+    """A data set: number of training images, epochs and batch size."""
 
     images: int
     epochs: int
@@ -19,8 +19,8 @@ class Noise(NamedTuple):
 
     Attributes:
         share: probability that a label is wrong.
-        by_class: False: any class is mistaken for any other. True: every other class is mistaken for the next one, and the
-            rest are right, as is usual for class-dependent ("asymmetric") noise; so half as many labels are wrong.
+        by_class: if False, a wrong label is any other class. If True, every second class is mislabelled as the next one and
+            the other classes are right, as usual for class-dependent ("asymmetric") noise; so half as many labels are wrong.
     """
 
     share: float
@@ -28,7 +28,7 @@ class Noise(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """An optimiser with its schedule."""
+    """An optimiser and its schedule."""
 
     optimiser: str
     rate: float
@@ -57,15 +57,15 @@ SEEDS = (0, 1)
 
 FOLDS = 3
 CLEANLAB_ON = (("digits", "fashion-6k"), ("adam", "sgd-cosine-augment"))
-"""Data and recipes for which cleanlab's out-of-sample probabilities are made; each takes FOLDS further trainings."""
+"""Data and recipes with out-of-sample probabilities for cleanlab; each needs FOLDS further trainings."""
 
 
 class Run(NamedTuple):
     """One cell of the grid.
 
     Attributes:
-        part: "full" trains on everything; "held-out" on 90 %, and looks at the rest, whose labels are as noisy; "folds"
-            trains on two thirds three times, for cleanlab.
+        part: "full" trains on all images; "held-out" on 90 % of them, and evaluates the rest, whose labels are as noisy;
+            "folds" trains three times on two thirds, for cleanlab.
     """
 
     data: str
@@ -77,12 +77,12 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its file."""
+        """Name of the file with its results."""
         return "_".join(str(value).replace(" ", "") for value in self).replace("%", "pc")
 
     @property
     def for_choosing(self) -> bool:
-        """Whether choices may look at it: half of the combinations, balanced in every factor; all seeds together."""
+        """True for the half on which choices are made. Balanced in every factor; all seeds of a combination are in one half."""
         factors = ((DATA, self.data), (NOISE, self.noise), (RECIPES, self.recipe))
         return (sum(list(f).index(v) for f, v in factors) + NETS.index(self.net)) % 2 == 0
 
@@ -93,7 +93,7 @@ def _cells(seed: int) -> list[Run]:
 
 
 def grid() -> list[Run]:
-    """All runs, seed by seed, each shuffled, so that any part of it is balanced; a held-out run follows its full one."""
+    """All runs, seed by seed and shuffled, so that any prefix is balanced; a held-out run follows its full run."""
     runs = []
     cells = [cell for seed in SEEDS for cell in _cells(seed)]
     for run in cells:

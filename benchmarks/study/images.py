@@ -1,4 +1,4 @@
-"""Images and labels: scikit-learn's digits, and Fashion-MNIST from a file that the user has."""
+"""Images and labels: scikit-learn's digits, and Fashion-MNIST from a file of the user's."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -14,13 +14,13 @@ CLASSES = 10
 
 
 class Images(NamedTuple):
-    """What a run sees.
+    """The data of a run.
 
     Attributes:
-        x, labels: training images float32 [n, 1, side, side], zero mean and unit spread, and their labels, wrong or not.
-        flipped: bool [n], whether the label is wrong.
-        held_out_x, held_out_labels: what is held out of the training data; the labels are as noisy.
-        test_x, test_labels: clean.
+        x, labels: training images float32 [n, 1, side, side] with mean 0 and standard deviation 1, and their noisy labels.
+        flipped: bool [n], True where the label is wrong.
+        held_out_x, held_out_labels: the held-out part of the training data; its labels are as noisy.
+        test_x, test_labels: test data with clean labels.
     """
 
     x: Tensor
@@ -36,10 +36,10 @@ def load(run: Run, fashion: Path, device: torch.device, held_out: slice | None =
     """The images of a run.
 
     Args:
-        run: which.
+        run: the run.
         fashion: an .npz file with Fashion-MNIST: x_train, y_train, x_test, y_test.
-        device: where to.
-        held_out: which part of the training images is held out; None for none.
+        device: the device of the tensors.
+        held_out: the part of the training images that is held out, if any.
     """
     data, noise = DATA[run.data], NOISE[run.noise]
     rng = np.random.default_rng([run.seed, list(DATA).index(run.data)])
@@ -84,7 +84,7 @@ def load(run: Run, fashion: Path, device: torch.device, held_out: slice | None =
 
 
 def augmented(x: Tensor, mirror: bool) -> Tensor:
-    """Shifted by up to a twelfth of the side, and, for clothes, mirrored half of the time; each image its own way."""
+    """Shifts each image by up to a twelfth of its side and, if `mirror`, mirrors it with probability 1/2."""
     batch = x.shape[0]
     theta = torch.zeros(batch, 2, 3, device=x.device)
     theta[:, 0, 0] = 1.0

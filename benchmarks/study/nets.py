@@ -1,4 +1,4 @@
-"""Small nets, each ending in one linear head."""
+"""Small networks, each with one linear head."""
 
 import torch
 from torch import Tensor, nn
@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 
 def make_net(name: str, side: int, classes: int) -> nn.Module:
-    """A net for grey images [batch, 1, side, side]."""
+    """A network for grey images [batch, 1, side, side]."""
     return {"mlp": mlp, "cnn": cnn, "resnet": ResNet, "vit": ViT}[name](side, classes)
 
 
@@ -37,7 +37,7 @@ def cnn(side: int, classes: int) -> nn.Module:
 
 
 class ResNet(nn.Module):
-    """Three residual blocks with batch normalisation, pooled."""
+    """Three residual blocks with batch normalisation and global average pooling."""
 
     def __init__(self, side: int, classes: int) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class ResNet(nn.Module):
 
 
 class ViT(nn.Module):
-    """Three transformer layers of width 64 over patches a quarter of the image wide."""
+    """Three transformer layers of width 64; a patch is a quarter of the image wide."""
 
     def __init__(self, side: int, classes: int) -> None:
         super().__init__()

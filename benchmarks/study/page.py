@@ -1,4 +1,4 @@
-"""Makes `docs/study.md` and its two plots from the runs."""
+"""Writes `docs/study.md` and its two plots from the runs."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,7 +20,7 @@ Floats = npt.NDArray[np.float64]
 
 
 class Case(NamedTuple):
-    """One cell of the grid, trained on everything and with a tenth held out."""
+    """One cell of the grid, trained on all images and with a tenth held out."""
 
     run: Run
     full: Series
@@ -29,7 +29,7 @@ class Case(NamedTuple):
 
 
 def load_cases(directory: Path) -> list[Case]:
-    """All cells whose runs are there."""
+    """All cells whose runs are finished."""
     cases = []
     for run in grid():
         parts = {part: directory / f"{run._replace(part=part).name}.npz" for part in ("full", "held-out", "folds")}
@@ -45,13 +45,13 @@ def _series(path: Path) -> Series:
 
 
 class Verdict(NamedTuple):
-    """A criterion on some cases.
+    """The outcome of a criterion, by case.
 
     Attributes:
         regret: points of test accuracy below the best epoch of the same training.
-        gain: points of test accuracy above that of the held-out rival in the same cell.
-        share: of the planned epochs that were trained.
-        alarmed: whether the criterion ended training before 80 % of the epochs.
+        gain: points of test accuracy above the held-out rival in the same cell.
+        share: share of the planned epochs that were trained.
+        alarmed: True if the criterion ended training before 80 % of the epochs.
     """
 
     regret: Floats
@@ -61,7 +61,7 @@ class Verdict(NamedTuple):
 
 
 def judge(pick: Callable[[Series], Pick], cases: list[Case], held_out: bool = False) -> Verdict:
-    """Asks a criterion."""
+    """Applies a criterion to all cases."""
     rows = []
     for case in cases:
         series = case.held_out if held_out else case.full
@@ -82,7 +82,7 @@ def judge(pick: Callable[[Series], Pick], cases: list[Case], held_out: bool = Fa
 
 
 def interval(values: Floats) -> tuple[float, float]:
-    """95 % interval of the mean over cells, by the bootstrap."""
+    """95 % bootstrap interval of the mean over cells."""
     rng = np.random.default_rng(0)
     means = [rng.choice(values, len(values)).mean() for _ in range(2000)]
     low, high = np.percentile(means, [2.5, 97.5])
@@ -90,20 +90,20 @@ def interval(values: Floats) -> tuple[float, float]:
 
 
 def verdicts(cases: list[Case]) -> dict[str, Verdict]:
-    """Of all criteria, best first."""
+    """The outcomes of all criteria, lowest mean regret first."""
     every = {name: judge(pick, cases) for name, pick in CRITERIA.items()}
     every |= {name: judge(pick, cases, held_out=True) for name, pick in HELD_OUT.items()}
     return dict(sorted(every.items(), key=lambda item: float(item[1].regret.mean())))
 
 
 def is_improving(case: Case) -> bool:
-    """Clean labels, and the test accuracy has its maximum in the last fifth."""
+    """True for clean labels with the best test accuracy in the last fifth of the epochs."""
     accuracy = case.full["test_accuracy"]
     return case.run.noise == "clean" and bool(accuracy.argmax() >= 0.8 * len(accuracy))
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """In Markdown."""
+    """A Markdown table."""
     names = list(head)
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
@@ -114,7 +114,7 @@ def _bold(name: str, text: str) -> str:
 
 
 def regret_table(cases: list[Case]) -> str:
-    """Criteria against what they cost."""
+    """Regret and cost of each criterion."""
     improving = np.array([is_improving(case) for case in cases])
     rows = []
     for name, v in verdicts(cases).items():
@@ -143,7 +143,7 @@ def regret_table(cases: list[Case]) -> str:
 
 
 def noise_table(cases: list[Case]) -> str:
-    """Mean regret by label noise."""
+    """Mean regret of each criterion by label noise."""
     noises = [noise for noise in NOISE if any(case.run.noise == noise for case in cases)]
     rows = []
     for name, v in verdicts(cases).items():
@@ -168,7 +168,7 @@ NAMES = {"gwa": "**mean alignment score (ours)**", "aum": "AUM", "loss": "mean l
 
 
 def suspect_table(cases: list[Case]) -> str:
-    """Scores of all noisy cells."""
+    """AUROC and precision of each suspect score on all noisy cells."""
     rows = []
     for name, (auroc, precision) in sorted(suspects(cases).items(), key=lambda item: -float(item[1][0].mean())):
         low, high = interval(auroc)
@@ -184,7 +184,7 @@ def suspect_table(cases: list[Case]) -> str:
 
 
 def cleanlab_table(cases: list[Case]) -> str:
-    """The same where cleanlab's probabilities were made."""
+    """AUROC and precision on the cells with probabilities for cleanlab."""
     some = [case for case in cases if case.folds is not None and "auroc" in case.full]
     if not some:
         return "Not run."
@@ -202,7 +202,7 @@ def cleanlab_table(cases: list[Case]) -> str:
 
 
 def plots(cases: list[Case], directory: Path) -> None:
-    """`study-regret.png` and `study-suspects.png`."""
+    """Draws study-regret.png and study-suspects.png."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -233,9 +233,9 @@ def plots(cases: list[Case], directory: Path) -> None:
     for i, name in enumerate(SUSPECT_SCORES):
         for x, noise in enumerate(noises):
             values = [1 - case.full["auroc"][-1, i] for case in noisy if case.run.noise == noise]
-            place = x + (i - 2.5) * 0.13
-            axes.plot([place] * len(values), values, ".", color=colours[name], alpha=0.35, markersize=4)
-            axes.plot([place], [np.mean(values)], "_", color=colours[name], markersize=13, markeredgewidth=2)
+            position = x + (i - 2.5) * 0.13
+            axes.plot([position] * len(values), values, ".", color=colours[name], alpha=0.35, markersize=4)
+            axes.plot([position], [np.mean(values)], "_", color=colours[name], markersize=13, markeredgewidth=2)
         axes.plot([], [], "s", color=colours[name], label=NAMES[name].strip("*"))
     axes.set_yscale("log")
     axes.set_xticks(range(len(noises)), noises)
@@ -247,11 +247,7 @@ def plots(cases: list[Case], directory: Path) -> None:
 
 
 def write_page(runs: Path) -> Path:
-    """Writes the page.
-
-    Returns:
-        Where it is.
-    """
+    """Writes docs/study.md and returns its path."""
     unpack(runs)
     cases = load_cases(runs)
     choosing = [case for case in cases if case.run.for_choosing]

@@ -1,4 +1,4 @@
-"""Trains the grid in several processes, resumable: one file per run."""
+"""Trains the grid in several processes. Each run has its own file, so the training can be interrupted and continued."""
 
 import multiprocessing
 import os
@@ -27,7 +27,7 @@ def _train(run: Run, fashion: Path, directory: Path) -> float:
 
 
 def train_all(fashion: Path, directory: Path, workers: int, minutes: float, only: str) -> None:
-    """Trains every run that has no file yet, until the time is up."""
+    """Trains every run without a file; starts none after `minutes`."""
     unpack(directory)
     left = [run for run in grid() if only in run.name and not (directory / f"{run.name}.npz").exists()]
     deadline = time.monotonic() + minutes * 60
@@ -48,7 +48,7 @@ def train_all(fashion: Path, directory: Path, workers: int, minutes: float, only
             run = waiting.pop(future)
             try:
                 seconds = future.result()
-            except Exception as error:  # noqa: BLE001 - one run that fails must not end the others
+            except Exception as error:  # noqa: BLE001 - the other runs continue
                 failed += 1
                 print(f"{run.name}: {type(error).__name__}: {error}", flush=True)
             else:

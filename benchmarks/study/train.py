@@ -1,4 +1,4 @@
-"""Trains one run and records, for every epoch, what any criterion or suspect score could want to know."""
+"""Trains one run and records the signals of every criterion and suspect score at every epoch."""
 
 import copy
 import math
@@ -19,7 +19,7 @@ SUSPECT_SCORES = ("gwa", "aum", "loss", "confidence", "forgetting", "el2n")
 
 
 def train(run: Run, fashion: Path, device: torch.device) -> dict[str, np.ndarray]:
-    """Trains a run; returns arrays whose first axis is the epoch, but for those of cleanlab."""
+    """Trains a run. Returns arrays whose first axis is the epoch, except cleanlab's, which are scalars."""
     torch.manual_seed(run.seed)
     if run.part == "full":
         return _Full(run, load(run, fashion, device)).series()
@@ -30,7 +30,7 @@ def train(run: Run, fashion: Path, device: torch.device) -> dict[str, np.ndarray
 
 
 class _Training:
-    """A net in training."""
+    """Training of one network."""
 
     def __init__(self, run: Run, images: Images) -> None:
         self.run, self.images, self.data, self.recipe = run, images, DATA[run.data], RECIPES[run.recipe]
@@ -50,7 +50,7 @@ class _Training:
         return {key: np.array([row[key] for row in rows]) for key in rows[0]}
 
     def epoch(self) -> dict[str, object]:
-        """Trains for one epoch; returns what is known after it."""
+        """Trains for one epoch and returns its signals."""
         self.net.train()
         order = torch.randperm(len(self.images.x), device=self.device)
         for ids in order.split(self.data.batch):
@@ -82,7 +82,7 @@ class _Training:
 
 
 class _HeldOut(_Training):
-    """The rival: part of the data is held out."""
+    """Training with a held-out part, which is evaluated at every epoch."""
 
     def epoch(self) -> dict[str, object]:
         row = super().epoch()
@@ -93,12 +93,12 @@ class _HeldOut(_Training):
 
 
 class _Full(_Training):
-    """Trained on everything, watched."""
+    """Watched training on all images."""
 
     def __init__(self, run: Run, images: Images) -> None:
         super().__init__(run, images)
         n = len(images.x)
-        self.twin = copy.deepcopy(self.net)  # for gradients that are not training
+        self.twin = copy.deepcopy(self.net)  # for gradients outside the training
         self.head = [module for module in self.twin.modules() if isinstance(module, nn.Linear)][-1]
         self.outputs = torch.zeros(n, CLASSES, device=self.device)
         self.past = torch.zeros(n, device=self.device)
@@ -127,9 +127,9 @@ class _Full(_Training):
         for name in ("count", "mean", "std", "skewness", "excess_kurtosis"):
             row[name] = getattr(report, name)
         row["bins"] = report.histogram.dense().astype(np.int32)
-        row.update(self._of_the_scores())
-        row.update(self._of_the_logits())
-        row.update(self._of_other_gradients())
+        row.update(self._score_signals())
+        row.update(self._logit_signals())
+        row.update(self._gradient_signals())
         if bool(self.images.flipped.any()):
             scores = {name: self.sums[name] for name in SUSPECT_SCORES}
             scores["forgetting"] = torch.where(self.ever_right, scores["forgetting"], torch.inf)
@@ -137,8 +137,8 @@ class _Full(_Training):
             row["precision"] = [precision(scores[name], self.images.flipped) for name in SUSPECT_SCORES]
         return row
 
-    def _of_the_scores(self) -> dict[str, object]:
-        """How many samples ask for the same as in the epochs before, and the ledger."""
+    def _score_signals(self) -> dict[str, object]:
+        """Signals from the ledger: mean scores, and the share of samples whose score keeps its sign."""
         ledger = self.monitor._adapter.ledger()
         sums, seen = (torch.as_tensor(part).to(self.device) for part in (ledger.sums, ledger.seen))
         now = sums - self.past
@@ -147,7 +147,7 @@ class _Full(_Training):
         self.sums["gwa"] = -sums / seen.clamp(min=1)
         return {"sign_agreement": agreement}
 
-    def _of_the_logits(self) -> dict[str, object]:
+    def _logit_signals(self) -> dict[str, object]:
         labels, logits = self.images.labels[:, None], self.outputs
         predicted = logits.argmax(1)
         changed = float((predicted != self.predicted).float().mean())
@@ -165,8 +165,8 @@ class _Full(_Training):
         self.sums["el2n"] += (probabilities - F.one_hot(labels[:, 0], CLASSES)).norm(dim=1)
         return {"train_loss": float(loss.mean()), "train_accuracy": float(right.float().mean()), "changed": changed}
 
-    def _of_other_gradients(self) -> dict[str, object]:
-        """Gradient Disparity over five batches, and the norm of the head's gradient on one."""
+    def _gradient_signals(self) -> dict[str, object]:
+        """Signals from separate gradients: Gradient Disparity over five batches, and the norm of the head's gradient on one."""
         self.twin.load_state_dict(self.net.state_dict())
         self.twin.train()
         parameters = list(self.twin.parameters())
@@ -190,20 +190,20 @@ class _Full(_Training):
 
 def auroc(scores: Tensor, flipped: Tensor) -> float:
     """Probability that a wrong label has a higher score than a right one; ties count half."""
-    _, place, counts = scores.unique(return_inverse=True, return_counts=True)
-    ranks = (counts.cumsum(0) - (counts - 1) / 2.0)[place]
+    _, index, counts = scores.unique(return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum(0) - (counts - 1) / 2.0)[index]
     wrong = flipped.sum()
     above = ranks[flipped].double().sum() - wrong * (wrong + 1) / 2
     return float(above / (wrong * (~flipped).sum()))
 
 
 def precision(scores: Tensor, flipped: Tensor) -> float:
-    """Share of wrong labels among as many samples as there are wrong labels, highest scores first."""
+    """Share of wrong labels among the n highest scores, where n is the number of wrong labels."""
     return float(flipped[scores.topk(int(flipped.sum())).indices].float().mean())
 
 
 def _cleanlab(run: Run, fashion: Path, device: torch.device) -> dict[str, np.ndarray]:
-    """cleanlab on out-of-sample probabilities: each fold at the epoch of its best held-out accuracy."""
+    """cleanlab's scores from out-of-sample probabilities, each fold at the epoch of its best held-out accuracy."""
     from cleanlab.rank import get_label_quality_scores
 
     n = DATA[run.data].images

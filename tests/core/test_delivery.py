@@ -13,21 +13,19 @@ import torch
 from torch import nn
 
 import gwa_logging
+from gwa_logging import InvalidInputError, _all_heads, registry
 from gwa_logging import delivery as delivery_module
-from gwa_logging import monitor as monitor_module
-from gwa_logging import registry
 from gwa_logging.delivery import Delivery, DeliveryGroup, wait_for
 from gwa_logging.faults import Faults
 from gwa_logging.journal import Journal, read_journal
-from gwa_logging.records import RunRecord, TrackerRunRef
+from gwa_logging.protocols import Backend, TrackerContents, with_defaults
+from gwa_logging.records import AnyRecord, RunRecord, TrackerRunRef
 
 
-class Tracker:
-    """A backend that keeps what it is given, and fails or hangs when it is told to."""
+class Tracker(Backend):
+    """A backend that stores the records in a list. The tests make it fail or hang."""
 
     name = "tracker"
-
-    run, run_ref = None, TrackerRunRef()
 
     def __init__(self, threaded: bool) -> None:
         self.threaded = threaded
@@ -129,7 +127,8 @@ def test_closing_tries_once_more_in_spite_of_the_pause(journal, faults):
 def test_a_backend_that_takes_many_at_once_catches_up_in_few_calls_and_in_order(journal, faults, monkeypatch):
     monkeypatch.setattr(delivery_module, "FIRST_PAUSE", 0.01)
 
-    class Wholesale(Tracker):
+    class Batching(Tracker):
+        records_per_call = 100
         calls = 0
 
         def write_many(self, records) -> None:
@@ -139,7 +138,7 @@ def test_a_backend_that_takes_many_at_once_catches_up_in_few_calls_and_in_order(
             for record in records:
                 self.taken.append(record.name)
 
-    tracker = Wholesale(threaded=True)
+    tracker = Batching(threaded=True)
     tracker.away = True
     delivery = Delivery(tracker, journal, faults)
     names = [str(i) for i in range(250)]
@@ -162,7 +161,7 @@ def test_a_tracker_that_hangs_is_left_behind_and_counted(journal, faults, thread
     start = monotonic()
     for _ in range(100):
         delivery.notify()
-    assert monotonic() - start < 100 * delivery_module.PATIENCE / 2  # only the first one waits
+    assert monotonic() - start < 100 * delivery_module.MAX_BLOCKING / 2  # only the first one waits
     assert not delivery.close(monotonic() + 0.1)
     assert delivery.left == 3
     tracker.free.set()
@@ -183,7 +182,7 @@ class Noted(Faults):
 
 
 def test_while_the_disk_is_full_the_delivery_waits_instead_of_looking_all_the_time(journal, faults, monkeypatch):
-    looks, many, drain = [], Event(), Delivery._drain
+    looks, many, drain = [], Event(), Delivery._write_new
 
     def counted(self, limit=None) -> None:
         looks.append(limit)
@@ -191,7 +190,7 @@ def test_while_the_disk_is_full_the_delivery_waits_instead_of_looking_all_the_ti
             many.set()
         drain(self, limit)
 
-    monkeypatch.setattr(Delivery, "_drain", counted)
+    monkeypatch.setattr(Delivery, "_write_new", counted)
     tracker = Tracker(threaded=True)
     delivery = Delivery(tracker, journal, faults)
     write(journal, "a")
@@ -233,7 +232,7 @@ def test_a_backend_that_raises_more_than_an_exception_is_counted_and_tried_again
 
 def test_a_backend_that_hangs_or_refuses_for_good_is_a_fault_long_before_close(journal, monkeypatch):
     monkeypatch.setattr(delivery_module, "HANGS_AFTER", 0.05)
-    monkeypatch.setattr(delivery_module, "LOOK_EVERY", 0.01)
+    monkeypatch.setattr(delivery_module, "CHECK_EVERY", 0.01)
 
     class Refusing(Tracker):
         name = "refusing"
@@ -276,16 +275,84 @@ def test_the_training_thread_waits_for_all_backends_together_no_longer_than_for_
 
 
 def test_a_backend_for_which_there_was_no_time_comes_first_in_the_next_step(journal, faults, monkeypatch):
-    monkeypatch.setattr(delivery_module, "PATIENCE", 10.0)
+    monkeypatch.setattr(delivery_module, "MAX_BLOCKING", 10.0)
     group, trackers = DeliveryGroup(), [Tracker(threaded=False) for _ in range(3)]
     deliveries = [Delivery(tracker, journal, faults) for tracker in trackers]
     write(journal, "a")
     group.notify(deliveries)
-    group._asked, group._left = {"head"}, 0.0  # the patience is used up
+    group._callers, group._blocking_left = {"head"}, 0.0  # nothing is left of the time in this step
     group.take_turns("other head")
     assert [tracker.taken for tracker in trackers] == [[], [], []]
     group.take_turns("head")
     assert [tracker.taken for tracker in trackers] == [["a"], ["a"], ["a"]]
+
+
+class Minimal:
+    """Only what a backend must have; not even hashable."""
+
+    __hash__ = None
+
+    def __init__(self) -> None:
+        self.records: list[AnyRecord] = []
+        self.closed = 0
+
+    def write(self, record: AnyRecord) -> None:
+        self.records.append(record)
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def test_an_object_with_only_write_and_close_is_a_backend(tmp_path):
+    minimal, model = Minimal(), nn.Linear(4, 3)
+    monitor = gwa_logging.watch(model, backend=minimal, directory=tmp_path, log_every_n_steps=1)
+    for _ in range(2):
+        nn.functional.cross_entropy(model(torch.randn(5, 4)), torch.tensor([0, 1, 2, 0, 1])).backward()
+    monitor.end_epoch()
+    assert monitor.flush()
+    monitor.close()
+    assert minimal.records == read_journal(monitor.journal)[0]
+    assert minimal.closed == 1
+    assert monitor.faults == {}
+
+
+def test_two_models_cannot_write_to_the_same_object(tmp_path):
+    minimal, models = Minimal(), [nn.Linear(4, 3), nn.Linear(4, 3)]
+    first = gwa_logging.watch(models[0], backend=minimal, directory=tmp_path)
+    with pytest.raises(InvalidInputError, match="backend='Minimal': the monitor of another model"):
+        gwa_logging.watch(models[1], backend=minimal, directory=tmp_path)
+    first.close()
+    gwa_logging.watch(models[1], backend=minimal, directory=tmp_path).close()
+    assert minimal.closed == 2
+
+
+def test_every_optional_member_of_a_backend_has_a_default_and_an_objects_own_one_wins():
+    class Full(Minimal):
+        name, run, run_ref = "full", 7, TrackerRunRef(run="7")
+        threaded, records_per_call = False, 5
+
+        def contents(self) -> TrackerContents:
+            return TrackerContents(alerts={3})
+
+        def write_many(self, records) -> None:
+            self.records.append(records)
+
+        def refusal(self) -> str:
+            return "full"
+
+    members = [name for name in vars(Backend) if not name.startswith("_") and name not in ("write", "close")]
+    full, completed = Full(), with_defaults(minimal := Minimal())
+    assert sorted(members) == sorted(name for name in vars(Full) if not name.startswith("_"))
+    for name in members:
+        assert getattr(with_defaults(full), name) == getattr(full, name)
+    assert completed == minimal
+    assert completed == with_defaults(minimal)
+    assert completed != with_defaults(Minimal())
+    assert (completed.name, completed.run, completed.run_ref) == ("Minimal", None, TrackerRunRef())
+    assert (completed.threaded, completed.records_per_call, completed.refusal()) == (True, 1, None)
+    assert completed.contents() == TrackerContents()
+    completed.write_many([1, 2])
+    assert minimal.records == [1, 2]
 
 
 class Heads(nn.Module):
@@ -315,7 +382,7 @@ def test_eight_heads_of_hanging_backends_have_one_deadline(threaded: bool, end: 
     module.open_backend = open_backend
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setitem(registry.BACKENDS, "hanging", module.__name__)
-    monkeypatch.setattr(monitor_module, "CLOSE_WITHIN", 0.5)
+    monkeypatch.setattr(_all_heads, "CLOSE_WITHIN", 0.5)
     model = Heads(8)
     monitor = gwa_logging.watch(model, backend="hanging", head=[f"heads.{i}" for i in range(8)])
     model(torch.randn(5, 4)).backward()
@@ -358,7 +425,7 @@ def test_the_run_that_heads_share_is_closed_after_all_of_them(tmp_path):
     ],
 )
 def test_what_is_said_at_the_end_is_what_is_true(journal, faults, tracker_state, said, monkeypatch):
-    monkeypatch.setattr("gwa_logging.journal._RECENT", 1)
+    monkeypatch.setattr("gwa_logging.journal._MAX_IN_MEMORY", 1)
     never = Event()
     tracker = Tracker(threaded=True)
     if tracker_state == "hangs in close":

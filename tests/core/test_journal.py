@@ -1,4 +1,4 @@
-"""The journal: append-only, survives torn and foreign lines, and a disk that takes no more."""
+"""The journal: append-only, and robust against torn lines, damage by other processes, and a full disk."""
 
 import math
 import os
@@ -20,7 +20,7 @@ from gwa_logging.records import RunRecord
 from tests.records import interval_record
 
 
-def test_what_was_written_is_read_back(tmp_path):
+def test_written_records_are_read_back(tmp_path):
     journal = Journal(tmp_path / "run" / "journal.jsonl", Faults())
     report = AlignmentSummary.from_scores([0.1, 0.2, 0.4]).report(epoch=3, step=40)
     written, before = [interval_record(0), report, interval_record(1)], time()
@@ -50,7 +50,7 @@ def test_it_is_readable_with_pandas(tmp_path):
 
 
 @pytest.mark.parametrize("garbage", [b'{"kind":"interval","st\n', b"not json\n", b'{"kind":"other"}\n', b"\xff\xfe\n"])
-def test_torn_and_foreign_lines_are_skipped_and_counted(tmp_path, garbage):
+def test_torn_and_invalid_lines_are_skipped_and_counted(tmp_path, garbage):
     journal = Journal(tmp_path / "journal.jsonl", Faults())
     journal.append(interval_record(0))
     with journal.path.open("ab") as file:
@@ -61,59 +61,45 @@ def test_torn_and_foreign_lines_are_skipped_and_counted(tmp_path, garbage):
     assert skipped == 1
 
 
-def test_a_torn_last_line_is_left_alone_until_it_is_whole(tmp_path):
+def test_an_unfinished_last_line_is_read_once_it_is_complete(tmp_path):
     path = tmp_path / "journal.jsonl"
     line = interval_record(7).model_dump_json().encode()
     path.write_bytes(line[:40])
     reader = JournalReader(path)
-    assert reader.peek() == ([], 0)
+    assert reader.take() == []
     path.write_bytes(line + b"\n")
     assert [record.step for record in reader.take()] == [7]
 
 
-def test_a_reader_stays_at_a_record_until_it_is_told_to_go_on(tmp_path):
-    journal = Journal(tmp_path / "journal.jsonl", Faults())
-    journal.append(interval_record(0))
-    journal.append(interval_record(1))
-    reader = JournalReader(journal.path)
-    first, position = reader.peek()
-    assert reader.peek()[0] == first
-    reader.advance(position)
-    assert [record.step for record in reader.peek(9)[0]] == [1]
-    assert reader.behind()
-    assert reader.count() == 1
-
-
 @pytest.mark.parametrize("limit", [1, 2, 9])
-def test_a_line_is_skipped_and_counted_once_however_often_one_looks(tmp_path, limit):
+def test_an_invalid_line_is_skipped_and_counted_once_however_many_lines_are_read_at_a_time(tmp_path, limit):
     lines = [interval_record(step).model_dump_json() for step in range(4)]
     path = tmp_path / "journal.jsonl"
     path.write_text("\n".join(["stranger", lines[0], lines[1], "", "{}", lines[2], "torn {", lines[3]]) + "\n")
     reader, steps = JournalReader(path), []
-    while records := reader.peek(limit)[0]:
-        assert reader.peek(limit)[0] == records
-        steps += [record.step for record in reader.take(limit)]
+    while records := reader.take(limit):
+        steps += [record.step for record in records]
     assert steps == [0, 1, 2, 3]
     assert reader.skipped == 3
 
 
 @contextmanager
-def full_disk(path: Path, room: int) -> Iterator[None]:
-    """As under a quota: the file cannot grow by more than `room` bytes."""
+def full_disk(path: Path, capacity: int) -> Iterator[None]:
+    """As under a quota: the file cannot grow by more than `capacity` bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + room, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + capacity, before[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("room", [0, 1, 100, 900])
-def test_a_full_disk_is_counted_and_what_it_did_not_take_follows_later_without_a_torn_line(tmp_path, room):
+@pytest.mark.parametrize("capacity", [0, 1, 100, 900])
+def test_a_full_disk_is_counted_as_a_fault_and_the_records_are_written_later_without_a_torn_line(tmp_path, capacity):
     faults = Faults()
     journal = Journal(tmp_path / "journal.jsonl", faults)
     journal.append(interval_record(0))
-    with full_disk(journal.path, room):
+    with full_disk(journal.path, capacity):
         journal.append(interval_record(1))
         journal.append(interval_record(2))
     assert faults.counts == {"journal": 2}
@@ -125,7 +111,7 @@ def test_a_full_disk_is_counted_and_what_it_did_not_take_follows_later_without_a
     assert journal.is_complete
 
 
-def test_a_line_that_a_full_disk_tore_is_written_again_if_somebody_else_wrote_behind_it(tmp_path):
+def test_a_line_that_a_full_disk_tore_is_written_again_if_another_process_appended_to_the_file(tmp_path):
     journal = Journal(tmp_path / "journal.jsonl", Faults())
     journal.append(interval_record(0))
     with full_disk(journal.path, 100):
@@ -138,7 +124,7 @@ def test_a_line_that_a_full_disk_tore_is_written_again_if_somebody_else_wrote_be
     assert skipped == 1
 
 
-# --- a journal that somebody else damages -----------------------------------------------------------------------------
+# --- a journal that another process damages -----------------------------------------------------------------------------
 
 
 def delete(path: Path) -> None:
@@ -191,7 +177,7 @@ def begun(path: Path, faults: Faults, intervals: int = 5) -> Journal:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_journal_that_somebody_damages_goes_on_whole_at_the_next_line(tmp_path, damage):
+def test_a_damaged_journal_is_complete_again_after_the_next_line(tmp_path, damage):
     faults = Faults()
     journal = begun(tmp_path / "run" / "journal.jsonl", faults)
     damage(journal.path)
@@ -205,8 +191,8 @@ def test_a_journal_that_somebody_damages_goes_on_whole_at_the_next_line(tmp_path
 
 
 @pytest.mark.parametrize("damage", [delete, rename, empty])
-def test_what_memory_does_not_have_any_more_is_counted_as_lost(tmp_path, damage, monkeypatch):
-    monkeypatch.setattr(journal_module, "_RECENT", 3000)  # two or three intervals
+def test_lines_that_are_no_longer_in_memory_are_counted_as_lost(tmp_path, damage, monkeypatch):
+    monkeypatch.setattr(journal_module, "_MAX_IN_MEMORY", 3000)  # two or three intervals
     faults = Faults()
     journal = begun(tmp_path / "journal.jsonl", faults, intervals=10)
     damage(journal.path)
@@ -222,8 +208,8 @@ def test_what_memory_does_not_have_any_more_is_counted_as_lost(tmp_path, damage,
 
 
 @pytest.mark.parametrize("damage", [delete, rename, replace_by_something_else])
-def test_a_backend_that_is_behind_reads_on_in_the_file_that_was_taken_away(tmp_path, damage, monkeypatch):
-    monkeypatch.setattr(journal_module, "_RECENT", 3000)
+def test_a_backend_that_is_behind_continues_in_the_file_that_was_removed(tmp_path, damage, monkeypatch):
+    monkeypatch.setattr(journal_module, "_MAX_IN_MEMORY", 3000)
     journal = begun(tmp_path / "journal.jsonl", Faults(), intervals=10)
     feed = JournalFeed(journal)
     damage(journal.path)
@@ -238,8 +224,8 @@ def test_a_backend_that_is_behind_reads_on_in_the_file_that_was_taken_away(tmp_p
     assert not feed.behind()
 
 
-def test_a_backend_that_is_behind_counts_what_was_cut_off(tmp_path, monkeypatch):
-    monkeypatch.setattr(journal_module, "_RECENT", 3000)
+def test_a_backend_that_is_behind_counts_the_lines_that_were_cut_off(tmp_path, monkeypatch):
+    monkeypatch.setattr(journal_module, "_MAX_IN_MEMORY", 3000)
     journal = begun(tmp_path / "journal.jsonl", Faults(), intervals=10)
     feed = JournalFeed(journal)
     third = read_journal(journal.path)[0][:4]
@@ -256,7 +242,7 @@ def test_a_backend_that_is_behind_counts_what_was_cut_off(tmp_path, monkeypatch)
     assert [r.step for r in read_journal(journal.path)[0] if r.kind == "interval"] == steps
 
 
-def test_a_folder_that_cannot_be_made_is_an_error_at_once(tmp_path):
+def test_a_folder_that_cannot_be_created_is_an_error_at_once(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(BackendError, match=r"directory=.*cannot be written"):
         Journal(tmp_path / "file" / "run" / "journal.jsonl", Faults())

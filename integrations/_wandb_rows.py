@@ -1,0 +1,154 @@
+"""How records become rows of a W&B run, and how this library adds to the rows of a run that the user started.
+
+W&B only appends rows: once the run's step has moved on, it drops a row that the user logs with an earlier `step=`. So in
+the user's run, `UserRunWriter` adds its values to the open row with `commit=False`, and the user's next `log` commits them.
+Within one row the last value of a key wins. Two rules prevent any loss:
+
+- Intervals that fall into the same row are merged, and the sum is logged again: histograms can be added.
+- If several epochs fall into the same row, the first is logged, and the others wait for later rows, one for each row.
+
+If the user never logs, nothing would be visible before the end. So as long as the run contains no values of the user, the
+report of epoch k is logged to row k, as if the user had logged it with `step=epoch`. This commits the row before, and a user
+who starts to log with `step=epoch` later loses nothing. W&B's summary shows whether the user logs: it has every key of the
+committed rows. It does not show the user's first row while that row is open, so this library may commit it.
+
+Records can arrive late and in any order. They are appended like any other, since the axis of a row, `gwa/step` or
+`gwa/epoch`, is a metric, which may be lower than in the row before. A row of merged intervals lists the steps that it covers
+as `gwa/covers`, so that `contents` can tell which intervals the run contains.
+
+All this requires that the user does not log between the look at the step and the log call. Therefore the training thread
+waits meanwhile, for a limited time. If W&B takes longer, W&B can lack an interval or count it twice; rows of the user are
+never affected, and the journal has every interval.
+"""
+
+from collections import deque
+from threading import Lock
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import wandb
+
+from gwa_logging.histogram import DISPLAY_BINS
+from gwa_logging.records import EPOCH_KEYS, QUANTILES, STEP_KEYS, EpochReport, IntervalRecord
+
+HISTOGRAM_SUBKEYS = ("", "._type", ".bins", ".values")
+"""W&B stores a histogram under these keys, and looks up the axis of each of them."""
+
+
+def define_metrics(run: wandb.Run, prefix: str) -> None:
+    """Sets the x axis of every key by its exact name: a pattern such as "gwa/*" competes with the user's patterns at random."""
+    axes = {
+        "step": (*(f"scores{subkey}" for subkey in HISTOGRAM_SUBKEYS), *STEP_KEYS, *QUANTILES, "covers"),
+        "epoch": tuple(EPOCH_KEYS),
+    }
+    for axis, keys in axes.items():
+        run.define_metric(f"{prefix}/{axis}", hidden=True)
+        for key in keys:
+            run.define_metric(f"{prefix}/{key}", step_metric=f"{prefix}/{axis}")
+
+
+def row_of(prefix: str, record: IntervalRecord | EpochReport) -> dict[str, Any]:
+    """Returns the values of a record as W&B stores them, with the axis among them."""
+    if isinstance(record, EpochReport):
+        values: dict[str, Any] = {"epoch": record.epoch, **record.metrics}
+    else:
+        histogram = record.histogram.to_display(DISPLAY_BINS, record.display_limit)
+        values = {"step": record.step, "scores": wandb.Histogram(np_histogram=histogram), **record.metrics}
+    return {f"{prefix}/{key}": value for key, value in values.items()}
+
+
+class RunWriters:
+    """The backends that write to the same run: one for each head, each in its own thread.
+
+    Attributes:
+        lock: a backend holds it while it looks at the run's step and logs.
+        prefixes: prefixes of their keys.
+    """
+
+    def __init__(self) -> None:
+        self.lock = Lock()
+        self.prefixes: set[str] = set()
+
+    def wrote(self, key: str) -> bool:
+        """Returns True if one of these backends, or W&B itself, wrote this key of the run's summary."""
+        return key.startswith(("_", *(f"{prefix}/" for prefix in self.prefixes)))
+
+
+writers_of: WeakKeyDictionary[wandb.Run, RunWriters] = WeakKeyDictionary()
+
+
+class UserRunWriter:
+    """Adds records to the rows of a run that the user started. Its state changes only after W&B has accepted a row."""
+
+    def __init__(self, run: wandb.Run, prefix: str, writers: RunWriters) -> None:
+        self.run = run
+        self._prefix = prefix
+        self._writers = writers
+        self._step: int | None = None  # of the row that contains the next three; None if there is no such row
+        self._interval: IntervalRecord | None = None
+        self._covers: tuple[tuple[int, int], ...] = ()  # the steps of `_interval`, as ranges
+        self._has_epoch = False
+        self._waiting: deque[EpochReport] = deque()
+
+    def log(self, record: IntervalRecord | EpochReport) -> None:
+        """Adds a record to the open row. An epoch's report opens a new row if the user does not log."""
+        step = self._open_row()
+        opens_row = isinstance(record, EpochReport) and step < record.epoch and not self._user_logs(step)
+        if opens_row:
+            assert isinstance(record, EpochReport)
+            step = record.epoch
+        same_row = step == self._step
+        interval, covers = (self._interval, self._covers) if same_row else (None, ())
+        has_epoch = same_row and self._has_epoch
+        waiting = deque(self._waiting)
+        row: dict[str, Any] = {}
+        if isinstance(record, EpochReport):
+            waiting.append(record)
+        else:
+            interval = record if interval is None else interval.merge(record)
+            covers = extend_ranges(covers, record)
+            row |= row_of(self._prefix, interval)
+            if interval is not record:
+                row[f"{self._prefix}/covers"] = covers
+        if waiting and not has_epoch:
+            row |= row_of(self._prefix, waiting.popleft())
+            has_epoch = True
+        if row:
+            # With step=, W&B would rather drop this row than move past one that the user may have opened meanwhile.
+            self.run.log(row, step=step if opens_row else None, commit=False)
+            self._step, self._interval, self._covers, self._has_epoch = step, interval, covers, has_epoch
+        self._waiting = waiting
+
+    def drain(self) -> None:
+        """Logs the epochs that still wait, one in each row.
+
+        The last row stays open: the user's next log, or `run.finish`, commits it.
+        So the run's step moves only if epochs had to wait, which means that the user logged less than once per epoch.
+        """
+        while self._waiting:
+            step = self._open_row()
+            if step == self._step and self._has_epoch:
+                self.run.log({}, commit=True)
+                self._step = None
+                continue
+            self.run.log(row_of(self._prefix, self._waiting[0]), commit=False)
+            self._waiting.popleft()
+            self._step, self._has_epoch = step, True
+
+    def _open_row(self) -> int:
+        """The step of the open row. In a resumed run, `run.step` is 0 before the first `log`."""
+        return max(self.run.step, self.run.starting_step)
+
+    def _user_logs(self, step: int) -> bool:
+        keys = list(self.run.summary.keys())  # type: ignore[no-untyped-call]
+        unanswered = step > 0 and not keys  # W&B returns an empty summary if it has no answer
+        return unanswered or not all(self._writers.wrote(key) for key in keys)
+
+
+def extend_ranges(ranges: tuple[tuple[int, int], ...], record: IntervalRecord) -> tuple[tuple[int, int], ...]:
+    """Adds the steps of an interval to ranges of steps. An interval that follows the last range extends it."""
+    first = record.step - record.steps + 1
+    if ranges and ranges[-1][1] + 1 == first:
+        first = ranges[-1][0]
+        ranges = ranges[:-1]
+    return (*ranges, (first, record.step))
