@@ -152,7 +152,7 @@ def test_replay_refuses_an_invalid_run_id_before_it_contacts_the_tracker(lines, 
     folder = write(tmp_path, [lines[0] | {"places": {backend: {"run": run}}}, *lines[1:]])
     code, error = check(folder, capsys, "replay", ".", "--backend", backend)
     assert code == 2
-    assert f"which is no run of {backend}" in error
+    assert f"which is not a run of {backend}" in error
     assert error[:-1].isprintable()
 
 
