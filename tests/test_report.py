@@ -512,13 +512,14 @@ def opened(page: Path, tmp_path: Path, scheme: str = "light") -> tuple[str, list
         "--dump-dom",
         page.as_uri(),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     # Requests of a page from a file have the origin "null"; Chromium's own requests have "not an origin".
     used_network = '"initiator":"null"' in (tmp_path / "net.json").read_text(encoding="utf-8")
     return done.stdout, console, used_network
 
 
+@pytest.mark.slow
 @needs_chromium
 @pytest.mark.parametrize("scheme", ["dark", "light"])
 def test_chromium_draws_both_figures_without_errors_or_requests(run, tmp_path, scheme):
@@ -537,6 +538,7 @@ RUNS_A_HANDLER = """<img src=x onerror="document.title='taken over'">"""
 ENDS_THE_SCRIPT = "</script><script>document.title='taken over'</script>"
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_chromium_shows_a_hostile_head_as_text_and_does_not_run_it(tmp_path):
     name = RUNS_A_HANDLER + ENDS_THE_SCRIPT
@@ -552,6 +554,7 @@ def test_chromium_shows_a_hostile_head_as_text_and_does_not_run_it(tmp_path):
     assert dom.count('class="main-svg"') >= 2
 
 
+@pytest.mark.slow
 @needs_chromium
 @pytest.mark.parametrize("name", [RUNS_A_HANDLER, ENDS_THE_SCRIPT])
 def test_chromium_runs_a_hostile_name_that_is_not_escaped(tmp_path, name):
@@ -560,6 +563,7 @@ def test_chromium_runs_a_hostile_name_that_is_not_escaped(tmp_path, name):
     assert "<title>taken over</title>" in opened(page, tmp_path)[0]
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_chromium_reports_an_error_and_a_request(tmp_path):
     page = tmp_path / "page.html"
