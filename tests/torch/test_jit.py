@@ -13,7 +13,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 
 
 class Dynamic(nn.Module):
-    """fx cannot trace it, so the first pass tells its head."""
+    """fx cannot trace it, so its head is found in the first pass."""
 
     def __init__(self) -> None:
         super().__init__()
