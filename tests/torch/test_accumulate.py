@@ -70,6 +70,14 @@ def test_the_ledger_sums_by_id_and_counts_invalid_ids_separately():
     assert (ledger.invalid_ids, ledger.untagged) == (2, 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_ids_may_have_a_dtype_that_cannot_hold_the_size_of_the_ledger(dtype):
+    accumulator = Accumulator(70_000)
+    accumulator.add_scores(torch.tensor([0.5]), TaggedBatch(torch.tensor([3], dtype=dtype)))
+    ledger = accumulator.ledger()
+    assert (ledger.seen[3], ledger.seen.sum(), ledger.invalid_ids) == (1, 1, 0)
+
+
 def test_batches_that_are_added_together_are_added_in_their_order():
     accumulator = Accumulator(5)
     rng = np.random.default_rng(0)
