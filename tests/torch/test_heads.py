@@ -504,7 +504,7 @@ def test_the_description_names_every_candidate_and_the_choice():
     [
         (TwoHeads(), None, "no head: the output of TwoHeads comes from several layers: 'first', 'second'."),
         (TwoHeads(), ["first", "second"], "head 'second' (Linear 8 -> 5): named by head="),
-        (Dynamic(), None, "head: found in the first training pass"),
+        (Dynamic(), None, "head: will be found in the first training pass"),
         (nn.Conv2d(1, 5, 3), None, "no head: Conv2d has no linear layer and no 1x1 convolution"),
         (nn.Linear(8, 5), None, "head (the model itself) (Linear 8 -> 5): the output comes from it (traced)"),
     ],

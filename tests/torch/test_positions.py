@@ -13,7 +13,7 @@ from gwa_logging import Monitor, alignment_scores
 from tests.torch.tiers import tiered
 
 B, T = 6, 4
-WIDTH = {"by logits": (16, 5), "by the input's gradient": (4, 9)}
+WIDTH = {"by logits": (16, 5), "by embeddings": (4, 9)}
 width_of = pytest.mark.parametrize("width", WIDTH)
 RUN = ["eager", "compiled"]
 run_of = pytest.mark.parametrize("how", RUN)
