@@ -39,14 +39,6 @@ def _compile_anew() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def _small_heap() -> Iterator[None]:
-    """Leaves the objects of other tests out of garbage collections, which would take seconds."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 class Net(nn.Module):
     """A body, a head, and a function of the logits."""
 
@@ -986,7 +978,7 @@ def test_a_copy_of_a_watched_parametrised_head_is_not_watched(norm):
 
 
 @tiered("state, width, how", ["closed", "still watched"], WIDTH, RUN)
-@pytest.mark.usefixtures("_small_heap")
+@pytest.mark.usefixtures("small_heap")
 def test_a_dropped_model_is_freed(state, width, how):
     model = net(*WIDTH[width])
     monitor = gwa_logging.watch(model)
@@ -1006,7 +998,7 @@ def test_a_dropped_model_is_freed(state, width, how):
 @pytest.mark.parametrize("norm", [None, *NORMS])
 @width_of
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
-@pytest.mark.usefixtures("_small_heap")
+@pytest.mark.usefixtures("small_heap")
 def test_a_probe_does_not_keep_its_head_alive(width, norm):
     from gwa_logging.faults import Faults
     from gwa_logging.integrations.torch.accumulate import Accumulator
@@ -1031,7 +1023,7 @@ def test_a_probe_does_not_keep_its_head_alive(width, norm):
 
 
 @tiered("width, how", [*WIDTH, "weight_norm"], RUN)
-@pytest.mark.usefixtures("_small_heap")
+@pytest.mark.usefixtures("small_heap")
 def test_memory_does_not_grow_with_the_steps(width, how):
     model = net(*WIDTH.get(width, (D, C)))
     if width == "weight_norm":
