@@ -1,5 +1,6 @@
 """The PyTorch adapter: connects a model's head, its probe and the scores that it accumulates to the monitor."""
 
+import logging
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -31,10 +32,11 @@ from gwa_logging.integrations.torch.head_location import HeadLocation
 from gwa_logging.integrations.torch.probe import HeadProbe
 from gwa_logging.integrations.torch.step_watchdog import StepWatchdog
 from gwa_logging.ledger import Ledger, TaggedBatch
-from gwa_logging.monitor import logger
 from gwa_logging.ranks import Attendance, Identity, check_windows, first_scores
 from gwa_logging.settings import WatchSettings
 from gwa_logging.summary import AlignmentSummary
+
+logger = logging.getLogger("gwa_logging")
 
 _EARLY = 16
 """Number of snapshots kept to identify this rank by its first scores. One is enough unless all its scores are equal."""

@@ -28,7 +28,7 @@ from gwa_logging.integrations.torch.distributed import WRAPPERS
 from gwa_logging.integrations.torch.graph_walk import Producer, traced_producers
 from gwa_logging.integrations.torch.head_layers import shape_of
 
-NOT_FOUND_YET = "head: found in the first training pass"
+NOT_FOUND_YET = "head: will be found in the first training pass"
 """The description of a head that only a training pass can find."""
 
 

@@ -71,18 +71,14 @@ class DeviceLedger:
         starts = _stacked(all_starts, device)
         assert ids is not None
         assert scores is not None
+        ids = ids.to(torch.int64)  # before it is compared with a size that a narrower type may not hold
         if starts is not None:
             scores, classes = mean_by_input(scores, starts, classes)
         is_row = scores != PADDING
         mismatched = is_row.sum(1, keepdim=True) != ids.shape[1]
         invalid = (ids < 0) | (ids >= size) | mismatched.reshape(-1, *[1] * (ids.ndim - 1))
         rows = min(scores.shape[1], ids.shape[1])
-        ids, scores, invalid, is_row = (
-            ids.to(torch.int64)[:, :rows],
-            scores[:, :rows],
-            invalid[:, :rows],
-            is_row[:, :rows],
-        )
+        ids, scores, invalid, is_row = (tensor[:, :rows] for tensor in (ids, scores, invalid, is_row))
         counted = scores.abs() <= 1 + SCORE_TOLERANCE
         scores = torch.where(counted, scores, 0.0)
         counted |= mismatched & is_row  # these ids are lost, with a score or without

@@ -1,7 +1,8 @@
 """One thread each, since the models are tiny and other tests may run beside these; and the worlds of ranks, run once."""
 
+import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,14 @@ torch.set_num_threads(1)
 def _reset_compiler():
     """Graphs of earlier tests count towards the compiler's limit per function, which older PyTorch shares between models."""
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def small_heap() -> Iterator[None]:
+    """Leaves the objects of other tests out of garbage collections, which would take seconds."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

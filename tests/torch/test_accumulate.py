@@ -1,4 +1,4 @@
-"""The device's summary against SciPy and NumPy, whatever the spread and however the scores are cut up."""
+"""The device's summary against SciPy and NumPy, for any spread and any division of the scores into batches."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def test_every_kind_of_missing_score_is_counted_as_what_it_is():
     assert (summary.count, summary.no_gradient, summary.dead, summary.not_finite) == (2, 1, 1, 2)
 
 
-def test_padding_is_no_sample():
+def test_padding_does_not_count():
     accumulator = Accumulator(None)
     accumulator.add_rows(torch.tensor([[0.1, 1.0], [0.0, 0.0], [0.0, 0.0]]), None)
     assert accumulator.snapshot().result().seen == 1
@@ -53,14 +53,14 @@ def test_the_device_holds_a_bounded_number_of_scores():
     assert accumulator.snapshot().result().count == 10 * (FOLD_AT // 4)
 
 
-def test_a_snapshot_starts_anew():
+def test_a_snapshot_starts_an_empty_summary():
     accumulator = Accumulator(None)
     accumulator.add_scores(torch.tensor([0.1]), None)
     assert accumulator.snapshot().result().count == 1
     assert accumulator.snapshot().result().count == 0
 
 
-def test_the_ledger_adds_up_by_id_and_keeps_strays_apart():
+def test_the_ledger_sums_by_id_and_counts_invalid_ids_separately():
     accumulator = Accumulator(4)
     accumulator.add_scores(torch.tensor([0.1, 0.2, 0.3, torch.nan]), TaggedBatch(torch.tensor([2, 0, 2, 1])))
     accumulator.add_scores(torch.tensor([0.5, 0.5]), TaggedBatch(torch.tensor([-1, 4])))
@@ -70,7 +70,15 @@ def test_the_ledger_adds_up_by_id_and_keeps_strays_apart():
     assert (ledger.invalid_ids, ledger.untagged) == (2, 0)
 
 
-def test_batches_that_are_entered_together_are_entered_in_their_order():
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_ids_may_have_a_dtype_that_cannot_hold_the_size_of_the_ledger(dtype):
+    accumulator = Accumulator(70_000)
+    accumulator.add_scores(torch.tensor([0.5]), TaggedBatch(torch.tensor([3], dtype=dtype)))
+    ledger = accumulator.ledger()
+    assert (ledger.seen[3], ledger.seen.sum(), ledger.invalid_ids) == (1, 1, 0)
+
+
+def test_batches_that_are_added_together_are_added_in_their_order():
     accumulator = Accumulator(5)
     rng = np.random.default_rng(0)
     sums, seen, predicted = np.zeros(5, np.float32), np.zeros(5), np.full(5, -1)
@@ -97,7 +105,7 @@ def test_a_prediction_without_a_score_does_not_replace_one_with_a_score():
     np.testing.assert_array_equal(accumulator.ledger().predicted, [-1, 7])
 
 
-def test_batches_of_another_number_of_ids_are_kept_apart_from_good_ones():
+def test_batches_with_another_number_of_ids_do_not_affect_valid_ones():
     accumulator = Accumulator(4)
     for score in (0.25, 0.5):
         accumulator.add_scores(torch.tensor([score, score]), TaggedBatch(torch.tensor([0, 1])))
@@ -107,12 +115,12 @@ def test_batches_of_another_number_of_ids_are_kept_apart_from_good_ones():
     assert ledger.invalid_ids == 4
 
 
-@pytest.mark.parametrize("coded", [False, True])
-def test_what_was_added_may_be_overwritten(coded):
+@pytest.mark.parametrize("encoded", [False, True])
+def test_what_was_added_may_be_overwritten(encoded):
     accumulator = Accumulator(None)
     scores = torch.tensor([0.25, 0.5])
     rows = torch.stack([scores, torch.ones(2)], dim=1)
-    if coded:
+    if encoded:
         accumulator.add_rows(rows, None)
     else:
         accumulator.add_scores(scores, None)

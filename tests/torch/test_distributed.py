@@ -471,6 +471,11 @@ def replicated_ledger() -> Replicated:
         return Replicated(before, monitor.suspects(BATCH), [r.count for r in monitor.history], monitor.faults)
 
 
+def samples_in(saved: Any) -> int:
+    """The number of samples of a saved summary: a dict, or in newer states a vector."""
+    return int(saved["count"] if isinstance(saved, dict) else saved[0])
+
+
 def split_state() -> list[list[int]]:
     """Only the first rank of a split head counts: saved in the middle of an epoch, loaded, and saved again at once."""
     model = by_classes(Net())
@@ -486,7 +491,7 @@ def split_state() -> list[list[int]]:
             F.cross_entropy(model(x), y).backward()
         monitor.end_epoch()
         states.append(monitor.state_dict())
-    return [[state["epoch"]["count"], *(report["count"] for report in state["history"])] for state in states]
+    return [[samples_in(state["epoch"]), *(report["count"] for report in state["history"])] for state in states]
 
 
 def watched_by_one(wrap: Callable[[Net], nn.Module] = ddp) -> Outcome:

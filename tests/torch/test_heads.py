@@ -285,14 +285,14 @@ def test_a_path_or_a_module_names_the_head():
     assert find_head(model, model.first).path == "first"
 
 
-def test_tracing_leaves_nothing_on_the_model():
+def test_tracing_adds_no_attributes_to_the_model():
     model = Keeps()
     find_head(model)
     assert not hasattr(model, "features")
     assert not hasattr(model, "calls")
 
 
-def test_a_model_that_cannot_be_traced_is_read_in_its_first_training_pass(caplog):
+def test_the_head_of_a_model_that_cannot_be_traced_is_found_in_its_first_training_pass(caplog):
     caplog.set_level(logging.INFO, "gwa_logging")
     model = Dynamic()
     monitor = gwa_logging.watch(model)
@@ -356,7 +356,7 @@ def first_pass(model: nn.Module) -> str:
 
 
 @pytest.mark.parametrize("kind", [dict, Outputs, Record], ids=["mapping", "named tuple", "record"])
-def test_of_an_output_with_other_tensors_the_logits_count_in_the_first_pass(kind):
+def test_the_logits_of_an_output_with_other_tensors_show_the_head_in_the_first_pass(kind):
     model = DynamicAuxiliary(kind)
     assert find_head(model) is None
     assert "head 'first' (Linear 8 -> 5): the output of the first pass" in first_pass(model)
@@ -407,7 +407,7 @@ def test_a_layer_whose_output_is_changed_in_place_does_not_hide_the_other_one():
     ],
     ids=["layer", "two layers, one with as many outputs as classes", "wrapper"],
 )
-def test_a_classifier_that_the_library_declares_is_the_head_where_no_trace_is(classifier, path):
+def test_a_classifier_that_the_library_declares_is_the_head_if_the_model_cannot_be_traced(classifier, path):
     head = find_head(Declaring(classifier))
     assert head.path == path
     assert "declared by the model's get_classifier()" in str(head)
@@ -418,7 +418,7 @@ def test_several_classifiers_that_the_library_declares_are_refused_with_the_list
         find_head(Declaring(nn.Linear(8, 5), nn.Linear(8, 5)))
 
 
-def test_a_declared_classifier_with_two_layers_of_that_width_is_left_to_the_first_pass():
+def test_if_a_declared_classifier_has_two_layers_of_that_width_the_first_pass_decides():
     model = Declaring(nn.Sequential(nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 5)))
     assert find_head(model) is None
     assert "head 'parts.0.2'" in first_pass(model)
@@ -430,7 +430,7 @@ def test_a_model_built_without_a_classifier_has_none():
     assert find_head(Declaring(nn.Identity()), "body").path == "body"
 
 
-# --- what looks like a head and is none -------------------------------------------------------------------------------
+# --- what looks like a head but is not one -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("traceable", [True, False], ids=["traced", "first pass"])
@@ -447,7 +447,7 @@ def test_a_model_built_without_a_classifier_has_none():
     ],
     ids=["cosine", "functional", "scaled", "low rank", "adapter", "normalised", "bilinear"],
 )
-def test_the_refusal_says_what_the_output_comes_from(head, message, traceable):
+def test_the_refusal_names_what_the_output_comes_from(head, message, traceable):
     model = Headed(head, traceable)
     if isinstance(head, nn.Bilinear):
         model.head.forward = lambda x: nn.Bilinear.forward(head, x, x)
@@ -473,7 +473,7 @@ def test_a_packed_weight_is_refused_with_the_reason():
             find_head(Headed(Packed(), True), wanted)
 
 
-def test_a_lazy_layer_has_no_shape_to_be_read():
+def test_a_lazy_layer_is_refused_since_it_has_no_shape():
     with pytest.raises(HeadNotFoundError, match="run one forward pass before watch"):
         find_head(Headed(nn.LazyLinear(5), True), "head")
 
@@ -481,7 +481,7 @@ def test_a_lazy_layer_has_no_shape_to_be_read():
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
-def test_the_finders_view_names_every_candidate_and_the_choice():
+def test_the_description_names_every_candidate_and_the_choice():
     lines = describe(Headed(nn.Sequential(LowRank(8, 8), nn.Linear(8, 5)), True)).splitlines()
     assert lines[0] == "Headed: 3 layers that could be the head, or look like it"
     assert [line.split()[:2] for line in lines[2:5]] == [
@@ -504,13 +504,13 @@ def test_the_finders_view_names_every_candidate_and_the_choice():
     [
         (TwoHeads(), None, "no head: the output of TwoHeads comes from several layers: 'first', 'second'."),
         (TwoHeads(), ["first", "second"], "head 'second' (Linear 8 -> 5): named by head="),
-        (Dynamic(), None, "head: found in the first training pass"),
+        (Dynamic(), None, "head: will be found in the first training pass"),
         (nn.Conv2d(1, 5, 3), None, "no head: Conv2d has no linear layer and no 1x1 convolution"),
         (nn.Linear(8, 5), None, "head (the model itself) (Linear 8 -> 5): the output comes from it (traced)"),
     ],
     ids=["several", "named", "dynamic", "none", "itself"],
 )
-def test_the_finders_view_ends_with_the_verdict(model, wanted, last):
+def test_the_description_ends_with_the_result(model, wanted, last):
     assert describe(model, wanted).splitlines()[-1].startswith(last)
 
 
@@ -630,7 +630,7 @@ class Capped(nn.Linear):
 
 
 class Constrained(nn.Linear):
-    """As in EEGNet: its forward limits the length of its own weight; what it computes is linear."""
+    """Like EEGNet's: its forward limits the norm of the weight, and computes a linear function."""
 
     def forward(self, input):
         self.calls = getattr(self, "calls", 0) + 1
@@ -648,7 +648,7 @@ def test_a_head_that_is_not_linear_in_training_is_refused_whatever_mode_it_is_in
         gwa_logging.watch(model)
 
 
-def test_the_trial_of_a_head_changes_neither_it_nor_its_mode_nor_the_random_numbers():
+def test_testing_a_head_for_linearity_changes_neither_it_nor_its_mode_nor_the_random_numbers():
     model = Headed(Constrained(8, 5), True).eval()
     head = model.head
     before, attributes = head.weight.detach().clone(), set(vars(head))

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 
 
 class Dynamic(nn.Module):
-    """fx cannot trace it, so the first pass tells its head."""
+    """fx cannot trace it, so its head is found in the first pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ def step(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("make", [torch.jit.script, lambda model: torch.jit.trace(model, torch.randn(2, 8))])
-@pytest.mark.parametrize("classes", [5, 50], ids=["by logits", "by the input's gradient"])
+@pytest.mark.parametrize("classes", [5, 50], ids=["by logits", "by embeddings"])
 def test_a_watched_model_can_be_scripted_and_traced_and_is_observed_as_before(make, classes):
     model, x = net(classes), torch.randn(4, 8)
     monitor = gwa_logging.watch(model, num_samples=4)
@@ -53,7 +53,7 @@ def test_a_watched_model_can_be_scripted_and_traced_and_is_observed_as_before(ma
     assert torch.equal(torch.jit.load(file)(x), model(x))
 
 
-@pytest.mark.parametrize("classes", [5, 50], ids=["by logits", "by the input's gradient"])
+@pytest.mark.parametrize("classes", [5, 50], ids=["by logits", "by embeddings"])
 def test_the_traced_graph_is_that_of_the_bare_model(classes):
     model = net(classes)
     x = torch.randn(4, 8)

@@ -1,4 +1,4 @@
-"""The per-sample ledger in PyTorch, against sums over each sample's own scores."""
+"""The per-sample ledger in PyTorch, against sums of each sample's scores."""
 
 import math
 from functools import partial
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 import gwa_logging
 from gwa_logging import InvalidInputError, Monitor
 from gwa_logging.integrations.torch.head_layers import layer_of
+from tests.torch.tiers import tiered
 
 N, FEATURES = 23, 8
 
@@ -82,7 +83,7 @@ def test_a_sample_that_is_drawn_again_or_augmented_in_the_same_batch_counts_each
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["one lambda", "a lambda for each"])
-def test_the_score_of_a_mixed_input_is_shared_out_by_its_weights(whole):
+def test_the_score_of_a_mixed_input_is_divided_by_its_weights(whole):
     model, (x, y) = net(), samples()
     ids = torch.stack([torch.arange(N), torch.randperm(N, generator=torch.Generator().manual_seed(5))], 1)
     weights = (0.7, 0.3) if whole else torch.rand(N, 1).mul(torch.tensor([1.0, -1.0])).add(torch.tensor([0.0, 1.0]))
@@ -99,12 +100,11 @@ def test_the_score_of_a_mixed_input_is_shared_out_by_its_weights(whole):
     assert {i: mean for i, (mean, _) in found.items()} == pytest.approx(dict(enumerate(sums / seen)), abs=1e-5)
 
 
-@pytest.mark.parametrize("width", [16, 4], ids=["by logits", "by the input's gradient"])
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_suspects_have_the_label_and_the_class_that_was_predicted_last(width, compiled):
+@tiered("width, how", [16, 4], ["eager", "compiled"])
+def test_suspects_have_the_label_and_the_class_that_was_predicted_last(width, how):
     model, (x, y) = net(7, width), samples(7)
     monitor = gwa_logging.watch(model, labels=y)
-    run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    run = torch.compile(model, fullgraph=True, backend="aot_eager") if how == "compiled" else model
     step(run, monitor, x, y, torch.arange(N))
     with torch.no_grad():
         model[2].weight.mul_(-1)
@@ -117,7 +117,7 @@ def test_suspects_have_the_label_and_the_class_that_was_predicted_last(width, co
     assert found == {i: (int(y[i]), int(last[i])) for i in range(N)}
 
 
-def test_label_quality_sorts_as_the_suspects_do_and_does_not_know_samples_never_seen():
+def test_label_quality_sorts_like_the_suspects_and_is_nan_for_samples_never_seen():
     model, (x, y) = net(), samples()
     with gwa_logging.watch(model, num_samples=N + 2) as monitor:
         step(model, monitor, x, y, torch.arange(N))
@@ -130,24 +130,26 @@ def test_label_quality_sorts_as_the_suspects_do_and_does_not_know_samples_never_
 
 
 @pytest.mark.parametrize(
-    ("ids", "entered", "lost"),
+    ("ids", "counted", "lost"),
     [
         (torch.tensor([0, 1, N, -1, 4]), {0, 1, 4}, 2),
         (torch.tensor([0, 1, 2, 3, 2**40]), {0, 1, 2, 3}, 1),
-        (torch.arange(4), set(), 4),  # the batch has five samples, so nobody knows whose these are
+        (torch.arange(4), set(), 4),  # the batch has five samples, so it is unknown which ids belong to which
         (torch.arange(7), set(), 5),
     ],
 )
-def test_ids_that_are_none_or_not_as_many_as_the_samples_are_left_out_counted_and_told(ids, entered, lost, caplog):
+def test_invalid_ids_and_ids_of_another_number_than_the_samples_are_left_out_counted_and_reported(
+    ids, counted, lost, caplog
+):
     model, (x, y) = net(), samples()
     with gwa_logging.watch(model, num_samples=N) as monitor:
         step(model, monitor, x[:5], y[:5], ids)
-        assert by_id(monitor).keys() == entered
-        assert by_id(monitor).keys() == entered
+        assert by_id(monitor).keys() == counted
+        assert by_id(monitor).keys() == counted
         assert monitor.faults == {"sample ids": lost}
         assert monitor.end_epoch().count == 5
     assert (
-        f"{lost} ids were {'not in [0, 23)' if entered else 'left out: a forward pass was tagged with'}" in caplog.text
+        f"{lost} ids were {'not in [0, 23)' if counted else 'left out: a forward pass was tagged with'}" in caplog.text
     )
 
 
@@ -160,7 +162,7 @@ def test_weights_that_are_negative_or_nan_are_left_out_and_counted():
         assert monitor.faults == {"sample ids": 2}
 
 
-def test_batches_without_ids_are_counted_and_told(caplog):
+def test_batches_without_ids_are_counted_and_reported(caplog):
     model, (x, y) = net(), samples()
     with gwa_logging.watch(model, num_samples=N) as monitor:
         step(model, monitor, x[:5], y[:5], torch.arange(5))
@@ -168,11 +170,11 @@ def test_batches_without_ids_are_counted_and_told(caplog):
         monitor.update(torch.zeros(3))
         assert by_id(monitor).keys() == set(range(5))
         assert monitor.faults == {"samples without ids": 7}
-    assert "7 samples came without an id" in caplog.text
+    assert "samples without ids: 7 samples" in caplog.text
 
 
 @pytest.mark.parametrize("kind", [torch.Tensor, np.ndarray])
-def test_ids_in_a_buffer_that_is_filled_anew_for_each_batch_are_those_of_their_batch(kind):
+def test_ids_in_a_buffer_that_is_reused_for_each_batch_are_those_of_their_batch(kind):
     model, (x, y) = net(), samples()
     buffer = torch.zeros(5, dtype=torch.int64)
     with gwa_logging.watch(model, num_samples=N) as monitor:
@@ -194,7 +196,7 @@ def test_the_predicted_class_is_the_first_largest_logit_or_nan(dtype, shape):
     assert layer_of(head).predicted(broken).tolist() == [1] * 5000
 
 
-def test_an_epoch_of_one_sample_is_entered():
+def test_an_epoch_of_one_sample_is_counted():
     model, (x, y) = net(), samples()
     with gwa_logging.watch(model, num_samples=N) as monitor:
         step(model, monitor, x[:1], y[:1], torch.tensor([3]))
@@ -204,7 +206,10 @@ def test_an_epoch_of_one_sample_is_entered():
 
 
 REFUSED = {
-    "mixed without weights": ((torch.zeros(4, 2, dtype=torch.int64),), r"\[batch, m\] and weights"),
+    "mixed without weights": (
+        (torch.zeros(4, 2, dtype=torch.int64),),
+        r"sample_ids: expected an integer array .*\[batch, m\]",
+    ),
     "weights without mixing": (
         (torch.arange(4), torch.ones(4)),
         r"expected an integer array \[batch, m\] with weights",
@@ -219,9 +224,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("tag", REFUSED)
-def test_tags_that_make_no_sense_are_refused(tag):
-    arguments, said = REFUSED[tag]
-    with gwa_logging.watch(net(), num_samples=N) as monitor, pytest.raises(InvalidInputError, match=said):
+def test_invalid_tags_are_refused(tag):
+    arguments, message = REFUSED[tag]
+    with gwa_logging.watch(net(), num_samples=N) as monitor, pytest.raises(InvalidInputError, match=message):
         monitor.tag(*arguments)
 
 
@@ -240,30 +245,30 @@ WRONG = {
 
 
 @pytest.mark.parametrize("call", WRONG)
-def test_calls_that_make_no_sense_are_refused(call):
-    do, said = WRONG[call]
-    with gwa_logging.watch(net(), num_samples=N) as monitor, pytest.raises(InvalidInputError, match=said):
+def test_invalid_calls_are_refused(call):
+    do, message = WRONG[call]
+    with gwa_logging.watch(net(), num_samples=N) as monitor, pytest.raises(InvalidInputError, match=message):
         do(monitor, torch.zeros(3))
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"num_samples": 0}, "num_samples=0"),
         ({"num_samples": 2**31}, "num_samples=2147483648"),
         ({"num_samples": 2.5}, "num_samples=2.5"),
-        ({"num_samples": 3, "labels": [0, 1]}, "num_samples=3: there are 2 labels"),
-        ({"labels": [0.5, 1.0]}, r"labels: expected class indices, int \[num_samples\], found float64"),
+        ({"num_samples": 3, "labels": [0, 1]}, "num_samples=3"),
+        ({"labels": [0.5, 1.0]}, r"expected class indices, int \[num_samples\], found float64"),
         ({"labels": [[0, 1]]}, r"found int64 of shape \(1, 2\)"),
         ({"labels": []}, r"found float64 of shape \(0,\)"),
     ],
 )
-def test_a_ledger_of_a_size_that_makes_no_sense_is_refused(options, said):
-    with pytest.raises(InvalidInputError, match=said):
+def test_a_ledger_of_an_invalid_size_is_refused(options, message):
+    with pytest.raises(InvalidInputError, match=message):
         gwa_logging.watch(net(), **options)
 
 
-def test_without_a_ledger_all_that_needs_one_says_so():
+def test_without_a_ledger_every_call_that_needs_one_is_refused_with_the_reason():
     with gwa_logging.watch(net()) as monitor:
         for call in (monitor.suspects, monitor.label_quality, monitor.log_suspects):
             with pytest.raises(InvalidInputError, match="there is no ledger: watch"):
@@ -271,7 +276,7 @@ def test_without_a_ledger_all_that_needs_one_says_so():
 
 
 @pytest.mark.parametrize(
-    ("collapsed", "labels", "said"),
+    ("collapsed", "labels", "is_reported"),
     [
         (True, None, True),
         (True, "spread", True),
@@ -279,7 +284,7 @@ def test_without_a_ledger_all_that_needs_one_says_so():
         (False, "spread", False),
     ],
 )
-def test_an_alert_says_if_nearly_all_samples_are_predicted_as_one_class(collapsed, labels, said):
+def test_an_alert_says_if_nearly_all_samples_are_predicted_as_one_class(collapsed, labels, is_reported):
     model, (x, y) = net(), samples()
     if collapsed:
         with torch.no_grad():
@@ -292,4 +297,4 @@ def test_an_alert_says_if_nearly_all_samples_are_predicted_as_one_class(collapse
             monitor.end_epoch()
     assert monitor.alert is not None
     sentence = "100% of the samples are predicted as class 3: the model may have collapsed to it"
-    assert (sentence in monitor.alert.caveats) == said
+    assert (sentence in monitor.alert.caveats) == is_reported

@@ -10,15 +10,17 @@ from torch import Tensor, nn
 
 import gwa_logging
 from gwa_logging import Monitor, alignment_scores
+from tests.torch.tiers import tiered
 
 B, T = 6, 4
-WIDTH = {"by logits": (16, 5), "by the input's gradient": (4, 9)}
+WIDTH = {"by logits": (16, 5), "by embeddings": (4, 9)}
 width_of = pytest.mark.parametrize("width", WIDTH)
-compiled_of = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+RUN = ["eager", "compiled"]
+run_of = pytest.mark.parametrize("how", RUN)
 
 
 class Net(nn.Module):
-    """A body, a head, and what makes one row of logits out of the head's rows."""
+    """A body, a head, and a function that makes one row of logits from the head's rows."""
 
     def __init__(self, width: str, after: Callable[[Tensor], Tensor], before: Callable[[Tensor], Tensor] | None = None):
         super().__init__()
@@ -49,8 +51,8 @@ def rows_of(model: Net, x: Tensor, y: Tensor) -> np.ndarray:
     return scores
 
 
-def run_of(model: nn.Module, compiled: bool) -> nn.Module:
-    return torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+def compiled_if(how: str, model: nn.Module) -> nn.Module:
+    return torch.compile(model, fullgraph=True, backend="aot_eager") if how == "compiled" else model
 
 
 def by_id(monitor: Monitor) -> dict[int, tuple[float, float]]:
@@ -60,17 +62,15 @@ def by_id(monitor: Monitor) -> dict[int, tuple[float, float]]:
 # --- decoders -----------------------------------------------------------------------------------------------------------
 
 
-@compiled_of
-@width_of
-@pytest.mark.parametrize("tokens", [3, 11])
-def test_a_decoder_classifier_has_one_sample_for_each_input_with_its_id(tokens, width, compiled):
+@tiered("tokens, width, how", [3, 11], WIDTH, RUN)
+def test_a_decoder_classifier_has_one_sample_for_each_input_with_its_id(tokens, width, how):
     last = torch.arange(B) % tokens
     model = Net(width, lambda z: z[torch.arange(B), last])
     x, y = data(tokens)
     want = rows_of(model, x, y)[np.arange(B), last]
     predicted = model(x).argmax(-1)
     with gwa_logging.watch(model, num_samples=3 * B, head="head") as monitor:
-        run = run_of(model, compiled)
+        run = compiled_if(how, model)
         for first in (0, B, 2 * B):
             monitor.tag(torch.arange(first, first + B))
             F.cross_entropy(run(x), y).backward()
@@ -83,16 +83,15 @@ def test_a_decoder_classifier_has_one_sample_for_each_input_with_its_id(tokens, 
     assert {s.id: s.predicted for s in found} == dict(enumerate([*predicted.tolist()] * 3))
 
 
-@compiled_of
-@width_of
-def test_an_input_of_a_decoder_whose_token_has_no_gradient_is_one_sample_without_a_score(width, compiled):
+@tiered("width, how", WIDTH, RUN)
+def test_an_input_of_a_decoder_whose_token_has_no_gradient_is_one_sample_without_a_score(width, how):
     last = torch.arange(B) % T
     model = Net(width, lambda z: z[torch.arange(B), last])
     x, y = data()
     y[2] = -100
     with gwa_logging.watch(model, num_samples=B, head="head") as monitor:
         monitor.tag(torch.arange(B))
-        F.cross_entropy(run_of(model, compiled)(x), y).backward()
+        F.cross_entropy(compiled_if(how, model)(x), y).backward()
         report = monitor.end_epoch()
         assert by_id(monitor).keys() == set(range(B)) - {2}
     assert (report.count, report.excluded) == (B - 1, 1)
@@ -134,14 +133,13 @@ def test_the_decoder_classifiers_of_transformers_give_every_sample_its_score(fam
 # --- positions ----------------------------------------------------------------------------------------------------------
 
 
-@compiled_of
-@width_of
-def test_rows_that_are_pooled_after_the_head_are_noted_once_and_their_mean_is_the_ids_score(width, compiled, caplog):
+@tiered("width, how", WIDTH, RUN, odd=True)
+def test_rows_that_are_pooled_after_the_head_are_noted_once_and_their_mean_is_the_ids_score(width, how, caplog):
     model = Net(width, lambda z: z.mean(1))
     x, y = data()
     want = rows_of(model, x, y)
     with gwa_logging.watch(model, num_samples=B, head="head") as monitor:
-        run, history = run_of(model, compiled), []
+        run, history = compiled_if(how, model), []
         for _ in range(2):
             for _ in range(2):
                 monitor.tag(torch.arange(B))
@@ -151,9 +149,9 @@ def test_rows_that_are_pooled_after_the_head_are_noted_once_and_their_mean_is_th
         assert monitor.faults == {}
     assert [report.count for report in history] == [2 * B * T] * 2
     assert found == {i: (pytest.approx(score, abs=1e-5), 4.0) for i, score in enumerate(want.mean(1))}
-    said = "several rows for each input" if compiled else f"{B * T} rows in one pass of {B} inputs"
-    assert [sum(said in note for note in report.notes) for report in history] == [1, 0]
-    assert sum(said in message for message in caplog.messages) == 1
+    expected = "several rows for each input" if how == "compiled" else f"{B * T} rows in one pass of {B} inputs"
+    assert [sum(expected in note for note in report.notes) for report in history] == [1, 0]
+    assert sum(expected in message for message in caplog.messages) == 1
 
 
 def views_side_by_side(x: Tensor) -> Tensor:
@@ -204,7 +202,7 @@ SINGLE: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
 
 
 @pytest.mark.parametrize("kind", SINGLE)
-def test_one_row_for_each_input_is_not_worth_a_note_and_leaves_no_hook_on_the_model(kind):
+def test_one_row_per_input_gives_no_note_and_leaves_no_hook_on_the_model(kind):
     model, x = SINGLE[kind]()
     hooks = len(model._forward_hooks)
     with gwa_logging.watch(model, head="head" if kind.startswith("seq") else None) as monitor:
@@ -213,7 +211,7 @@ def test_one_row_for_each_input_is_not_worth_a_note_and_leaves_no_hook_on_the_mo
         assert not any("rows in one pass" in note for note in monitor.end_epoch().notes)
 
 
-def test_ids_for_rows_that_lie_side_by_side_are_reported_at_once_and_never_guessed(caplog):
+def test_ids_for_views_that_lie_side_by_side_are_reported_at_once_and_never_guessed(caplog):
     model, (x, y) = Net("by logits", segments, views_side_by_side), data()
     with gwa_logging.watch(model, num_samples=B, head="head") as monitor:
         monitor.tag(torch.arange(B))
@@ -227,14 +225,13 @@ def test_ids_for_rows_that_lie_side_by_side_are_reported_at_once_and_never_guess
 # --- the head called several times --------------------------------------------------------------------------------------
 
 
-@compiled_of
-@width_of
-def test_every_call_of_the_head_in_one_forward_gets_the_ids(width, compiled):
+@tiered("width, how", WIDTH, RUN)
+def test_every_call_of_the_head_in_one_forward_gets_the_ids(width, how):
     model = twice(Net(width, lambda z: z))
     x, y = data()
     h = model.net.body(x[:, :2]).detach().double()
     with gwa_logging.watch(model, num_samples=2 * B, head="net.head") as monitor:
-        run = run_of(model, compiled)
+        run = compiled_if(how, model)
         for first in (0, B):
             monitor.tag(torch.arange(first, first + B))
             z = run(x)

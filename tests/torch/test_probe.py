@@ -1,4 +1,4 @@
-"""The PyTorch probe against a loop over single samples, the published numbers, and everything users do to a model."""
+"""The PyTorch probe against a loop over single samples and the published numbers, and on models that users copy or compile."""
 
 import copy
 import io
@@ -14,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import gwa_logging
 from gwa_logging import AlignmentSummary, alignment_scores
 from gwa_logging.integrations.torch.adapter import TorchAdapter
+from tests.torch.tiers import tiered
 
 CASES = ("hard10", "smooth10", "mixup100", "hard1000", "confident")
 
@@ -63,19 +64,20 @@ LOSSES = {
     "class weights": lambda z, y: F.cross_entropy(z, y, weight=class_weights.to(z.dtype)),
     "soft labels": lambda z, y: F.cross_entropy(z, F.one_hot(y, 5) * 0.7 + 0.06),
     "BCE with logits": lambda z, y: F.binary_cross_entropy_with_logits(z, F.one_hot(y, 5).to(z.dtype)),
-    "a loss of one's own": lambda z, y: (torch.tanh(z).gather(1, y[:, None]) - 1).square().mean(),
+    "a custom loss": lambda z, y: (torch.tanh(z).gather(1, y[:, None]) - 1).square().mean(),
 }
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("shape", [(12, 5), (4, 5)], ids=["by logits", "by the input's gradient"])
-def test_scores_equal_a_loop_over_single_samples(loss, shape, compiled):
-    model = net(*shape)
+NUMERATORS = {"by logits": (12, 5), "by embeddings": (4, 5)}
+
+
+@tiered("loss, numerator, how", LOSSES, NUMERATORS, ["eager", "compiled"])
+def test_scores_equal_a_loop_over_single_samples(loss, numerator, how):
+    model = net(*NUMERATORS[numerator])
     x, y = torch.randn(24, 8), torch.randint(0, 5, (24,))
     want = one_at_a_time(model, model[2], LOSSES[loss], x, y)
     recorder = Recorder(model, 24)
-    run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    run = torch.compile(model, fullgraph=True, backend="aot_eager") if how == "compiled" else model
     LOSSES[loss](run(x), y).backward()
     np.testing.assert_allclose(recorder.scores(), want, atol=1e-5)
 
@@ -88,7 +90,7 @@ def test_a_watched_linear_layer_has_the_published_scores(published, case):
         model.weight.copy_(w)
         model.bias.copy_(b)
     recorder = Recorder(model, len(h))
-    # The gradient as the published code has it, softmax - labels: of saturated samples only rounding is left.
+    # The gradient as in the published code, softmax - labels. Of saturated samples only rounding errors are left.
     logits = model(h)
     logits.backward(torch.softmax(logits.detach(), -1) - y)
     np.testing.assert_allclose(recorder.scores(), published[f"{case}/scores"], atol=1e-6)
@@ -147,7 +149,7 @@ def test_bfloat16_autocast_is_scored_in_float32():
     np.testing.assert_allclose(recorder.scores(), want, atol=2e-2)
 
 
-@pytest.mark.parametrize("shape", [(12, 5), (4, 5)], ids=["by logits", "by the input's gradient"])
+@pytest.mark.parametrize("shape", [(12, 5), (4, 5)], ids=["by logits", "by embeddings"])
 def test_gradients_and_updates_are_bit_identical_with_and_without_the_probe(shape):
     x, y = torch.randn(32, 8), torch.randint(0, 5, (32,))
 
@@ -167,7 +169,7 @@ def test_gradients_and_updates_are_bit_identical_with_and_without_the_probe(shap
         assert torch.equal(a, b)
 
 
-def test_logits_changed_in_place_after_the_head_are_scored_all_the_same():
+def test_logits_changed_in_place_after_the_head_have_the_right_scores():
     class Scaled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -196,7 +198,7 @@ def test_only_training_passes_count():
         model(x)
     with torch.inference_mode():
         model(x)
-    model(x)  # a forward whose backward never comes
+    model(x)  # a forward pass without a backward pass
     F.cross_entropy(model(x), y).backward()
     assert monitor.end_epoch().count == 16
 
@@ -208,7 +210,7 @@ def test_several_forwards_before_one_backward_all_count():
     assert monitor.end_epoch().count == 21
 
 
-def test_a_frozen_backbone_is_fine():
+def test_a_model_with_a_frozen_backbone_is_scored():
     model, x, y = net(4, 5), torch.randn(16, 8), torch.randint(0, 5, (16,))
     model[0].requires_grad_(False)
     want = one_at_a_time(model, model[2], LOSSES["cross-entropy"], x, y)
@@ -227,8 +229,8 @@ def test_activation_checkpointing_counts_each_sample_once(reentrant):
     assert monitor.end_epoch().count == 16
 
 
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_a_compiled_model_is_seen_in_one_graph_with_ragged_batches(mode):
+@pytest.mark.parametrize("mode", ["default", pytest.param("reduce-overhead", marks=pytest.mark.slow)])
+def test_a_compiled_model_is_observed_in_one_graph_with_ragged_batches(mode):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = net()
@@ -271,7 +273,7 @@ def test_watching_a_compiled_model_after_its_first_call_works():
     step(run)
 
 
-def test_compiled_models_of_the_same_class_are_told_apart():
+def test_compiled_models_of_the_same_class_are_kept_apart():
     torch._dynamo.reset()
     bare, first, second = net(), net(), net()
     monitors = [gwa_logging.watch(first), gwa_logging.watch(second)]
@@ -281,7 +283,7 @@ def test_compiled_models_of_the_same_class_are_told_apart():
     assert [monitor.end_epoch().count for monitor in monitors] == [18, 10]
 
 
-def test_a_compiled_module_whose_forward_somebody_has_replaced_is_seen():
+def test_a_compiled_module_whose_forward_was_replaced_is_observed():
     torch._dynamo.reset()
     model = net()
     original = model[2].forward
@@ -296,7 +298,7 @@ def test_a_compiled_module_whose_forward_somebody_has_replaced_is_seen():
     assert model[2].forward is replaced
 
 
-def test_the_model_stays_what_it_was():
+def test_watching_changes_neither_state_nor_structure_of_the_model():
     model = net()
     keys, names = list(model.state_dict()), [name for name, _ in model.named_modules()]
     monitor = gwa_logging.watch(model)
@@ -325,7 +327,7 @@ COPIES = {
 
 
 @pytest.mark.parametrize("how", COPIES)
-def test_a_copy_of_a_watched_model_is_not_watched_and_has_nothing_of_ours(how):
+def test_a_copy_of_a_watched_model_is_not_watched_and_has_no_attributes_of_the_probe(how):
     model, x, y = net(), torch.randn(16, 8), torch.randint(0, 5, (16,))
     plain = set(model[2].__dict__)
     monitor = gwa_logging.watch(model)
@@ -338,7 +340,7 @@ def test_a_copy_of_a_watched_model_is_not_watched_and_has_nothing_of_ours(how):
     assert torch.equal(twin[2].weight, model[2].weight)
 
 
-def test_the_pickle_of_a_watched_model_is_what_it_was_to_the_byte():
+def test_the_pickle_of_a_watched_model_is_byte_identical():
     model = net()
     before = pickle.dumps(model)
     with gwa_logging.watch(model):
@@ -346,7 +348,7 @@ def test_the_pickle_of_a_watched_model_is_what_it_was_to_the_byte():
     assert pickle.dumps(model) == before
 
 
-def test_hooks_of_the_users_own_are_copied_as_ever():
+def test_the_users_own_hooks_are_copied():
     model = net()
     with gwa_logging.watch(model):
         model[2].register_forward_hook(max)

@@ -24,12 +24,12 @@ class Net(nn.Module):
         return self.fc(torch.tanh(self.body(x)))
 
     def reset_classifier(self, classes: int) -> None:
-        """As timm's."""
+        """Like timm's."""
         self.fc = nn.Linear(8, classes) if classes else nn.Identity()
 
 
 class Adapted(nn.Module):
-    """As PEFT's lora.Linear."""
+    """Like PEFT's lora.Linear."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Adapted(nn.Module):
 
 
 class Saved(nn.Module):
-    """As PEFT's ModulesToSaveWrapper."""
+    """Like PEFT's ModulesToSaveWrapper."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ def test_the_new_heads_scores_are_right():
     assert report.mean == pytest.approx(float(torch.stack(wants).mean().detach()), abs=1e-6)
 
 
-def test_a_replaced_head_is_noticed_with_windows_of_samples_too():
+def test_a_replaced_head_is_noticed_also_with_windows_of_samples():
     model = Net()
     monitor = gwa_logging.watch(model, samples_per_epoch=80, log_every_n_steps=1)
     train(model, 3)
@@ -139,7 +139,7 @@ def test_without_an_optimizer_a_replaced_head_is_noticed_by_the_next_tag_or_the_
     assert monitor.faults == {"head": 2}
 
 
-def test_a_head_that_is_replaced_by_no_linear_layer_is_reported_and_the_next_one_is_observed(caplog):
+def test_a_head_that_is_replaced_by_another_kind_of_layer_is_reported_and_the_next_linear_one_is_observed(caplog):
     model = Net()
     monitor = gwa_logging.watch(model)
     train(model, 1)
@@ -154,7 +154,7 @@ def test_a_head_that_is_replaced_by_no_linear_layer_is_reported_and_the_next_one
     assert monitor.end_epoch().count > 8
 
 
-def test_a_head_whose_forward_is_no_linear_layer_is_not_followed():
+def test_a_new_head_that_is_not_linear_is_not_observed():
     class Doubled(nn.Linear):
         def forward(self, input: torch.Tensor) -> torch.Tensor:
             return 2 * super().forward(input)
@@ -183,7 +183,7 @@ def test_a_head_that_is_wrapped_or_taken_out_of_its_wrapper_is_observed_as_befor
     assert monitor.faults == {"head": 1}
 
 
-def test_an_adapter_on_a_watched_head_ends_the_observation_until_it_is_taken_off(caplog):
+def test_an_adapter_on_a_watched_head_ends_the_observation_until_it_is_removed(caplog):
     model = Net()
     monitor = gwa_logging.watch(model)
     train(model, 1)
@@ -198,7 +198,7 @@ def test_an_adapter_on_a_watched_head_ends_the_observation_until_it_is_taken_off
     assert monitor.faults == {"head": 2}
 
 
-def test_of_modules_to_save_the_active_copy_is_observed():
+def test_the_active_copy_of_modules_to_save_is_observed():
     model = Net()
     monitor = gwa_logging.watch(model)
     model.fc = wrapper = Saved(model.fc)
@@ -246,7 +246,7 @@ def test_a_peft_model_that_is_merged_and_dropped_does_not_end_the_observation():
     assert monitor.faults == {"head": 1}
 
 
-def test_one_of_several_heads_is_followed_by_itself():
+def test_each_of_several_heads_is_followed_separately():
     class Two(Net):
         def __init__(self) -> None:
             super().__init__()
@@ -278,7 +278,7 @@ def test_a_head_that_is_replaced_after_the_first_compiled_step_is_observed():
     assert monitor.end_epoch().count == 8 + 5 * 8
 
 
-def test_what_is_kept_about_the_head_is_in_no_copy_and_no_file():
+def test_copies_and_files_contain_nothing_about_the_head():
     model = Net()
     gwa_logging.watch(model)
     model.fc = nn.Linear(8, 5)
@@ -346,7 +346,7 @@ def test_silence_after_an_observation_is_reported_later(caplog):
     assert monitor.faults == {"silence": 1}
 
 
-def test_an_optimizer_for_each_parameter_is_not_taken_for_silence():
+def test_an_optimizer_per_parameter_is_not_reported_as_silence():
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(30)), nn.Linear(8, 5))
     monitor = gwa_logging.watch(model)
     optimizers = [torch.optim.SGD([parameter], lr=0.01) for parameter in model.parameters()]

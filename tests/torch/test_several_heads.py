@@ -1,16 +1,13 @@
-"""Several heads of one model, each watched by itself."""
+"""Several heads of one model, each watched separately."""
 
-import mlflow
 import pytest
 import torch
 import torch.nn.functional as F
-import wandb
 from torch import nn
 
 import gwa_logging
 from gwa_logging import HeadNotFoundError, InvalidInputError
 from gwa_logging.journal import read_journal
-from tests.test_wandb import folder_of, read_back
 
 
 class Distilled(nn.Module):
@@ -70,7 +67,9 @@ def test_both_write_into_one_mlflow_run(monkeypatch, tmp_path):
     model = Distilled()
     with gwa_logging.watch(model, head=["head", "head_dist"], backend="mlflow") as monitor:
         train(model, monitor)
-    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     (run,) = client.search_runs(["0"])
     assert run.info.status == "FINISHED"
     for key, history in (("gwa/gwa", monitor.history), ("gwa/head_dist/gwa", monitor.heads["head_dist"].history)):
@@ -79,6 +78,10 @@ def test_both_write_into_one_mlflow_run(monkeypatch, tmp_path):
 
 
 def test_both_write_into_one_wandb_run(tmp_path):
+    import wandb
+
+    from tests.trackers import folder_of, read_back
+
     run = wandb.init(mode="offline", dir=tmp_path, reinit="create_new")
     model = Distilled()
     with gwa_logging.watch(model, head=["head", "head_dist"], backend="wandb", run=run) as monitor:
@@ -118,18 +121,18 @@ def test_the_state_holds_all_heads():
 
 
 @pytest.mark.parametrize(
-    ("head", "error", "said"),
-    [([], InvalidInputError, "at least one head"), (["head", "nope"], HeadNotFoundError, "no such module")],
+    ("head", "error", "message"),
+    [([], InvalidInputError, "at least one head"), (["head", "nope"], HeadNotFoundError, "no module of this path")],
 )
-def test_a_wrong_list_of_heads_is_named_and_leaves_nothing_behind(head, error, said):
+def test_a_wrong_list_of_heads_is_named_and_leaves_nothing_behind(head, error, message):
     model = Distilled()
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         gwa_logging.watch(model, head=head)
     assert not model.head._forward_hooks
     assert "forward" not in model.head.__dict__
 
 
-def test_a_head_whose_name_leads_elsewhere_stays_in_the_runs_folder(tmp_path):
+def test_a_head_whose_name_is_a_relative_path_stays_in_the_runs_folder(tmp_path):
     class Named(nn.Module):
         def __init__(self) -> None:
             super().__init__()

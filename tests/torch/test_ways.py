@@ -1,8 +1,8 @@
-"""Every way of training, every loss and every shape of a head, against the gradient of each sample's own loss in float64.
+"""Ways of training, losses and shapes of heads, against the gradient of each sample's own loss in float64.
 
-The score of a sample is the cosine between its negative gradient and the weight that the head has really multiplied with.
-So the oracle is a loop: one sample, one loss, one gradient of that weight. Where numbers are rounded to 16 bits, it is
-`alignment_scores` on the tensors as they were in the pass.
+The score of a sample is the cosine between its negative gradient and the weight that the head multiplied with. So the oracle
+is a loop: one sample, one loss, one gradient of that weight. Where numbers are rounded to 16 bits, the oracle is
+`alignment_scores` of the pass's tensors.
 """
 
 import copy
@@ -34,21 +34,13 @@ def _compile_anew() -> Iterator[None]:
     torch._dynamo.utils.counters.clear()
     torch.manual_seed(0)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # on a busy machine, threads of such small steps wait for each other
+    torch.set_num_threads(1)  # on a busy machine the threads of such small steps block each other
     yield
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def _small_heap() -> Iterator[None]:
-    """Leaves the objects of other tests out of garbage collections, which would take seconds."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 class Net(nn.Module):
-    """A body, a head, and what is done to the logits."""
+    """A body, a head, and a function of the logits."""
 
     def __init__(self, body: nn.Module, head: nn.Module, after: Callable[[Tensor], Tensor] = lambda z: z) -> None:
         super().__init__()
@@ -229,7 +221,7 @@ WAYS = {
 
 @tiered("way, width, how", WAYS, WIDTH, RUN)
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
-def test_a_way_of_training_counts_each_sample_once_and_right(way, width, how):
+def test_a_way_of_training_counts_each_sample_once_with_its_right_score(way, width, how):
     model = net(*WIDTH[width])
     recorder = Recorder(model, N)
     step = Step(model, RUN[how](model), recorder)
@@ -329,7 +321,7 @@ def test_checkpointing_in_the_step_counts_each_sample_once(what, variant, width,
 
 
 class Shown(Net):
-    """A net that shows its embeddings as well."""
+    """A net that also returns its embeddings."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         h = self.body(x)
@@ -394,7 +386,7 @@ def twice_watched(model: Net) -> Recorder:
 
 
 @run_and_width_of
-def test_of_two_backward_passes_in_a_step_as_in_sam_both_count(width, how):
+def test_both_backward_passes_of_a_step_count_as_in_sam(width, how):
     model = net(*WIDTH[width])
     recorder = twice_watched(model)
     run, (x, y), want = RUN[how](model), data(), []
@@ -467,7 +459,7 @@ def test_torch_autograd_grad_counts_in_eager_mode(width):
 
 
 @width_of
-def test_a_whole_step_may_be_compiled_its_backward_pass_too(width):
+def test_a_whole_step_may_be_compiled_with_its_backward_pass(width):
     model = net(*WIDTH[width])
     recorder = Recorder(model, N)
     step = Step(model, model, recorder)
@@ -487,7 +479,7 @@ def test_a_whole_step_may_be_compiled_its_backward_pass_too(width):
 
 @width_of
 @pytest.mark.parametrize("call", ["autograd.grad", "backward(inputs=)"])
-def test_of_a_compiled_model_only_a_backward_pass_to_all_leaves_counts(call, width):
+def test_only_a_backward_pass_to_all_leaves_counts_in_a_compiled_model(call, width):
     model = net(*WIDTH[width])
     monitor = gwa_logging.watch(model)
     run, (x, y) = compiled(model), data()
@@ -551,7 +543,7 @@ def test_a_model_with_dropout_is_scored_on_the_features_that_were_left(width, ho
 
 
 @width_of
-def test_more_compiled_passes_than_there_are_leaves_are_never_mixed_up(width):
+def test_the_samples_of_more_compiled_passes_than_leaves_are_never_mixed_up(width):
     from gwa_logging.integrations.torch.rows import PASSES
 
     model = net(*WIDTH[width])
@@ -610,7 +602,7 @@ def test_the_input_or_the_bias_changed_before_the_backward_pass_is_a_fault_not_a
 
 
 class Task:
-    """A loss, its targets, and what is done to the logits before it."""
+    """A loss, its targets, and a function of the logits before it."""
 
     def __init__(self, loss: Loss, y: Tensor | None = None, after: Callable[[Tensor], Tensor] = lambda z: z) -> None:
         self.loss, self.after = loss, after
@@ -716,7 +708,7 @@ def test_gradients_too_small_to_be_squared_count_as_none(width, how):
 
 
 class Case:
-    """A model, a batch, the loss, and how many samples that is for the head."""
+    """A model, a batch, the loss, and the number of samples that the head sees."""
 
     def __init__(self, model: Net, x: Tensor, y: Tensor, loss: Loss = F.cross_entropy, samples: int = 0) -> None:
         self.model, self.x, self.y, self.loss, self.samples = model, x, y, loss, samples or len(x)
@@ -743,7 +735,7 @@ class Tokens(Case):
 
 
 class Decoder(Case):
-    """The head is applied to all tokens, and the logits of one of them are gathered: the others drop out."""
+    """The head is applied to all tokens, and the loss uses the logits of one of them; the others have no score."""
 
     def __init__(self, features: int, classes: int) -> None:
         self.last = torch.arange(8) % 6
@@ -912,11 +904,11 @@ def test_a_head_that_is_parametrised_after_it_is_watched_keeps_its_power_iterati
     np.testing.assert_allclose(recorder.scores(), one_by_one(model, F.cross_entropy, step.x, step.y, weight), atol=1e-5)
 
 
-# --- the life of a watch ----------------------------------------------------------------------------------------------
+# --- closing, dropping and copying ------------------------------------------------------------------------------------
 
 
 @run_and_width_of
-def test_a_watch_that_is_closed_in_mid_graph_sees_nothing_more_and_training_goes_on(width, how):
+def test_a_watch_that_is_closed_before_the_backward_pass_observes_nothing_and_training_continues(width, how):
     model = net(*WIDTH[width])
     run, (x, y) = RUN[how](model), data()
     F.cross_entropy(model(x), y).backward()
@@ -933,7 +925,7 @@ def test_a_watch_that_is_closed_in_mid_graph_sees_nothing_more_and_training_goes
 
 
 @run_and_width_of
-def test_a_cell_that_is_run_three_times_leaves_one_set_of_hooks(width, how):
+def test_a_notebook_cell_that_is_run_three_times_leaves_one_set_of_hooks(width, how):
     model = net(*WIDTH[width])
     bare, (x, y) = dict(model.head.__dict__), data()
     run = RUN[how](model)
@@ -951,7 +943,7 @@ def test_a_cell_that_is_run_three_times_leaves_one_set_of_hooks(width, how):
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["first closed first", "last closed first"])
 @pytest.mark.parametrize("head", [nn.Linear, lambda d, c: parametrizations.weight_norm(nn.Linear(d, c))])
-def test_a_head_shared_by_two_models_counts_for_both_and_is_left_as_it_was(head, order):
+def test_a_head_shared_by_two_models_counts_for_both_and_is_restored(head, order):
     shared = head(D, C)
     parts = [shared, *shared.modules()]
     models = [Net(nn.Linear(8, D), shared) for _ in range(2)]
@@ -986,7 +978,7 @@ def test_a_copy_of_a_watched_parametrised_head_is_not_watched(norm):
 
 
 @tiered("state, width, how", ["closed", "still watched"], WIDTH, RUN)
-@pytest.mark.usefixtures("_small_heap")
+@pytest.mark.usefixtures("small_heap")
 def test_a_dropped_model_is_freed(state, width, how):
     model = net(*WIDTH[width])
     monitor = gwa_logging.watch(model)
@@ -1006,7 +998,7 @@ def test_a_dropped_model_is_freed(state, width, how):
 @pytest.mark.parametrize("norm", [None, *NORMS])
 @width_of
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
-@pytest.mark.usefixtures("_small_heap")
+@pytest.mark.usefixtures("small_heap")
 def test_a_probe_does_not_keep_its_head_alive(width, norm):
     from gwa_logging.faults import Faults
     from gwa_logging.integrations.torch.accumulate import Accumulator
@@ -1031,7 +1023,7 @@ def test_a_probe_does_not_keep_its_head_alive(width, norm):
 
 
 @tiered("width, how", [*WIDTH, "weight_norm"], RUN)
-@pytest.mark.usefixtures("_small_heap")
+@pytest.mark.usefixtures("small_heap")
 def test_memory_does_not_grow_with_the_steps(width, how):
     model = net(*WIDTH.get(width, (D, C)))
     if width == "weight_norm":
@@ -1043,14 +1035,14 @@ def test_memory_does_not_grow_with_the_steps(width, how):
         for _ in range(steps):
             x, y = data()
             F.cross_entropy(run(x), y).backward()
-            run(x)  # and a pass whose backward never comes
+            run(x)  # a forward pass without a backward pass
         monitor.flush()
         return sum(type(o) is torch.Tensor for o in gc.get_objects())
 
     tensors_after(20)
-    while gc.collect():  # what finalizers set free is for the next round
+    while gc.collect():  # what finalizers release is collected in the next round
         pass
-    gc.disable()  # nothing may be left to the collector
+    gc.disable()  # nothing may depend on the collector
     try:
         before = tensors_after(20)
         assert tensors_after(20) <= before + 5
@@ -1113,7 +1105,7 @@ def test_a_model_on_meta_may_be_watched_before_it_has_numbers(by, width, how):
 
 
 @run_and_width_of
-def test_steps_on_meta_are_no_observations(width, how):
+def test_steps_on_meta_are_not_observed(width, how):
     with torch.device("meta"):
         model = net(*WIDTH[width])
         x, y = data()
@@ -1124,7 +1116,7 @@ def test_steps_on_meta_are_no_observations(width, how):
 
 
 @run_and_width_of
-def test_nan_weights_leave_every_sample_out_and_say_so(width, how, caplog):
+def test_nan_weights_exclude_every_sample_and_are_reported(width, how, caplog):
     model = net(*WIDTH[width])
     with torch.no_grad():
         model.head.weight[0, 0] = torch.nan
@@ -1159,7 +1151,7 @@ def test_a_batch_of_one_is_scored(width, how):
 
 
 @run_of
-def test_integer_outputs_train_nothing_and_the_epochs_end_says_so(how):
+def test_integer_outputs_train_nothing_which_is_an_error_at_the_epochs_end(how):
     model = net(after=lambda z: z.argmax(-1))
     monitor = gwa_logging.watch(model, head="head")
     labels = RUN[how](model)(data()[0])
@@ -1174,7 +1166,7 @@ def test_a_complex_head_is_refused_with_the_reason():
         gwa_logging.watch(model, head="head")
 
 
-def test_a_head_that_turns_complex_later_is_left_alone():
+def test_a_head_that_becomes_complex_later_is_not_observed():
     model = net()
     monitor = gwa_logging.watch(model)
     model.to(torch.complex64)
@@ -1184,13 +1176,13 @@ def test_a_head_that_turns_complex_later_is_left_alone():
     assert monitor.faults == {"probe": 1}
 
 
-def test_ids_that_are_no_integers_are_refused():
+def test_ids_that_are_not_integers_are_refused():
     with gwa_logging.watch(net(), num_samples=N) as monitor, pytest.raises(InvalidInputError):
         monitor.tag(torch.randn(N))
 
 
 @tiered("ids, how", [5, 90], RUN)
-def test_ids_that_are_not_as_many_as_the_samples_enter_nothing_and_are_counted(ids, how, caplog):
+def test_ids_of_another_number_than_the_samples_are_left_out_and_counted(ids, how, caplog):
     model = net()
     with gwa_logging.watch(model, num_samples=100) as monitor:
         run, (x, y) = RUN[how](model), data()

@@ -1,4 +1,4 @@
-"""Which passes count as training, and which are left alone."""
+"""Which passes count as training."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 import gwa_logging
 from gwa_logging import Monitor, NoObservationsError
+from tests.torch.tiers import tiered
 
 N = 12
-WIDTH = {"by logits": (16, 5), "by the input's gradient": (4, 9)}
+WIDTH = {"by logits": (16, 5), "by embeddings": (4, 9)}
 width_of = pytest.mark.parametrize("width", WIDTH)
-compiled_of = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+RUN = ["eager", "compiled"]
+run_of = pytest.mark.parametrize("how", RUN)
 
 
 def net(width: str = "by logits") -> nn.Sequential:
@@ -46,21 +48,20 @@ def watch() -> Iterator[Callable[..., Monitor]]:
         yield lambda *args, **options: monitors.enter_context(gwa_logging.watch(*args, **options))
 
 
-def run_of(model: nn.Module, compiled: bool) -> nn.Module:
-    return torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+def compiled_if(how: str, model: nn.Module) -> nn.Module:
+    return torch.compile(model, fullgraph=True, backend="aot_eager") if how == "compiled" else model
 
 
 def times_seen(monitor: Monitor) -> dict[int, float]:
     return {suspect.id: suspect.times_seen for suspect in monitor.suspects(N)}
 
 
-@compiled_of
-@width_of
-def test_passes_in_eval_mode_do_not_count_and_leave_the_ids_to_the_next_training_pass(watch, width, compiled):
+@tiered("width, how", WIDTH, RUN, odd=True)
+def test_passes_in_eval_mode_do_not_count_and_leave_the_ids_to_the_next_training_pass(watch, width, how):
     model, (x, y) = net(width), data()
     want = one_by_one(model, x, y)
     monitor = watch(model, num_samples=N)
-    run = run_of(model, compiled)
+    run = compiled_if(how, model)
     monitor.tag(torch.arange(N))
     model.eval()
     F.cross_entropy(run(x), y).backward()
@@ -73,12 +74,12 @@ def test_passes_in_eval_mode_do_not_count_and_leave_the_ids_to_the_next_training
     assert monitor.faults == {}
 
 
-@compiled_of
-def test_a_run_that_trains_in_eval_mode_is_told_so_after_a_few_steps(watch, compiled, caplog):
+@tiered("how", RUN)
+def test_training_in_eval_mode_is_reported_after_a_few_steps(watch, how, caplog):
     model, (x, y) = net(), data()
     monitor = watch(model)
     model.eval()
-    run, optimizer = run_of(model, compiled), torch.optim.SGD(model.parameters(), lr=0.1)
+    run, optimizer = compiled_if(how, model), torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(8):
         F.cross_entropy(run(x), y).backward()
         optimizer.step()
@@ -97,13 +98,12 @@ def test_a_backbone_in_eval_mode_under_a_head_in_training_mode_counts(watch):
     assert monitor.end_epoch().count == N
 
 
-@compiled_of
-@width_of
-def test_nothing_inside_of_paused_counts_and_ids_wait_for_the_next_counted_pass(watch, width, compiled):
+@tiered("width, how", WIDTH, RUN)
+def test_nothing_counts_while_paused_and_ids_wait_for_the_next_counted_pass(watch, width, how):
     model, (x, y) = net(width), data()
     want = one_by_one(model, x, y)
     monitor = watch(model, num_samples=N)
-    run = run_of(model, compiled)
+    run = compiled_if(how, model)
     F.cross_entropy(run(x), y).backward()
     before = monitor.end_epoch()
     torch._dynamo.config.error_on_recompile = True
@@ -129,11 +129,11 @@ def test_nothing_inside_of_paused_counts_and_ids_wait_for_the_next_counted_pass(
     assert times_seen(monitor) == dict.fromkeys(range(N), 1.0)
 
 
-@compiled_of
-def test_a_backward_pass_inside_of_paused_keeps_its_ids_for_the_next_pass(watch, compiled):
+@run_of
+def test_a_backward_pass_while_paused_keeps_its_ids_for_the_next_pass(watch, how):
     model, (x, y) = net(), data()
     monitor = watch(model, num_samples=N)
-    run = run_of(model, compiled)
+    run = compiled_if(how, model)
     monitor.tag(torch.arange(N))
     loss = F.cross_entropy(run(x), y)
     with monitor.paused():
@@ -143,7 +143,7 @@ def test_a_backward_pass_inside_of_paused_keeps_its_ids_for_the_next_pass(watch,
     assert times_seen(monitor) == dict.fromkeys(range(N), 1.0)
 
 
-def test_counting_goes_on_after_an_exception_inside_of_paused(watch):
+def test_counting_resumes_after_an_exception_while_paused(watch):
     model, (x, y) = net(), data()
     monitor = watch(model)
     with pytest.raises(ZeroDivisionError), monitor.paused():
@@ -172,7 +172,7 @@ def test_paused_holds_for_every_head(watch):
     assert monitor.heads["two"].history[-1].count == N
 
 
-def test_a_first_pass_inside_of_paused_tells_the_head_and_does_not_count(watch):
+def test_a_first_pass_while_paused_shows_the_head_and_does_not_count(watch):
     class Untraceable(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -195,7 +195,7 @@ def test_a_first_pass_inside_of_paused_tells_the_head_and_does_not_count(watch):
     assert monitor.end_epoch().count == N
 
 
-# --- without being told -------------------------------------------------------------------------------------------------
+# --- without paused() ---------------------------------------------------------------------------------------------------
 
 
 def attack_by_grad(loss: Tensor, x: Tensor) -> None:
@@ -275,7 +275,7 @@ def test_of_a_gradient_penalty_only_the_outer_pass_counts_and_keeps_its_ids(watc
 def test_the_samples_of_too_many_compiled_passes_are_counted_exactly(width):
     model, (x, y) = net(width), data()
     with gwa_logging.watch(model, num_samples=40 * N) as monitor:
-        run, loss = run_of(model, True), torch.zeros(())
+        run, loss = compiled_if("compiled", model), torch.zeros(())
         for i in range(40):
             monitor.tag(torch.arange(N) + i * N)
             loss = loss + F.cross_entropy(run(x), y)
@@ -286,14 +286,19 @@ def test_the_samples_of_too_many_compiled_passes_are_counted_exactly(width):
         assert monitor.faults == {"compiled passes": 16 * N}
 
 
-@compiled_of
-@pytest.mark.parametrize(
-    ("ids", "lost"), [(torch.arange(5), 5), (torch.arange(30), N), (torch.arange(N) + N - 2, N - 2)]
-)
-def test_ids_that_are_lost_are_reported_at_the_interval_without_being_asked_for(ids, lost, compiled):
+LOST = {
+    "too few": (torch.arange(5), 5),
+    "too many": (torch.arange(30), N),
+    "out of range": (torch.arange(N) + N - 2, N - 2),
+}
+
+
+@tiered("kind, how", LOST, RUN)
+def test_lost_ids_are_reported_with_the_next_interval(kind, how):
+    ids, lost = LOST[kind]
     model, (x, y) = net(), data()
     with gwa_logging.watch(model, num_samples=N, log_every_n_steps=2) as monitor:
-        run = run_of(model, compiled)
+        run = compiled_if(how, model)
         monitor.tag(ids)
         F.cross_entropy(run(x), y).backward()
         assert monitor.faults == {"sample ids": lost}  # the first step is an interval
@@ -308,12 +313,12 @@ def test_ids_that_are_lost_are_reported_at_the_interval_without_being_asked_for(
 def test_samples_of_compiled_passes_without_ids_are_counted_without_the_padding():
     model, (x, y) = net(), data()
     with gwa_logging.watch(model, num_samples=N) as monitor:
-        F.cross_entropy(run_of(model, True)(x), y).backward()
+        F.cross_entropy(compiled_if("compiled", model)(x), y).backward()
         monitor.suspects()
         assert monitor.faults == {"samples without ids": N}
 
 
-def test_expanded_weights_are_a_fault_that_says_why(caplog):
+def test_expanded_weights_are_a_fault_with_the_reason(caplog):
     from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 
     model, (x, y) = net(), data()
@@ -325,7 +330,7 @@ def test_expanded_weights_are_a_fault_that_says_why(caplog):
 
 
 class ChangedInPlace(nn.Module):
-    """It cannot be traced, and changes its logits in place."""
+    """Cannot be traced, and changes its logits in place."""
 
     def __init__(self, width: str) -> None:
         super().__init__()
