@@ -48,23 +48,6 @@ def check_windows(samples_per_epoch: int | None, processes: int) -> None:
         )
 
 
-def check_windows(samples_per_epoch: int | None, processes: int) -> None:
-    """Refuses windows of samples in a distributed run, whose processes would close them at different steps and then hang.
-
-    Args:
-        samples_per_epoch: as in `gwa_logging.watch`; None if epochs are closed by the caller.
-        processes: number of processes in the run.
-
-    Raises:
-        InvalidInputError: `samples_per_epoch` is set and there are several processes.
-    """
-    if samples_per_epoch is not None and processes > 1:
-        raise InvalidInputError(
-            f"samples_per_epoch={samples_per_epoch}: the {processes} processes of this run would close their windows at "
-            "different steps; leave it out and call monitor.end_epoch() in every process instead"
-        )
-
-
 class Identity(NamedTuple):
     """What a process reports about itself to the others.
 

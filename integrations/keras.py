@@ -106,7 +106,8 @@ class GWACallback(keras.callbacks.Callback):  # type: ignore[misc]  # keras has 
         session.resume_from(None)
         monitor = session.begin(self.model, training=self.params, planned=self.params.get("epochs"), runs={})
         if keras.backend.backend() == "jax":
-            from gwa_logging.integrations.jax.keras_fit import watch_fit  # with Keras on PyTorch, JAX may not be installed
+            # imported here: with Keras on PyTorch, JAX may not be installed
+            from gwa_logging.integrations.jax.keras_fit import watch_fit
 
             session.cleanup.callback(watch_fit(self.model, monitor))
 
