@@ -38,7 +38,7 @@ test-slow: setup
 LOWEST := .venv-lowest/bin
 test-lowest:
 	$(PYTHON) -m venv .venv-lowest
-	$(LOWEST)/pip install --quiet -e . torch==2.6.0 numpy==1.26.0 pydantic==2.7.0 plotly==6.0.0 scipy==1.12.0 \
+	$(LOWEST)/pip install --quiet -e . torch==2.6.0 numpy==1.26.0 pydantic==2.7.0 plotly==6.0.0 pillow==10.1.0 scipy==1.12.0 \
 		'pandas<2.3' tqdm build 'setuptools>=77' pytest hypothesis
 	$(LOWEST)/pytest tests/core $(addprefix tests/torch/test_,accumulate.py probe.py ledger.py step_watchdog.py)
 	$(LOWEST)/pip install --quiet jax==0.9.0 flax==0.12.0 optax equinox dm-haiku scikit-learn

@@ -1,8 +1,15 @@
 """The command line: `gwa-logging report`, `gwa-logging replay`, `gwa-logging heads`."""
 
 import argparse
+import functools
 import importlib
+import inspect
 import sys
+import traceback
+import types
+import webbrowser
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +20,20 @@ from gwa_logging.redact import redact_urls
 from gwa_logging.replay import NEW, Replayed, journals_of, replay, tracked_runs
 from gwa_logging.report.page import REPORT_NAME, write_report
 
+DEFAULT_DIRECTORY = Path("gwa_runs")
+"""The default of `watch(directory=)`."""
+
+_FACTORIES = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command.
 
     Args:
-        argv: the arguments, without the program's name; None takes those of the process.
+        argv: the arguments without the program's name; None takes those of the process.
 
     Returns:
-        The exit code: 0, or 2 after an error, which is told on stderr in one line.
+        The exit code: 0, or 2 after an error, which is printed to stderr as one line.
     """
     arguments = _parser().parse_args(argv)
     try:
@@ -32,68 +44,98 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="gwa-logging", description="Looks at runs that gwa_logging has watched.")
+    parser = argparse.ArgumentParser(prog="gwa-logging", description="Works with runs that gwa_logging has recorded.")
     parser.add_argument("--version", action="version", version=f"gwa-logging {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    report = commands.add_parser(
-        "report",
-        help="make an HTML page of a run",
-        description=f"Writes {REPORT_NAME}, one page that works without a network, next to a run's journal.",
-    )
-    report.add_argument(
-        "directory", type=Path, metavar="DIR", help="a run's folder; or a folder of runs, for the run written to last"
-    )
-    report.set_defaults(run_command=_report)
-    replay = commands.add_parser(
-        "replay",
-        help="send to a tracker what it has missed of a run",
-        description="Sends the records of a run's journal that a tracker does not have. A second time sends nothing. For a run "
-        "that was killed and resumed, or for several runs, give the folder that holds their folders.",
-    )
-    replay.add_argument("directory", type=Path, metavar="DIR", help="a run's folder, or a folder of runs")
-    replay.add_argument("--backend", required=True, metavar="NAME", help="wandb, mlflow, tensorboard, trackio, ...")
-    replay.add_argument(
-        "--run", metavar="ID", help=f"the tracker's run; without it the one that was logged to; {NEW!r} starts one"
-    )
-    replay.set_defaults(run_command=_replay)
-    heads = commands.add_parser(
-        "heads",
-        help="show which layer of a model is taken for its classifier head, and why",
-        description="Shows what could be the classifier head of a model, which layer is taken, and why.",
-    )
-    heads.add_argument(
-        "model",
-        metavar="MODULE:NAME",
-        help="where the model is: package.module:name of a model, or of a function that makes one; in JAX, of both the model "
-        "and an example input: (model, input)",
-    )
-    heads.add_argument("--head", metavar="PATH", help="as head= of watch(): the dotted path of a layer")
-    heads.set_defaults(run_command=_heads)
+    _add_report(commands.add_parser("report", help="make an HTML page about a run"))
+    _add_replay(commands.add_parser("replay", help="send a tracker the records of a run that it lacks"))
+    _add_heads(commands.add_parser("heads", help="show which layer of a model is its classifier head, and why"))
     return parser
 
 
+# --- report -------------------------------------------------------------------------------------------------------------
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        f"Writes {REPORT_NAME}, one page that works without a network, next to a run's journal and prints its path."
+    )
+    parser.add_argument(
+        "directory",
+        nargs="?",
+        type=Path,
+        default=DEFAULT_DIRECTORY,
+        metavar="DIR",
+        help="the folder of a run; or a folder of runs, of which the most recently written one is taken "
+        f"(default: {DEFAULT_DIRECTORY})",
+    )
+    parser.add_argument("--open", action="store_true", help="open the page in a browser")
+    parser.set_defaults(run_command=_report)
+
+
 def _report(arguments: argparse.Namespace) -> None:
-    """Writes the page and prints its path, and nothing else, on stdout."""
-    print(write_report(_run_folder(arguments.directory)))
+    """Writes the page. Only its path is printed to stdout."""
+    page = write_report(_run_folder(arguments.directory))
+    print(page)
+    if arguments.open and not webbrowser.open(page.resolve().as_uri()):
+        _print_error(f"found no browser; open {page} yourself")
+
+
+def _run_folder(directory: Path) -> Path:
+    """Returns the folder itself if it is a run's, otherwise the run in it whose journal was written to most recently."""
+    if (directory / FILE_NAME).exists():
+        return directory
+    journals = sorted(directory.glob(f"*/{FILE_NAME}"), key=lambda path: (path.stat().st_mtime_ns, path))
+    if not journals:
+        problem = f"contains no run: found no {FILE_NAME} in it or in its folders"
+        raise InvalidInputError(
+            f"{str(directory)!r} {problem if directory.is_dir() else 'is not a folder'}; pass the directory= of watch() "
+            f"({DEFAULT_DIRECTORY} by default), or the folder of one run"
+        )
+    newest = journals[-1].parent.name
+    print(f"newest of {len(journals)} runs: {newest}" if len(journals) > 1 else f"run: {newest}", file=sys.stderr)
+    return journals[-1].parent
+
+
+# --- replay -------------------------------------------------------------------------------------------------------------
+
+
+def _add_replay(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Sends the records of a run's journal that a tracker does not have. Running it again sends nothing. For a run that "
+        "was killed and resumed, or for several runs, pass the folder that contains their folders."
+    )
+    parser.add_argument("directory", type=Path, metavar="DIR", help="the folder of a run, or a folder of runs")
+    parser.add_argument("--backend", required=True, metavar="NAME", help="wandb, mlflow, tensorboard, trackio, ...")
+    parser.add_argument(
+        "--run",
+        metavar="ID",
+        help=f"the tracker's run (default: the run that was logged to); {NEW!r} starts a new one",
+    )
+    parser.set_defaults(run_command=_replay)
 
 
 def _replay(arguments: argparse.Namespace) -> int:
-    """Sends what is missing, and says for each journal of the run, or for each run of the folder, what it did."""
+    """Sends the missing records and prints a line for each journal of the run, or for each run in the folder."""
     folder, backend, run = arguments.directory, arguments.backend, arguments.run
+    if backend != "local":  # refused below
+        registry.find_backend(backend)  # reports an unknown name before any journal is read
     if not (folder / FILE_NAME).exists():
         return _replay_all(folder, backend, run)
     for journal in journals_of(folder):
-        done = replay(journal, backend, run)
-        run = run and done.run_ref.run  # a new one is for the other heads too
-        print(_printable(f"{journal}: {_told(done, backend)}"))
+        result = replay(journal, backend, run)
+        run = run and result.run_ref.run  # the other heads are sent to the same new run
+        print(_printable(f"{journal}: {_summary(result, backend)}"))
     return 0
 
 
 def _replay_all(folder: Path, backend: str, run: str | None) -> int:
-    """Sends what is missing of every run in a folder; one that fails does not stop the others."""
+    """Sends the missing records of every run in a folder. A run that fails does not stop the others."""
+    if backend == "local":
+        raise InvalidInputError("--backend local: this is the journal itself; choose a tracker")
     folders = sorted(path.parent.name for path in folder.glob(f"*/{FILE_NAME}"))
     if not folders:
-        _run_folder(folder)  # says what is wrong
+        _run_folder(folder)  # raises the error that explains why
     if run is not None:
         raise InvalidInputError(
             f"{str(folder)!r} is a folder of runs: with --run, name one of them: {', '.join(folders)}"
@@ -103,51 +145,110 @@ def _replay_all(folder: Path, backend: str, run: str | None) -> int:
         print(_printable(f"gwa-logging: skipped {reason}"), file=sys.stderr)
     if not runs:
         raise InvalidInputError(
-            f"{str(folder)!r}: no journal in it was written for a run of {backend}; replay one run's folder with --run ID, or "
-            f"--run {NEW}"
+            f"{str(folder)!r}: no journal in it was written for a run of {backend}; replay the folder of one run with "
+            f"--run ID, or --run {NEW}"
         )
-    failed = 0
+    exit_code = 0
     for tracked in runs:
         names = ", ".join(str(journal.parent.relative_to(folder)) for journal in tracked.journals)
         try:
-            print(_printable(f"{names}: {_told(replay(tracked.journals, backend), backend)}"))
+            print(_printable(f"{names}: {_summary(replay(tracked.journals, backend), backend)}"))
         except (GwaError, OSError) as error:
             _print_error(f"{names}: {error}")
-            failed = 2
-    return failed
+            exit_code = 2
+    return exit_code
 
 
-def _told(done: Replayed, backend: str) -> str:
-    skipped = f", {done.skipped} lines of the journal skipped" if done.skipped else ""
-    repeated = f", {done.repeated} were repeated after a resume" if done.repeated else ""
-    return (
-        f"sent {done.sent}, {done.had} were there{repeated}{skipped}; {done.run_ref.url or done.run_ref.run or backend}"
+def _summary(result: Replayed, backend: str) -> str:
+    parts = [f"sent {result.sent}", f"{result.had} were already there"]
+    if result.repeated:
+        parts.append(f"{result.repeated} were repeated after a resume")
+    if result.skipped:
+        parts.append(f"{result.skipped} lines of the journal skipped")
+    return f"{', '.join(parts)}; {result.run_ref.url or result.run_ref.run or backend}"
+
+
+# --- heads --------------------------------------------------------------------------------------------------------------
+
+
+def _add_heads(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Lists the layers of a model that could be its classifier head, which one is taken, and why."
+    parser.add_argument(
+        "model",
+        metavar="MODULE:NAME",
+        help="where to find the model: package.module:name of a model, or of a function without arguments that returns one; "
+        "for JAX a pair (model, example input) instead of the model",
     )
+    parser.add_argument("--head", metavar="PATH", help="the dotted path of a layer, as in watch(head=)")
+    parser.set_defaults(run_command=_heads)
 
 
-def _heads(arguments: argparse.Namespace) -> None:
-    """Prints the head finder's view of a model."""
-    found = _load(arguments.model)
-    model, *inputs = found if type(found) is tuple else (found,)
-    print(registry.find_adapter(model).describe(model, arguments.head, inputs))
+def _heads(arguments: argparse.Namespace) -> int:
+    """Prints the head finder's table. The exit code is 2 if the model has no head."""
+    with _working_directory_on_path():
+        found = _load(arguments.model)
+        model, *inputs = found if type(found) is tuple else (found,)
+        table = registry.find_adapter(model).describe(model, arguments.head, inputs)
+    print(table)
+    return 2 if table.splitlines()[-1].startswith("no head:") else 0
+
+
+@contextmanager
+def _working_directory_on_path() -> Iterator[None]:
+    folder = str(Path.cwd())
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
 
 
 def _load(where: str) -> Any:
-    """The model at `package.module:name`, made if there is a function of that name; the working directory counts."""
+    """Returns the object at `package.module:name`, or its result if it is a function or a class.
+
+    Raises:
+        InvalidInputError: the object does not exist, its module cannot be imported, or the function needs arguments or fails.
+    """
     module, _, name = where.partition(":")
     if not module or not name:
         raise InvalidInputError(f"{where!r}: expected package.module:name, such as my_project.models:make_model")
-    sys.path.insert(0, str(Path.cwd()))
     try:
         found: Any = importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
         raise InvalidInputError(f"{where!r}: {error}") from error
-    finally:
-        sys.path.pop(0)
-    is_maker = isinstance(found, type) or type(found).__name__ in ("function", "builtin_function_or_method", "partial")
-    return found() if is_maker else found
+    except Exception as error:  # the user's module may raise anything
+        raise InvalidInputError(f"{where!r}: importing {module} raised {_located(error)}") from error
+    return _call(found, where, name) if isinstance(found, _FACTORIES) else found
+
+
+def _call(factory: Any, where: str, name: str) -> Any:
+    try:
+        inspect.signature(factory).bind()
+    except ValueError:  # some functions written in C have no signature
+        pass
+    except TypeError as error:
+        raise InvalidInputError(
+            f"{where!r}: {name}{inspect.signature(factory)} cannot be called without arguments ({error}); name a function "
+            "without required arguments that returns the model"
+        ) from error
+    try:
+        return factory()
+    except Exception as error:  # the user's function may raise anything
+        raise InvalidInputError(f"{where!r}: {name}() raised {_located(error)}") from error
+
+
+def _located(error: Exception) -> str:
+    """Describes an error together with the line of the user's module that it came from."""
+    files = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
+    importers = (__file__, importlib.__file__)
+    own = [(name, line) for name, line in files if name not in importers and not name.startswith("<frozen importlib")]
+    where = " ({}, line {})".format(*own[0]) if own else ""  # a SyntaxError has none and names its line itself
+    return f"{type(error).__name__}: {error}{where}"
+
+
+# --- messages -----------------------------------------------------------------------------------------------------------
 
 
 def _print_error(text: str) -> None:
@@ -156,24 +257,8 @@ def _print_error(text: str) -> None:
 
 
 def _printable(text: str) -> str:
-    """One line that changes nothing in a terminal: control characters of a foreign journal are shown as escapes."""
+    """Replaces control characters, which a journal from elsewhere may contain, so that the text cannot affect a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def _run_folder(directory: Path) -> Path:
-    """The folder itself if it is a run's, otherwise the run in it whose journal was written to last."""
-    if (directory / FILE_NAME).exists():
-        return directory
-    journals = sorted(directory.glob(f"*/{FILE_NAME}"), key=lambda path: (path.stat().st_mtime_ns, path))
-    if not journals:
-        missing = "holds no run" if directory.is_dir() else "is not a folder"
-        raise InvalidInputError(
-            f"{str(directory)!r} {missing}: there is no {FILE_NAME} in it or in its folders; give the directory= of "
-            "watch(), by default gwa_runs, or the folder of one run"
-        )
-    newest = journals[-1].parent
-    print(f"newest of {len(journals)} runs: {newest.name}" if journals[1:] else f"run: {newest.name}", file=sys.stderr)
-    return newest
 
 
 if __name__ == "__main__":

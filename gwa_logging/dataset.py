@@ -1,4 +1,4 @@
-"""A data set whose items say which sample they are: for the per-sample ledger."""
+"""Adds the sample ids to a data set, for the per-sample ledger."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,43 +7,43 @@ from gwa_logging.errors import InvalidInputError
 
 
 def with_ids(dataset: Any) -> "WithIds":
-    """Wraps a data set so that each item comes with its sample id, its index in this data set.
+    """Wraps a data set so that each item includes its sample id: its index in this data set.
 
     >>> with_ids([("a", 0), ("b", 1)])[1]
     ('b', 1, 1)
 
-    A `DataLoader` over it then gives `x, y, ids` in place of `x, y`, whatever its sampler, workers and batches. Wrap before
-    `Subset` or `random_split` to keep the ids of the whole data set; wrapped after, ids count within the subset.
+    A `DataLoader` over it yields `x, y, ids` instead of `x, y`, with any sampler, number of workers and batch size. Wrap
+    before `Subset` or `random_split` to keep the ids of the whole data set; if you wrap after it, ids count within the subset.
 
     Args:
-        dataset: what has `__getitem__` and `__len__`, by index from 0. Items that are tuples or lists gain the id at the end,
-            dicts gain "sample_id"; any other item becomes a pair of it and the id.
+        dataset: an object with `__getitem__`, for indices from 0, and `__len__`. The id is appended to items that are tuples
+            or lists and added to dicts as "sample_id"; any other item becomes a pair of the item and the id.
 
     Returns:
-        A data set of the same length, with the other attributes of the wrapped one; it can be pickled if that one can.
+        A data set of the same length, with the attributes of the wrapped one. It can be pickled if the wrapped one can.
 
     Raises:
-        InvalidInputError: the data set is iterable only, so that its samples have no index.
+        InvalidInputError: the data set has no index, since it can only be iterated over, or it has ids already.
     """
     streams = [base.__name__ for base in type(dataset).__mro__ if base.__name__.startswith("Iter")]
     if streams or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise InvalidInputError(
             f"dataset: expected one with __getitem__ and __len__, found {type(dataset).__name__}"
-            f"{', which is a stream' if streams else ''}; let the stream yield an id of its own with each sample, such as the "
-            "line of its file, and give that to monitor.tag(ids)"
+            f"{', which is a stream' if streams else ''}; have the stream yield an id with each sample, such as its line "
+            "number, and pass the ids to monitor.tag(ids)"
         )
     if isinstance(dataset, WithIds | Mapping):
         raise InvalidInputError(
-            f"dataset: expected one by index from 0 and without ids, found {type(dataset).__name__}"
+            f"dataset: expected one with indices from 0 and without ids, found {type(dataset).__name__}"
         )
     return WithIds(dataset)
 
 
 class WithIds:
-    """What `with_ids` returns.
+    """The data set that `with_ids` returns.
 
     Attributes:
-        dataset: the wrapped one.
+        dataset: the wrapped data set.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -57,10 +57,10 @@ class WithIds:
         return _with_id(self.dataset[position], position)
 
     def __getitems__(self, indices: Sequence[Any]) -> list[Any]:
-        """Several items at once, as PyTorch's loaders ask for them where the wrapped data set can do so."""
+        """Returns several items at once. PyTorch's loaders call this instead of `__getitem__`."""
         positions = [self._position(index) for index in indices]
-        ask = getattr(self.dataset, "__getitems__", None)
-        items = [self.dataset[position] for position in positions] if ask is None else ask(positions)
+        get_items = getattr(self.dataset, "__getitems__", None)
+        items = [self.dataset[position] for position in positions] if get_items is None else get_items(positions)
         return [_with_id(item, position) for item, position in zip(items, positions, strict=True)]
 
     def _position(self, index: Any) -> int:
@@ -74,7 +74,9 @@ class WithIds:
         return int(position % size)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "dataset" or (name.startswith("__") and name.endswith("__")):  # while it is being unpickled
+        if name == "dataset" or (
+            name.startswith("__") and name.endswith("__")
+        ):  # while unpickling, before `dataset` is set
             raise AttributeError(name)
         return getattr(self.dataset, name)
 

@@ -1,9 +1,11 @@
-"""The stop rule: `step`, a pure function from (state, value) to (new state, decision), and `StopRule`, which keeps its state.
+"""The stop rule: `step` is a pure function from (state, value) to (new state, decision); `StopRule` keeps the state.
 
-Regime "scratch": skip the warm-up, then follow the maximum of the statistic; `patience` epochs in a row that are clearly
-below it end it. Regime "finetune": the statistic first falls while the new head finds its place; the maximum after that
-first minimum counts. Source: arXiv 2510.25480, the section on early stopping; patience and drop are ours, because a run
-that is still going on has no argmax, and because a statistic that merely stands still is no reason to stop.
+Regime "scratch": after the warm-up, the rule follows the maximum of the statistic and fires after `patience` epochs in a row
+that are clearly below it. Regime "finetune": while a new head adapts, the statistic first falls; only the maximum after that
+first minimum counts.
+
+Source: arXiv 2510.25480, the section on early stopping, which takes the argmax of a complete run. This library adds patience,
+because the argmax of an unfinished run is unknown, and drop, because a plateau is not a reason to stop.
 """
 
 import math
@@ -15,15 +17,15 @@ from gwa_logging.records import EpochReport, StopAlert, StopReason
 from gwa_logging.settings import EarlyStop
 from gwa_logging.statistic import Estimate, estimate
 
-CLEARLY = 3.0
-"""Standard errors by which a new best must exceed the one that an alert has named, to take the alert back."""
+WITHDRAWAL_MARGIN = 3.0
+"""Number of standard errors by which a new best must exceed the best that an alert named to withdraw the alert."""
 
-AS_GOOD = 2.0
-"""Standard errors of the best within which other epochs are called as good as it."""
+TIE_MARGIN = 2.0
+"""An alert lists epochs within this number of standard errors of the best as equally good."""
 
 
 class Decision(StrEnum):
-    """What one epoch's value meant."""
+    """How the rule interprets the value of an epoch."""
 
     WARMING_UP = "warming up"
     FALLING = "still falling towards the first minimum"
@@ -34,16 +36,16 @@ class Decision(StrEnum):
 
 
 class StopState(NamedTuple):
-    """All that the rule remembers.
+    """What the rule remembers between epochs.
 
     Attributes:
-        epochs: values seen so far.
-        lowest: finetune only: the lowest value so far, until the first minimum is passed.
-        rising: whether the first minimum is passed; True from the start in regime "scratch".
-        best, best_error, best_epoch: the best value, its standard error and its epoch; -inf, 0 and -1 until there is one.
-        waited: epochs in a row that were clearly below the best.
-        undefined: epochs in a row whose value was undefined.
-        fired: whether the alert stands. It is given once, and taken back when a clearly better best appears.
+        epochs: number of values seen.
+        lowest: regime "finetune": the lowest value until the first minimum is passed.
+        rising: True once the first minimum is passed; in regime "scratch" from the first epoch.
+        best, best_error, best_epoch: the best value, its standard error and its epoch; at first -inf, 0 and -1.
+        waited: number of the latest epochs in a row that are clearly below the best.
+        undefined: number of the latest epochs in a row whose value is undefined.
+        fired: True while an alert stands: from when it fires until a clearly better epoch withdraws it.
     """
 
     epochs: int = 0
@@ -58,7 +60,7 @@ class StopState(NamedTuple):
 
 
 def warmup_epochs(settings: EarlyStop, planned: int | None) -> int:
-    """How many epochs are skipped: a share below 1 is of the planned epochs, rounded up; one if no plan is known."""
+    """Returns the number of warm-up epochs. A share of the planned epochs is rounded up, and is 1 if no plan is known."""
     if settings.warmup >= 1 or settings.warmup == 0:
         return math.ceil(settings.warmup)
     return 1 if planned is None else math.ceil(settings.warmup * planned)
@@ -67,18 +69,18 @@ def warmup_epochs(settings: EarlyStop, planned: int | None) -> int:
 def step(
     settings: EarlyStop, state: StopState, value: float, error: float = 0.0, planned: int | None = None
 ) -> tuple[StopState, Decision]:
-    """Takes in the value of the next epoch.
+    """Applies the rule to the value of the next epoch.
 
     Args:
         settings: the rule.
-        state: what it remembers.
-        value: the statistic of the epoch `state.epochs`; an infinite or NaN value is no best, and `patience` of them in a
-            row are a reason to stop of their own.
-        error: the value's standard error, at least 0.
+        state: its state before this epoch.
+        value: the statistic of epoch `state.epochs`. Infinity and NaN are undefined values: they are never the best, and the
+            rule fires after `patience` of them in a row.
+        error: standard error of the value, at least 0.
         planned: number of epochs planned, if known.
 
     Returns:
-        The new state, and what the value meant. STOP is returned once, and again only after a clearly better best.
+        The new state and the decision. STOP is returned once, and again only after a clearly better epoch.
     """
     epoch = state.epochs
     state = state._replace(epochs=epoch + 1, rising=state.rising or settings.regime == "scratch")
@@ -86,7 +88,7 @@ def step(
         return state, Decision.WARMING_UP
     if not math.isfinite(value):
         state = state._replace(undefined=state.undefined + 1)
-        return _stop(state, Decision.UNDEFINED) if state.undefined >= settings.patience else (state, Decision.UNDEFINED)
+        return _fire(state, Decision.UNDEFINED) if state.undefined >= settings.patience else (state, Decision.UNDEFINED)
     state = state._replace(undefined=0)
     if not state.rising:
         if value <= state.lowest + settings.min_delta * error:
@@ -94,25 +96,26 @@ def step(
         state = state._replace(rising=True)
     excess, noise = value - state.best, math.hypot(error, state.best_error)
     if state.best_epoch < 0 or excess > settings.min_delta * noise:
-        stands = state.fired and excess <= CLEARLY * noise
-        best = state._replace(best=value, best_error=error, best_epoch=epoch)
-        return best._replace(waited=0, fired=stands), Decision.IMPROVED
+        still_fired = state.fired and excess <= WITHDRAWAL_MARGIN * noise
+        state = state._replace(best=value, best_error=error, best_epoch=epoch, waited=0, fired=still_fired)
+        return state, Decision.IMPROVED
     if settings.drop and value >= state.best - settings.drop * abs(state.best):
         return state._replace(waited=0), Decision.WAITING
     state = state._replace(waited=state.waited + 1)
-    return _stop(state, Decision.WAITING) if state.waited >= settings.patience else (state, Decision.WAITING)
+    return _fire(state, Decision.WAITING) if state.waited >= settings.patience else (state, Decision.WAITING)
 
 
-def _stop(state: StopState, otherwise: Decision) -> tuple[StopState, Decision]:
+def _fire(state: StopState, otherwise: Decision) -> tuple[StopState, Decision]:
+    """Returns STOP, or `otherwise` if an alert stands already."""
     return (state, otherwise) if state.fired else (state._replace(fired=True), Decision.STOP)
 
 
 class StopRule:
-    """The rule with its state, asked once per epoch.
+    """The rule with its state. Call `judge` once per epoch.
 
     Attributes:
         settings: the rule.
-        state: what it remembers.
+        state: its state.
         planned: number of epochs planned, if known.
     """
 
@@ -124,49 +127,46 @@ class StopRule:
     def judge(
         self, report: EpochReport, history: Sequence[EpochReport] = ()
     ) -> tuple[EpochReport, StopAlert | None, bool]:
-        """Takes in the next epoch.
+        """Applies the rule to the next epoch.
 
         Args:
-            report: its report.
-            history: those of the epochs before, for the words of an alert.
+            report: the report of this epoch.
+            history: the reports of the epochs before, which the text of an alert refers to.
 
         Returns:
-            The report, marked if it is the best so far; an alert if it is time to stop; whether the alert that was given
-            before is taken back.
+            The report with `is_best` set; an alert if the rule fires, else None; True if this epoch withdraws an alert.
         """
         fired = self.state.fired
-        value = self._of(report)
+        value = self._estimate(report)
         self.state, decision = step(self.settings, self.state, value.value, value.standard_error, self.planned)
         report = report.model_copy(update={"is_best": decision is Decision.IMPROVED})
         alert = self._alert(report, value, history) if decision is Decision.STOP else None
         return report, alert, fired and not self.state.fired
 
-    def _of(self, report: EpochReport) -> Estimate:
-        """What is watched: the value as reported, its error from the histogram."""
+    def _estimate(self, report: EpochReport) -> Estimate:
+        """Returns the watched statistic: the value of the report, with a standard error from the histogram."""
         names = {"separation": "separation", "stable": "stable_gwa", "gwa": "gwa", "mean": "mean"}
         error = estimate(self.settings.statistic, report.histogram).standard_error
         return Estimate(getattr(report, names[self.settings.statistic]), error if math.isfinite(error) else 0.0)
 
     def _alert(self, report: EpochReport, value: Estimate, history: Sequence[EpochReport]) -> StopAlert:
         statistic, state = self.settings.statistic, self.state
-        epochs = f"{self.settings.patience} epoch{'s'[: self.settings.patience - 1]}"
-        best = (
-            f"Best epoch: {state.best_epoch} ({state.best:.4g})" if state.best_epoch >= 0 else "There was no best epoch"
-        )
+        epochs = "1 epoch" if self.settings.patience == 1 else f"{self.settings.patience} epochs"
+        best = f"Best epoch: {state.best_epoch} ({state.best:.4g})" if state.best_epoch >= 0 else "No epoch was best"
         if state.undefined:
-            reason, what = StopReason.UNDEFINED, f"its {statistic} statistic has been undefined for {epochs}"
+            reason, cause = StopReason.UNDEFINED, f"the {statistic} statistic has been undefined for {epochs}"
         elif self.settings.drop:
             reason = StopReason.DECLINE
-            what = f"its {statistic} statistic has been clearly below its best for {epochs}"
+            cause = f"the {statistic} statistic has been clearly below its best for {epochs}"
         else:
-            reason, what = StopReason.NO_IMPROVEMENT, f"no new best of its {statistic} statistic for {epochs}"
-        message = f"GWA says stop: {what}. {best}; now epoch {report.epoch}: {value.value:.4g}"
+            reason, cause = StopReason.NO_IMPROVEMENT, f"the {statistic} statistic has had no new best for {epochs}"
+        message = f"GWA recommends stopping: {cause}. {best}; epoch {report.epoch}: {value.value:.4g}"
         noise = math.hypot(value.standard_error, state.best_error)
         if noise and math.isfinite(value.value):
             message += f", lower by {(state.best - value.value) / noise:.3g} standard errors"
-        close = [r.epoch for r in history if r.epoch != state.best_epoch and self._is_as_good(r)]
-        if close:
-            message += f". As good within its error: epochs {_listed([*close, state.best_epoch])}"
+        ties = [r.epoch for r in history if r.epoch != state.best_epoch and self._ties_with_best(r)]
+        if ties:
+            message += f". Equally good within the error: epochs {_format_ranges([*ties, state.best_epoch])}"
         return StopAlert(
             epoch=report.epoch,
             best_epoch=state.best_epoch,
@@ -178,12 +178,14 @@ class StopRule:
             caveats=tuple(self._caveats(report, history)),
         )
 
-    def _is_as_good(self, report: EpochReport) -> bool:
+    def _ties_with_best(self, report: EpochReport) -> bool:
+        """Returns True if the epoch is after the warm-up, and not clearly worse than the best one."""
         if report.epoch < warmup_epochs(self.settings, self.planned):
             return False
-        return self._of(report).value >= self.state.best - AS_GOOD * self.state.best_error
+        return self._estimate(report).value >= self.state.best - TIE_MARGIN * self.state.best_error
 
     def _caveats(self, report: EpochReport, history: Sequence[EpochReport]) -> Iterable[str]:
+        """Yields reasons to doubt the alert."""
         yield from report.notes
         best = next((r for r in history if r.epoch == self.state.best_epoch), None)
         for note in best.notes if best else ():
@@ -191,15 +193,15 @@ class StopRule:
                 yield f"epoch {self.state.best_epoch}: {note}"
         if 0 <= self.state.best_epoch == warmup_epochs(self.settings, self.planned):
             yield (
-                f"the best epoch, {self.state.best_epoch}, is the first after the warm-up: a better one may lie in it; "
-                "EarlyStop(warmup=...) shortens it"
+                f"the best epoch, {self.state.best_epoch}, is the first after the warm-up, so a better one may be inside the "
+                "warm-up; shorten it with EarlyStop(warmup=...)"
             )
 
 
-def _listed(epochs: list[int]) -> str:
-    """Epochs as ranges: 3 to 5, 9.
+def _format_ranges(epochs: list[int]) -> str:
+    """Lists epochs as ranges.
 
-    >>> _listed([9, 3, 4, 5])
+    >>> _format_ranges([9, 3, 4, 5])
     '3 to 5, 9'
     """
     ranges: list[list[int]] = []

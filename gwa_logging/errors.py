@@ -1,7 +1,7 @@
-"""The named errors. Every one says what was found and what to do about it.
+"""The errors of this library. Each message states what was found and what to do about it.
 
-All of them are raised while starting up or from a call that the user made; a fault in the middle of training is
-counted by `gwa_logging.faults.Faults` instead and never raised.
+They are raised during start-up, or from a call that the user made. Errors inside a training step are never raised:
+`gwa_logging.faults.Faults` counts them.
 """
 
 from collections.abc import Iterable
@@ -10,21 +10,21 @@ from gwa_logging.redact import redact_urls
 
 
 class GwaError(Exception):
-    """Base of every error that gwa_logging raises on purpose. Messages never show credentials."""
+    """Base class of all errors of this library. Credentials in the message are masked."""
 
     def __init__(self, message: object = "") -> None:
         super().__init__(redact_urls(str(message)))
 
 
 class InvalidInputError(GwaError, ValueError):
-    """An argument has a wrong value, shape or dtype; the message names the argument and the remedy."""
+    """An argument has a wrong value, shape or dtype. The message names the argument and what is expected."""
 
 
 class HeadNotFoundError(GwaError):
-    """The classifier head was not found, or several modules could be it.
+    """The classifier head was not found, or several modules could be the head.
 
     Attributes:
-        candidates: one line per module that could be a head: dotted path and shape.
+        candidates: one line per module that could be the head, with its dotted path and shape.
     """
 
     def __init__(self, found: str, candidates: Iterable[str] = ()) -> None:
@@ -36,15 +36,15 @@ class HeadNotFoundError(GwaError):
 
 
 class NoObservationsError(GwaError):
-    """An epoch was ended, but no training step has passed the probe."""
+    """An epoch was ended, but the probe at the head has seen no training step."""
 
 
 class MissingDependencyError(GwaError, ImportError):
-    """A third-party package was asked for and is not installed."""
+    """A third-party package is needed and not installed. The message has the pip command."""
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package} is not installed. Install it with: pip install 'gwa-logging[{extra}]'")
 
 
 class BackendError(GwaError):
-    """A tracking backend cannot be used. Raised into the user's code while starting up only."""
+    """A backend cannot be used. Raised only during start-up: a tracker that fails later never interrupts training."""

@@ -1,4 +1,4 @@
-"""Faults in the middle of training: warned about once, counted, never raised."""
+"""Counts errors during training instead of raising them, and logs the first of each kind."""
 
 import logging
 from collections import Counter
@@ -11,28 +11,29 @@ logger = logging.getLogger("gwa_logging")
 
 
 class Faults:
-    """Counts what went wrong, by kind; the first of each kind is logged as a warning.
+    """Counts faults by kind. The first of each kind is logged as a warning.
 
-    A logger is used rather than `warnings`, because a warning filter can turn a warning into an exception, and
-    nothing here may reach the training step.
+    Faults go to a logger and not to `warnings`: a warning filter could turn them into exceptions in the training step.
     """
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
-        self._notes: dict[str, bool] = {}  # and whether they are waiting for a report
+        self._notes: dict[str, bool] = {}  # True until a report has included the note
         self._lock = Lock()
 
     def record(self, kind: str, detail: object, times: int = 1) -> None:
-        """Counts `times` faults of `kind`; logs `detail` if it is the first one of its kind."""
+        """Counts `times` faults of a kind, and logs `detail` if they are the first of their kind."""
         with self._lock:
             first = kind not in self._counts
             self._counts[kind] += times
         if first:
-            shown = redact_urls(str(detail))
-            logger.warning("gwa_logging: %s: %s. Training goes on; further ones are only counted.", kind, shown)
+            masked = redact_urls(str(detail))
+            logger.warning(
+                "gwa_logging: %s: %s. Training continues; further occurrences are only counted.", kind, masked
+            )
 
     def note(self, text: str) -> None:
-        """Logs, once, something that is no fault but that readers of the next report must know."""
+        """Logs, once, a remark that is not a fault, and adds it to the notes of the next report."""
         with self._lock:
             is_new = text not in self._notes
             if is_new:
@@ -41,24 +42,24 @@ class Faults:
             logger.warning("gwa_logging: %s.", text)
 
     def take_notes(self) -> tuple[str, ...]:
-        """The notes since the last call."""
+        """Returns the notes since the last call."""
         with self._lock:
-            notes = tuple(text for text, waits in self._notes.items() if waits)
+            notes = tuple(text for text, is_pending in self._notes.items() if is_pending)
             self._notes = dict.fromkeys(self._notes, False)
         return notes
 
     def renew_lock(self) -> None:
-        """For a forked process: a thread of the parent may have held the lock, and would never release this copy of it."""
+        """Replaces the lock in a forked process: if a thread of the parent held it, this copy would never be released."""
         self._lock = Lock()
 
     def record_once(self, problems: Mapping[str, str]) -> None:
-        """Counts each kind of problem the first time that it is given, with its description: for conditions that last."""
+        """Counts each kind of problem only the first time, for conditions that persist. `problems` maps kinds to details."""
         for kind, detail in problems.items():
             if kind not in self.counts:
                 self.record(kind, detail)
 
     @property
     def counts(self) -> dict[str, int]:
-        """How often each kind has happened so far."""
+        """Number of faults so far, by kind."""
         with self._lock:
             return dict(self._counts)

@@ -1,8 +1,8 @@
-"""A histogram of scores whose edges never change, so that merging two is adding them.
+"""A histogram of scores with fixed edges: to merge two histograms, add their counts.
 
-Scores of a head with C classes are about 1/sqrt(C - 1) in size: 1 for two classes, 0.007 for 21,843. So the edges are
-symmetric-logarithmic: linear around zero, logarithmic outside. Zero is an edge, hence the share of negative scores is
-exact. People are shown at most 64 equal bins (`Histogram.to_display`).
+The scores of a head with C classes have a size of about 1/sqrt(C - 1): 1 for two classes, 0.007 for 21,843. To resolve
+both, the edges are symmetric-logarithmic: linear around zero, logarithmic outside. Zero is an edge, so the share of negative
+scores is exact. For display, `Histogram.to_display` converts to at most 64 bins of equal width.
 """
 
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ from gwa_logging.errors import InvalidInputError
 BINS_PER_SIDE = 256
 BINS = 2 * BINS_PER_SIDE
 LINEAR_WITHIN = 1e-3
-"""Below this size of score the bins are about equally wide (3e-5); above it they widen by 3 % a bin."""
+"""Size of score below which all bins are about 3e-5 wide; above it each bin is 3 % wider than the one before."""
 
 DISPLAY_BINS = 64
 MOST = 2**53
-"""Upper bound of a bin's count: larger numbers are not exact as floats, and 512 of these still fit into an int64."""
+"""Upper bound of a count: larger integers are not exact in float64, and the sum of 512 such counts fits into int64."""
 
-_LADDER = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+_DISPLAY_LIMITS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 def _edges() -> npt.NDArray[np.float32]:
@@ -32,13 +32,14 @@ def _edges() -> npt.NDArray[np.float32]:
 
 
 EDGES = _edges()
-"""float32 [513], ascending from -1 to 1. Bin i holds EDGES[i] <= score < EDGES[i + 1]; the outermost two hold what is
-beyond as well. They are float32 in every framework, so that the same float32 score falls into the same bin everywhere."""
+"""float32 [513], ascending from -1 to 1. Bin i counts EDGES[i] <= score < EDGES[i + 1]; the first and the last bin also
+count scores beyond the edges. The edges are float32 in every framework, so that a float32 score falls into the same bin
+everywhere."""
 EDGES.flags.writeable = False
 
 
 class Histogram(BaseModel):
-    """Counts over `EDGES`, without the empty bins at both ends.
+    """Counts of scores per bin of `EDGES`. Empty bins at both ends are not stored.
 
     Attributes:
         first: index of the first bin in `counts`, from 0 to 511.
@@ -51,16 +52,18 @@ class Histogram(BaseModel):
     counts: tuple[int, ...] = Field(default=(), max_length=BINS)
 
     @model_validator(mode="after")
-    def _fits(self) -> Self:
+    def _check_counts(self) -> Self:
         if self.first + len(self.counts) > BINS or min(self.counts, default=0) < 0:
-            raise ValueError(f"counts do not fit: first={self.first} and {len(self.counts)} counts, for {BINS} bins")
+            raise ValueError(
+                f"counts: expected non-negative counts for {BINS} bins at most, found {len(self.counts)} from bin {self.first}"
+            )
         if max(self.counts, default=0) >= MOST:
             raise ValueError(f"counts: expected less than {MOST} in each bin")
         return self
 
     @classmethod
     def from_dense(cls, dense: npt.NDArray[np.int64]) -> Self:
-        """From one count for each of the 512 bins."""
+        """Creates a histogram from int64 [512], the count of every bin."""
         occupied = np.flatnonzero(dense)
         if not occupied.size:
             return cls()
@@ -68,7 +71,7 @@ class Histogram(BaseModel):
         return cls(first=first, counts=tuple(dense[first : last + 1].tolist()))
 
     def dense(self) -> npt.NDArray[np.int64]:
-        """int64 [512]: the count of every bin."""
+        """Returns int64 [512], the count of every bin."""
         out = np.zeros(BINS, dtype=np.int64)
         out[self.first : self.first + len(self.counts)] = self.counts
         return out
@@ -80,23 +83,23 @@ class Histogram(BaseModel):
 
     @property
     def negative_fraction(self) -> float:
-        """Share of scores below zero, in [0, 1]; NaN if there are none."""
+        """Share of scores below zero, in [0, 1]; NaN for an empty histogram."""
         total = self.total
         below = sum(self.counts[: max(0, BINS_PER_SIDE - self.first)])
         return below / total if total else float("nan")
 
     def merge(self, other: "Histogram") -> "Histogram":
-        """The histogram of both sets of scores together."""
+        """Returns the histogram of both sets of scores together."""
         return Histogram.from_dense(np.minimum(self.dense() + other.dense(), MOST - 1))
 
     def quantiles(self, at: Sequence[float]) -> list[float]:
-        """Scores below which the given shares lie, interpolated in the bin: right to within one bin's width.
+        """Returns the quantiles of the scores, accurate to the width of a bin.
 
         Args:
-            at: shares in [0, 1].
+            at: probabilities in [0, 1].
 
         Returns:
-            One score per share, in [-1, 1]; NaN if the histogram is empty.
+            One score per probability, in [-1, 1], interpolated within its bin; NaN for an empty histogram.
         """
         total = self.total
         if not total:
@@ -105,31 +108,31 @@ class Histogram(BaseModel):
         cumulative = np.concatenate([[0], np.cumsum(self.counts)])
         return [float(q) for q in np.interp(np.asarray(at) * total, cumulative, edges)]
 
-    def display_limit(self, at_least: float = _LADDER[0]) -> float:
-        """Half-width of a display range, from the ladder 0.001, 0.002, 0.005, ... 1, that shows nearly all scores.
+    def display_limit(self, at_least: float = _DISPLAY_LIMITS[0]) -> float:
+        """Chooses the half-width of a display range for nearly all scores, from 0.001, 0.002, 0.005, 0.01, ... 1.
 
         Args:
-            at_least: the limit shown so far. The range of a run only grows, so that its pictures stay comparable.
+            at_least: the limit used so far. The range of a run only grows, so that its histograms stay comparable.
 
         Returns:
-            The smallest rung that leaves at most one score in a thousand outside.
+            The smallest of these limits that leaves at most one score in a thousand outside.
         """
         low, high = self.quantiles([0.0005, 0.9995])
         reach = max(abs(low), abs(high)) if self.total else 0.0
-        return next((rung for rung in _LADDER if rung >= max(reach, at_least)), 1.0)
+        return next((limit for limit in _DISPLAY_LIMITS if limit >= max(reach, at_least)), 1.0)
 
     def to_display(
         self, bins: int = DISPLAY_BINS, limit: float | None = None
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-        """Equal bins for people, over [-limit, limit].
+        """Converts to bins of equal width over [-limit, limit], for display.
 
         Args:
             bins: number of bins, 1 to 512.
             limit: half-width of the range, dimensionless; None takes `display_limit()`.
 
         Returns:
-            counts int64 [bins], edges float64 [bins + 1]. The counts add up to `total`: what lies outside the range
-            is counted in the outermost bin of its side.
+            counts int64 [bins], edges float64 [bins + 1]. The counts add up to `total`: the first and the last bin also
+            count the scores outside the range.
         """
         if not 1 <= bins <= BINS:
             raise InvalidInputError(f"bins: expected 1 to {BINS}, found {bins}")

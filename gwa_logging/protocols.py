@@ -142,7 +142,7 @@ class AdapterModule(Protocol):
         ...
 
     def describe(self, model: Any, wanted: Any = None, inputs: Sequence[Any] = ()) -> str:
-        """What the head finder sees in a model, as plain text: for `gwa-logging heads`."""
+        """Returns the head finder's view of a model as plain text. Without a head, the last line starts with "no head:"."""
         ...
 
 

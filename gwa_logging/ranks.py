@@ -1,7 +1,8 @@
-"""Which processes count: decided from what each of them reports of itself, so every process reaches the same result.
+"""Selects the processes of a distributed run whose samples count.
 
-Processes may not simply be added up. Pipeline stages have different heads, and their scores do not belong together.
-Tensor-parallel ranks that replicate the head all see the same samples, and each sample must count once.
+The summaries of all processes cannot simply be merged. Pipeline stages have different heads, whose scores must not be mixed.
+Tensor-parallel ranks that replicate the head all see the same samples, and each sample must count once. Every process
+decides from the same reports of all processes, so all reach the same result.
 """
 
 import logging
@@ -13,6 +14,7 @@ from typing import NamedTuple, Protocol, Self
 import numpy as np
 
 from gwa_logging.alignment import FloatArray
+from gwa_logging.errors import InvalidInputError
 from gwa_logging.summary import AlignmentSummary
 
 logger = logging.getLogger("gwa_logging")
@@ -22,21 +24,38 @@ SAME_SAMPLES = "ranks with the same samples"
 NOT_WATCHED = "ranks without watch()"
 
 WATCHED_WITHIN = 60.0
-"""Seconds that the first reduction waits for processes that have not called watch() yet."""
+"""Seconds that the first reduction waits for processes that have not called watch()."""
 
 NONE_ABSENT = "none"
-_TEXT = 256  # bytes of the head's description
-_CLOSE = 1e-5  # two ranks compute the same scores up to rounding; the scores of different samples are never this close
+_TEXT_BYTES = 256  # of the head's description
+_TOLERANCE = 1e-5  # relative: larger than the rounding between two ranks, smaller than the difference between samples
+
+
+def check_windows(samples_per_epoch: int | None, processes: int) -> None:
+    """Refuses windows of samples in a distributed run, whose processes would close them at different steps and then hang.
+
+    Args:
+        samples_per_epoch: as in `gwa_logging.watch`; None if epochs are closed by the caller.
+        processes: number of processes in the run.
+
+    Raises:
+        InvalidInputError: `samples_per_epoch` is set and there are several processes.
+    """
+    if samples_per_epoch is not None and processes > 1:
+        raise InvalidInputError(
+            f"samples_per_epoch={samples_per_epoch}: the {processes} processes of this run would close their windows at "
+            "different steps; leave it out and call monitor.end_epoch() in every process instead"
+        )
 
 
 class Identity(NamedTuple):
-    """What a process reports of itself.
+    """What a process reports about itself to the others.
 
     Attributes:
-        head: description of its head; empty while it is not known.
-        first: count, mean, sum of squares, minimum and maximum of its first scores; zeros while there are none.
-        group: lowest rank of the processes that the model's layout would give the same samples. They have the same first
-            scores, unless something else, such as sequence parallelism, divides the samples among them.
+        head: description of its head; empty while the head is unknown.
+        first: count, mean, sum of squared deviations, minimum and maximum of its first scores; zeros before the first.
+        group: lowest rank of the processes that receive the same samples according to the model's layout. Their first scores
+            are equal, unless something else, such as sequence parallelism, divides the samples among them.
     """
 
     head: str = ""
@@ -44,21 +63,21 @@ class Identity(NamedTuple):
     group: int = 0
 
     def to_vector(self) -> FloatArray:
-        """float64 [262], for other processes."""
-        text = np.zeros(_TEXT)
-        encoded = np.frombuffer(self.head.encode()[-_TEXT:], np.uint8)  # the end of a long path is what differs
+        """Encodes the identity as float64 [262]."""
+        text = np.zeros(_TEXT_BYTES)
+        encoded = np.frombuffer(self.head.encode()[-_TEXT_BYTES:], np.uint8)  # long paths differ at their end
         text[: encoded.size] = encoded
         return np.concatenate([[self.group], self.first, text])
 
     @classmethod
     def from_vector(cls, vector: FloatArray) -> Self:
-        """The identity that `to_vector` was called on."""
+        """Decodes the result of `to_vector`."""
         text = bytes(vector[6:].astype(np.uint8)).rstrip(b"\0").decode(errors="replace")
         return cls(text, tuple(vector[1:6].tolist()), int(vector[0]))
 
 
 def first_scores(summaries: Iterable[AlignmentSummary]) -> tuple[float, ...]:
-    """The `Identity.first` of summaries in the order of training; zeros if all scores so far are equal."""
+    """Returns `Identity.first` for summaries in the order of training; zeros if all scores so far are equal."""
     first = AlignmentSummary()
     for summary in summaries:
         first = first.merge(summary)
@@ -68,27 +87,28 @@ def first_scores(summaries: Iterable[AlignmentSummary]) -> tuple[float, ...]:
 
 
 def _are_same(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
-    """Returns True if two `first_scores` are of the same samples."""
-    near = _CLOSE * max(abs(one[3]), abs(one[4]))
+    """Returns True if two results of `first_scores` are of the same samples."""
+    tolerance = _TOLERANCE * max(abs(one[3]), abs(one[4]))
     count, mean, squares, minimum, maximum = zip(one, other, strict=True)
     return (
         0 < count[0] == count[1]
-        and all(abs(a - b) <= near for a, b in (mean, minimum, maximum))
-        and math.isclose(*squares, rel_tol=100 * _CLOSE)
+        and all(abs(a - b) <= tolerance for a, b in (mean, minimum, maximum))
+        and math.isclose(*squares, rel_tol=100 * _TOLERANCE)
     )
 
 
 class Counted(NamedTuple):
-    """The processes whose samples count, and what users must know of it: sentences, by kind of fault."""
+    """The ranks whose samples count, and a message for each kind of fault."""
 
     ranks: list[int]
     problems: dict[str, str]
 
 
 def counted(identities: Sequence[Identity], summaries: Sequence[AlignmentSummary] = ()) -> Counted:
-    """Decides which processes count: those with the head of the lowest rank, and one of each group that sees the same samples.
+    """Selects the processes whose samples count.
 
-    Processes outside such a group whose summaries are equal all count, but this is reported.
+    They have the head of the lowest rank, and of those of a group that have the same samples only one counts. Processes in
+    different groups with equal summaries all count, and are reported as a fault.
     """
     problems: dict[str, str] = {}
     heads = {rank: identity.head for rank, identity in enumerate(identities) if identity.head}
@@ -108,20 +128,20 @@ def counted(identities: Sequence[Identity], summaries: Sequence[AlignmentSummary
             others.append(identity)
             ranks.append(rank)
     scores = {rank: first_scores([summaries[rank]]) for rank in ranks} if summaries else {}
-    for pair in pairwise(sorted(scores, key=lambda rank: scores[rank])):  # equal ones are neighbours
+    for pair in pairwise(sorted(scores, key=lambda rank: scores[rank])):  # after sorting, equal scores are neighbours
         if _are_same(scores[pair[0]], scores[pair[1]]):
             problems[SAME_SAMPLES] = (
-                f"ranks {min(pair)} and {max(pair)} have trained on the same samples, and each has counted them. Give each "
-                "rank its own share of the data, with a DistributedSampler"
+                f"ranks {min(pair)} and {max(pair)} have trained on the same samples, so these count twice. Give each rank its "
+                "own share of the data, for example with a DistributedSampler"
             )
     return Counted(ranks, problems)
 
 
 class Board(Protocol):
-    """A store that all processes of a run share. Boards of the same store are equal."""
+    """A key-value store that all processes of a run share. Boards of the same store are equal."""
 
     def watches(self, name: str) -> int:
-        """Counts the calls of watch() under this name in this process, including this one."""
+        """Counts this call of watch() in this process, and returns the number of its calls under this name."""
         ...
 
     def post(self, key: str) -> None:
@@ -129,23 +149,23 @@ class Board(Protocol):
         ...
 
     def absent(self, key: str, within: float) -> list[int]:
-        """The ranks that have not stored the key after `within` seconds at most."""
+        """Waits up to `within` seconds for all ranks to store the key. Returns the ranks that have not."""
         ...
 
     def settle(self, key: str, value: str) -> str:
-        """Stores a value, unless a process has done so before; returns the stored one."""
+        """Stores a value unless another process has stored one before. Returns the stored value."""
         ...
 
 
 class Attendance:
-    """Tells whether every process has called watch(), so that none waits for a process that never will.
+    """Finds the processes that have not called watch(), so that no reduction waits for them forever.
 
-    On watch() each process stores a key. The first reduction waits for the keys of all processes and stores the result,
-    so every process acts on the same one.
+    On watch() each process stores a key. The first reduction waits for the keys of all processes and stores the result, so
+    that all processes act on the same result.
     """
 
     def __init__(self, name: str, find_board: Callable[[], Board | None]) -> None:
-        """`find_board` returns the present board; None if there are no other processes, or not yet."""
+        """`find_board` returns the current board; None if there are no other processes, or they have not connected yet."""
         self._name = name
         self._find_board = find_board
         self._board: Board | None = None
@@ -153,14 +173,14 @@ class Attendance:
         self._missing: tuple[int, ...] | None = None
 
     def enter(self) -> None:
-        """Stores this process's key."""
+        """Stores the key of this process: it has called watch()."""
         self._board = self._find_board()
         if self._board is not None:
             self._key = f"gwa_logging/watch/{self._name}/{self._board.watches(self._name)}"
             self._board.post(self._key)
 
     def missing(self) -> tuple[int, ...]:
-        """The ranks that have not called watch(), the same on every rank. The first call may block for `WATCHED_WITHIN`."""
+        """Returns the ranks that have not called watch(), the same on every rank. The first call blocks up to 60 s."""
         if self._missing is None:
             board = self._board
             self._missing = self._settle(board) if board is not None and board == self._find_board() else ()
@@ -170,13 +190,13 @@ class Attendance:
         try:
             absent = ",".join(map(str, board.absent(self._key, WATCHED_WITHIN)))
             settled = board.settle(f"{self._key}/missing", absent or NONE_ABSENT)
-        except RuntimeError as error:  # if the store fails, so will the reduction, with an error that says more
-            logger.debug("gwa_logging: the processes' store does not answer: %s", error)
+        except RuntimeError as error:  # the reduction will fail as well, with an error that tells more
+            logger.debug("gwa_logging: the shared store of the processes failed: %s", error)
             return ()
         return () if settled == NONE_ABSENT else tuple(map(int, settled.split(",")))
 
     def problems(self) -> dict[str, str]:
-        """What users must know of it: a sentence, by kind of fault; empty if all watch."""
+        """Returns a message by kind of fault; empty if all processes watch."""
         missing = self.missing()
         if not missing:
             return {}

@@ -1,8 +1,8 @@
-"""Removes secrets from text before it is shown, logged or stored.
+"""Masks credentials in text before it is displayed, logged or stored.
 
 Tracking URIs carry credentials in many forms: `http://user:password@host`, `postgresql://user:pass/word@host/db`,
-`https://host?token=...`, a presigned `X-Amz-Signature=...`. Errors of trackers quote them. Where a text is ambiguous,
-too much is masked rather than too little.
+`https://host?token=...`, a presigned `X-Amz-Signature=...`. Error messages of trackers quote them. Where a text is
+ambiguous, these functions mask too much rather than too little.
 """
 
 import re
@@ -10,7 +10,7 @@ from urllib.parse import unquote
 
 MASK = "***"
 
-# A URL ends at white space or where the next one begins. The length of the scheme is bounded to keep matching linear.
+# A URL ends at white space or where the next one begins. The bounded length of the scheme keeps the matching time linear.
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]{0,30})://(?P<rest>\S*?)(?=[A-Za-z][A-Za-z0-9+.-]{0,30}://|\s|\Z)")
 _HOST = re.compile(r"(\[[^\]@]*\]|[^@:]*)(:\d*)?")
 _PARAMETER = re.compile(r"(?P<start>[?&;#])(?P<name>[^=&;?#\s]{1,100})=[^&\s]*")
@@ -26,14 +26,14 @@ _ASSIGNMENT = re.compile(
 
 
 def redact_urls(text: str) -> str:
-    """Replaces the credentials in a text by `***`.
+    """Replaces the credentials in a text with `***`.
 
     Args:
-        text: anything; most often the address of a server, or an error message that quotes one.
+        text: any text; usually the address of a server, or an error message that contains one.
 
     Returns:
-        The text with the user information of URLs, query parameters with secret names (`token`, `api_key`, `sig`, ...) and
-        the values of assignments such as `password=...` masked; unchanged if there are none.
+        The text, in which these are masked: the user information of URLs, query parameters with secret names (`token`,
+        `api_key`, `sig`, ...) and the values of assignments such as `password=...`.
 
     >>> redact_urls("http://me:p@ss@host:5000/#/runs/1 and sqlite:///mlflow.db")
     'http://***@host:5000/#/runs/1 and sqlite:///mlflow.db'
@@ -41,15 +41,15 @@ def redact_urls(text: str) -> str:
     'https://host/path?run=7&token=***'
     """
     if "://" in text:
-        text = _URL.sub(_without_user, text)
+        text = _URL.sub(_mask_user, text)
     if "=" in text or ":" in text:
-        text = _PARAMETER.sub(_without_value, text)
+        text = _PARAMETER.sub(_mask_value, text)
         text = _ASSIGNMENT.sub(rf"\g<start>{MASK}", text)
     return text
 
 
 def has_secret(error: BaseException) -> bool:
-    """Returns True if a traceback of this error, or of one that led to it, would show a secret."""
+    """Returns True if the message of this error, or of an error that caused it, contains a credential."""
     seen: set[int] = set()
     link: BaseException | None = error
     while link is not None and id(link) not in seen:
@@ -60,8 +60,8 @@ def has_secret(error: BaseException) -> bool:
     return False
 
 
-def _without_user(url: re.Match[str]) -> str:
-    """A URL without its user and password. Passwords may hold `/`, `?` and `#`: database drivers take them unquoted."""
+def _mask_user(url: re.Match[str]) -> str:
+    """Masks user and password in a URL. Passwords may contain `/`, `?` and `#`: database drivers accept them unquoted."""
     rest = url["rest"]
     authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
     is_web = url["scheme"].lower() in ("http", "https")
@@ -71,7 +71,8 @@ def _without_user(url: re.Match[str]) -> str:
     return f"{url['scheme']}://{rest}"
 
 
-def _without_value(parameter: re.Match[str]) -> str:
+def _mask_value(parameter: re.Match[str]) -> str:
+    """Masks the value of a query parameter if its name is that of a secret."""
     if _SECRET_PARAMETER.fullmatch(unquote(parameter["name"])):
         return f"{parameter['start']}{parameter['name']}={MASK}"
     return parameter[0]

@@ -1,12 +1,13 @@
-"""What the stop rule can watch: each statistic of an epoch's scores, with its standard error.
+"""The statistics that the stop rule can watch, each with its standard error.
 
-Separation asks how well the scores fall into two groups: the largest share of their variance that lies between the two
-sides of any threshold. While a model learns what most samples teach, those that disagree fall behind and the two groups
-part; when it memorises them, the groups melt into one. Of one hump it is a constant of its shape (2 / pi = 0.64 if normal,
-3 / 4 if uniform), of two distant ones nearly 1. It has no pole, no scale, and needs neither labels nor sample ids.
+Separation measures how well one threshold divides the scores into two groups: the largest share of their variance that any
+threshold explains. While a model learns the pattern that most samples share, the scores of mislabelled samples stay low and
+the two groups separate; when it memorises those samples, the groups merge. For a unimodal distribution, separation depends on
+its shape only (2 / pi = 0.64 if normal, 3 / 4 if uniform); for two distant groups it is nearly 1. It has no pole, does not
+depend on the scale, and needs neither labels nor sample ids.
 
 Source: N. Otsu, "A threshold selection method from gray-level histograms", IEEE Transactions on Systems, Man, and
-Cybernetics 9 (1979), equation 15 (eta), applied to alignment scores; which statistic to watch: `docs/study.md`.
+Cybernetics 9 (1979), equation 15 (eta), applied to alignment scores; `docs/study.md` compares the statistics.
 """
 
 import math
@@ -18,28 +19,28 @@ from gwa_logging.alignment import GWA_BETA, STABLE_BETA, FloatArray
 from gwa_logging.histogram import EDGES, Histogram
 
 CENTRES = (EDGES[:-1].astype(np.float64) + EDGES[1:].astype(np.float64)) / 2
-"""float64 [512], the middle of each bin."""
+"""float64 [512], the centre of each bin."""
 
 
 class Estimate(NamedTuple):
-    """A statistic of a sample of scores, and how far another sample of the same size would be from it."""
+    """A statistic of a set of scores, with its standard error: its spread over independent sets of the same size."""
 
     value: float
     standard_error: float
 
 
 def estimate(statistic: str, histogram: Histogram) -> Estimate:
-    """A statistic and its standard error, right to within a bin of the histogram.
+    """Computes a statistic and its standard error, accurate to the width of a bin of the histogram.
 
-    The standard error is that of independent scores: what an infinite data set of the same kind would leave. It does not
-    know of the weights, which move from epoch to epoch.
+    The standard error treats the scores as independent samples from an infinite data set. It does not include the change of
+    the weights from epoch to epoch.
 
     Args:
         statistic: "separation", "stable", "gwa" or "mean".
         histogram: of the scores.
 
     Returns:
-        NaNs where the statistic is undefined: fewer than two scores, or all of them in one bin.
+        Both are NaN where the statistic is undefined: all scores are in one bin, or there are none.
 
     Source: the influence function, F. Hampel, "The influence curve and its role in robust estimation", Journal of the
     American Statistical Association 69 (1974).
@@ -53,36 +54,39 @@ def estimate(statistic: str, histogram: Histogram) -> Estimate:
     if statistic == "separation":
         value, influence = _separation(x, share)
     else:
-        value, influence = _over_kurtosis(x, share, {"stable": STABLE_BETA, "gwa": GWA_BETA, "mean": None}[statistic])
+        value, influence = _mean_over_kurtosis(
+            x, share, {"stable": STABLE_BETA, "gwa": GWA_BETA, "mean": None}[statistic]
+        )
     return Estimate(value, math.sqrt(float(share @ influence**2) / total))
 
 
 def _separation(x: FloatArray, share: FloatArray) -> tuple[float, FloatArray]:
+    """Returns the separation, and the influence of a score in each bin on it."""
     mean = float(share @ x)
     centred = x - mean
     variance = float(share @ centred**2)
-    below = np.cumsum(share)[:-1]
+    share_below = np.cumsum(share)[:-1]
     sums = np.cumsum(share * centred)[:-1]
-    between = sums**2 / (below * (1 - below))  # of the thresholds after each bin
-    cut = int(np.argmax(between))
-    value = float(between[cut]) / variance
-    # The threshold is a maximum, so it does not move to first order; the two means and the variance do.
-    lower = np.arange(len(x)) <= cut
-    means = np.where(lower, sums[cut] / below[cut], -sums[cut] / (1 - below[cut]))
-    of_between = 2 * means * centred - means**2 - between[cut]
-    return value, (of_between - value * (centred**2 - variance)) / variance
+    between = sums**2 / (share_below * (1 - share_below))  # variance between the groups, for a threshold after each bin
+    best = int(np.argmax(between))
+    value = float(between[best]) / variance
+    # At the maximum the value does not depend on the threshold to first order, only on the two means and the variance.
+    is_below = np.arange(len(x)) <= best
+    group_mean = np.where(is_below, sums[best] / share_below[best], -sums[best] / (1 - share_below[best]))
+    influence_on_between = 2 * group_mean * centred - group_mean**2 - between[best]
+    return value, (influence_on_between - value * (centred**2 - variance)) / variance
 
 
-def _over_kurtosis(x: FloatArray, share: FloatArray, beta: float | None) -> tuple[float, FloatArray]:
-    """mean / (excess kurtosis + beta); the mean alone if beta is None."""
+def _mean_over_kurtosis(x: FloatArray, share: FloatArray, beta: float | None) -> tuple[float, FloatArray]:
+    """Returns mean / (excess kurtosis + beta), or the mean if beta is None, and the influence of a score in each bin on it."""
     mean = float(share @ x)
-    c = x - mean
+    centred = x - mean
     if beta is None:
-        return mean, c
-    m2, m3, m4 = (float(share @ c**power) for power in (2, 3, 4))
+        return mean, centred
+    m2, m3, m4 = (float(share @ centred**power) for power in (2, 3, 4))
     kurtosis = m4 / m2**2
-    of_kurtosis = (c**4 - m4 - 4 * m3 * c) / m2**2 - 2 * kurtosis * (c**2 - m2) / m2
+    influence_on_kurtosis = (centred**4 - m4 - 4 * m3 * centred) / m2**2 - 2 * kurtosis * (centred**2 - m2) / m2
     denominator = kurtosis - 3 + beta
     value = mean / denominator if denominator else math.copysign(math.inf, mean)
     with np.errstate(all="ignore"):
-        return value, (c - value * of_kurtosis) / denominator
+        return value, (centred - value * influence_on_kurtosis) / denominator

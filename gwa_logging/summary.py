@@ -1,8 +1,8 @@
-"""AlignmentSummary: everything about a set of scores that is needed later, in 4 KB, mergeable.
+"""AlignmentSummary: mergeable statistics of a set of scores, 4 KB in size.
 
-Centred moments rather than power sums, because of cancellation: with a mean of 0.5 and a spread of 0.005 power sums in
-float32 turn a kurtosis of 2.6 into -119. Merging is associative and order-free up to float64 rounding, so summaries may
-be merged over steps, devices, processes and resumed runs in any order.
+It stores centred moments and no power sums, which suffer from cancellation: with a mean of 0.5 and a standard deviation of
+0.005, power sums in float32 turn a kurtosis of 2.6 into -119. Merging is associative and commutative up to float64 rounding,
+so summaries of steps, devices, processes and resumed runs can be merged in any order.
 
 Source of the merge: P. Pebay, "Formulas for robust, one-pass parallel computation of covariances and arbitrary-order
 statistical moments", Sandia report SAND2008-6212, 2008.
@@ -32,11 +32,10 @@ from gwa_logging.records import EpochReport, score_quantiles
 from gwa_logging.statistic import estimate
 
 FEW_SAMPLES = 200
-"""Below this, the standard error of a normal sample's kurtosis, sqrt(24 / n), is above a third."""
-
+"""Number of samples below which the standard error of a normal sample's kurtosis, sqrt(24 / n), exceeds 1/3."""
 
 SUMMARY_NUMBERS = ("count", "mean", "m2", "m3", "m4", "minimum", "maximum", "no_gradient", "dead", "not_finite")
-"""The order of a summary's numbers in its vector; the adapters fold scores on the device into the same order."""
+"""The order of the numbers in the vector of a summary. The adapters accumulate scores on the device in the same order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +43,12 @@ class AlignmentSummary:
     """Mergeable statistics of scores.
 
     Attributes:
-        count: samples with a score.
-        mean: of the scores.
+        count: number of samples with a score.
+        mean: mean score.
         m2, m3, m4: sums of the second, third and fourth powers of (score - mean).
-        minimum, maximum: inf and -inf while count is 0.
+        minimum, maximum: smallest and largest score; inf and -inf if count is 0.
         bins: int64 [512], counts over `gwa_logging.histogram.EDGES`.
-        no_gradient, dead, not_finite: samples without a score, by reason (see `gwa_logging.alignment`).
+        no_gradient, dead, not_finite: numbers of samples without a score, by reason (see `gwa_logging.alignment`).
     """
 
     count: int = 0
@@ -66,21 +65,21 @@ class AlignmentSummary:
 
     @classmethod
     def from_scores(cls, scores: npt.ArrayLike) -> Self:
-        """Summarises scores, float of any shape; values that are not scores are counted by what they mean."""
-        every = as_scores(scores)
-        s = every[np.isfinite(every)]
-        missing = cls(
-            no_gradient=int(np.isnan(every).sum()),
-            dead=int((every == DEAD).sum()),
-            not_finite=int((every == NOT_FINITE).sum()),
+        """Summarises scores, float of any shape. Values that are not scores are counted by reason."""
+        values = as_scores(scores)
+        s = values[np.isfinite(values)]
+        excluded = cls(
+            no_gradient=int(np.isnan(values).sum()),
+            dead=int((values == DEAD).sum()),
+            not_finite=int((values == NOT_FINITE).sum()),
         )
         if not s.size:
-            return missing
+            return excluded
         mean = float(s.mean())
         c = s - mean
-        mean += float(c.mean())  # what rounding left over; 1e-16, but the spread may be small as well
+        mean += float(c.mean())  # corrects rounding of about 1e-16, which matters if the spread is as small
         return replace(
-            missing,
+            excluded,
             count=s.size,
             mean=mean,
             m2=float(np.sum(c**2)),
@@ -93,31 +92,35 @@ class AlignmentSummary:
 
     @classmethod
     def merge_all(cls, summaries: Iterable["AlignmentSummary"]) -> "AlignmentSummary":
-        """The summary of all scores together."""
+        """Returns the summary of all scores together."""
         total: AlignmentSummary = cls()
         for summary in summaries:
             total = total.merge(summary)
         return total
 
     def to_vector(self) -> FloatArray:
-        """float64 [522]: the ten numbers in the order of `SUMMARY_NUMBERS`, then the bins. For processes and checkpoints."""
+        """Encodes the summary for other processes and checkpoints.
+
+        Returns:
+            float64 [522]: the ten numbers in the order of `SUMMARY_NUMBERS`, then the bins.
+        """
         return np.concatenate([[float(getattr(self, name)) for name in SUMMARY_NUMBERS], self.bins])
 
     @classmethod
     def from_vector(cls, vector: FloatArray) -> Self:
-        """The inverse of `to_vector`; counts up to 2**53 are exact."""
+        """Decodes the result of `to_vector`. Counts up to 2**53 are exact."""
         numbers: dict[str, Any] = dict(zip(SUMMARY_NUMBERS, vector[:-BINS].tolist(), strict=True))
         numbers |= {name: int(numbers[name]) for name in ("count", "no_gradient", "dead", "not_finite")}
         return cls(**numbers, bins=vector[-BINS:].astype(np.int64))
 
     def merge(self, other: "AlignmentSummary") -> "AlignmentSummary":
-        """The summary of both sets of scores together."""
+        """Returns the summary of both sets of scores together."""
         a, b, n = self.count, other.count, self.count + other.count
         moments = {"mean": self.mean, "m2": self.m2, "m3": self.m3, "m4": self.m4}
         if b:
             share_a, share_b = a / n, b / n
             d = other.mean - self.mean
-            cross = d * share_a * share_b  # of which a and b each carry one factor, so nothing overflows
+            cross = d * share_a * share_b  # d * a * b / n**2, without an overflow of a * b
             moments = {
                 "mean": self.mean * share_a + other.mean * share_b,
                 "m2": self.m2 + other.m2 + d * cross * n,
@@ -144,12 +147,12 @@ class AlignmentSummary:
 
     @property
     def excluded(self) -> int:
-        """Samples without a score."""
+        """Number of samples without a score."""
         return self.no_gradient + self.dead + self.not_finite
 
     @property
     def seen(self) -> int:
-        """All samples, with a score or without."""
+        """Number of all samples, with and without a score."""
         return self.count + self.excluded
 
     @property
@@ -159,7 +162,7 @@ class AlignmentSummary:
 
     @property
     def constant(self) -> bool:
-        """Whether the scores have no spread, so that skewness and kurtosis are undefined."""
+        """True if the scores have no spread, so that skewness and kurtosis are undefined."""
         largest = max(abs(self.minimum), abs(self.maximum))
         return not self.count or is_constant(self.m2 / self.count, largest)
 
@@ -179,7 +182,7 @@ class AlignmentSummary:
         return Histogram.from_dense(self.bins)
 
     def report(self, epoch: int = 0, step: int = -1) -> EpochReport:
-        """All statistics, with notes on what is unusual. The epoch and the step are merely passed on."""
+        """Computes all statistics, with notes on what is unusual. `epoch` and `step` are copied into the report."""
         kurtosis, histogram = self.excess_kurtosis, self.histogram
         defined = math.isfinite(kurtosis) and kurtosis + GWA_BETA > GWA_MIN_DENOMINATOR
         return EpochReport(
@@ -202,10 +205,11 @@ class AlignmentSummary:
         )
 
     def _notes(self, defined: bool) -> Iterable[str]:
+        """Yields remarks for the user."""
         if self.no_gradient:
             yield f"{self.no_gradient} samples had no gradient at the head (padded, ignored or saturated)"
         if self.dead:
-            yield f"{self.dead} samples had a zero embedding (dead features) or met a zero weight"
+            yield f"{self.dead} samples had a zero embedding (dead features) or a zero weight at the head"
         if self.not_finite:
             yield f"{self.not_finite} samples had NaN or infinite logits, gradients or scores"
         if not self.count:
@@ -214,16 +218,16 @@ class AlignmentSummary:
             yield "all scores are equal: kurtosis and GWA are undefined"
         elif not defined:
             yield (
-                f"two-humped scores (excess kurtosis {self.excess_kurtosis:.3g}): the published GWA is at or beyond "
-                "its pole and says nothing; look at the separation and at stable GWA"
+                f"bimodal scores (excess kurtosis {self.excess_kurtosis:.3g}): the published GWA is at or beyond its pole and "
+                "has no meaning; look at the separation and at stable GWA"
             )
         if 0 < self.count < FEW_SAMPLES:
-            yield f"only {self.count} samples: kurtosis and GWA are rough"
+            yield f"only {self.count} samples: kurtosis and GWA are inaccurate"
         if not self.constant and self.excess_kurtosis > 100:
             yield f"excess kurtosis {self.excess_kurtosis:.0f}: a few outliers dominate GWA"
 
 
 def bin_counts(scores: FloatArray) -> npt.NDArray[np.int64]:
-    """int64 [512]: how many of the finite scores fall into each bin of `gwa_logging.histogram.EDGES`."""
+    """Returns int64 [512], the number of finite scores in each bin of `gwa_logging.histogram.EDGES`."""
     index = np.searchsorted(EDGES, scores, side="right") - 1
     return np.bincount(np.clip(index, 0, BINS - 1), minlength=BINS).astype(np.int64)

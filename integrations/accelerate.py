@@ -1,4 +1,4 @@
-"""Accelerate: `watch` for a loop of your own around an Accelerator.
+"""Accelerate: `watch` for your own training loop with an Accelerator.
 
 from gwa_logging.integrations.accelerate import watch
 
@@ -26,31 +26,31 @@ except ModuleNotFoundError as error:
     raise MissingDependencyError("accelerate", "accelerate") from error
 
 
-class _Kept:
-    """What an accelerator's checkpoints keep of a model: the state of the monitor that watches it now."""
+class _CheckpointEntry:
+    """What an accelerator's checkpoints store for a model: the state of the monitor that watches it now."""
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.follower: TrainerSession
+    def __init__(self, accelerator: Accelerator, session: TrainerSession) -> None:
         self.accelerator = accelerator
+        self.session = session
         accelerator.register_for_checkpointing(self)
 
     def state_dict(self) -> dict[str, Any]:
-        return self.follower.state_dict()
+        return self.session.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.follower.load_state_dict(state)
+        self.session.load_state_dict(state)
 
 
-_kept: WeakKeyDictionary[Any, _Kept] = WeakKeyDictionary()
+_entries: WeakKeyDictionary[Any, _CheckpointEntry] = WeakKeyDictionary()
 
 
 def watch(accelerator: Accelerator, model: Any, **arguments: Any) -> Monitor:
-    """`gwa_logging.watch` for a model that an accelerator trains, in every process, after `init_trackers` and `prepare`.
+    """Watches a model that an accelerator trains. Call it after `init_trackers` and `prepare`, in every process.
 
-    Results are sent to the accelerator's trackers (W&B, MLflow, TensorBoard, Trackio) unless `backend=` says otherwise.
-    `accelerator.save_state` and `load_state` keep and restore the monitor's state. To save at the end of an epoch, inside of
-    the loop over `monitor.epochs`, call `monitor.end_epoch()` first, or the resumed loop will begin that epoch again. Watching
-    the model again replaces the first watch.
+    Results go to the accelerator's trackers (W&B, MLflow, TensorBoard, Trackio) unless you set `backend=`.
+    `accelerator.save_state` and `load_state` save and restore the monitor's state. To save at the end of an epoch in the loop
+    over `monitor.epochs`, call `monitor.end_epoch()` first; otherwise the resumed loop repeats that epoch. Watching the model
+    again replaces the first watch.
 
     Args:
         accelerator: the Accelerator.
@@ -68,14 +68,15 @@ def watch(accelerator: Accelerator, model: Any, **arguments: Any) -> Monitor:
         raise InvalidInputError(
             f"accelerator: expected an accelerate.Accelerator, found {type(accelerator).__name__}: watch(accelerator, model)"
         )
-    follower = TrainerSession(**arguments)
+    session = TrainerSession(arguments)
     runs = {}
     if accelerator.is_main_process:
         runs = {tracker.name: tracker.tracker for tracker in accelerator.trackers if tracker.name in BACKENDS}
-    monitor = follower._begin(model, training=follower, planned=None, runs=runs)
-    bare = accelerator.unwrap_model(model)
-    kept = _kept.get(bare)
-    if kept is None or kept.accelerator is not accelerator:
-        kept = _kept[bare] = _Kept(accelerator)
-    kept.follower = follower
+    monitor = session.begin(model, training=session, planned=None, runs=runs)
+    bare_model = accelerator.unwrap_model(model)
+    entry = _entries.get(bare_model)
+    if entry is not None and entry.accelerator is accelerator:
+        entry.session = session
+    else:
+        _entries[bare_model] = _CheckpointEntry(accelerator, session)
     return monitor

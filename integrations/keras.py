@@ -1,20 +1,20 @@
-"""Keras 3: a callback for `fit`, on the PyTorch and on the JAX backend.
+"""Keras 3: a callback for `fit`, with PyTorch or JAX as Keras's backend.
 
     from gwa_logging.integrations.keras import GWACallback
 
     model.fit(x, y, epochs=20, callbacks=[GWACallback(backend="mlflow")])
 
-On PyTorch watching the model is all that it takes; on JAX the scores must be brought out of Keras's jitted train step.
+On PyTorch the callback only watches the model. On JAX it also makes Keras's jitted train step return the scores.
 """
 
 import json
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from gwa_logging.errors import InvalidInputError, MissingDependencyError
+from gwa_logging.monitor import Monitor
 from gwa_logging.trainer_session import TrainerSession
 
 try:
@@ -27,85 +27,107 @@ except ModuleNotFoundError as error:
 logger = logging.getLogger("gwa_logging")
 
 
-class GWACallback(TrainerSession, keras.callbacks.Callback):  # type: ignore[misc]  # keras comes without types
-    """Watches the model while it is fitted.
-
-    GWA joins the epoch's logs, as the learning rate does: it shows in the progress bar and in the history, and ModelCheckpoint
-    can follow it (`monitor="gwa/stable", mode="max"`). With `EarlyStop(action="stop")` the alert sets `model.stop_training`.
-
-    Args:
-        backup_dir: keeps the state in this folder at the end of each epoch, and goes on from it; that of
-            `keras.callbacks.BackupAndRestore`.
-        arguments: as in `gwa_logging.watch`, but for `num_samples`: `fit` does not tell which samples a batch holds.
+class _FitSession(TrainerSession):
+    """A session that saves its state at the end of each epoch, beside Keras's own backup.
 
     Attributes:
-        monitor: the Monitor of the present or last fit; None before the first.
+        backup: path of the file; None for no backup.
+    """
+
+    backup: Path | None = None
+
+    def resume_at(self, epoch: int) -> None:
+        """Resumes a fit whose first epoch is a later one than 0, from the backup of the epoch before."""
+        if self.backup is None:
+            return
+        saved = json.loads(self.backup.read_text()) if self.backup.exists() else {}
+        if saved.get("epochs") == epoch:
+            self.load_state_dict(saved["state"])
+        else:
+            logger.warning(
+                "gwa_logging: GWA starts again from zero: %s does not have the state at the end of epoch %d",
+                *(self.backup, epoch - 1),
+            )
+
+    def save(self) -> None:
+        """Writes the backup of the present epoch."""
+        if self.backup is not None:
+            self.backup.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = self.backup.with_suffix(".new")
+            unfinished.write_text(json.dumps({"epochs": self.epoch + 1, "state": self.state_dict()}))
+            unfinished.replace(self.backup)
+
+    def remove_backup(self) -> None:
+        """Deletes the file: the fit is complete."""
+        if self.backup is not None:
+            self.backup.unlink(missing_ok=True)
+
+
+class GWACallback(keras.callbacks.Callback):  # type: ignore[misc]  # keras has no types
+    """Watches the model while it is fitted.
+
+    GWA is added to the epoch's logs, as the learning rate is: it appears in the progress bar and in the history, and
+    ModelCheckpoint can monitor it (`monitor="gwa/stable", mode="max"`). With `EarlyStop(action="stop")` an alert sets
+    `model.stop_training`.
+
+    Args:
+        backup_dir: folder to save the state in at the end of each epoch, and to resume from; the same as that of
+            `keras.callbacks.BackupAndRestore`.
+        arguments: as in `gwa_logging.watch`, except `num_samples`: `fit` does not reveal which samples a batch holds.
 
     Raises:
-        InvalidInputError: an argument is wrong, or Keras runs on another backend; when the fit starts, that it has the callback
+        InvalidInputError: an argument is wrong, or Keras runs on another backend; when the fit starts: it has the callback
             twice.
     """
 
     def __init__(self, *, backup_dir: str | os.PathLike[str] | None = None, **arguments: Any) -> None:
-        super().__init__(**arguments)
+        super().__init__()
+        session = _FitSession(arguments)
         if keras.backend.backend() not in ("torch", "jax"):
             raise InvalidInputError(
-                f"Keras runs on {keras.backend.backend()!r}, where gwa_logging has no way to see the gradient at the head. Set "
-                "KERAS_BACKEND=torch or KERAS_BACKEND=jax before keras is imported"
+                f"Keras runs on {keras.backend.backend()!r}, where gwa_logging cannot access the gradient at the head. Set "
+                "KERAS_BACKEND=torch or KERAS_BACKEND=jax before you import keras"
             )
-        if self._settings.num_samples is not None:
+        if session.settings.num_samples is not None:
             raise InvalidInputError(
-                f"num_samples={self._settings.num_samples}: Keras's fit does not tell which samples a batch holds; for a "
-                "ledger, train in a loop of your own"
+                f"num_samples={session.settings.num_samples}: Keras's fit does not reveal which samples a batch holds; for a "
+                "ledger, write your own training loop"
             )
-        self._backup = None if backup_dir is None else Path(backup_dir, "gwa_logging.json")
-        self._epoch = -1
-        self._undo: Callable[[], None] | None = None
+        session.backup = None if backup_dir is None else Path(backup_dir, "gwa_logging.json")
+        self._gwa_session = session
+
+    @property
+    def monitor(self) -> Monitor | None:
+        """The Monitor of the current or last fit; None before the first."""
+        return self._gwa_session.monitor
 
     def on_train_begin(self, logs: Any = None) -> None:
-        self._state, self._epoch = None, -1
-        monitor = self._begin(self.model, training=self.params, planned=self.params.get("epochs"), runs={})
+        session = self._gwa_session
+        session.resume_from(None)
+        monitor = session.begin(self.model, training=self.params, planned=self.params.get("epochs"), runs={})
         if keras.backend.backend() == "jax":
-            from gwa_logging.integrations.jax.keras import scored_fit  # here, because on PyTorch there may be no JAX
+            from gwa_logging.integrations.jax.keras import scored_fit  # with Keras on PyTorch, JAX may not be installed
 
-            self._undo = scored_fit(self.model, monitor)
+            session.cleanup.callback(scored_fit(self.model, monitor))
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        if self._epoch < 0 < epoch and self._backup is not None:
-            self._go_on(epoch, self._backup)
-        self._epoch = epoch
-        self._enter_epoch(epoch)
-
-    def _go_on(self, epoch: int, backup: Path) -> None:
-        """The fit begins with a later epoch than the first."""
-        kept = json.loads(backup.read_text()) if backup.exists() else {}
-        if kept.get("epochs") == epoch:
-            self.load_state_dict(kept["state"])
-        else:
-            logger.warning("gwa_logging: GWA begins anew: %s has no state of the end of epoch %d", backup, epoch - 1)
+        is_first = self._gwa_session.epoch < 0
+        if is_first and epoch > 0:
+            self._gwa_session.resume_at(epoch)
+        self._gwa_session.enter_epoch(epoch)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        self._step(self._epoch)
-        self.model.stop_training |= self._should_stop  # after a window of samples_per_epoch
+        self._gwa_session.count_step()
+        self.model.stop_training |= self._gwa_session.ends_training  # after a window of samples_per_epoch
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        report = self._end_epoch()
+        session = self._gwa_session
+        report = session.end_epoch()
         if report is not None and logs is not None:
-            logs.update(self._shown(report))
-        self.model.stop_training |= self._should_stop
-        if self._backup is not None:
-            self._backup.parent.mkdir(parents=True, exist_ok=True)
-            fresh = self._backup.with_suffix(".new")
-            fresh.write_text(json.dumps({"epochs": epoch + 1, "state": self.state_dict()}))
-            fresh.replace(self._backup)
+            logs.update(session.progress(report))
+        self.model.stop_training |= session.ends_training
+        session.save()
 
     def on_train_end(self, logs: Any = None) -> None:
-        self._end()
-        if self._backup is not None:
-            self._backup.unlink(missing_ok=True)
-
-    def _end(self) -> None:
-        undo, self._undo = self._undo, None
-        if undo is not None:
-            undo()
-        super()._end()
+        self._gwa_session.end()
+        self._gwa_session.remove_backup()

@@ -1,4 +1,4 @@
-"""Transformers: a callback for its Trainer.
+"""Transformers: a callback for the Trainer.
 
 from gwa_logging.integrations.transformers import GWACallback
 
@@ -7,10 +7,12 @@ trainer = Trainer(model, TrainingArguments(report_to="wandb"), train_dataset=dat
 
 import logging
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gwa_logging.errors import InvalidInputError, MissingDependencyError
+from gwa_logging.monitor import Monitor
 from gwa_logging.registry import BACKENDS
 from gwa_logging.trainer_session import TrainerSession
 
@@ -25,96 +27,102 @@ except ModuleNotFoundError as error:
 logger = logging.getLogger("gwa_logging")
 
 KEY = "gwa_logging"
-"""Where our state is in `TrainerState.stateful_callbacks`, and so in a checkpoint's trainer_state.json."""
+"""Key of the state in `TrainerState.stateful_callbacks`, which a checkpoint stores in trainer_state.json."""
 
 
-class GWACallback(TrainerSession, TrainerCallback):  # type: ignore[misc]  # transformers is not looked into for types
+class GWACallback(TrainerCallback):  # type: ignore[misc]  # mypy does not follow transformers
     """Watches the model of a Trainer while it trains.
 
-    Results are sent to the trackers of `report_to` unless `backend=` says otherwise; a line for each epoch shows beside the
-    progress bar; with `EarlyStop(action="stop")` the alert stops the trainer; the state is kept in its checkpoints, whether or
-    not `restore_callback_states_from_checkpoint` is set. A callback of yours that asks for a checkpoint goes before this one.
+    Results go to the trackers of `report_to` unless you set `backend=`. A line per epoch appears with the progress bar. With
+    `EarlyStop(action="stop")` an alert stops the trainer. The trainer's checkpoints include the monitor's state, with or
+    without `restore_callback_states_from_checkpoint`. Put your callbacks that request checkpoints before this one.
 
     Args:
-        sample_ids: name of the data set's column with the samples' ids, for the ledger (`num_samples=`). It needs
-            `TrainingArguments(remove_unused_columns=False)`, and the model never sees it.
+        sample_ids: name of the data set's column with the sample ids, for the ledger (`num_samples=`). It needs
+            `TrainingArguments(remove_unused_columns=False)`; the model does not receive the column.
         arguments: as in `gwa_logging.watch`.
 
-    Attributes:
-        monitor: the Monitor of the present or last training; None before the first.
-
     Raises:
-        InvalidInputError: an argument is wrong; when training starts, that the trainer has the callback twice, or would drop
-            the column of ids.
+        InvalidInputError: an argument is wrong; when training starts: the trainer has the callback twice, or would drop the
+            column of ids.
     """
 
-    _epoch = 0
-    _popping: Any = None
+    def __init__(self, *, sample_ids: Any = None, **arguments: Any) -> None:
+        super().__init__()
+        self._gwa_session = TrainerSession(arguments, sample_ids)
+
+    @property
+    def monitor(self) -> Monitor | None:
+        """The Monitor of the current or last training; None before the first."""
+        return self._gwa_session.monitor
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if self._sample_ids is not None and args.remove_unused_columns:
+        session = self._gwa_session
+        if session.sample_ids is not None and args.remove_unused_columns:
             raise InvalidInputError(
-                f"sample_ids={self._sample_ids!r}: the Trainer drops columns that the model's forward does not take; set "
-                "TrainingArguments(remove_unused_columns=False), and leave only this column and those of the forward"
+                f"sample_ids={session.sample_ids!r}: the Trainer drops columns that the model's forward does not accept; set "
+                "TrainingArguments(remove_unused_columns=False), and keep only this column and those of forward"
             )
-        kept = state.stateful_callbacks.get(KEY)
-        self._state = kept if kept is not None and kept["global_step"] == state.global_step else None
-        if state.global_step and self._state is None:
+        saved = state.stateful_callbacks.get(KEY)
+        is_current = saved is not None and saved["global_step"] == state.global_step
+        session.resume_from(saved if is_current else None)
+        if state.global_step and not is_current:
             logger.warning(
-                "gwa_logging: GWA begins anew, since the checkpoint of step %d has no state of it: it was made without "
-                "GWACallback, or asked for by a callback after it. Put GWACallback last.",
+                "gwa_logging: GWA starts again from zero: the checkpoint of step %d does not include its state, because "
+                "GWACallback was missing, or a callback after it requested the checkpoint. Put GWACallback last.",
                 state.global_step,
             )
-        # Of a stream there is no telling how many epochs it will be: the trainer's number is then a very large one.
+        # The number of epochs of a stream is unknown; the trainer then plans a very large one.
         planned = state.num_train_epochs if state.num_train_epochs < 2**31 else None
-        self._begin(model, training=state, planned=planned, runs=_runs(args) if state.is_world_process_zero else {})
-        if self._sample_ids is not None:
-            self._popping = model.register_forward_pre_hook(self._pop, with_kwargs=True)
-
-    def _pop(self, model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Takes the ids out of what the model is called with."""
-        if model.training:
-            self._tag(kwargs)
-        return args, {name: value for name, value in kwargs.items() if name != self._sample_ids}
+        runs = _runs(args) if state.is_world_process_zero else {}
+        session.begin(model, training=state, planned=planned, runs=runs)
+        if session.sample_ids is not None:
+            hook = model.register_forward_pre_hook(partial(_take_ids, session), with_kwargs=True)
+            session.cleanup.callback(hook.remove)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._epoch = int(state.epoch + 1e-6)
-        self._enter_epoch(self._epoch)
+        self._gwa_session.enter_epoch(int(state.epoch + 1e-6))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._step(self._epoch)
-        control.should_training_stop |= self._should_stop  # after a window of samples_per_epoch
-        self._keep(state, control.should_save)
+        session = self._gwa_session
+        session.count_step()
+        control.should_training_stop |= session.ends_training  # after a window of samples_per_epoch
+        _save(session, state, control.should_save)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        report = self._end_epoch()
+        session = self._gwa_session
+        report = session.end_epoch()
         if report is not None and state.is_world_process_zero and not args.disable_tqdm:
             tqdm.write(str(report))  # as the trainer's own progress bar writes the loss
-        control.should_training_stop |= self._should_stop
-        self._keep(state, control.should_save)
+        control.should_training_stop |= session.ends_training
+        _save(session, state, control.should_save)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._keep(state, args.save_strategy == "best")  # if the evaluation is the best one, a checkpoint follows
-
-    def _keep(self, state: Any, is_saved: bool) -> None:
-        """Every process takes part; the first one of them writes the file."""
-        if is_saved and self._training is state:
-            state.stateful_callbacks[KEY] = {"global_step": state.global_step, **self.state_dict()}
+        _save(self._gwa_session, state, args.save_strategy == "best")  # a checkpoint follows the best evaluation
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._end()
+        self._gwa_session.end()
 
-    def _end(self) -> None:
-        if self._popping is not None:
-            self._popping.remove()
-        super()._end()
+
+def _take_ids(session: TrainerSession, model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A forward pre-hook: removes the ids from the model's arguments, and tags the batch with them while training."""
+    if model.training:
+        session.tag(kwargs)
+    return args, {name: value for name, value in kwargs.items() if name != session.sample_ids}
+
+
+def _save(session: TrainerSession, state: Any, is_saved: bool) -> None:
+    """Puts the session's state where the trainer saves its own, if a checkpoint follows. Every process must call this."""
+    if is_saved and session.is_training(state):
+        state.stateful_callbacks[KEY] = {"global_step": state.global_step, **session.state_dict()}
 
 
 def _runs(args: Any) -> dict[str, Any]:
-    """The trackers that the trainer reports to. Their runs are the active ones by now, but for TensorBoard's folder."""
+    """Returns the trackers that the trainer reports to. None stands for the active run; for TensorBoard its folder is found."""
     runs = dict.fromkeys(name for name in args.report_to if name in BACKENDS)
     if "tensorboard" in runs:
         folder = getattr(args, "logging_dir", None) or os.environ.get("TENSORBOARD_LOGGING_DIR")
-        made = (found for found in Path(args.output_dir, "runs").glob("*") if found.is_dir())
-        runs["tensorboard"] = folder or max(made, key=lambda found: found.stat().st_mtime, default=args.output_dir)
+        created = (found for found in Path(args.output_dir, "runs").glob("*") if found.is_dir())
+        newest = max(created, key=lambda found: found.stat().st_mtime, default=args.output_dir)
+        runs["tensorboard"] = folder or newest
     return runs

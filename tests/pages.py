@@ -1,4 +1,4 @@
-"""What the tests of the README and of docs/ share: a page's code and links, and what its code takes for granted."""
+"""Shared by the tests of README and docs/: a page's code and links, and the setup that its code assumes."""
 
 import re
 import subprocess
@@ -10,24 +10,24 @@ DOCS = ROOT / "docs"
 
 
 def python_blocks(page: Path) -> list[str]:
-    """The blocks of Python code on a page, in their order."""
+    """Returns the blocks of Python code of a page, in order."""
     return re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
 
 
 def links(page: Path) -> list[str]:
-    """What a page links and shows, as it is written there, but for the web; code has no links."""
+    """Returns the targets of a page's links and pictures, except web addresses. Code is ignored."""
     prose = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
     return [target for target in re.findall(r"\]\(([^)\s]+)\)", prose) if not target.startswith("http")]
 
 
 def run(code: str, folder: Path) -> None:
-    """Runs code as a program of its own in a folder."""
+    """Runs code as a separate program in a folder."""
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 def run_in_trainer(trainer: str, code: str, folder: Path) -> None:
-    """Runs the lines for a trainer, for two epochs, with a model and data around them; both epochs must be in the journal."""
+    """Runs a trainer's lines for two epochs, with a model and data added. The journal must contain both epochs."""
     run(BEFORE[trainer] + code.replace("=20", "=2") + AFTER.get(trainer, ""), folder)
     assert [len(journal.read_text().split('"kind":"epoch"')) for journal in folder.rglob("journal.jsonl")] == [3]
 

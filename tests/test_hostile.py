@@ -1,4 +1,4 @@
-"""Journals of somebody else: a command says in one line what is wrong, and touches nothing outside the run's folder."""
+"""Journals from untrusted sources: a command prints one line on errors and writes only into the run's folder."""
 
 import json
 import os
@@ -22,10 +22,9 @@ from gwa_logging.records import Histogram
 from gwa_logging.report.page import REPORT_NAME
 from gwa_logging.thumbnail import thumbnail
 from tests.records import interval_record
-from tests.trackers import Training
 
 PICTURE = thumbnail(np.random.default_rng(0).integers(0, 256, (64, 64, 4), dtype=np.uint8))
-ODD: tuple[Any, ...] = (
+UNEXPECTED: tuple[Any, ...] = (
     *(1e30, -1, 1e999, 2**63, 2**53, 10**400, -(2**70), 0, 1.5, 1e-320, 1e308, float("nan"), float("inf")),
     *(
         None,
@@ -52,8 +51,10 @@ def deep(levels: int) -> str:
 
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The records of a healthy run with every kind of record in it."""
-    folder = tmp_path_factory.mktemp("healthy")
+    """The records of a valid run with every kind of record."""
+    folder = tmp_path_factory.mktemp("valid")
+    from tests.trackers import Training  # here, because it imports every tracker
+
     training = Training()
     with training.watch(folder, early_stop=EarlyStop(warmup=0, patience=1, min_delta=1e9, drop=0)) as monitor:
         for _ in range(3):
@@ -67,7 +68,7 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def write(folder: Path, lines: list[Any]) -> Path:
-    """A run in its own folder, within a folder in which nothing else may appear."""
+    """Writes a journal into a run's folder, inside a folder in which nothing else may appear."""
     run = folder / "outer" / "run"
     run.mkdir(parents=True)
     (run / FILE_NAME).write_bytes(b"".join(line if isinstance(line, bytes) else _json(line) for line in lines))
@@ -83,32 +84,32 @@ def files_in(folder: Path) -> set[Path]:
 
 
 def check(run: Path, capsys: pytest.CaptureFixture[str], *command: str) -> tuple[int, str]:
-    """Runs a command from the folder of the run; it ends well or with one line, and writes into that folder alone."""
+    """Runs a command in the run's folder. It must exit with 0, or with 2 and one line, and write into that folder only."""
     outside = files_in(run.parents[1]) - files_in(run)
     os.chdir(run)
     code = main([*command])
-    said = capsys.readouterr().err
+    error = capsys.readouterr().err
     assert code in (0, 2)
-    assert code == 0 or said.count("\n") == 1, said
+    assert code == 0 or error.count("\n") == 1, error
     assert files_in(run.parents[1]) - files_in(run) == outside
-    return code, said
+    return code, error
 
 
-# --- places and names -------------------------------------------------------------------------------------------------
+# --- run ids and names ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "place", ["../../outside", "/{}/absolute", "sub/../../..", "gs://bucket/x", "http://host/x", "a\0b", "link", ""]
+    "run", ["../../outside", "/{}/absolute", "sub/../../..", "gs://bucket/x", "http://host/x", "a\0b", "link", ""]
 )
-def test_replay_does_not_follow_a_journal_out_of_its_folder(lines, tmp_path, capsys, place):
-    lines = [lines[0] | {"places": {"tensorboard": {"run": place.format(tmp_path)}}}, *lines[1:]]
-    run = write(tmp_path, lines)
-    (run / "link").symlink_to(tmp_path)
-    if not place:  # the run's own folder, but in it a link leads away
-        (run / "gwa").symlink_to(tmp_path)
-    code, said = check(run, capsys, "replay", ".", "--backend", "tensorboard")
+def test_replay_does_not_follow_a_journal_out_of_its_folder(lines, tmp_path, capsys, run):
+    lines = [lines[0] | {"places": {"tensorboard": {"run": run.format(tmp_path)}}}, *lines[1:]]
+    folder = write(tmp_path, lines)
+    (folder / "link").symlink_to(tmp_path)
+    if not run:  # the run's own folder, which contains a link that leaves it
+        (folder / "gwa").symlink_to(tmp_path)
+    code, error = check(folder, capsys, "replay", ".", "--backend", "tensorboard")
     assert code == 2
-    assert "--run" in said
+    assert "--run" in error
 
 
 def test_replay_follows_a_journal_within_its_folder_and_the_working_directory(lines, tmp_path, capsys):
@@ -127,7 +128,7 @@ def test_replay_follows_a_journal_within_its_folder_and_the_working_directory(li
 @pytest.mark.parametrize(
     "name", ["../x", "gwa/..", "/x", "gwa/../../x", "a b", "..", "", "gwa/a/b", "x" * 65, "gwa\0", "gwa\n"]
 )
-def test_a_run_with_a_name_that_watch_would_refuse_is_none(lines, tmp_path, capsys, name):
+def test_a_run_record_with_a_name_that_watch_refuses_is_skipped(lines, tmp_path, capsys, name):
     run = write(tmp_path, [lines[0] | {"name": name}, *lines[1:]])
     code, said = check(run, capsys, "replay", ".", "--backend", "tensorboard")
     assert code == 2
@@ -135,7 +136,7 @@ def test_a_run_with_a_name_that_watch_would_refuse_is_none(lines, tmp_path, caps
 
 
 @pytest.mark.parametrize(
-    ("backend", "place"),
+    ("backend", "run"),
     [
         ("mlflow", "../../0123"),
         ("mlflow", "a" * 300),
@@ -147,12 +148,12 @@ def test_a_run_with_a_name_that_watch_would_refuse_is_none(lines, tmp_path, caps
         ("trackio", "pro\x1b[2Jject/run"),
     ],
 )
-def test_replay_refuses_what_is_no_run_of_the_tracker_before_it_asks_it(lines, tmp_path, capsys, backend, place):
-    run = write(tmp_path, [lines[0] | {"places": {backend: {"run": place}}}, *lines[1:]])
-    code, said = check(run, capsys, "replay", ".", "--backend", backend)
+def test_replay_refuses_an_invalid_run_id_before_it_contacts_the_tracker(lines, tmp_path, capsys, backend, run):
+    folder = write(tmp_path, [lines[0] | {"places": {backend: {"run": run}}}, *lines[1:]])
+    code, error = check(folder, capsys, "replay", ".", "--backend", backend)
     assert code == 2
-    assert f"which is no run of {backend}" in said
-    assert said[:-1].isprintable()
+    assert f"which is not a run of {backend}" in error
+    assert error[:-1].isprintable()
 
 
 def test_a_journal_that_is_not_a_file_is_refused(tmp_path, capsys):
@@ -191,16 +192,16 @@ def test_a_journal_that_is_not_a_file_is_refused(tmp_path, capsys):
         ("alert", {"epoch": -7}),
     ],
 )
-def test_a_line_with_a_number_beyond_bounds_is_skipped_and_counted(lines, tmp_path, capsys, kind, change):
+def test_a_line_with_a_number_out_of_bounds_is_skipped_and_counted(lines, tmp_path, capsys, kind, change):
     at = next(i for i, record in enumerate(lines) if record["kind"] == kind)
     run = write(tmp_path, [*lines[:at], lines[at] | change, *lines[at + 1 :]])
     assert read_journal(run / FILE_NAME)[1] == 1
     assert check(run, capsys, "report", ".") == (0, "")
-    assert "skipped: 1." in (run / REPORT_NAME).read_text()
+    assert "Skipped lines of the journal (incomplete or unknown): 1." in (run / REPORT_NAME).read_text()
 
 
 @pytest.mark.parametrize("levels", [150, 300, 3_000, 200_000])
-def test_deep_nesting_is_no_traceback(lines, tmp_path, capsys, levels):
+def test_deep_nesting_raises_no_traceback(lines, tmp_path, capsys, levels):
     nested = _json(lines[0]).replace(b'"settings": {', b'"settings": {"x": %s, ' % deep(levels).encode())
     for first in ([nested], [deep(levels).encode() + b"\n", lines[0]]):
         run = write(tmp_path, [*first, *lines[1:]])
@@ -218,18 +219,18 @@ def _bomb(width: int, height: int) -> str:
 @pytest.mark.parametrize(
     "picture", [_bomb(60_000, 60_000), _bomb(0, 1), '"><script>', "JVBERi0=", b64encode(b"%!PS" * 20).decode()]
 )
-def test_a_thumbnail_that_is_no_small_png_is_not_read(lines, tmp_path, capsys, picture):
+def test_a_record_with_a_thumbnail_that_is_not_a_small_png_is_skipped(lines, tmp_path, capsys, picture):
     at = next(i for i, record in enumerate(lines) if record["kind"] == "suspects")
     (suspect,) = lines[at]["suspects"]
     hostile = lines[at] | {"suspects": [suspect | {"thumbnail": picture}]}
     run = write(tmp_path, [*lines[:at], hostile, *lines[at + 1 :]])
     assert check(run, capsys, "report", ".")[0] == 0
     page = (run / REPORT_NAME).read_text()
-    assert "skipped: 1." in page
+    assert "Skipped lines of the journal (incomplete or unknown): 1." in page
     assert picture not in page.partition("</main>")[0]
 
 
-def test_counts_that_are_added_up_without_end_stay_counts():
+def test_merged_counts_do_not_exceed_the_largest_count():
     most = Histogram(first=256, counts=(2**53 - 1,))
     assert most.merge(most).merge(most) == most
 
@@ -239,7 +240,7 @@ def test_a_line_without_an_end_takes_bounded_memory(lines, tmp_path):
     with (run / FILE_NAME).open("r+b") as file:
         file.seek(0, os.SEEK_END)
         file.write(b'{"kind": "')
-        file.seek(150 << 20, os.SEEK_CUR)  # zeros that take no room on the disk
+        file.seek(150 << 20, os.SEEK_CUR)  # a hole of zeros, which takes no space on the disk
         file.write(b'"}\n')
         file.write(_json(lines[3]))
     tracemalloc.start()
@@ -251,7 +252,7 @@ def test_a_line_without_an_end_takes_bounded_memory(lines, tmp_path):
     assert (len(records), skipped) == (4, 1)
 
 
-def test_what_todays_code_writes_is_read_back_whole(lines, tmp_path):
+def test_a_valid_journal_is_read_completely(lines, tmp_path):
     run = write(tmp_path, lines)
     records, skipped = read_journal(run / FILE_NAME)
     assert (len(records), skipped) == (len(lines), 0)
@@ -260,13 +261,13 @@ def test_what_todays_code_writes_is_read_back_whole(lines, tmp_path):
     assert read_journal(run / FILE_NAME)[1] == 0
 
 
-# --- everything -------------------------------------------------------------------------------------------------------
+# --- random damage ----------------------------------------------------------------------------------------------------
 
 
 def _mutate(value: Any, dice: random.Random) -> Any:
-    """The same with something odd somewhere in it."""
+    """Returns the value with one part replaced by an unexpected one or deleted."""
     if dice.random() < 0.25 or not isinstance(value, dict | list) or not value:
-        return dice.choice(ODD)
+        return dice.choice(UNEXPECTED)
     keys = range(len(value)) if isinstance(value, list) else list(value)
     changed: Any = list(value) if isinstance(value, list) else dict(value)
     key = dice.choice(keys)
@@ -278,7 +279,7 @@ def _mutate(value: Any, dice: random.Random) -> Any:
 
 
 def _damage(data: bytes, dice: random.Random) -> bytes:
-    """The same with some bytes changed, removed or doubled."""
+    """Returns the data with some bytes changed, removed or doubled."""
     for _ in range(dice.randrange(3)):
         at, length = dice.randrange(len(data)), dice.randrange(1, 40)
         piece = dice.choice(
@@ -290,7 +291,7 @@ def _damage(data: bytes, dice: random.Random) -> bytes:
 
 @settings(max_examples=60)
 @given(seed=st.integers(0, 2**32))
-def test_whatever_is_in_a_journal_a_command_ends_well_or_with_one_line(lines, tmp_path_factory, seed):
+def test_a_command_survives_any_journal(lines, tmp_path_factory, seed):
     dice = random.Random(seed)
     hostile = [_mutate(record, dice) if dice.random() < 0.3 else record for record in lines]
     dice.shuffle(hostile) if dice.random() < 0.2 else None

@@ -1,4 +1,4 @@
-"""The quickstart notebook: its cells run in order, each in the names that those before it have left, and show what they say."""
+"""The quickstart notebook: its cells run in order and show what its text promises."""
 
 import ast
 import json
@@ -9,7 +9,6 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-import torch
 
 from gwa_logging import EpochReport, Monitor
 
@@ -19,6 +18,8 @@ CODE = ["".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with torch.random.fork_rng():
@@ -27,15 +28,16 @@ def one_thread() -> Iterator[None]:
 
 
 def run(code: str, names: dict[str, Any]) -> Any:
-    """Runs a cell; what its last line evaluates to is what a notebook shows."""
+    """Runs a cell. Returns the value of its last line, which a notebook shows."""
     tree = ast.parse(code)
     shown = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
     exec(compile(tree, "cell", "exec"), names)
     return eval(compile(ast.Expression(shown.value), "cell", "eval"), names) if shown else None
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
-def test_its_cells_run_in_order_and_show_the_report_the_run_and_the_suspects(capsys):
+def test_cells_show_the_report_the_run_and_the_suspects(capsys):
     names: dict[str, Any] = {}
     shown = [value for value in (run(code, names) for code in CODE) if value is not None]
     assert [type(value) for value in shown] == [EpochReport, Monitor]
@@ -50,7 +52,7 @@ def test_its_cells_run_in_order_and_show_the_report_the_run_and_the_suspects(cap
     assert f"gwa-logging report {monitor.journal.parent}" in printed
 
 
-def test_it_is_a_notebook_without_outputs():
+def test_notebook_is_stored_without_outputs():
     assert (NOTEBOOK["nbformat"], NOTEBOOK["nbformat_minor"]) == (4, 5)
     ids = [cell["id"] for cell in NOTEBOOK["cells"]]
     assert len(set(ids)) == len(ids)

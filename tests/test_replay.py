@@ -189,13 +189,13 @@ def test_a_folder_with_the_journals_of_a_resumed_run_is_sent_as_one_run(killed_a
     assert means(run) == {"step_mean": expected["interval"], "mean": expected["epoch"]}
     both = sum(10 <= r.step <= 13 for r in records) + 1  # and the alert
     assert re.fullmatch(
-        rf"b, a: sent {len(records) + 1}, 0 were there, {both} were repeated after a resume; \S+",
+        rf"b, a: sent {len(records) + 1}, 0 were already there, {both} were repeated after a resume; \S+",
         told.out.strip().replace(run, "run"),
     )
     assert "untracked" in told.err
     assert "it contains no run" in told.err
     assert main(["replay", str(runs), "--backend", "tensorboard"]) == 0
-    assert f"sent 0, {len(records) + 1} were there" in capsys.readouterr().out
+    assert f"sent 0, {len(records) + 1} were already there" in capsys.readouterr().out
 
 
 def test_records_of_the_first_journal_are_not_sent_again_from_the_second(killed_and_resumed) -> None:
@@ -238,7 +238,7 @@ def test_the_run_of_a_journal_is_found_without_naming_it(tmp_path: Path, monkeyp
     (run,) = client.search_runs([client.get_experiment_by_name("gwa").experiment_id])
     assert main(["replay", str(monitor.journal.parent), "--backend", "mlflow"]) == 0
     said = capsys.readouterr().out
-    assert re.search(r"sent 0, 4 were there", said)
+    assert re.search(r"sent 0, 4 were already there", said)
     assert run.info.run_id in said
 
 

@@ -264,7 +264,7 @@ def test_a_thumbnail_is_a_png_of_the_picture_and_small(item, expected):
     with Image.open(io.BytesIO(b64decode(thumbnail(item)))) as picture:
         pixels = np.asarray(picture)
     if expected is None:
-        assert pixels.shape == (50, 25)
+        assert pixels.shape == (64, 32)
     else:
         np.testing.assert_array_equal(pixels, expected)
 

@@ -1,1 +1,1 @@
-"""The report of a run: one HTML page, made from its journal alone, and what a notebook shows."""
+"""The report of a run: one HTML page, made from its journal alone, and the summaries shown in notebooks."""

@@ -1,4 +1,4 @@
-"""What a journal tells, put in order: for the report and its figures."""
+"""The content of one journal in order, without repetitions: the input of the report and its figures."""
 
 from collections.abc import Callable, Iterable
 from os import SEEK_END
@@ -20,7 +20,18 @@ _R = TypeVar("_R")
 
 
 class RunHistory(NamedTuple):
-    """What a journal tells, everything once and in order, and what is missing from it."""
+    """What the journal of a run records.
+
+    Attributes:
+        run: the first line of the journal; None if it is lost.
+        intervals: in order of their steps. If the run returned to an earlier state, the repeated steps count.
+        epochs: likewise.
+        alert: the last stop alert, or None.
+        suspects: the last list of suspects, or None.
+        closed: the last line of the journal; None if the journal was not closed.
+        skipped: number of lines that could not be read.
+        unfinished: True if the last line has no end.
+    """
 
     run: RunRecord | None
     intervals: list[IntervalRecord]
@@ -32,21 +43,28 @@ class RunHistory(NamedTuple):
     unfinished: bool
 
     @property
-    def best(self) -> int | None:
-        """The best epoch of all by the statistic that the stop rule watches."""
+    def best_epoch(self) -> int | None:
+        """The best epoch of the run by the statistic that the stop rule watches; None if there is none."""
         return max((r.epoch for r in self.epochs if r.is_best), default=None)
+
+    @property
+    def steps(self) -> int:
+        """The number of training steps so far."""
+        if self.closed:
+            return self.closed.steps
+        return self.intervals[-1].step + 1 if self.intervals else 0
 
 
 def read_run_history(journal: Path) -> RunHistory:
     """Reads a run's journal.
 
     Raises:
-        InvalidInputError: there is no such file, it cannot be read, or it holds no record.
+        InvalidInputError: the file does not exist, cannot be read or contains no record.
     """
     where = f"directory={str(journal.parent)!r}"
     if not journal.is_file():
         raise InvalidInputError(
-            f"{where}: there is no {FILE_NAME} in it; give the folder that watch() made for the run, such as "
+            f"{where}: found no {FILE_NAME}; pass the folder that watch() created for the run, such as "
             "gwa_runs/20260131-120000-a1b2c3"
         )
     try:
@@ -56,17 +74,17 @@ def read_run_history(journal: Path) -> RunHistory:
             file.seek(max(size - 1, 0))
             unfinished = file.read(1) not in (b"", b"\n")
     except OSError as error:
-        raise InvalidInputError(f"{where}: its {FILE_NAME} cannot be read ({error.strerror})") from error
+        raise InvalidInputError(f"{where}: cannot read {FILE_NAME} ({error.strerror})") from error
     if not records:
         raise InvalidInputError(
-            f"{where}: its {FILE_NAME} holds no record (lines skipped: {skipped}); report on a run that has begun"
+            f"{where}: {FILE_NAME} contains no record (skipped lines: {skipped}); wait until the run has started"
         )
     alerts = [r for r in records if isinstance(r, StopAlert)]
     suspects = [r for r in records if isinstance(r, SuspectsRecord)]
     return RunHistory(
         run=next((r for r in records if isinstance(r, RunRecord)), None),
-        intervals=_as_seen_last((r for r in records if isinstance(r, IntervalRecord)), lambda r: r.step),
-        epochs=_as_seen_last((r for r in records if isinstance(r, EpochReport)), lambda r: r.epoch),
+        intervals=_without_repeated((r for r in records if isinstance(r, IntervalRecord)), lambda r: r.step),
+        epochs=_without_repeated((r for r in records if isinstance(r, EpochReport)), lambda r: r.epoch),
         alert=alerts[-1] if alerts else None,
         suspects=suspects[-1] if suspects else None,
         closed=next((r for r in records if isinstance(r, CloseRecord)), None),
@@ -75,8 +93,11 @@ def read_run_history(journal: Path) -> RunHistory:
     )
 
 
-def _as_seen_last(records: Iterable[_R], position: Callable[[_R], int]) -> list[_R]:
-    """Records in order, without those that a run left behind when it went back to an earlier state."""
+def _without_repeated(records: Iterable[_R], position: Callable[[_R], int]) -> list[_R]:
+    """Returns the records in order. A record replaces all earlier ones at its position or after it.
+
+    A run writes such a record after it has returned to an earlier state.
+    """
     kept: list[_R] = []
     for record in records:
         while kept and position(kept[-1]) >= position(record):

@@ -1,4 +1,4 @@
-"""The reference maths against the published code's numbers and against definitions."""
+"""The NumPy reference, compared with the numbers of the published code and with the definitions."""
 
 import math
 
@@ -54,7 +54,7 @@ def test_a_positive_factor_on_delta_h_or_w_changes_nothing(factor):
         np.testing.assert_allclose(alignment_scores(*scaled), want, atol=1e-12)
 
 
-def test_a_sample_without_a_score_says_why():
+def test_a_sample_without_a_score_has_the_reason_as_its_value():
     delta = np.array([[0.0, 0.0], [1.0, -1.0], [np.nan, 0.0], [np.inf, 0.0], [1.0, -1.0]])
     h = np.array([[1.0, 1.0], [0.0, 0.0], [1.0, 1.0], [1.0, 1.0], [1.0, 2.0]])
     scores = alignment_scores(delta, h, np.eye(2))
@@ -72,7 +72,7 @@ def test_a_sample_without_a_score_says_why():
         (((4, 3), (4, 5), (3,)), "weight: expected 2 dimensions"),
     ],
 )
-def test_shapes_that_do_not_belong_together_are_named(shapes, named):
+def test_shapes_that_do_not_match_are_named(shapes, named):
     with pytest.raises(InvalidInputError, match="expected") as error:
         alignment_scores(*(np.ones(shape) for shape in shapes))
     assert named in str(error.value)
@@ -92,7 +92,7 @@ def test_the_stable_statistic_is_never_larger_than_the_mean(scores):
     assert math.isnan(value) or abs(value) <= abs(scores.mean()) * (1 + 1e-9)
 
 
-def test_gwa_leaves_out_what_is_not_finite():
+def test_gwa_ignores_values_that_are_not_finite():
     assert gwa([0.1, 0.3, 0.7, np.nan, np.inf, -np.inf]) == gwa([0.1, 0.3, 0.7])
 
 
@@ -101,11 +101,11 @@ def test_gwa_of_scores_without_spread_is_nan(scores):
     assert math.isnan(gwa(scores))
 
 
-def test_constant_means_no_more_spread_than_rounding():
+def test_constant_means_a_spread_within_rounding():
     assert is_constant(float(np.var(np.full(1000, 0.1))), 0.1)
     assert not is_constant(1e-20, 0.1)
 
 
-def test_gwa_at_its_pole_is_infinite_and_not_an_exception():
+def test_gwa_at_its_pole_is_infinite_and_does_not_raise():
     assert gwa_logging.alignment.gwa_from_moments(0.3, -1.2, 1.2) == math.inf
     assert gwa_logging.alignment.gwa_from_moments(-0.3, -1.2, 1.2) == -math.inf

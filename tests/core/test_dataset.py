@@ -1,4 +1,4 @@
-"""with_ids: every item with its sample id, through whatever PyTorch's loaders do with a data set."""
+"""with_ids: each item has its sample id, also in PyTorch's loaders, subsets and samplers."""
 
 import pickle
 
@@ -11,7 +11,7 @@ from gwa_logging import InvalidInputError, with_ids
 
 
 class Squares:
-    """A data set without anything of PyTorch, whose items are of a given form."""
+    """A data set that does not use PyTorch, with items of a given form."""
 
     classes = ("even", "odd")
 
@@ -25,8 +25,8 @@ class Squares:
         return self.form(np.float32(index**2), index % 2)
 
 
-class AtOnce(Squares):
-    """One that PyTorch's loaders ask for a whole batch."""
+class Batched(Squares):
+    """A data set that returns several items at once to PyTorch's loaders."""
 
     def __getitems__(self, indices):
         return [self[index] for index in indices]
@@ -45,15 +45,15 @@ def as_dict(x, y):
         (lambda x, y: x, (9.0, 3)),
     ],
 )
-def test_an_item_of_any_form_gains_its_id(form, expected):
+def test_an_item_of_any_form_gets_its_id(form, expected):
     assert with_ids(Squares(form))[3] == expected
     assert with_ids(Squares(form))[-8] == expected
     assert with_ids(Squares(form))[np.int64(3)] == expected
 
 
-@pytest.mark.parametrize("kind", [Squares, AtOnce])
+@pytest.mark.parametrize("kind", [Squares, Batched])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_loader_gives_the_ids_of_the_samples_in_the_batch_however_it_is_shuffled(kind, workers):
+def test_a_shuffled_loader_yields_the_ids_of_the_samples_in_the_batch(kind, workers):
     loader = DataLoader(with_ids(kind(as_dict)), batch_size=4, shuffle=True, num_workers=workers)
     batches = list(loader)
     for batch in batches:
@@ -61,7 +61,7 @@ def test_a_loader_gives_the_ids_of_the_samples_in_the_batch_however_it_is_shuffl
     assert sorted(torch.cat([batch["sample_id"] for batch in batches]).tolist()) == list(range(11))
 
 
-def test_a_subset_of_it_keeps_the_ids_of_the_whole_and_it_of_a_subset_counts_within():
+def test_a_subset_keeps_the_ids_and_ids_of_a_wrapped_subset_count_within_it():
     whole = TensorDataset(torch.arange(11.0))
     chosen = [7, 2, 5]
     assert [item[-1] for item in Subset(with_ids(whole), chosen)] == chosen
@@ -71,7 +71,7 @@ def test_a_subset_of_it_keeps_the_ids_of_the_whole_and_it_of_a_subset_counts_wit
     assert [tuple(map(float, item)) for item in inner.__getitems__([1, 0])] == [(2, 1), (7, 0)]
 
 
-def test_ranks_get_the_ids_of_their_shares_and_the_last_share_is_filled_up_with_the_first_samples():
+def test_each_rank_gets_the_ids_of_its_share_and_the_last_share_is_padded_with_the_first_samples():
     dataset = with_ids(Squares())
     shares = [
         torch.cat(
@@ -83,7 +83,7 @@ def test_ranks_get_the_ids_of_their_shares_and_the_last_share_is_filled_up_with_
     assert shares[1].tolist() == [1, 3, 5, 7, 9, 0]
 
 
-def test_it_has_the_length_and_the_attributes_of_the_wrapped_one_also_after_pickling():
+def test_length_and_attributes_are_those_of_the_wrapped_data_set_also_after_pickling():
     for dataset in (with_ids(Squares(as_dict)), pickle.loads(pickle.dumps(with_ids(Squares(as_dict))))):
         assert len(dataset) == 11
         assert dataset.classes == ("even", "odd")
@@ -98,21 +98,21 @@ class Stream(IterableDataset):
 
 
 @pytest.mark.parametrize(
-    ("dataset", "said"),
+    ("dataset", "message"),
     [
-        (Stream(), "found Stream, which is a stream; let the stream yield an id of its own"),
+        (Stream(), "found Stream, which is a stream; have the stream yield an id"),
         ((i for i in range(3)), "expected one with __getitem__ and __len__, found generator"),
         (7, "found int"),
-        ({"a": 1}, "by index from 0 and without ids, found dict"),
+        ({"a": 1}, "with indices from 0 and without ids, found dict"),
         (with_ids(Squares()), "without ids, found WithIds"),
     ],
 )
-def test_what_has_no_index_is_refused_with_the_remedy(dataset, said):
-    with pytest.raises(InvalidInputError, match=said):
+def test_data_sets_without_an_index_are_refused_with_a_remedy(dataset, message):
+    with pytest.raises(InvalidInputError, match=message):
         with_ids(dataset)
 
 
 @pytest.mark.parametrize(("index", "error"), [(11, IndexError), (-12, IndexError), ("a", InvalidInputError)])
-def test_an_index_that_is_none_is_refused(index, error):
+def test_an_invalid_index_is_refused(index, error):
     with pytest.raises(error, match="index"):
         with_ids(Squares())[index]

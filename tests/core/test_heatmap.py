@@ -1,4 +1,4 @@
-"""The timeline of a picture: bounded, and nothing is lost in it."""
+"""The timeline of a heatmap: its size is bounded, and it contains every sample."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from tests.records import interval_record
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 100, 1001])
-def test_however_many_intervals_the_columns_are_bounded_and_hold_every_sample(n):
+def test_the_number_of_columns_is_bounded_and_every_sample_is_included(n):
     timeline = Timeline(columns=8)
     for step in range(n):
         timeline.add(interval_record(step))
@@ -21,14 +21,14 @@ def test_however_many_intervals_the_columns_are_bounded_and_hold_every_sample(n)
     np.testing.assert_allclose(heatmap.shares.sum(axis=0), 1)
     assert sum(r.count for r in timeline._intervals) == 3 * n
     widths = np.diff(heatmap.steps)[:-1]
-    assert len(set(widths)) <= 1  # all but the last column span equally many intervals
+    assert len(set(widths)) <= 1  # all columns but the last span the same number of intervals
 
 
-def test_the_median_is_that_of_the_scores():
+def test_the_median_equals_that_of_the_scores():
     timeline = Timeline()
     timeline.add(interval_record(0, (0.1, 0.2, 0.3)))
     assert timeline.heatmap().medians[0] == pytest.approx(0.2, rel=0.05)
 
 
-def test_an_empty_timeline_has_an_empty_picture():
+def test_an_empty_timeline_has_an_empty_heatmap():
     assert Timeline().heatmap().shares.shape == (64, 0)

@@ -1,4 +1,4 @@
-"""The histogram: resolution for few and many classes, merging, quantiles, display."""
+"""The histogram: resolution for few and for many classes, merging, quantiles, display."""
 
 import math
 
@@ -18,7 +18,7 @@ def histogram_of(scores) -> Histogram:
     return AlignmentSummary.from_scores(scores).histogram
 
 
-def test_edges_are_symmetric_with_zero_among_them():
+def test_edges_are_symmetric_and_include_zero():
     assert EDGES.dtype == np.float32
     assert EDGES[BINS // 2] == 0
     assert EDGES[0] == -1
@@ -29,7 +29,7 @@ def test_edges_are_symmetric_with_zero_among_them():
 
 @pytest.mark.parametrize("classes", [2, 10, 1000, 21_843])
 def test_scores_of_few_or_many_classes_fill_at_least_30_bins(classes):
-    size = 1 / math.sqrt(classes - 1)  # that of a score at neural collapse
+    size = 1 / math.sqrt(classes - 1)  # of a score at neural collapse
     scores = np.random.default_rng(0).normal(0.6 * size, 0.25 * size, 5000).clip(-size, size)
     assert np.count_nonzero(histogram_of(scores).dense()) >= 30
 
@@ -41,7 +41,7 @@ def test_counts_equal_numpys_histogram(scores):
 
 
 @given(scores=any_scores, bins=st.integers(1, 512), limit=st.floats(1e-4, 1))
-def test_display_keeps_the_total_whatever_the_range(scores, bins, limit):
+def test_display_keeps_the_total_for_every_range(scores, bins, limit):
     histogram = histogram_of(scores)
     counts, edges = histogram.to_display(bins, limit)
     assert counts.sum() == histogram.total == len(scores)
@@ -68,14 +68,14 @@ def test_the_share_of_negative_scores_is_exact(scores):
     assert histogram_of(scores).negative_fraction == np.mean(scores < 0)
 
 
-def test_quantiles_are_right_to_within_a_bin():
+def test_quantiles_are_accurate_to_a_bin():
     scores = np.random.default_rng(0).normal(0.02, 0.1, 10_000).clip(-1, 1)
     at = [0.05, 0.25, 0.5, 0.75, 0.95]
     for have, want in zip(histogram_of(scores).quantiles(at), np.quantile(scores, at), strict=True):
         assert abs(have - want) <= 0.03 * abs(want) + 4e-5
 
 
-def test_quantiles_jump_over_empty_bins():
+def test_quantiles_skip_empty_bins():
     low, high = histogram_of([-0.5] * 10 + [0.5] * 10).quantiles([0.25, 0.75])
     assert low == pytest.approx(-0.5, rel=0.03)
     assert high == pytest.approx(0.5, rel=0.03)
@@ -94,6 +94,6 @@ def test_an_empty_histogram_has_no_quantiles():
 
 
 @pytest.mark.parametrize(("arguments", "named"), [((0, 1.0), "bins"), ((513, 1.0), "bins"), ((64, 0.0), "limit")])
-def test_impossible_display_requests_are_named(arguments, named):
+def test_impossible_display_arguments_are_named(arguments, named):
     with pytest.raises(InvalidInputError, match=named):
         histogram_of([0.1]).to_display(*arguments)

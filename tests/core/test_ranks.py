@@ -1,9 +1,10 @@
-"""Which processes of a distributed run count."""
+"""The selection of the processes whose samples count."""
 
 import numpy as np
 import pytest
 
-from gwa_logging.ranks import Identity, counted, first_scores
+from gwa_logging import InvalidInputError
+from gwa_logging.ranks import Identity, check_windows, counted, first_scores
 from gwa_logging.summary import AlignmentSummary
 
 
@@ -12,12 +13,12 @@ def summary(seed: int) -> AlignmentSummary:
 
 
 def of(seed: int, group: int, head: str = "head") -> tuple[Identity, AlignmentSummary]:
-    """A process whose scores are random numbers of this seed."""
+    """A process with random scores of this seed."""
     return Identity(head, first_scores([summary(seed)]), group), summary(seed)
 
 
 def unknown(group: int) -> tuple[Identity, AlignmentSummary]:
-    """A process that has seen nothing yet."""
+    """A process that has seen no sample yet."""
     return Identity(group=group), AlignmentSummary()
 
 
@@ -26,20 +27,20 @@ def unknown(group: int) -> tuple[Identity, AlignmentSummary]:
     [
         ([of(1, 0), of(2, 1), of(3, 2)], [0, 1, 2], []),  # data-parallel
         ([of(1, 0), of(1, 0), of(2, 2), of(2, 2)], [0, 2], []),  # two tensor-parallel pairs
-        ([of(1, 0), of(2, 0)], [0, 1], []),  # tensor-parallel, each with its part of a sequence
+        ([of(1, 0), of(2, 0)], [0, 1], []),  # tensor-parallel, each with a part of the sequence
         ([of(1, 0), of(1, 1)], [0, 1], ["ranks with the same samples"]),
         ([of(1, 0, "a"), of(2, 1, "b"), of(3, 2, "a")], [0, 2], ["ranks with different heads"]),
         ([unknown(0), of(2, 1, "a"), of(3, 2, "b")], [0, 1], ["ranks with different heads"]),
         ([unknown(0), unknown(0)], [0, 1], []),  # nothing is known yet
     ],
 )
-def test_a_sample_counts_once_and_for_one_head(processes, ranks, kinds):
+def test_each_sample_counts_once_and_for_one_head_only(processes, ranks, kinds):
     identities, summaries = zip(*processes, strict=True)
     found = counted(identities, summaries)
     assert (found.ranks, list(found.problems)) == (ranks, kinds)
 
 
-def test_the_same_scores_up_to_rounding_are_the_same_samples():
+def test_equal_scores_up_to_rounding_mean_the_same_samples():
     scores = np.random.default_rng(0).uniform(-0.9, 0.9, 24)
     near, far = (first_scores([AlignmentSummary.from_scores(scores * (1 + by))]) for by in (1e-7, 1e-3))
     first = first_scores([AlignmentSummary.from_scores(scores)])
@@ -47,15 +48,22 @@ def test_the_same_scores_up_to_rounding_are_the_same_samples():
     assert counted([Identity("", first), Identity("", far)]).ranks == [0, 1]
 
 
-def test_scores_that_are_all_equal_tell_nothing_about_the_samples():
+def test_constant_scores_do_not_identify_samples():
     equal = AlignmentSummary.from_scores(np.full(24, 0.5))
     assert first_scores([]) == first_scores([equal]) == Identity().first
     assert first_scores([equal, summary(1)])[0] == 48
 
 
 @pytest.mark.parametrize("head", ["", "'head' (12 features, 5 classes)", "é" * 300 + "'z' (1 features, 2 classes)"])
-def test_an_identity_arrives_as_it_was_sent(head):
+def test_an_identity_is_decoded_as_it_was_encoded(head):
     sent = Identity(head, (24.0, 1 / 3, 0.5, -0.1, 0.9), 3)
     found = Identity.from_vector(np.frombuffer(sent.to_vector().tobytes()))
     assert found[1:] == sent[1:]
     assert found.head[-80:] == head[-80:]
+
+
+def test_windows_of_samples_are_refused_in_a_distributed_run():
+    check_windows(None, 2)
+    check_windows(100, 1)
+    with pytest.raises(InvalidInputError, match=r"samples_per_epoch=100: the 2 processes .* monitor\.end_epoch\(\)"):
+        check_windows(100, 2)

@@ -1,4 +1,4 @@
-"""Credentials never appear in a text that was redacted, and nothing else disappears from it."""
+"""Redacted text contains no credentials, and everything else is unchanged."""
 
 import logging
 import string
@@ -14,7 +14,7 @@ from gwa_logging.records import TrackerRunRef
 from gwa_logging.redact import redact_urls
 
 SECRET = "s3cr3t"
-"""What must not be seen; hypothesis puts odd characters around it."""
+"""The credential; hypothesis puts unusual characters around it."""
 
 ODD = st.text(string.ascii_letters + string.digits + "@:!$'()*+,;=%._~-", max_size=8)
 SCHEMES = st.sampled_from(["http", "https", "postgresql", "mysql+pymysql", "s3", "mssql+pyodbc"])
@@ -28,19 +28,19 @@ AROUND = st.sampled_from(
 
 
 @given(SCHEMES, ODD, ODD, ODD, HOSTS, st.sampled_from(["", "/", "/db", "/#/experiments/1"]), AROUND)
-def test_user_and_password_of_a_url_are_never_seen(scheme, user, before, after, host, path, around):
+def test_user_and_password_of_a_url_are_masked(scheme, user, before, after, host, path, around):
     shown = redact_urls(around.format(f"{scheme}://{user}:{before}{SECRET}{after}@{host}{path}"))
     assert SECRET not in shown
     assert f"{scheme}://***@{host}{path}" in shown
 
 
 @given(ODD, ODD, st.sampled_from(["/", "?", "#", "/?", "12/", "a@b/", "@/"]))
-def test_a_password_that_is_not_quoted_is_not_seen_either(before, after, odd):
+def test_an_unquoted_password_is_masked(before, after, odd):
     assert SECRET not in redact_urls(f"postgresql://user:{before}{odd}{SECRET}{after}@host/db")
 
 
 @given(HOSTS, SECRET_NAMES, ODD, ODD, st.sampled_from(["", "&page=2"]), AROUND)
-def test_a_secret_in_a_query_is_never_seen(host, name, before, after, rest, around):
+def test_a_secret_in_a_query_is_masked(host, name, before, after, rest, around):
     shown = redact_urls(around.format(f"https://{host}/path?run=7&{name}={before}{SECRET}{after}{rest}"))
     assert SECRET not in shown
     assert f"https://{host}/path?run=7&{name}=***{rest}" in shown
@@ -61,7 +61,7 @@ def test_a_secret_in_a_query_is_never_seen(host, name, before, after, rest, arou
         f"http://user:{SECRET}/x@host:5000",
     ],
 )
-def test_secrets_beside_addresses_are_not_seen(text):
+def test_secrets_beside_urls_are_masked(text):
     assert SECRET not in redact_urls(text)
 
 
@@ -81,12 +81,12 @@ def test_secrets_beside_addresses_are_not_seen(text):
         "git@github.com:me/project.git",
     ],
 )
-def test_an_ordinary_address_stays_as_it_is(text):
+def test_an_address_without_credentials_is_unchanged(text):
     assert redact_urls(text) == text
 
 
 @given(st.text())
-def test_a_text_without_an_address_or_an_assignment_stays_as_it_is(text):
+def test_text_without_addresses_and_assignments_is_unchanged(text):
     assume("://" not in text and "=" not in text)
     assume("pass" not in text.lower() and "pwd" not in text.lower() and "secret" not in text.lower())
     assert redact_urls(text) == text
@@ -98,14 +98,14 @@ def test_redacting_again_changes_nothing(text):
 
 
 @pytest.mark.parametrize("part", ["a", "a://", "@", "x=", "?a=", "a-", "password", "://a@", ":"])
-def test_a_long_hostile_text_takes_no_longer_than_it_should(part):
+def test_long_hostile_text_takes_linear_time(part):
     begin = time.thread_time()
     redact_urls("http://" + part * 30_000)
-    assert time.thread_time() - begin < 2.0
+    assert time.thread_time() - begin < 10  # quadratic time would be minutes
 
 
 @pytest.mark.parametrize("kind", [BackendError, InvalidInputError])
-def test_an_error_of_ours_shows_no_secret(kind):
+def test_errors_contain_no_secrets(kind):
     error = kind(f"run='http://me:{SECRET}@host?token={SECRET}': refused")
     assert str(error) == "run='http://***@host?token=*** refused"
     assert SECRET not in repr(error)
@@ -118,7 +118,7 @@ def test_a_fault_is_logged_without_secrets(caplog):
     assert "http://***@host/ refused" in caplog.text
 
 
-def test_a_place_in_the_journal_has_no_secrets():
-    place = TrackerRunRef(run=f"s3://key:{SECRET}@host/logs", url=f"https://host/?write_token={SECRET}&project=p")
-    assert SECRET not in place.model_dump_json()
-    assert place.url == "https://host/?write_token=***&project=p"
+def test_a_run_reference_in_the_journal_has_no_secrets():
+    reference = TrackerRunRef(run=f"s3://key:{SECRET}@host/logs", url=f"https://host/?write_token={SECRET}&project=p")
+    assert SECRET not in reference.model_dump_json()
+    assert reference.url == "https://host/?write_token=***&project=p"

@@ -1,4 +1,4 @@
-"""Statistics that the stop rule can watch, against plain NumPy, and their standard errors against the bootstrap."""
+"""The statistics of the stop rule, compared with NumPy; their standard errors, with the spread over fresh samples."""
 
 import math
 
@@ -18,7 +18,7 @@ def histogram_of(scores):
 
 
 def best_split(scores):
-    """The oracle: every threshold between two sorted scores is tried."""
+    """The oracle: tries every threshold between two sorted scores."""
     s = np.sort(np.asarray(scores, dtype=np.float64))
     best = 0.0
     for cut in range(1, len(s)):
@@ -43,7 +43,7 @@ STATISTICS = {
 
 @pytest.mark.parametrize("statistic", STATISTICS)
 @pytest.mark.parametrize("distance", [0.0, 1.5, 4.0])
-def test_the_value_is_that_of_the_scores_to_within_a_bin(statistic, distance):
+def test_the_value_equals_that_of_the_scores_to_within_a_bin(statistic, distance):
     scores = two_groups(1000, distance=distance)
     assert estimate(statistic, histogram_of(scores)).value == pytest.approx(STATISTICS[statistic](scores), rel=0.02)
 
@@ -56,7 +56,7 @@ def test_the_value_is_that_of_the_scores_to_within_a_bin(statistic, distance):
             for name in ("separation", "mean", "stable")
             for shape in [(0.6, 2.0), (0.9, 5.0), (0.7, 3.0)]
         ],
-        ("gwa", 0.9, 5.0),  # away from its pole, where its spread over samples has no bounds
+        ("gwa", 0.9, 5.0),  # away from its pole, near which its spread over samples is unbounded
         ("gwa", 1.0, 5.0),
     ],
 )
@@ -65,15 +65,13 @@ def test_the_standard_error_is_the_spread_over_fresh_samples(statistic, share, d
         estimate(statistic, histogram_of(two_groups(2000, share, distance, seed=seed))).value for seed in range(400)
     ]
     error = estimate(statistic, histogram_of(two_groups(2000, share, distance, seed=1000))).standard_error
-    assert error == pytest.approx(
-        np.std(values), rel=0.25
-    )  # a spread of 400 is known to 4 %, one sample's error to less
+    assert error == pytest.approx(np.std(values), rel=0.25)  # a spread over 400 has an error of 4 %
 
 
 @pytest.mark.parametrize(
     ("scores", "expected"),
     [
-        pytest.param(np.random.default_rng(0).normal(0.1, 0.03, 200_000), 2 / math.pi, id="one normal hump"),
+        pytest.param(np.random.default_rng(0).normal(0.1, 0.03, 200_000), 2 / math.pi, id="normal"),
         pytest.param(np.linspace(-0.4, 0.4, 100_001), 3 / 4, id="uniform"),
         pytest.param([-0.5] * 30 + [0.5] * 70, 1.0, id="two points"),
     ],
@@ -84,27 +82,27 @@ def test_separation_of_known_shapes(scores, expected):
 
 @settings(max_examples=50, deadline=None)
 @given(st.floats(0.01, 1.0), st.floats(0.1, 0.9), st.integers(0, 1000))
-def test_separation_has_no_scale_and_no_sign(largest, share, seed):
+def test_separation_depends_on_neither_scale_nor_sign(largest, share, seed):
     scores = two_groups(500, share, 3.0, seed)
-    scores *= largest / np.abs(scores).max()  # beyond 1 there are no scores: the outermost bin would take them all
+    scores *= largest / np.abs(scores).max()  # outside [-1, 1] there are no scores
     value = estimate("separation", histogram_of(scores)).value
     assert value == pytest.approx(best_split(scores), rel=0.01)
     assert estimate("separation", histogram_of(-scores)).value == pytest.approx(value, rel=1e-6)
 
 
-def test_separation_falls_when_two_groups_melt_into_one():
+def test_separation_falls_when_two_groups_merge():
     values = [AlignmentSummary.from_scores(two_groups(5000, distance=d)).report().separation for d in (6, 4, 2, 1)]
     assert values == sorted(values, reverse=True)
 
 
 @pytest.mark.parametrize("scores", [[], [0.2], [0.2] * 50], ids=["none", "one", "all equal"])
-def test_without_a_spread_everything_is_undefined(scores):
+def test_without_a_spread_every_statistic_is_undefined(scores):
     for statistic in STATISTICS:
         assert all(math.isnan(number) for number in estimate(statistic, histogram_of(scores)))
     assert math.isnan(AlignmentSummary.from_scores(scores).report().separation)
 
 
-def test_scores_of_a_head_with_many_classes_are_told_apart():
+def test_small_scores_of_a_head_with_many_classes_are_resolved():
     scores = two_groups(5000, scale=1e-4)
     assert estimate("separation", histogram_of(scores)).value == pytest.approx(best_split(scores), rel=0.02)
 

@@ -1,4 +1,4 @@
-"""AlignmentSummary: moments against SciPy, merging, the report and its notes."""
+"""AlignmentSummary: moments compared with SciPy, merging, the report and its notes."""
 
 import math
 from functools import reduce
@@ -87,14 +87,14 @@ def test_a_merged_report_has_the_published_gwa(published, epoch):
     assert report.stable_gwa == pytest.approx(gwa(scores, STABLE_BETA), rel=1e-9)
 
 
-def test_gwa_is_defined_for_one_hump_and_not_for_two(published):
+def test_gwa_is_defined_for_unimodal_and_not_for_bimodal_scores(published):
     def report(epoch):
         return AlignmentSummary.from_scores(published[f"epoch_{epoch}/scores"]).report()
 
     assert report("unimodal").gwa_defined
     assert not report("bimodal60_40").gwa_defined
-    assert any("two-humped" in note for note in report("bimodal60_40").notes)
-    assert not any("two-humped" in note for note in report("unimodal").notes)
+    assert any("bimodal" in note for note in report("bimodal60_40").notes)
+    assert not any("bimodal" in note for note in report("unimodal").notes)
 
 
 def test_constant_scores_give_nan_with_a_note():
@@ -105,7 +105,7 @@ def test_constant_scores_give_nan_with_a_note():
     assert any("all scores are equal" in note for note in report.notes)
 
 
-def test_samples_without_a_score_are_excluded_counted_and_told_apart():
+def test_samples_without_a_score_are_excluded_and_counted_by_reason():
     summary = AlignmentSummary.from_scores([0.1, np.nan, np.nan, -np.inf, np.inf, 7.0, 0.2])
     assert (summary.count, summary.no_gradient, summary.dead, summary.not_finite) == (2, 2, 1, 2)
     notes = " ".join(summary.report().notes)
@@ -114,14 +114,14 @@ def test_samples_without_a_score_are_excluded_counted_and_told_apart():
     assert "2 samples had NaN or infinite" in notes
 
 
-def test_a_report_of_nothing_is_all_nan_and_says_so():
+def test_without_scores_the_report_is_nan_with_a_note():
     report = AlignmentSummary.from_scores([np.nan]).report()
     assert report.count == 0
     assert math.isnan(report.mean)
     assert any("no sample had a score" in note for note in report.notes)
 
 
-def test_one_outlier_among_thousands_is_reported_and_said():
+def test_one_outlier_among_thousands_is_exact_and_noted():
     scores = np.concatenate([np.random.default_rng(0).normal(0, 1e-4, 8000), [0.9]])
     report = AlignmentSummary.from_scores(scores).report()
     assert report.excess_kurtosis == pytest.approx(scipy.stats.kurtosis(scores), rel=1e-6)

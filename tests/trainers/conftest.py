@@ -1,4 +1,4 @@
-"""Two processes, as torchrun starts them; a database of MLflow's."""
+"""Fixtures: two processes started by torchrun, and an MLflow database."""
 
 import os
 import shutil
@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-torch.set_num_threads(1)  # the models are tiny, and other tests may run beside these
+torch.set_num_threads(1)  # the models are tiny, and other tests may run at the same time
 
 
 @pytest.fixture(autouse=True)
-def _anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Accelerate keeps the settings of its first Accelerator, and the Trainer's, for the whole process and its children."""
+def _reset_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate keeps the settings of the first Accelerator or Trainer for the rest of the process and its children."""
     if "accelerate" in sys.modules:
         state = sys.modules["accelerate.state"]
         state.AcceleratorState._reset_state(reset_partial_state=True)
@@ -28,7 +28,7 @@ def _empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from mlflow import MlflowClient
 
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()  # which takes seconds
+    MlflowClient(f"sqlite:///{path}").search_experiments()  # creating the tables takes seconds
     return path
 
 
@@ -36,7 +36,7 @@ def _empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def mlflow_uri(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[[], str]]:
-    """Makes a database, and returns its address, to which the trainers turn MLflow as a whole: until the test is over."""
+    """Returns a function that makes a database and returns its address, which the test may set as MLflow's tracking URI."""
 
     def make() -> str:
         copied = shutil.copy(request.getfixturevalue("_empty_database"), tmp_path / "mlflow.db")
@@ -50,7 +50,7 @@ def mlflow_uri(
 
 @pytest.fixture
 def two_processes() -> Callable[[str, str, Path], None]:
-    """Runs a function of a module, with a folder as its argument, in two processes; the test fails if one of them does."""
+    """Returns a function that calls `module.function(folder)` in two processes, and fails if one of them fails."""
 
     def run(module: str, function: str, folder: Path) -> None:
         script = folder / "script.py"
@@ -58,7 +58,7 @@ def two_processes() -> Callable[[str, str, Path], None]:
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         command = [sys.executable, *torchrun, str(script)]
-        done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr[-4000:]
 
     return run

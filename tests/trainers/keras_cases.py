@@ -1,4 +1,4 @@
-"""What Keras's callback must do on either backend; run by test_keras.py, in a process for each."""
+"""Tests of the callback for Keras, for both of its backends; test_keras.py runs them in one process per backend."""
 
 import keras
 import numpy as np
@@ -9,11 +9,26 @@ from torch import nn
 from gwa_logging import EarlyStop, HeadNotFoundError, InvalidInputError
 from gwa_logging.integrations.keras import GWACallback
 from gwa_logging.journal import read_journal
-from tests.trainers.tasks import BATCH, CLASSES, EPOCHS, FEATURES, RATE, assert_equal, plain, samples
+from tests.trainers.tasks import (
+    BATCH,
+    CLASSES,
+    EPOCHS,
+    FEATURES,
+    RATE,
+    assert_adds_only_its_session,
+    assert_equal,
+    plain,
+    samples,
+)
 
 BACKEND = keras.backend.backend()
 X, Y = samples()
 PLAIN = {"batch_size": BATCH, "shuffle": False, "verbose": 0}
+
+
+def slow_in_jax(test):
+    """Marks a test that is slow with JAX, since XLA compiles the step of every fit."""
+    return pytest.mark.slow(test) if BACKEND == "jax" else test
 
 
 def make(activation=None, model=keras.Sequential, **compiling):
@@ -29,7 +44,7 @@ def fit(model, *callbacks, epochs=EPOCHS, **arguments):
     return model.fit(X, Y, epochs=epochs, callbacks=list(callbacks), **PLAIN | arguments)
 
 
-def the_same_in_pytorch(model):
+def copy_to_pytorch(model):
     net = nn.Sequential(nn.Linear(FEATURES, 16), nn.Tanh(), nn.Linear(16, CLASSES))
     with torch.no_grad():
         for layer, twin in zip(model.layers, (net[0], net[2]), strict=True):
@@ -38,11 +53,15 @@ def the_same_in_pytorch(model):
     return net
 
 
-@pytest.mark.parametrize("activation", [None, "softmax"], ids=["logits", "fused softmax"])
-def test_statistics_are_those_of_the_plain_loop_and_nothing_else_changes(activation):
+@pytest.mark.parametrize(
+    "activation",
+    [pytest.param(None, marks=[pytest.mark.slow] if BACKEND == "jax" else []), "softmax"],
+    ids=["logits", "fused softmax"],
+)
+def test_statistics_equal_those_of_the_plain_loop_and_nothing_else_changes(activation):
     callback, model, bare = GWACallback(log_every_n_steps=1), make(activation), make(activation)
     before = set(vars(model.layers[-1])) | set(vars(model))
-    expected = plain(the_same_in_pytorch(model))[0]
+    expected = plain(copy_to_pytorch(model))[0]
     history, bare_history = fit(model, callback).history, fit(bare).history
     assert_equal(callback.monitor.history, expected, abs=3e-6, rel=1e-4)  # float32 in another order
     assert [r.mean for r in callback.monitor.history] == pytest.approx([r.mean for r in expected], abs=1e-6)
@@ -52,9 +71,13 @@ def test_statistics_are_those_of_the_plain_loop_and_nothing_else_changes(activat
     assert set(vars(model.layers[-1])) | set(vars(model)) <= before | set(vars(bare))
     assert model.layers[-1].call.__func__ is keras.layers.Dense.call
     assert callback.monitor.faults == {}
-    fit(model)  # and without the callback, as ever
+    fit(model)  # without the callback, as before
     fit(bare)
     assert all(map(np.array_equal, model.get_weights(), bare.get_weights()))
+
+
+def test_the_callback_adds_nothing_but_its_session_and_monitor():
+    assert_adds_only_its_session(GWACallback(), keras.callbacks.Callback)
 
 
 def test_the_progress_bar_shows_gwa(capsys):
@@ -65,12 +88,16 @@ def test_the_progress_bar_shows_gwa(capsys):
 RULE = {"warmup": 0, "patience": 1, "min_delta": 1e9, "drop": 0}  # fires in epoch 1
 
 
-def test_the_alert_stops_the_fit_only_if_it_is_told_to():
-    told, stopped = GWACallback(early_stop=EarlyStop(**RULE)), GWACallback(early_stop=EarlyStop(action="stop", **RULE))
-    fit(make(), told)
+@slow_in_jax
+def test_the_alert_stops_the_fit_only_with_action_stop():
+    alerted, stopped = (
+        GWACallback(early_stop=EarlyStop(**RULE)),
+        GWACallback(early_stop=EarlyStop(action="stop", **RULE)),
+    )
+    fit(make(), alerted)
     fit(make(), stopped)
-    assert told.monitor.alert is not None
-    assert len(told.monitor.history) == EPOCHS
+    assert alerted.monitor.alert is not None
+    assert len(alerted.monitor.history) == EPOCHS
     assert len(stopped.monitor.history) == 2
 
 
@@ -80,7 +107,7 @@ class Interruption(keras.callbacks.Callback):
             raise InterruptedError
 
 
-def test_a_fit_that_is_resumed_from_a_backup_equals_one_that_was_not_interrupted(caplog):
+def test_a_fit_resumed_from_a_backup_equals_an_uninterrupted_one(caplog):
     whole = GWACallback()
     fit(make(), whole)
 
@@ -94,11 +121,12 @@ def test_a_fit_that_is_resumed_from_a_backup_equals_one_that_was_not_interrupted
     assert_equal(backed_up().monitor.history, whole.monitor.history)
     assert not caplog.text
     fit(make(), callback := GWACallback(backup_dir="nothing"), initial_epoch=1)
-    assert "GWA begins anew" in caplog.text
+    assert "GWA starts again from zero" in caplog.text
     assert len(callback.monitor.history) == EPOCHS - 1
 
 
-def test_a_checkpoint_may_follow_gwa_and_holds_nothing_of_ours():
+@slow_in_jax
+def test_a_checkpoint_can_monitor_gwa_and_contains_plain_layers_only():
     callback, model = GWACallback(), make("softmax")
     following = {"monitor": "gwa/stable", "mode": "max", "save_best_only": True}
     best = keras.callbacks.ModelCheckpoint("best.keras", **following)
@@ -109,7 +137,8 @@ def test_a_checkpoint_may_follow_gwa_and_holds_nothing_of_ours():
     assert np.array_equal(loaded.predict(X, verbose=0), model.predict(X, verbose=0))
 
 
-def test_a_fit_that_broke_off_leaves_the_next_one_alone():
+@slow_in_jax
+def test_an_interrupted_fit_does_not_affect_the_next_one():
     model = make()
     with pytest.raises(InterruptedError):
         fit(model, GWACallback(), Interruption())
@@ -132,7 +161,7 @@ class Subclass(keras.Model):
         return x
 
 
-def test_a_subclass_is_watched_once_the_head_is_known():
+def test_a_subclassed_model_is_watched_if_its_head_is_named():
     model = make(model=Subclass)
     model.build((None, FEATURES))
     if BACKEND == "torch":
@@ -145,7 +174,7 @@ def test_a_subclass_is_watched_once_the_head_is_known():
 
 
 class OwnStep(keras.Sequential):
-    """A train step of its own, as Keras's guide to JAX has it."""
+    """Overrides train_step, as Keras's guide to JAX shows."""
 
     def train_step(self, state, data):
         import jax
@@ -165,7 +194,7 @@ class NoGradient(OwnStep):
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="a train step of JAX")
-def test_a_train_step_of_the_users_own_is_watched_or_refused():
+def test_an_overridden_train_step_is_watched_or_refused():
     callback, expected = GWACallback(), GWACallback()
     fit(make(model=OwnStep), callback)
     fit(make(), expected)
@@ -182,25 +211,26 @@ def test_a_train_step_of_the_users_own_is_watched_or_refused():
 def test_wrong_arguments_are_refused_before_the_fit(monkeypatch):
     with pytest.raises(InvalidInputError, match="did you mean 'log_every_n_steps'"):
         GWACallback(log_every_n_step=3)
-    with pytest.raises(InvalidInputError, match="num_samples=9: Keras's fit does not tell"):
+    with pytest.raises(InvalidInputError, match="num_samples=9: Keras's fit does not reveal"):
         GWACallback(num_samples=9)
     monkeypatch.setattr(keras.backend, "backend", lambda: "tensorflow")
     with pytest.raises(InvalidInputError, match=r"'tensorflow'.*KERAS_BACKEND=torch"):
         GWACallback()
 
 
-def test_the_callback_added_twice_is_refused():
-    with pytest.raises(InvalidInputError, match="this trainer has it twice"):
+def test_two_callbacks_in_one_fit_are_refused():
+    with pytest.raises(InvalidInputError, match="this trainer has two of them"):
         fit(make(), GWACallback(), GWACallback())
 
 
-def test_a_fit_without_training_steps_leaves_nothing_open():
+def test_a_fit_without_training_steps_closes_its_journal():
     callback = GWACallback()
     fit(make(), callback, epochs=0)
     assert [record.kind for record in read_journal(callback.monitor.journal)[0]] == ["run", "close"]
 
 
-def test_another_model_is_watched_anew():
+@slow_in_jax
+def test_another_model_starts_from_zero():
     callback, expected = GWACallback(), GWACallback()
     fit(make(), callback)
     fit(make(), callback, epochs=2)
@@ -208,7 +238,7 @@ def test_another_model_is_watched_anew():
     assert_equal(callback.monitor.history, expected.monitor.history)
 
 
-def test_a_head_that_is_no_dense_layer_is_refused():
+def test_a_head_other_than_a_dense_layer_is_refused():
     keras.utils.set_random_seed(0)
     layers = [keras.Input((FEATURES,)), keras.layers.Reshape((FEATURES, 1)), keras.layers.Conv1D(CLASSES, FEATURES)]
     model = keras.Sequential([*layers, keras.layers.Flatten()])

@@ -1,4 +1,4 @@
-"""What the tests of all trainers train: a small net on random samples, and the plain loop that every trainer must equal."""
+"""What the tests of all trainers share: a net, random samples, and the plain loop whose results every trainer must give."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -18,7 +18,7 @@ RATE = 0.3
 
 
 def samples() -> tuple[np.ndarray, np.ndarray]:
-    """float32 [SAMPLES, FEATURES], and labels int64 [SAMPLES] that follow from them, one in five of them wrong."""
+    """float32 [SAMPLES, FEATURES], and labels int64 [SAMPLES] computed from them, one in five of them wrong."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(SAMPLES, FEATURES)).astype(np.float32)
     y = (x @ rng.normal(size=(FEATURES, CLASSES))).argmax(1)
@@ -42,7 +42,7 @@ class Samples(Dataset):
 
 
 def loader() -> DataLoader:
-    """In the same order every time, so that a trainer cannot but see what the plain loop sees."""
+    """Always in the same order, so that a trainer sees the batches that the plain loop sees."""
     return DataLoader(Samples(), batch_size=BATCH)
 
 
@@ -54,7 +54,7 @@ def net() -> nn.Module:
 def plain(
     model: nn.Module, epochs: int = EPOCHS, batches: Iterable[Any] | None = None, **arguments: Any
 ) -> tuple[list[EpochReport], list[float]]:
-    """The plain loop: its reports, and its losses."""
+    """The plain loop: returns its reports and its losses."""
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     losses = []
     with gwa_logging.watch(model, **arguments) as monitor:
@@ -75,7 +75,7 @@ def statistics(reports: Iterable[EpochReport]) -> Iterator[dict[str, float]]:
 
 
 def assert_equal(found: Sequence[EpochReport], expected: Sequence[EpochReport], **tolerance: float) -> None:
-    """The same epochs, to 1e-6 unless said otherwise."""
+    """Checks that two runs have the same epochs, to 1e-6 unless `tolerance` is given."""
     assert len(found) == len(expected) > 0
     for mine, theirs in zip(statistics(found), statistics(expected), strict=True):
         assert mine == pytest.approx(theirs, **tolerance or {"abs": 1e-6, "rel": 1e-6}, nan_ok=True)
@@ -83,3 +83,9 @@ def assert_equal(found: Sequence[EpochReport], expected: Sequence[EpochReport], 
 
 def weights(model: nn.Module) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def assert_adds_only_its_session(callback: Any, base: type) -> None:
+    """Checks that a callback adds `monitor` and `_gwa_session` to a trainer's own class, and nothing else."""
+    assert set(dir(callback)) - set(dir(base())) == {"monitor", "_gwa_session"}
+    assert type(callback).monitor.__doc__

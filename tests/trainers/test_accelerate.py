@@ -1,15 +1,13 @@
-"""Accelerate: the numbers of the plain loop, its trackers, its checkpoints."""
+"""watch() for Accelerate: the results of the plain loop, its trackers and its checkpoints."""
 
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import pytest
 import torch
 from accelerate import Accelerator, skip_first_batches
-from mlflow import MlflowClient
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -29,7 +27,7 @@ def train(
     resume: int | None = None,
     **arguments: Any,
 ) -> tuple[Monitor, nn.Module]:
-    """A loop as Accelerate's own examples have it, which saves its state after a step or goes on from there."""
+    """A loop like those of Accelerate's examples; it saves its state after step `save`, or resumes at step `resume`."""
     model = model or net()
     prepared, optimizer, data = accelerator.prepare(
         model, torch.optim.SGD(model.parameters(), lr=RATE), DataLoader(loader().dataset, batch)
@@ -62,7 +60,7 @@ def bare_watch(accelerator: Accelerator, model: nn.Module, **arguments: Any) -> 
     return gwa_logging.watch(model, **arguments)
 
 
-def test_statistics_and_weights_are_those_of_the_plain_loop():
+def test_statistics_and_weights_equal_those_of_the_plain_loop():
     monitor, model = train(Accelerator(cpu=True))
     bare = net()
     assert_equal(monitor.history, plain(bare)[0])
@@ -88,14 +86,14 @@ def test_accumulated_and_mixed_precision_steps_count_each_sample_once():
     assert [report.count + report.excluded for report in monitor.history] == [SAMPLES] * EPOCHS
 
 
-def test_the_alert_stops_the_loop_only_if_it_is_told_to():
+def test_the_alert_ends_the_loop_only_with_action_stop():
     rule = {"warmup": 0, "patience": 1, "min_delta": 1e9, "drop": 0}  # fires in epoch 1
     assert len(train(Accelerator(cpu=True), early_stop=EarlyStop(**rule))[0].history) == EPOCHS
     assert len(train(Accelerator(cpu=True), early_stop=EarlyStop(action="stop", **rule))[0].history) == 2
 
 
 @pytest.mark.parametrize("step", [4, 6], ids=["end of an epoch", "middle of an epoch"])
-def test_a_loop_that_is_resumed_from_a_saved_state_equals_one_that_was_not_interrupted(step):
+def test_a_resumed_loop_equals_an_uninterrupted_one(step):
     arguments = {"num_samples": SAMPLES, "log_every_n_steps": 3}
     whole, _ = train(Accelerator(cpu=True), save=step, **arguments)
     kept = torch.load("state/custom_checkpoint_0.pkl", weights_only=True)
@@ -106,10 +104,14 @@ def test_a_loop_that_is_resumed_from_a_saved_state_equals_one_that_was_not_inter
     assert resumed.suspects(SAMPLES) == whole.suspects(SAMPLES)
 
 
-@pytest.mark.parametrize("kind", ["wandb", "mlflow", "tensorboard"])
+@pytest.mark.parametrize(
+    "kind", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in ("wandb", "mlflow")), "tensorboard"]
+)
 def test_results_go_into_the_run_of_the_accelerators_tracker(kind, tmp_path, monkeypatch, mlflow_uri):
     monkeypatch.setenv("WANDB_MODE", "offline")
     if kind == "mlflow":
+        import mlflow
+
         mlflow.set_tracking_uri(mlflow_uri())
     accelerator = Accelerator(cpu=True, log_with=kind, project_dir=tmp_path)
     accelerator.init_trackers("project")
@@ -124,13 +126,13 @@ def test_results_go_into_the_run_of_the_accelerators_tracker(kind, tmp_path, mon
         assert list(Path(place, "gwa").glob("events.out.*"))
     accelerator.end_training()
     if kind == "mlflow":
-        found = MlflowClient().get_run(place).data.metrics
+        found = mlflow.MlflowClient().get_run(place).data.metrics
         assert found["gwa/mean"] == pytest.approx(monitor.history[-1].mean)
         assert "loss" in found
         assert place == tracker.info.run_id
 
 
-def test_what_the_accelerator_logs_is_not_changed(tmp_path):
+def test_what_the_accelerator_logs_does_not_change(tmp_path):
     def run(watching: Any) -> list[tuple[int, float]]:
         accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path / watching.__name__)
         accelerator.init_trackers("project")
@@ -151,7 +153,7 @@ def test_watching_again_replaces_the_first_watch_and_its_state():
     second, _ = train(accelerator, model=model, save=4)
     assert first is not second
     assert [path.name for path in Path("state").glob("custom*")] == ["custom_checkpoint_0.pkl"]
-    third, _ = train(accelerator, model=net())  # another model has a state of its own
+    third, _ = train(accelerator, model=net())  # another model has its own state
     accelerator.save_state("both")
     assert len(list(Path("both").glob("custom*"))) == 2
     assert len(third.history) == EPOCHS
@@ -164,8 +166,8 @@ def test_wrong_arguments_are_refused():
         watch(Accelerator(cpu=True), net(), log_every_n_step=3)
 
 
-def ddp(folder: str) -> None:
-    """What each of two processes does, with half of every batch."""
+def train_ddp(folder: str) -> None:
+    """Runs in each of two processes, on half of every batch."""
     torch.set_num_threads(1)
     os.chdir(folder)
     accelerator = Accelerator(cpu=True)
@@ -176,8 +178,9 @@ def ddp(folder: str) -> None:
     accelerator.end_training()
 
 
-def test_two_processes_report_what_one_would(tmp_path, two_processes):
-    two_processes("tests.trainers.test_accelerate", "ddp", tmp_path)
+@pytest.mark.slow
+def test_two_processes_report_the_same_as_one(tmp_path, two_processes):
+    two_processes("tests.trainers.test_accelerate", "train_ddp", tmp_path)
     assert len(list(tmp_path.glob("gwa_runs/*/journal.jsonl"))) == 1
     expected = plain(net())[0]
     for rank in (0, 1):

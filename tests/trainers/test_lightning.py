@@ -1,4 +1,4 @@
-"""Lightning's callback: the numbers of the plain loop, the trainer's own ways of stopping, resuming and logging."""
+"""The callback for Lightning: the results of the plain loop, and the trainer's own stopping, resuming and logging."""
 
 import json
 import os
@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning.pytorch as lightning
 import pytest
-import pytorch_lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
@@ -19,9 +18,20 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 import gwa_logging
 from gwa_logging import EarlyStop, EpochReport, InvalidInputError
-from gwa_logging.integrations.lightning import GWACallback
+from gwa_logging.integrations.lightning import GWACallback, _runs
 from gwa_logging.journal import read_journal
-from tests.trainers.tasks import BATCH, EPOCHS, RATE, SAMPLES, assert_equal, loader, net, plain, weights
+from tests.trainers.tasks import (
+    BATCH,
+    EPOCHS,
+    RATE,
+    SAMPLES,
+    assert_adds_only_its_session,
+    assert_equal,
+    loader,
+    net,
+    plain,
+    weights,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:.*:FutureWarning")
 
@@ -66,7 +76,7 @@ def fit(callback: GWACallback, module: Any = None, **arguments: Any) -> Any:
     return module
 
 
-def test_statistics_and_weights_are_those_of_the_plain_loop():
+def test_statistics_and_weights_equal_those_of_the_plain_loop():
     callback, bare = GWACallback(), net()
     module = fit(callback)
     assert_equal(callback.monitor.history, plain(bare)[0])
@@ -74,18 +84,27 @@ def test_statistics_and_weights_are_those_of_the_plain_loop():
     assert callback.monitor.faults == {}
 
 
-def test_the_other_import_name_is_taken_as_well():
+def test_modules_of_pytorch_lightning_are_accepted_too():
+    import pytorch_lightning
+
     class Other(pytorch_lightning.LightningModule):
-        __init__, forward, training_step = Classifier.__init__, Classifier.forward, Classifier.training_step
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = net()
+
+        forward, training_step = Classifier.forward, Classifier.training_step
         configure_optimizers = Classifier.configure_optimizers
 
-    Other.__init__ = lambda self: (pytorch_lightning.LightningModule.__init__(self), setattr(self, "model", net()))[0]
     callback = GWACallback()
     quiet = {"enable_progress_bar": False, "enable_checkpointing": False, "logger": False}
     pytorch_lightning.Trainer(accelerator="cpu", max_epochs=EPOCHS, callbacks=[callback], **quiet).fit(
         Other(), loader()
     )
     assert_equal(callback.monitor.history, plain(net())[0])
+
+
+def test_the_callback_adds_nothing_but_its_session_and_monitor():
+    assert_adds_only_its_session(GWACallback(), lightning.Callback)
 
 
 def test_accumulated_and_mixed_precision_steps_count_each_sample_once():
@@ -107,7 +126,7 @@ def test_accumulated_and_mixed_precision_steps_count_each_sample_once():
     assert [report.count + report.excluded for report in monitor.history] == [SAMPLES] * EPOCHS
 
 
-def test_nothing_that_the_trainer_logs_is_changed(tmp_path):
+def test_what_the_trainer_logs_does_not_change(tmp_path):
     def run(*callbacks: Any) -> tuple[str, dict[str, Any], Tensor]:
         module, logger = Classifier(), CSVLogger(tmp_path, name=f"{len(callbacks)}")
         fitting = trainer(*callbacks, logger=logger)
@@ -138,13 +157,16 @@ def test_the_progress_bar_shows_gwa():
 RULE = {"warmup": 0, "patience": 1, "min_delta": 1e9, "drop": 0}  # fires in epoch 1
 
 
-def test_the_alert_stops_the_trainer_only_if_it_is_told_to():
-    told, stopped = GWACallback(early_stop=EarlyStop(**RULE)), GWACallback(early_stop=EarlyStop(action="stop", **RULE))
-    fit(told)
+def test_the_alert_stops_the_trainer_only_with_action_stop():
+    alerted, stopped = (
+        GWACallback(early_stop=EarlyStop(**RULE)),
+        GWACallback(early_stop=EarlyStop(action="stop", **RULE)),
+    )
+    fit(alerted)
     fit(stopped)
-    assert told.monitor.alert is not None
-    assert len(told.monitor.history) == EPOCHS
-    assert len(stopped.monitor.history) == told.monitor.alert.epoch + 1 < EPOCHS
+    assert alerted.monitor.alert is not None
+    assert len(alerted.monitor.history) == EPOCHS
+    assert len(stopped.monitor.history) == alerted.monitor.alert.epoch + 1 < EPOCHS
 
 
 def test_a_window_of_samples_can_stop_the_trainer_within_an_epoch():
@@ -156,7 +178,7 @@ def test_a_window_of_samples_can_stop_the_trainer_within_an_epoch():
 
 
 class Resumable(DataLoader):
-    """Goes on in the middle of an epoch: Lightning's way of it, without which it begins the epoch's data anew."""
+    """Lightning resumes in the middle of an epoch only with a stateful loader; with others it repeats the epoch's data."""
 
     drawn = 0
 
@@ -174,7 +196,7 @@ class Resumable(DataLoader):
 
 
 @pytest.mark.parametrize("when", ["validation", "epoch", "step"])
-def test_a_fit_that_is_resumed_from_a_checkpoint_equals_one_that_was_not_interrupted(when, tmp_path):
+def test_a_resumed_fit_equals_an_uninterrupted_one(when, tmp_path):
     arguments = {"num_samples": SAMPLES, "sample_ids": 2, "log_every_n_steps": 3}
     validation = [loader()] if when == "validation" else []
     often = {"every_n_train_steps": 2} if when == "step" else {"every_n_epochs": 1}
@@ -193,7 +215,7 @@ def test_a_fit_that_is_resumed_from_a_checkpoint_equals_one_that_was_not_interru
     assert_equal(whole.monitor.history, plain(net())[0])
 
 
-@pytest.mark.parametrize("kind", ["wandb", "mlflow", "tensorboard"])
+@pytest.mark.parametrize("kind", [pytest.param("mlflow", marks=pytest.mark.slow), "wandb", "tensorboard"])
 def test_results_go_into_the_run_of_the_trainers_own_logger(kind, tmp_path, monkeypatch, mlflow_uri):
     monkeypatch.setenv("WANDB_MODE", "offline")
     logger = {
@@ -218,7 +240,21 @@ def test_results_go_into_the_run_of_the_trainers_own_logger(kind, tmp_path, monk
         assert list(Path(logger.log_dir, "gwa").glob("events.out.*"))
 
 
-def test_a_backend_that_was_named_is_not_replaced_by_the_loggers(tmp_path):
+@pytest.mark.parametrize(
+    ("logger", "attribute", "backend"),
+    [
+        ("WandbLogger", "experiment", "wandb"),
+        ("MLFlowLogger", "run_id", "mlflow"),
+        ("TensorBoardLogger", "log_dir", "tensorboard"),
+    ],
+)
+def test_the_run_of_each_kind_of_logger_is_found_also_in_subclasses(logger, attribute, backend):
+    kind = type("Derived", (type(logger, (), {}),), {attribute: "first"})
+    second = type(logger, (), {attribute: "second"})
+    assert _runs([kind(), second(), CSVLogger("out")]) == {backend: "first"}
+
+
+def test_a_backend_named_by_the_user_takes_precedence_over_the_loggers(tmp_path):
     callback = GWACallback(backend="local")
     fit(callback, logger=TensorBoardLogger(tmp_path))
     assert read_journal(callback.monitor.journal)[0][0].places == {}
@@ -227,26 +263,26 @@ def test_a_backend_that_was_named_is_not_replaced_by_the_loggers(tmp_path):
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
-def test_a_wrong_argument_is_an_error_before_the_trainer_is_built():
+def test_a_wrong_argument_raises_before_the_trainer_is_built():
     with pytest.raises(InvalidInputError, match="did you mean 'log_every_n_steps'"):
         GWACallback(log_every_n_step=3)
     with pytest.raises(InvalidInputError, match="num_samples="):
         GWACallback(sample_ids="id")
 
 
-def test_the_callback_added_twice_is_refused():
-    with pytest.raises(RuntimeError, match="GWACallback"):  # Lightning's own word, before ours
+def test_two_callbacks_in_one_trainer_are_refused():
+    with pytest.raises(RuntimeError, match="GWACallback"):  # Lightning's own check
         trainer(GWACallback(), GWACallback())
 
     class Another(GWACallback):
         pass
 
-    with pytest.raises(InvalidInputError, match="this trainer has it twice"):
+    with pytest.raises(InvalidInputError, match="this trainer has two of them"):
         trainer(GWACallback(), Another()).fit(Classifier(), loader())
 
 
 @pytest.mark.parametrize("limits", [{"limit_train_batches": 0}, {"max_steps": 0}, {"epochs": 0}], ids=str)
-def test_a_trainer_without_training_steps_leaves_nothing_open(limits):
+def test_a_fit_without_training_steps_closes_its_journal(limits):
     callback = GWACallback()
     trainer(callback, **limits).fit(Classifier(), loader())
     assert callback.monitor.history == []
@@ -255,12 +291,12 @@ def test_a_trainer_without_training_steps_leaves_nothing_open(limits):
     assert not skipped
 
 
-def test_ids_that_are_not_in_the_batch_are_refused_at_the_first_one():
-    with pytest.raises(InvalidInputError, match="sample_ids='id': not in the batch"):
+def test_ids_missing_from_the_batch_are_refused_at_the_first_batch():
+    with pytest.raises(InvalidInputError, match="sample_ids='id': not found in the batch"):
         fit(GWACallback(num_samples=SAMPLES, sample_ids="id"))
 
 
-def test_another_model_is_watched_anew_and_the_same_one_goes_on():
+def test_a_further_fit_resumes_for_the_same_model_and_starts_from_zero_for_another():
     callback, first, second = GWACallback(), Classifier(), Classifier()
     fitting = trainer(callback)
     fitting.fit(first, loader())
@@ -276,9 +312,7 @@ def test_another_model_is_watched_anew_and_the_same_one_goes_on():
     assert not first.model[2]._forward_hooks
 
 
-class ByHand(Classifier):
-    """Manual optimisation."""
-
+class ManualOptimization(Classifier):
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -291,14 +325,14 @@ class ByHand(Classifier):
         optimizer.step()
 
 
-def test_manual_optimisation_is_seen_as_well():
+def test_manual_optimization_is_counted():
     callback = GWACallback()
-    fit(callback, ByHand())
+    fit(callback, ManualOptimization())
     assert_equal(callback.monitor.history, plain(net())[0])
 
 
-class Twins(Classifier):
-    """Two models with an optimizer each; the second one classifies."""
+class TwoModels(Classifier):
+    """Two models with an optimizer each; `model` is the classifier."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -316,16 +350,16 @@ class Twins(Classifier):
         return [torch.optim.SGD(part.parameters(), lr=RATE) for part in (self.other, self.model)]
 
 
-def test_of_two_models_with_an_optimizer_each_the_head_must_be_named():
+def test_with_two_optimizers_the_head_must_be_named():
     with pytest.raises(InvalidInputError, match=r"2 optimizers.*head='classifier\.fc'"):
-        fit(GWACallback(), Twins())
+        fit(GWACallback(), TwoModels())
     callback = GWACallback(head="model.2")
-    fit(callback, Twins())
+    fit(callback, TwoModels())
     assert_equal(callback.monitor.history, plain(net())[0])
 
 
-class Parts(lightning.LightningModule):
-    """A body and a head that training_step joins."""
+class BodyAndHead(lightning.LightningModule):
+    """A body and a head; only training_step connects them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -337,23 +371,23 @@ class Parts(lightning.LightningModule):
     configure_optimizers = Classifier.configure_optimizers
 
 
-class Joined(Parts):
+class WithForward(BodyAndHead):
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.body(x))
 
 
-def test_of_two_parts_the_forward_tells_the_head_and_without_one_it_must_be_named():
-    with pytest.raises(InvalidInputError, match=r"the parts head, body, and no forward"):
-        fit(GWACallback(), Parts())
+def test_with_two_submodules_the_head_is_found_through_forward_or_must_be_named():
+    with pytest.raises(InvalidInputError, match=r"the submodules head, body and no forward"):
+        fit(GWACallback(), BodyAndHead())
     torch.manual_seed(0)
-    for module, arguments in ((Parts(), {"head": "head"}), (Joined(), {})):
+    for module, arguments in ((BodyAndHead(), {"head": "head"}), (WithForward(), {})):
         callback = GWACallback(**arguments)
         fit(callback, module)
         assert "Linear 16 -> 4" in read_journal(callback.monitor.journal)[0][0].head
         assert [report.count for report in callback.monitor.history] == [SAMPLES] * EPOCHS
 
 
-def test_a_fit_that_raises_closes_the_monitor():
+def test_a_fit_that_fails_closes_the_monitor():
     class Fails(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             if self.global_step == 5:
@@ -371,8 +405,10 @@ def test_a_fit_that_raises_closes_the_monitor():
 
 
 class Halves(Classifier):
-    """Each of two processes takes every second sample, so that together they see the batches of one. (A trainer's own
-    sampler would shuffle.)"""
+    """Each of two processes takes every second sample, so that together they see the batches of a single process.
+
+    The trainer's own sampler would shuffle.
+    """
 
     def train_dataloader(self) -> DataLoader:
         rank, ranks = self.trainer.global_rank, self.trainer.world_size
@@ -381,7 +417,7 @@ class Halves(Classifier):
 
 
 class Sharded(Halves):
-    """Split by fully_shard, as ModelParallelStrategy has it."""
+    """Sharded by fully_shard, as ModelParallelStrategy requires."""
 
     def configure_model(self) -> None:
         mesh = self.device_mesh["data_parallel"]
@@ -389,8 +425,8 @@ class Sharded(Halves):
             fully_shard(part, mesh=mesh)
 
 
-def processes(folder: str) -> None:
-    """What each of two processes does."""
+def train_ddp_and_fsdp(folder: str) -> None:
+    """Runs in each of two processes."""
     torch.set_num_threads(1)
     os.chdir(folder)
     both = {"devices": 2, "use_distributed_sampler": False, "enable_checkpointing": True}
@@ -403,8 +439,8 @@ def processes(folder: str) -> None:
         Path(f"{name} {fitting.global_rank}.json").write_text(json.dumps(result))
 
 
-def test_two_processes_report_what_one_would(tmp_path, two_processes):
-    two_processes("tests.trainers.test_lightning", "processes", tmp_path)
+def test_two_processes_report_the_same_as_one(tmp_path, two_processes):
+    two_processes("tests.trainers.test_lightning", "train_ddp_and_fsdp", tmp_path)
     expected = plain(net())[0]
     for name in ("ddp", "fsdp"):
         assert len(list(tmp_path.glob(f"{name}/*/journal.jsonl"))) == 1

@@ -1,4 +1,4 @@
-"""What all callbacks share, without a trainer: where to send, and state that a checkpoint can hold."""
+"""TrainerSession without a trainer: where results go, and a state that a checkpoint can hold."""
 
 import importlib
 import json
@@ -11,7 +11,7 @@ from torch import nn
 
 from gwa_logging import InvalidInputError, MissingDependencyError
 from gwa_logging.journal import read_journal
-from gwa_logging.trainer_session import TrainerSession, _plain, _restored
+from gwa_logging.trainer_session import TrainerSession, decode_arrays, encode_arrays
 
 
 @pytest.mark.parametrize(
@@ -29,18 +29,18 @@ from gwa_logging.trainer_session import TrainerSession, _plain, _restored
         ),
     ],
 )
-def test_the_trainers_own_runs_fill_in_what_the_user_has_left_open(arguments, runs, expected):
-    places = TrainerSession(**arguments)._places(runs)
-    assert (places["backend"], places["run"]) == expected
+def test_the_trainers_own_runs_are_used_where_the_user_named_none(arguments, runs, expected):
+    destination = TrainerSession(arguments)._destination(runs)
+    assert (destination["backend"], destination["run"]) == expected
 
 
-def test_state_is_plain_json_and_comes_back_to_the_bit():
+def test_state_is_plain_json_and_is_restored_bit_for_bit():
     state = {
         "ledger": [np.arange(5, dtype=np.float32) / 3, np.arange(5, dtype=np.int32)],
         "summary": {"mean": np.float64(1 / 3), "bins": np.zeros((2, 3), np.int64), "infinite": -np.inf},
         "history": [],
     }
-    back = _restored(json.loads(json.dumps(_plain(state))))
+    back = decode_arrays(json.loads(json.dumps(encode_arrays(state))))
     for mine, theirs in zip(back["ledger"], state["ledger"], strict=True):
         assert mine.dtype == theirs.dtype
         assert np.array_equal(mine, theirs)
@@ -50,26 +50,27 @@ def test_state_is_plain_json_and_comes_back_to_the_bit():
     assert back["history"] == []
 
 
-def test_an_epoch_in_which_nothing_was_seen_is_a_fault_and_no_end_of_the_training():
-    follower = TrainerSession()
-    follower._begin(nn.Linear(4, 3), training=object(), planned=3, runs={})
-    follower._step(0)
-    assert follower._end_epoch() is None
-    assert follower.monitor.faults == {"epoch": 1}
-    follower._end()
+def test_an_epoch_without_observations_is_counted_as_a_fault_and_does_not_end_training():
+    session = TrainerSession({})
+    session.begin(nn.Linear(4, 3), training=object(), planned=3, runs={})
+    session.enter_epoch(0)
+    session.count_step()
+    assert session.end_epoch() is None
+    assert session.monitor.faults == {"epoch": 1}
+    session.end()
 
 
 def test_state_that_does_not_fit_is_refused_and_leaves_nothing_watched():
     ids = torch.arange(2)
-    model, follower = nn.Linear(4, 3), TrainerSession(num_samples=2)
-    follower._begin(model, training=object(), planned=None, runs={})
-    follower.monitor.tag(ids)
+    model, session = nn.Linear(4, 3), TrainerSession({"num_samples": 2})
+    session.begin(model, training=object(), planned=None, runs={})
+    session.monitor.tag(ids)
     model(torch.ones(2, 4)).square().sum().backward()
-    state = follower.state_dict()
-    other = TrainerSession(num_samples=9)
+    state = session.state_dict()
+    other = TrainerSession({"num_samples": 9})
     other.load_state_dict(state)
     with pytest.raises(ValueError, match="ledger"):
-        other._begin(model, training=object(), planned=None, runs={})
+        other.begin(model, training=object(), planned=None, runs={})
     assert not model._forward_hooks
     assert other.monitor._closed
 
@@ -78,24 +79,24 @@ def test_state_that_does_not_fit_is_refused_and_leaves_nothing_watched():
     "damage", [{"base64": "!"}, {"base64": ""}, {"dtype": "nothing"}, {"shape": [7]}, {"shape": "x"}, {"base64": None}]
 )
 def test_a_checkpoint_whose_arrays_are_damaged_is_refused_and_nothing_is_loaded(damage):
-    model, follower = nn.Linear(4, 3), TrainerSession(num_samples=2)
-    follower._begin(model, training=object(), planned=None, runs={})
-    follower.monitor.tag(torch.arange(2))
+    model, session = nn.Linear(4, 3), TrainerSession({"num_samples": 2})
+    session.begin(model, training=object(), planned=None, runs={})
+    session.monitor.tag(torch.arange(2))
     model(torch.ones(2, 4)).square().sum().backward()
-    follower.monitor.end_epoch()
-    state = follower.state_dict()
+    session.monitor.end_epoch()
+    state = session.state_dict()
     state["monitor"]["ledger"]["sums"] |= damage
-    before = str(follower.monitor.state_dict())
+    before = str(session.monitor.state_dict())
     with pytest.raises(InvalidInputError, match="state: an array in the checkpoint is damaged"):
-        follower.load_state_dict(state)
-    with pytest.raises(InvalidInputError, match=r"state: not a state_dict\(\) of a TrainerSession"):
-        follower.load_state_dict({**state, "epoch": "x"})
-    assert str(follower.monitor.state_dict()) == before
-    follower._end()
+        session.load_state_dict(state)
+    with pytest.raises(InvalidInputError, match=r"state: expected a state_dict\(\) of GWACallback"):
+        session.load_state_dict({**state, "epoch": "x"})
+    assert str(session.monitor.state_dict()) == before
+    session.end()
 
 
 @pytest.mark.parametrize(
-    ("room", "missing"),
+    ("trainer", "missing"),
     [
         ("lightning", ["lightning", "pytorch_lightning"]),
         ("transformers", ["transformers"]),
@@ -103,23 +104,55 @@ def test_a_checkpoint_whose_arrays_are_damaged_is_refused_and_nothing_is_loaded(
         ("keras", ["keras"]),
     ],
 )
-def test_a_trainer_that_is_not_installed_is_named_with_the_remedy(room, missing, monkeypatch):
-    name = f"gwa_logging.integrations.{room}"
+def test_a_missing_trainer_is_named_with_the_pip_command(trainer, missing, monkeypatch):
+    name = f"gwa_logging.integrations.{trainer}"
     monkeypatch.delitem(sys.modules, name, raising=False)
     for package in missing:
         for loaded in [known for known in sys.modules if known.partition(".")[0] == package]:
             monkeypatch.delitem(sys.modules, loaded)
         monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingDependencyError, match=rf"pip install 'gwa-logging\[{room}\]'"):
+    with pytest.raises(MissingDependencyError, match=rf"pip install 'gwa-logging\[{trainer}\]'"):
         importlib.import_module(name)
 
 
-def test_a_training_that_was_interrupted_gives_its_run_to_the_next_one():
-    interrupted, following = (TrainerSession(backend="tensorboard", run="runs") for _ in range(2))
+def test_the_next_training_takes_over_the_run_of_an_interrupted_one():
+    interrupted, following = (TrainerSession({"backend": "tensorboard", "run": "runs"}) for _ in range(2))
     models = [nn.Linear(4, 3) for _ in range(2)]
-    interrupted._begin(models[0], training=object(), planned=None, runs={})
-    interrupted._step(0)
-    following._begin(models[1], training=object(), planned=None, runs={})
+    interrupted.begin(models[0], training=object(), planned=None, runs={})
+    interrupted.enter_epoch(0)
+    interrupted.count_step()
+    following.begin(models[1], training=object(), planned=None, runs={})
     assert read_journal(interrupted.monitor.journal)[0][-1].kind == "close"
-    assert interrupted._end_epoch() is None
-    following._end()
+    assert interrupted.end_epoch() is None
+    following.end()
+
+
+def test_a_later_epoch_of_the_trainer_closes_one_that_was_left_open():
+    model, session = nn.Linear(4, 3), TrainerSession({})
+    session.begin(model, training=object(), planned=2, runs={})
+    for epoch in (0, 0, 1):
+        session.enter_epoch(epoch)
+        model(torch.ones(2, 4)).square().sum().backward()
+        session.count_step()
+    assert [report.count for report in session.monitor.history] == [4]
+    session.end()
+
+
+def test_ending_a_training_undoes_what_was_set_up_for_it_and_the_session_can_be_used_again():
+    session, undone = TrainerSession({}), []
+    for n in range(2):
+        session.begin(nn.Linear(4, 3), training=object(), planned=None, runs={})
+        session.cleanup.callback(undone.append, n)
+        session.end()
+        session.end()
+    assert undone == [0, 1]
+
+
+def test_two_sessions_of_one_training_are_refused():
+    first, second, training = TrainerSession({}), TrainerSession({}), object()
+    first.begin(nn.Linear(4, 3), training=training, planned=None, runs={})
+    with pytest.raises(InvalidInputError, match="this trainer has two of them"):
+        second.begin(nn.Linear(4, 3), training=training, planned=None, runs={})
+    assert first.is_training(training)
+    first.end()
+    assert not first.is_training(training)

@@ -1,23 +1,33 @@
-"""The Trainer's callback: the numbers of the plain loop, the trainer's own ways of stopping, resuming and logging."""
+"""The callback for Transformers: the results of the plain loop, and the trainer's own stopping, resuming and logging."""
 
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import pytest
 import torch
-import wandb
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import gwa_logging
 from gwa_logging import EarlyStop, EpochReport, InvalidInputError
-from gwa_logging.integrations.transformers import GWACallback
+from gwa_logging.integrations.transformers import GWACallback, _runs
 from gwa_logging.journal import read_journal
-from tests.trainers.tasks import BATCH, EPOCHS, RATE, SAMPLES, Samples, assert_equal, loader, net, plain, weights
+from tests.trainers.tasks import (
+    BATCH,
+    EPOCHS,
+    RATE,
+    SAMPLES,
+    Samples,
+    assert_adds_only_its_session,
+    assert_equal,
+    loader,
+    net,
+    plain,
+    weights,
+)
 
 STEPS = SAMPLES // BATCH
 
@@ -37,7 +47,7 @@ class Classifier(nn.Module):
 
 
 class InOrder(Trainer):
-    """Takes the samples in their order, as the plain loop does."""
+    """Does not shuffle, as the plain loop."""
 
     def _get_train_sampler(self, *args: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
@@ -67,13 +77,17 @@ def trainer(*callbacks: Any, model: Any = None, names: Any = NAMES, epochs: int 
     return InOrder(model or Classifier(), training, callbacks=[*callbacks], **data)
 
 
-def test_statistics_and_weights_are_those_of_the_plain_loop():
+def test_statistics_and_weights_equal_those_of_the_plain_loop():
     callback, bare, training = GWACallback(), net(), trainer()
     training.add_callback(callback)
     training.train()
     assert_equal(callback.monitor.history, plain(bare)[0])
     assert torch.equal(weights(training.model.model), weights(bare))
     assert callback.monitor.faults == {}
+
+
+def test_the_callback_adds_nothing_but_its_session_and_monitor():
+    assert_adds_only_its_session(GWACallback(), TrainerCallback)
 
 
 def test_accumulated_and_mixed_precision_steps_count_each_sample_once():
@@ -95,7 +109,7 @@ def test_accumulated_and_mixed_precision_steps_count_each_sample_once():
     assert [report.count + report.excluded for report in monitor.history] == [SAMPLES] * EPOCHS
 
 
-def test_nothing_that_the_trainer_logs_is_changed():
+def test_what_the_trainer_logs_does_not_change():
     def run(*callbacks: Any) -> tuple[list[dict[str, float]], Tensor]:
         training = trainer(*callbacks, eval_strategy="epoch")
         training.train()
@@ -108,7 +122,7 @@ def test_nothing_that_the_trainer_logs_is_changed():
     assert torch.equal(end, bare_end)
 
 
-def test_a_line_for_each_epoch_shows_beside_the_progress_bar(capsys):
+def test_a_line_per_epoch_appears_with_the_progress_bar(capsys):
     callback = GWACallback()
     trainer(callback, disable_tqdm=False).train()
     shown = capsys.readouterr().out
@@ -120,13 +134,16 @@ def test_a_line_for_each_epoch_shows_beside_the_progress_bar(capsys):
 RULE = {"warmup": 0, "patience": 1, "min_delta": 1e9, "drop": 0}  # fires in epoch 1
 
 
-def test_the_alert_stops_the_trainer_only_if_it_is_told_to():
-    told, stopped = GWACallback(early_stop=EarlyStop(**RULE)), GWACallback(early_stop=EarlyStop(action="stop", **RULE))
-    trainer(told).train()
+def test_the_alert_stops_the_trainer_only_with_action_stop():
+    alerted, stopped = (
+        GWACallback(early_stop=EarlyStop(**RULE)),
+        GWACallback(early_stop=EarlyStop(action="stop", **RULE)),
+    )
+    trainer(alerted).train()
     trainer(stopped).train()
-    assert told.monitor.alert is not None
-    assert len(told.monitor.history) == EPOCHS
-    assert len(stopped.monitor.history) == told.monitor.alert.epoch + 1 < EPOCHS
+    assert alerted.monitor.alert is not None
+    assert len(alerted.monitor.history) == EPOCHS
+    assert len(stopped.monitor.history) == alerted.monitor.alert.epoch + 1 < EPOCHS
 
 
 def test_a_window_of_samples_can_stop_the_trainer_within_an_epoch():
@@ -151,7 +168,7 @@ LEDGER = {"num_samples": SAMPLES, "sample_ids": "id", "log_every_n_steps": 3}
     ],
     ids=["epoch", "callbacks restored", "end of an epoch", "middle of an epoch", "best"],
 )
-def test_a_training_that_is_resumed_from_a_checkpoint_equals_one_that_was_not_interrupted(saves, step):
+def test_a_resumed_training_equals_an_uninterrupted_one(saves, step):
     def run(callback: GWACallback, resume: str | None = None) -> None:
         training = trainer(callback, remove_unused_columns=False, **saves)
         training.train(resume_from_checkpoint=resume)
@@ -165,7 +182,7 @@ def test_a_training_that_is_resumed_from_a_checkpoint_equals_one_that_was_not_in
     assert [suspect.times_seen for suspect in whole.monitor.suspects(SAMPLES)] == [EPOCHS] * SAMPLES
 
 
-def test_a_data_set_with_ids_needs_no_column_of_its_own():
+def test_with_ids_replaces_a_column_of_ids():
     callback, own = GWACallback(**LEDGER | {"sample_ids": "sample_id"}), GWACallback(**LEDGER)
     rows = [{"x": row["x"], "labels": row["labels"]} for row in Samples(NAMES)]
     training = trainer(callback, remove_unused_columns=False)
@@ -176,7 +193,7 @@ def test_a_data_set_with_ids_needs_no_column_of_its_own():
     assert callback.monitor.faults == {}
 
 
-def test_a_checkpoint_that_is_asked_for_too_late_begins_anew_and_says_so(caplog):
+def test_a_checkpoint_requested_after_the_callback_starts_gwa_from_zero_with_a_warning(caplog):
     class Late(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             control.should_save = state.global_step in (2, 6)
@@ -192,16 +209,22 @@ def test_a_checkpoint_that_is_asked_for_too_late_begins_anew_and_says_so(caplog)
     assert "Put GWACallback last" in caplog.text
 
 
-@pytest.mark.parametrize("kind", ["wandb", "mlflow", "tensorboard"])
+@pytest.mark.parametrize(
+    "kind", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in ("wandb", "mlflow")), "tensorboard"]
+)
 def test_results_go_into_the_run_that_the_trainer_reports_to(kind, monkeypatch, mlflow_uri):
     monkeypatch.setenv("WANDB_MODE", "offline")
     if kind == "mlflow":
+        import mlflow
+
         mlflow.set_tracking_uri(mlflow_uri())
     callback = GWACallback()
     trainer(callback, report_to=[kind]).train()
     place = read_journal(callback.monitor.journal)[0][0].places[kind].run
     assert callback.monitor.faults == {}
     if kind == "wandb":
+        import wandb
+
         assert place == wandb.run.path
         wandb.finish()
     if kind == "mlflow":
@@ -215,17 +238,22 @@ def test_results_go_into_the_run_that_the_trainer_reports_to(kind, monkeypatch, 
         assert list(Path(place, "gwa").glob("events.out.*"))
 
 
+def test_active_runs_are_used_for_the_trackers_that_are_known(tmp_path):
+    reporting = TrainingArguments(output_dir=tmp_path, report_to=["wandb", "mlflow", "codecarbon"])
+    assert _runs(reporting) == {"wandb": None, "mlflow": None}
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
-def test_a_wrong_argument_is_an_error_before_the_trainer_is_built():
+def test_a_wrong_argument_raises_before_the_trainer_is_built():
     with pytest.raises(InvalidInputError, match="did you mean 'log_every_n_steps'"):
         GWACallback(log_every_n_step=3)
 
 
-def test_the_callback_added_twice_is_refused_and_can_be_mended():
+def test_two_callbacks_in_one_trainer_are_refused_until_one_is_removed():
     training = trainer(GWACallback(), GWACallback())
-    with pytest.raises(InvalidInputError, match="this trainer has it twice"):
+    with pytest.raises(InvalidInputError, match="this trainer has two of them"):
         training.train()
     training.remove_callback(GWACallback)
     training.train()
@@ -236,25 +264,25 @@ def test_ids_that_the_trainer_would_drop_are_refused():
         trainer(GWACallback(**LEDGER)).train()
 
 
-def test_ids_that_are_not_there_are_refused_at_the_first_batch():
-    with pytest.raises(InvalidInputError, match="sample_ids='idx': not in the batch"):
+def test_ids_missing_from_the_batch_are_refused_at_the_first_batch():
+    with pytest.raises(InvalidInputError, match="sample_ids='idx': not found in the batch"):
         trainer(GWACallback(num_samples=SAMPLES, sample_ids="idx"), remove_unused_columns=False).train()
 
 
-def test_labels_that_are_dropped_are_refused_by_the_trainer_itself():
+def test_dropped_labels_are_refused_by_the_trainer_itself():
     callback = GWACallback()
     with pytest.raises(ValueError, match="did not return a loss"):
         trainer(callback, names=("x", "target", "id")).train()
     assert callback.monitor.history == []
 
 
-def test_a_trainer_without_training_steps_leaves_nothing_open():
+def test_a_training_without_steps_closes_its_journal():
     callback = GWACallback()
     trainer(callback, epochs=0).train()
     assert [record.kind for record in read_journal(callback.monitor.journal)[0]] == ["run", "close"]
 
 
-def test_another_model_is_watched_anew():
+def test_another_model_starts_from_zero():
     callback, first, second = GWACallback(), Classifier(), Classifier()
     trainer(callback, model=first).train()
     trainer(callback, model=second, epochs=2).train()
@@ -262,7 +290,7 @@ def test_another_model_is_watched_anew():
     assert not first.model[2]._forward_hooks
 
 
-def test_training_goes_on_after_one_that_raised():
+def test_the_callback_works_again_after_a_training_that_failed():
     class Fails(Classifier):
         def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
             if x.isnan().any():
@@ -285,8 +313,8 @@ def test_training_goes_on_after_one_that_raised():
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
-def ddp(folder: str) -> None:
-    """What each of two processes does, with half of every batch."""
+def train_ddp(folder: str) -> None:
+    """Runs in each of two processes, on half of every batch."""
     torch.set_num_threads(1)
     os.chdir(folder)
     callback = GWACallback(**LEDGER)
@@ -297,8 +325,9 @@ def ddp(folder: str) -> None:
     Path(folder, f"{training.args.process_index}.json").write_text(json.dumps(result))
 
 
-def test_two_processes_report_what_one_would(tmp_path, two_processes):
-    two_processes("tests.trainers.test_transformers", "ddp", tmp_path)
+@pytest.mark.slow
+def test_two_processes_report_the_same_as_one(tmp_path, two_processes):
+    two_processes("tests.trainers.test_transformers", "train_ddp", tmp_path)
     assert len(list(tmp_path.glob("gwa_runs/*/journal.jsonl"))) == 1
     expected = plain(net())[0]
     for rank in (0, 1):
