@@ -1,4 +1,4 @@
-"""Gradient-weight alignment of a classifier, watched while it trains. Start with `gwa_logging.watch`."""
+"""Monitors the gradient-weight alignment of a classifier during training. Start with `gwa_logging.watch`."""
 
 from gwa_logging._watch import watch
 from gwa_logging.alignment import GWA_BETA, STABLE_BETA, alignment_scores, gwa

@@ -1,84 +1,119 @@
-"""watch(): the one way in."""
+"""watch(): the entry point of the library."""
 
 import atexit
 import gc
 import re
 import secrets
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from datetime import datetime
+from functools import wraps
+from inspect import signature
 from os import PathLike
 from pathlib import Path
-from typing import Any, Never
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
-from gwa_logging import registry
+from gwa_logging import _all_heads, registry
+from gwa_logging._closer import closer
+from gwa_logging._run_folder import RunFolder
+from gwa_logging.delivery import DeliveryGroup
 from gwa_logging.errors import InvalidInputError
 from gwa_logging.faults import Faults
 from gwa_logging.journal import FILE_NAME, Journal
-from gwa_logging.monitor import Monitor, close_all, logger
-from gwa_logging.protocols import Backend, RunContext
-from gwa_logging.records import TrackerRunRef
-from gwa_logging.settings import EarlyStop, WatchSettings
+from gwa_logging.monitor import Monitor
+from gwa_logging.protocols import AdapterModule, Backend, BackendWriter, RunContext
+from gwa_logging.recording import Recording, announce
+from gwa_logging.records import StopAlert, TrackerRunRef
+from gwa_logging.settings import EarlyStop, WatchSettings, unknown_name
 
-_watched: list[tuple[Callable[[], Any], Monitor]] = []  # weak references to models, and their monitors
-_DEFAULT = EarlyStop()
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
+class _Watch(NamedTuple):
+    """An open monitor and what it watches. Weak references: neither is kept alive by having been watched."""
+
+    subject: Callable[[], Any]
+    monitor: "weakref.ref[Monitor]"
+
+    @property
+    def is_open(self) -> bool:
+        monitor = self.monitor()
+        return monitor is not None and not monitor._closed
+
+
+_watches: list[_Watch] = []
+
+
+def _refuse_unknown_arguments(function: Callable[P, R]) -> Callable[P, R]:
+    """Raises InvalidInputError with the nearest name for a keyword that the function does not have."""
+    names = list(signature(function).parameters)
+
+    @wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name in kwargs:
+            if name not in names:
+                raise InvalidInputError(unknown_name("argument", name, names[1:]))
+        return function(*args, **kwargs)
+
+    return checked
+
+
+@_refuse_unknown_arguments
 def watch(
     model: Any,
+    backend: str | BackendWriter | Sequence[str | BackendWriter] = "local",
     *,
-    backend: Any = "local",
-    run: Any = None,
+    run: object = None,
     head: Any = None,
-    early_stop: EarlyStop | None = _DEFAULT,
-    on_alert: Callable[..., Any] | None = None,
+    early_stop: EarlyStop | None = EarlyStop(),  # noqa: B008 - it is frozen
+    on_alert: Callable[[StopAlert], object] | None = None,
     log_every_n_steps: int = 50,
     samples_per_epoch: int | None = None,
     num_samples: int | None = None,
     labels: Any = None,
     directory: str | PathLike[str] = "gwa_runs",
     name: str = "gwa",
-    **unknown: Never,
 ) -> Monitor:
-    """Watches the gradient-weight alignment of a model's classifier head while it trains.
+    """Watches the gradient-weight alignment of a model's classifier head during training.
 
-    PyTorch needs nothing else. In JAX, take `monitor.value_and_grad` in place of `jax.value_and_grad`, and pass the
-    scores to `monitor.update`. Watching a model again closes its first monitor.
+    In PyTorch this line is all that is needed. In JAX, use `monitor.value_and_grad` instead of `jax.value_and_grad`, and pass
+    the scores to `monitor.update`. Watching a model again closes its first monitor. Deleting the model closes its monitor too.
 
     Args:
-        model: a `torch.nn.Module` (compiled or wrapped ones too), a model of Flax (Linen, NNX), Equinox, Haiku or Keras 3 (on
+        model: a `torch.nn.Module` (also compiled or wrapped), a model of Flax (Linen, NNX), Equinox, Haiku or Keras 3 (on
             PyTorch or JAX), or a JAX function that calls `gwa_logging.integrations.jax.tap`.
-        backend: where to send: "wandb", "mlflow", "tensorboard", "trackio", "local" (only the journal and the report), a
-            list of them, the name of an entry point in the group `gwa_logging.backends`, or an object with `write` and
-            `close`.
-        run: a run of W&B, MLflow or Trackio, or its id, a TensorBoard log directory or SummaryWriter; with
-            several backends a dict of them, by backend. None takes the active one; if there is none, one is started, and
-            finished on close.
-        head: the classifier head: a dotted path, or the module itself. None finds it. Of a list (PyTorch), the first one is
-            the head that the alert follows; the others are watched beside it, each with keys of its own,
-            `gwa/<path>/...`, and a monitor in `Monitor.heads`.
+        backend: where to send the results: "wandb", "mlflow", "tensorboard", "trackio", "local" (only the journal and the
+            report), the name of an entry point in the group `gwa_logging.backends`, an object with `write` and `close`, or a
+            list of these.
+        run: a run of W&B, MLflow or Trackio, or its id; a TensorBoard log directory or SummaryWriter; with several backends
+            a dict of runs by backend. None uses the active run; if there is none, a run is started and finished on close.
+        head: the classifier head: a dotted path, or the module itself. None finds it. With a list (PyTorch), the alert follows
+            the first head; each of the others has its own keys, `gwa/<path>/...`, and its own monitor in `Monitor.heads`.
         early_stop: the stop rule, or None for no alert.
-        on_alert: called with each StopAlert; a second one comes only after a clearly better epoch took the first one back.
-        log_every_n_steps: steps between two histograms; at least 1. After 10,000 histograms it doubles, and again whenever the
-            run has become twice as long, so that the histograms in the journal are bounded; not with samples_per_epoch.
-        samples_per_epoch: closes an epoch by itself whenever at least so many samples have been seen; looked at each
-            time a histogram is taken. For runs without epochs.
-        num_samples: size of the training set, below 2**31; turns on the per-sample ledger behind `Monitor.suspects`: 12 bytes a
-            sample on the device (8 in JAX, if no predictions are given).
-        labels: the samples' class indices, int [num_samples], an array on the host or a list, for the list of suspects;
-            num_samples need not be given then.
-        directory: where journals and reports go; each watch makes a folder of its own in it.
+        on_alert: called with each StopAlert. A second alert comes only after a clearly better epoch has withdrawn the first.
+        log_every_n_steps: steps between two histograms; at least 1. After 10,000 histograms it doubles each time the run has
+            become twice as long, which bounds the size of the journal; with samples_per_epoch it stays constant.
+        samples_per_epoch: closes an epoch automatically once at least this many samples have been seen; checked whenever a
+            histogram is taken. For runs without epochs, in a single process.
+        num_samples: size of the training set, below 2**31; turns on the per-sample ledger that `Monitor.suspects` reads. The
+            ledger takes 12 bytes per sample on the device (8 in JAX without predictions).
+        labels: class indices of the training set, int [num_samples], an array on the host or a list, for the list of suspects;
+            num_samples may be omitted then.
+        directory: folder for journals and reports; each run has its own folder in it.
         name: prefix of every metric key; letters, digits, "_", "." and "-". Two models in one run need different names.
 
     Returns:
-        The monitor. Use it as a context manager, or close it.
+        The monitor. Close it at the end, or use it as a context manager. In JAX keep a reference to it: a monitor that is no
+        longer referenced is closed.
 
     Raises:
-        InvalidInputError: an argument is wrong or unknown, the model is not one, or the open monitor of another model writes
-            to the same run under the same name.
-        HeadNotFoundError: there is no head, or several modules could be it.
+        InvalidInputError: an argument is wrong or unknown, the model belongs to no supported framework, or the monitor of
+            another model still writes to the same run under the same name.
+        HeadNotFoundError: no head was found, or several modules could be it.
         MissingDependencyError: the package of a backend is not installed.
-        BackendError: the tracker cannot be used, or the directory not be written.
+        BackendError: the tracker cannot be used, or the directory cannot be written.
     """
     settings = WatchSettings(
         backend=backend,
@@ -90,71 +125,115 @@ def watch(
         samples_per_epoch=samples_per_epoch,
         num_samples=num_samples,
         labels=labels,
-        directory=Path(directory),
+        directory=directory,  # type: ignore[arg-type]  # converted by WatchSettings
         name=name,
-        **unknown,
     )
-    room = registry.find_adapter(model)
-    subject = room.subject(model)
-    _close_previous(subject)
+    framework = registry.find_adapter(model)
     heads = settings.heads
-    if len(heads) > 1 and not room.SEVERAL_HEADS:
+    if len(heads) > 1 and not framework.SEVERAL_HEADS:
         raise InvalidInputError(
-            f"head={list(heads)!r}: in JAX one head is watched, whose scores your step returns; name one: head={heads[0]!r}"
+            f"head={list(heads)!r}: in JAX a single head is watched, whose scores your step returns; choose one: "
+            f"head={heads[0]!r}"
         )
+    _close_earlier(framework.subject(model))
     folder = settings.directory.absolute() / f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
-    monitor = _open(room, model, settings.for_head(heads[0]), folder)
+    monitor = _open(framework, model, settings.for_head(heads[0]), folder)
     try:
+        first = monitor._recording
         for other in heads[1:]:
-            monitor._add(_open(room, model, settings.for_other_head(other, monitor._runs()), folder, beside=monitor))
+            runs = {delivery.backend.name: delivery.backend.run for delivery in first.deliveries}
+            further = _open(framework, model, settings.for_other_head(other, runs), folder, group=first.group)
+            monitor.heads[further._adapter.path] = further
     except BaseException:
         monitor.close()
         raise
-    _watched.append((weakref.ref(subject), monitor))
-    atexit.unregister(_close_all)
-    atexit.register(_close_all)  # after the trackers have registered theirs, so before they are gone at exit
+    _register(framework.subject(model), monitor)
+    if monitor.journal is not None:
+        watched = "; ".join(recording.adapter.head for recording in monitor._recordings())
+        announce(f"watching {watched}; journal: {monitor.journal}")
     return monitor
 
 
-def _open(room: Any, model: Any, settings: WatchSettings, folder: Path, *, beside: Monitor | None = None) -> Monitor:
-    """Watches one head, perhaps beside that of another monitor; what was begun is undone if anything fails."""
+def _open(
+    framework: AdapterModule,
+    model: Any,
+    settings: WatchSettings,
+    path: Path,
+    *,
+    group: DeliveryGroup | None = None,
+) -> Monitor:
+    """Watches one head. If anything fails, everything opened so far is closed, and no folder is left.
+
+    Args:
+        framework, model, settings: what to watch, and how.
+        path: the run's folder. It is created last, with the journal, once the head and the trackers are known to work.
+        group: of the first head, if this is a further one.
+    """
     faults = Faults()
-    adapter = room.attach(model, settings, faults)
-    backends: list[Backend] = []
-    try:
-        path = re.sub(r"[^\w.-]", "_", adapter.path)  # of modules that people may call what they like, "/" or "%" too
-        name = f"{settings.name}/{path}" if beside else settings.name
-        journal = None
+    adapter = framework.attach(model, settings, faults)
+    with ExitStack() as undo:
+        undo.callback(adapter.close)
+        head = re.sub(r"[^\w.-]", "_", adapter.path)  # a module's name may contain any character, such as "/" or "%"
+        name, path = (f"{settings.name}/{head}", path / head) if group else (settings.name, path)
+        backends: list[Backend] = []
+        journal = folder = None
         if adapter.writes:
-            folder = folder / path if beside else folder
-            contexts = [(wanted, RunContext(name, settings.run_of(wanted), folder)) for wanted in settings.backend]
+            folder = RunFolder(path)
+            folder.check_writable()
+            contexts = [(wanted, RunContext(name, settings.run_of(wanted), path)) for wanted in settings.backend]
             for wanted, context in contexts:
                 _check_is_free(wanted, registry.locate(wanted, context), name)
-            journal = Journal(folder / FILE_NAME, faults)
             for wanted, context in contexts:
                 opened = registry.open_backend(wanted, context)
                 if opened is not None:
+                    undo.callback(opened.close)
                     backends.append(opened)
                     _check_is_free(opened, opened.run_ref, name)
-        monitor = Monitor(settings, journal, faults, beside._group if beside else None)
-        monitor._start(name, adapter, backends)
+            journal = Journal(path / FILE_NAME, faults)
+        undo.pop_all()  # from here on the monitor closes everything
+    monitor = Monitor(
+        Recording(
+            settings,
+            name=name,
+            adapter=adapter,
+            faults=faults,
+            backends=backends,
+            journal=journal,
+            folder=folder,
+            group=group,
+        )
+    )
+    try:
         adapter.start(monitor._on_step)
     except BaseException:
-        adapter.close()
-        for opened in backends:
-            opened.close()
+        monitor.close()
         raise
-    # A model that is dropped takes its head along, even if nobody closes the monitor.
-    weakref.finalize(room.subject(model), adapter.close).atexit = False
-    logger.info("gwa_logging: %s; journal: %s", adapter.head, monitor.journal)
     return monitor
 
 
+def _register(subject: Any, monitor: Monitor) -> None:
+    """Closes the monitor with its model: when the model is deleted, when it is watched again, or when the program ends."""
+    closer.start()
+    _watches.append(_Watch(weakref.ref(subject), weakref.ref(monitor)))
+    weakref.finalize(subject, _close_orphan, weakref.ref(monitor)).atexit = False
+    atexit.unregister(_close_all)
+    atexit.register(_close_all)  # after the trackers have registered their own, so it runs before them
+
+
+def _close_orphan(reference: "weakref.ref[Monitor]") -> None:
+    """Called when a model has been deleted: nothing more can be observed, unless its scores come from the user (JAX)."""
+    monitor = reference()
+    if monitor is not None and not monitor._closed and monitor._adapter.is_detached:
+        for recording in monitor._recordings():
+            recording.adapter.close()  # releases the head at once
+        closer.close_later(monitor)
+
+
 class RunTakenError(InvalidInputError):
-    """Another monitor of this process writes to the same run, under the same name.
+    """Another monitor of this process writes to the same run under the same name.
 
     Attributes:
-        monitor: the other one.
+        monitor: that other monitor.
     """
 
     def __init__(self, message: str, monitor: Monitor) -> None:
@@ -162,33 +241,43 @@ class RunTakenError(InvalidInputError):
         self.monitor = monitor
 
 
-def _check_is_free(backend: Any, run_ref: TrackerRunRef, name: str) -> None:
-    """Closes the monitor of a model that no longer exists, if it writes to this run_ref under this name.
+def _check_is_free(backend: str | BackendWriter, run_ref: TrackerRunRef, name: str) -> None:
+    """Checks that no other monitor writes to this run under this name. One whose model was deleted is closed first.
 
     Raises:
         RunTakenError: the monitor of another model writes there.
     """
-    for reference, watcher in list(_watched):
-        for monitor in (watcher, *watcher.heads.values()):
-            if monitor._name != name or not any(_is_at(other, backend, run_ref) for other in monitor._backends()):
-                continue
-            gc.collect()
-            if reference() is None and monitor._adapter.is_detached:
-                logger.info("gwa_logging: closing %r, whose model no longer exists", watcher)
-                watcher.close()
-                break
-            kind = backend if isinstance(backend, str) else getattr(backend, "name", type(backend).__name__)
-            run = "it" if run_ref == TrackerRunRef() else f"its run {run_ref.run or run_ref.url!r}"
-            raise RunTakenError(
-                f"backend={kind!r}: the monitor of another model ({monitor._adapter.head}) still writes to {run} under "
-                f"name={monitor._settings.name!r}, and their values would be mixed. Close that monitor first, or give this one "
-                f"another name, such as name='{monitor._settings.name}2'",
-                watcher,
-            )
+    if _writer_to(backend, run_ref, name) is None:
+        return
+    gc.collect()
+    closer.wait(2 * _all_heads.CLOSE_WITHIN)
+    writer = _writer_to(backend, run_ref, name)
+    if writer is None:
+        return
+    kind = backend if isinstance(backend, str) else getattr(backend, "name", type(backend).__name__)
+    run = "it" if run_ref == TrackerRunRef() else f"its run {run_ref.run or run_ref.url!r}"
+    prefix = writer._recording.settings.name
+    raise RunTakenError(
+        f"backend={kind!r}: the monitor of another model ({writer._adapter.head}) still writes to {run} under "
+        f"name={prefix!r}, so their values would be mixed. Close that monitor first, or give this one another name, such as "
+        f"name='{prefix}2'",
+        writer,
+    )
 
 
-def _is_at(opened: Backend, backend: Any, run_ref: TrackerRunRef) -> bool:
-    """Returns True if an opened backend is the same one, or writes to the same run_ref."""
+def _writer_to(backend: str | BackendWriter, run_ref: TrackerRunRef, name: str) -> Monitor | None:
+    """The open monitor, if any, that writes to this run under this name."""
+    for watch in _watches:
+        monitor = watch.monitor()
+        for recording in monitor._recordings() if monitor is not None and not monitor._closed else ():
+            backends = [delivery.backend for delivery in recording.deliveries]
+            if recording.name == name and any(_is_same(opened, backend, run_ref) for opened in backends):
+                return monitor
+    return None
+
+
+def _is_same(opened: Backend, backend: str | BackendWriter, run_ref: TrackerRunRef) -> bool:
+    """Returns True if an opened backend is the given one, or writes to the same run."""
     if opened == backend:
         return True
     kind = backend if isinstance(backend, str) else getattr(backend, "name", None)
@@ -196,13 +285,18 @@ def _is_at(opened: Backend, backend: Any, run_ref: TrackerRunRef) -> bool:
     return opened.name == kind and its != TrackerRunRef() and (its.run or its.url) == (run_ref.run or run_ref.url)
 
 
-def _close_previous(subject: Any) -> None:
-    for entry in list(_watched):
-        reference, monitor = entry
-        if reference() is subject:
+def _close_earlier(subject: Any) -> None:
+    """Closes the monitor of the same model, and waits for those of deleted models, whose runs may still be active."""
+    for watch in _watches:
+        monitor = watch.monitor()
+        if monitor is not None and watch.subject() is subject:
             monitor.close()
-            _watched.remove(entry)
+    closer.wait(2 * _all_heads.CLOSE_WITHIN)
+    _watches[:] = [watch for watch in _watches if watch.is_open]
 
 
 def _close_all() -> None:
-    close_all(monitor for _, monitor in _watched if not monitor.is_copy)
+    """Closes all monitors at the end of the program."""
+    monitors = [monitor for watch in _watches if (monitor := watch.monitor()) is not None and not monitor.is_copy]
+    _all_heads.close([monitor._recordings() for monitor in monitors])
+    closer.wait(_all_heads.CLOSE_WITHIN)

@@ -1,7 +1,7 @@
-"""What a monitor remembers, as plain data: for checkpoints.
+"""The state of a monitor as plain data, for checkpoints.
 
-Everything is JSON, but for the ledger's arrays, which are in the form that the framework's own checkpoints take: tensors in
-PyTorch, whose `torch.load` refuses NumPy, and NumPy arrays in JAX.
+Everything is JSON except the ledger's arrays, which have the form that the framework's own checkpoints accept: tensors in
+PyTorch, because `torch.load` refuses NumPy, and NumPy arrays in JAX.
 """
 
 import math
@@ -21,13 +21,14 @@ from gwa_logging.histogram import BINS
 from gwa_logging.ledger import UNKNOWN, Ledger
 from gwa_logging.protocols import Adapter
 from gwa_logging.records import EpochReport, StopAlert
-from gwa_logging.summary import AlignmentSummary
+from gwa_logging.settings import shortened
+from gwa_logging.summary import SUMMARY_NUMBERS, AlignmentSummary
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 
 class HeadShape(NamedTuple):
-    """Which head a state belongs to: its path, and how many features and classes it has."""
+    """Identifies the head that a state belongs to: its path, and its numbers of features and classes."""
 
     path: str
     features: int
@@ -35,43 +36,48 @@ class HeadShape(NamedTuple):
 
     @classmethod
     def of(cls, adapter: Adapter) -> Self | None:
-        """The head that an adapter watches; None while it is not known."""
+        """The head that an adapter watches; None until it is known."""
         return None if adapter.shape is None else cls(adapter.path, *adapter.shape)
 
-    def is_that_of(self, other: "HeadShape") -> bool:
-        """Whether it is the same head, in another instance of the model perhaps.
+    def matches(self, other: "HeadShape") -> bool:
+        """Returns True if both describe the same head, perhaps in two instances of the model.
 
-        Keras numbers layers and models without a name, and goes on counting: `sequential_8/head` was `sequential/head` before.
+        Keras numbers unnamed layers and models across a process, so `sequential/head` becomes `sequential_8/head` later.
         """
-        plain = (re.sub(r"_\d+(?=/|$)", "", path) if "/" in path else path for path in (self.path, other.path))
-        return len({*plain}) == 1 and self[1:] == other[1:]
+        sizes_agree = (self.features, self.classes) == (other.features, other.classes)
+        return sizes_agree and _without_numbers(self.path) == _without_numbers(other.path)
 
     def __str__(self) -> str:
         return f"{self.path!r} ({self.features} features, {self.classes} classes)"
+
+
+def _without_numbers(path: str) -> str:
+    """A Keras path without the numbers of unnamed layers and models. Other paths, which have no "/", stay as they are."""
+    return re.sub(r"_\d+(?=/|$)", "", path) if "/" in path else path
 
 
 class MonitorState(NamedTuple):
     """The state of one monitor.
 
     Attributes:
-        head: of the model; None if it was not known yet.
-        processes: how many processes trained together.
+        head: the watched head; None if it was not known yet.
+        processes: number of processes in the run.
         step: training steps so far.
-        taken: those of them that the journal has; the rest is in `interval`.
-        display_limit: half-width of the range that histograms are shown in.
+        recorded_steps: the part of them that the journal has; the rest is in `interval`.
+        display_limit: half-width of the range in which histograms are shown.
         planned: number of epochs planned, if known.
-        stop: what the stop rule remembers.
-        history, alert: of the monitor.
-        epoch: summary of the epoch in progress, of all processes together.
+        stop: state of the stop rule.
+        history, alert: as in the monitor.
+        epoch: summary of the epoch in progress, over all processes.
         interval: summary of the interval in progress.
-        ledger: of all processes together; None if there is none.
-        heads: the states of the further heads, by path, as `plain` gives them.
+        ledger: the ledger over all processes; None if there is none.
+        heads: the states of the further heads by path, as `to_dict` returns them.
     """
 
     head: HeadShape | None
     processes: int
     step: int
-    taken: int
+    recorded_steps: int
     display_limit: float
     planned: int | None
     stop: StopState
@@ -82,18 +88,18 @@ class MonitorState(NamedTuple):
     ledger: Ledger | None
     heads: dict[str, Any]
 
-    def plain(self, adapter: Adapter) -> dict[str, Any]:
-        """As plain data."""
+    def to_dict(self, adapter: Adapter) -> dict[str, Any]:
+        """Converts the state to plain data."""
         ledger = self.ledger
         return {
             "version": STATE_VERSION,
             **self._asdict(),
             "head": self.head and self.head._asdict(),
-            "stop": {name: _number(value) for name, value in self.stop._asdict().items()},
+            "stop": {name: _to_json(value) for name, value in self.stop._asdict().items()},
             "history": [report.model_dump(mode="json") for report in self.history],
             "alert": self.alert and self.alert.model_dump(mode="json"),
-            "epoch": _summary(self.epoch),
-            "interval": _summary(self.interval),
+            "epoch": [_to_json(number) for number in self.epoch.to_vector().tolist()],
+            "interval": [_to_json(number) for number in self.interval.to_vector().tolist()],
             "ledger": ledger
             and {
                 **{name: adapter.to_checkpoint_array(getattr(ledger, name)) for name in ("sums", "seen", "predicted")},
@@ -103,80 +109,72 @@ class MonitorState(NamedTuple):
         }
 
     @classmethod
-    def from_plain(cls, state: Any) -> Self:
-        """Reads what `plain` gave.
+    def from_dict(cls, state: Any) -> Self:
+        """Reads what `to_dict` returned.
 
         Raises:
-            InvalidInputError: it is something else, or of another version.
+            InvalidInputError: it is something else, damaged, or of another version.
         """
         if not isinstance(state, Mapping) or "version" not in state:
             found = f"the keys {sorted(map(str, state))}" if isinstance(state, Mapping) else type(state).__name__
             raise InvalidInputError(f"state: not a state_dict() of a monitor: found {found[:200]}")
         if not _equals(state["version"], STATE_VERSION):
             raise InvalidInputError(
-                f"state: expected version {STATE_VERSION}, found {state['version']!r}; take the gwa_logging that it was "
-                "saved with, or start without it"
+                f"state: expected version {STATE_VERSION}, found {shortened(state['version'])}; use the version of "
+                "gwa_logging that saved it, or start without it"
             )
         try:
             read = _Saved.model_validate({name: state[name] for name in cls._fields if name in state})
         except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(map(str, first["loc"])) or "its fields"
-            problem = first["msg"].removeprefix("Value error, ")
-            found = "" if first["type"] in ("missing", "value_error") else f", found {_shortened(first['input'])}"
             raise InvalidInputError(
-                f"state: not a state_dict() of a monitor, or a damaged one: {field}: {problem}{found}. Nothing was loaded: "
-                "take an earlier checkpoint, or start without the state"
+                f"state: not a state_dict() of a monitor, or a damaged one: {_explain(error)}. Nothing was loaded: use an "
+                "earlier checkpoint, or start without the state"
             ) from None
         return cls(
             head=None if read.head is None else HeadShape(**dict(read.head)),
             processes=read.processes,
             step=read.step,
-            taken=read.taken,
+            recorded_steps=read.recorded_steps,
             display_limit=read.display_limit,
             planned=read.planned,
             stop=StopState(**dict(read.stop)),
             history=read.history,
             alert=read.alert,
-            epoch=AlignmentSummary(**dict(read.epoch)),
-            interval=AlignmentSummary(**dict(read.interval)),
+            epoch=read.epoch,
+            interval=read.interval,
             ledger=None if read.ledger is None else Ledger(**dict(read.ledger)),
             heads=read.heads,
         )
 
     def check(self, adapter: Adapter, num_samples: int | None, heads: set[str]) -> None:
-        """Whether it fits a monitor.
+        """Checks that the state fits a monitor.
 
         Raises:
-            InvalidInputError: it belongs to another head, other further heads, another number of processes, or its ledger is of
-                another size.
+            InvalidInputError: its head, further heads, number of processes or size of the ledger differ.
         """
         head = HeadShape.of(adapter)
         size = None if self.ledger is None else len(self.ledger.sums)
-        if head and self.head and not head.is_that_of(self.head):
+        if head and self.head and not head.matches(self.head):
             problem = f"it was saved with the head {self.head}, this model's is {head}"
         elif self.heads.keys() != heads:
-            problem = f"it was saved with the further heads {sorted(self.heads)}, watched are {sorted(heads)}"
+            problem = (
+                f"it was saved with the further heads {sorted(self.heads)}, but the watched ones are {sorted(heads)}"
+            )
         elif self.processes != adapter.processes:
             problem = (
-                f"it was saved by {self.processes} processes, this run has {adapter.processes}; go on with as many, or start "
-                "without it"
+                f"it was saved by {self.processes} processes, this run has {adapter.processes}; resume with the same number, "
+                "or start without it"
             )
         elif size != num_samples:
-            problem = f"its ledger is of size {size}, watch(num_samples={num_samples})"
+            problem = f"its ledger has size {size}, but num_samples={num_samples}"
         else:
             return
         raise InvalidInputError(f"state: {problem}")
 
 
-def _number(value: Any) -> Any:
-    """JSON has no infinities and no NaN; as text they are read back by `float`."""
+def _to_json(value: Any) -> Any:
+    """JSON has no infinities and no NaN, so they become text, which `_real` reads back."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _summary(summary: AlignmentSummary) -> dict[str, Any]:
-    numbers = {name: _number(getattr(summary, name)) for name in AlignmentSummary.__slots__ if name != "bins"}
-    return {**numbers, "bins": summary.bins.tolist()}
 
 
 # --- reading: everything is checked before anything is used ----------------------------------------------------------
@@ -189,44 +187,69 @@ def _equals(value: Any, number: int) -> bool:
         return False
 
 
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _explain(error: ValidationError) -> str:
+    """The first wrong field, what it should be, and what was found."""
+    first = error.errors()[0]
+    field = ".".join(map(str, first["loc"]))
+    if first["type"] == "value_error":
+        return f"{field}: {first['ctx']['error']}" if field else str(first["ctx"]["error"])
+    if first["type"] == "missing":
+        return f"{field}: it is missing"
+    if first["type"] == "extra_forbidden":
+        return f"{field}: it is unknown"
+    expected = _EXPECTED.get(first["type"], "another value").format(**first.get("ctx", {}))
+    return f"{field}: expected {expected}, found {shortened(first['input'])}"
+
+
+_EXPECTED = {
+    "greater_than": "a number above {gt}",
+    "greater_than_equal": "a number of at least {ge}",
+    "less_than": "a number below {lt}",
+    "less_than_equal": "a number of at most {le}",
+    "finite_number": "a finite number",
+    "string_type": "text",
+    "list_type": "a list",
+    "dict_type": "a dictionary",
+    "model_type": "a dictionary",
+    "enum": "one of {expected}",
+}
+"""What a field should be, by pydantic's type of the error."""
 
 
 def _whole(value: Any) -> int:
-    """An integer of Python, of NumPy, or the only element of an array: some checkpoints turn numbers into arrays."""
+    """An integer of Python or NumPy, or an array with one element: some checkpoints convert numbers to arrays."""
     if isinstance(value, bool | np.bool_):
         raise ValueError(f"expected an integer, found {value}")
     try:
         return operator.index(value)
     except TypeError:
-        raise ValueError(f"expected an integer, found {_shortened(value)}") from None
+        raise ValueError(f"expected an integer, found {shortened(value)}") from None
 
 
 def _real(value: Any) -> float:
-    """A number, or what `_number` made of one."""
+    """A number, or the text that `_to_json` made of it."""
     if isinstance(value, str) and value in ("inf", "-inf", "nan"):
         return float(value)
     if isinstance(value, bool | np.bool_ | str | bytes) or not hasattr(value, "__float__"):
-        raise ValueError(f"expected a number, found {_shortened(value)}")
+        raise ValueError(f"expected a number, found {shortened(value)}")
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"expected a number, found {_shortened(value)}") from None
+        raise ValueError(f"expected a number, found {shortened(value)}") from None
 
 
 def _flag(value: Any) -> bool:
     if isinstance(value, bool | np.bool_) or getattr(value, "dtype", None) == np.dtype(bool):
         return bool(value)
-    raise ValueError(f"expected True or False, found {_shortened(value)}")
+    raise ValueError(f"expected True or False, found {shortened(value)}")
 
 
 def _array(value: Any, kinds: str) -> npt.NDArray[Any]:
-    """A one-dimensional array of finite numbers of some kinds, from what any framework has made of it."""
+    """A one-dimensional array of finite numbers of the given kinds, from an array of any framework on any device."""
     try:
-        array = np.asarray(value)
-    except (TypeError, ValueError) as error:
+        on_host = value.detach().cpu() if hasattr(value, "detach") and hasattr(value, "cpu") else value
+        array = np.asarray(on_host)
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is not an array
         raise ValueError(f"expected an array of numbers ({error})") from None
     if array.ndim != 1 or (array.dtype.kind not in kinds and array.size):
         raise ValueError(f"expected a one-dimensional array of numbers, found {array.dtype} of shape {array.shape}")
@@ -235,21 +258,12 @@ def _array(value: Any, kinds: str) -> npt.NDArray[Any]:
     return array
 
 
-def _bins(value: Any) -> npt.NDArray[np.int64]:
-    array = _array(value, "iu")
-    if len(array) != BINS:
-        raise ValueError(f"expected {BINS} counts, found {len(array)} bins")
-    if array.min() < 0 or array.max() > LARGEST:
-        raise ValueError(f"expected counts from 0 to 2**53, found {array.min()} to {array.max()}")
-    return array.astype(np.int64)
-
-
 LARGEST = 2**53
-"""Up to here float64, in which processes exchange counts, holds every integer."""
+"""Float64, in which processes exchange counts, holds every integer up to this one."""
 
 _Count = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=LARGEST)]
 _Positive = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=LARGEST)]
-_Epoch = Annotated[int, BeforeValidator(_whole), Field(ge=-1, le=LARGEST)]
+_EpochOrNone = Annotated[int, BeforeValidator(_whole), Field(ge=-1, le=LARGEST)]
 _Real = Annotated[float, BeforeValidator(_real)]
 _Finite = Annotated[float, BeforeValidator(_real), Field(allow_inf_nan=False)]
 _Flag = Annotated[bool, BeforeValidator(_flag)]
@@ -257,7 +271,7 @@ _Floats = Annotated[Any, BeforeValidator(lambda value: _array(value, "f").astype
 
 
 class _Part(BaseModel):
-    """Base of what is read from a state; nothing in it is converted silently."""
+    """Base class of the parts of a state. Nothing is converted silently."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -274,7 +288,7 @@ class _Stop(_Part):
     rising: _Flag
     best: _Real
     best_error: Annotated[_Finite, Field(ge=0)]
-    best_epoch: _Epoch
+    best_epoch: _EpochOrNone
     waited: _Count
     undefined: _Count
     fired: _Flag
@@ -293,30 +307,29 @@ class _Stop(_Part):
         return self
 
 
-class _Summary(_Part):
-    count: _Count
-    mean: _Finite
-    m2: Annotated[_Finite, Field(ge=0)]
-    m3: _Finite
-    m4: _Finite
-    minimum: _Real
-    maximum: _Real
-    bins: Annotated[Any, BeforeValidator(_bins)]
-    no_gradient: _Count
-    dead: _Count
-    not_finite: _Count
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        limit = 1 + 2 * SCORE_TOLERANCE  # the tolerance itself, rounded to float32
-        in_order = -limit <= self.minimum <= self.maximum <= limit
-        if not in_order if self.count else (self.minimum, self.maximum) != (math.inf, -math.inf):
-            raise ValueError(f"minimum={self.minimum} and maximum={self.maximum} are not those of {self.count} scores")
-        if abs(self.mean) > limit:
-            raise ValueError(f"mean={self.mean}: expected a mean of scores, in [-1, 1]")
-        if int(self.bins.sum()) != self.count:
-            raise ValueError(f"bins: they hold {self.bins.sum()} scores, count={self.count}")
-        return self
+def _summary(value: Any) -> AlignmentSummary:
+    """Reads the list that `AlignmentSummary.to_vector` gave, and checks that scores can have such a summary."""
+    if not isinstance(value, list | tuple | np.ndarray) or len(value) != len(SUMMARY_NUMBERS) + BINS:
+        raise ValueError(f"expected {len(SUMMARY_NUMBERS) + BINS} numbers, found {shortened(value)}")
+    vector = np.array([_real(number) for number in value])
+    numbers = dict(zip(SUMMARY_NUMBERS, vector.tolist(), strict=False))
+    count, bins = numbers["count"], vector[-BINS:]
+    counts = np.array([count, numbers["no_gradient"], numbers["dead"], numbers["not_finite"], *bins])
+    if not ((counts >= 0) & (counts <= LARGEST) & (counts == np.floor(counts))).all():
+        raise ValueError("expected counts from 0 to 2**53, found others")
+    limit = 1 + 2 * SCORE_TOLERANCE  # the tolerance itself, rounded to float32
+    minimum, maximum = numbers["minimum"], numbers["maximum"]
+    in_order = -limit <= minimum <= maximum <= limit
+    if not in_order if count else (minimum, maximum) != (math.inf, -math.inf):
+        raise ValueError(f"minimum={minimum} and maximum={maximum} do not fit {count:.0f} scores")
+    if not abs(numbers["mean"]) <= limit:
+        raise ValueError(f"mean={numbers['mean']}: expected a mean of scores, in [-1, 1]")
+    for name in ("m2", "m3", "m4"):
+        if not math.isfinite(numbers[name]) or (numbers[name] < 0 and name != "m3"):
+            raise ValueError(f"{name}={numbers[name]}: expected a moment of scores")
+    if bins.sum() != count:
+        raise ValueError(f"bins: they hold {bins.sum():.0f} scores, count={count:.0f}")
+    return AlignmentSummary.from_vector(vector)
 
 
 class _Ledger(_Part):
@@ -330,33 +343,33 @@ class _Ledger(_Part):
     def _fits(self) -> Self:
         shapes = self.sums.shape, self.seen.shape, self.predicted.shape
         if len({*shapes}) != 1:
-            raise ValueError(f"a ledger of shapes {', '.join(map(str, shapes))}")
+            raise ValueError(f"expected arrays of one length, found the shapes {', '.join(map(str, shapes))}")
         if (self.seen < 0).any() or (self.predicted < UNKNOWN).any():
             raise ValueError("seen or predicted: found negative numbers")
         return self
 
 
 class _Saved(_Part):
-    """A whole state, as `MonitorState.plain` gives it."""
+    """A whole state, as `MonitorState.to_dict` returns it."""
 
     head: _Head | None
     processes: _Positive
     step: _Count
-    taken: _Count
+    recorded_steps: _Count
     display_limit: Annotated[_Finite, Field(gt=0)]
     planned: _Positive | None
     stop: _Stop
     history: list[EpochReport]
     alert: StopAlert | None
-    epoch: _Summary
-    interval: _Summary
+    epoch: Annotated[Any, BeforeValidator(_summary)]
+    interval: Annotated[Any, BeforeValidator(_summary)]
     ledger: _Ledger | None
     heads: dict[str, Any]
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.taken > self.step:
-            raise ValueError(f"taken={self.taken}: expected at most step={self.step}")
+        if self.recorded_steps > self.step:
+            raise ValueError(f"recorded_steps={self.recorded_steps}: expected at most step={self.step}")
         for index, report in enumerate(self.history):
             if report.epoch != index or not 0 <= report.count <= LARGEST or not 0 <= report.excluded <= LARGEST:
                 raise ValueError(

@@ -1,22 +1,24 @@
-"""Monitors belong to the process that made them: what `os.fork` copies of one into another process does nothing there.
+"""Disables the copies of a monitor that `os.fork` makes: a monitor works only in the process that created it.
 
-A child has the copies of the journal's file and of the trackers' connections, but none of the threads: what it writes would be
-mixed into the parent's run, and what waits for a thread would wait forever. A worker of a DataLoader that leaves the monitor
-alone pays microseconds for this.
+A forked process inherits the open journal and the connections to trackers, but no threads. So a copy would mix its records
+into the parent's run, and would wait forever for threads that do not exist. For a DataLoader worker, which does not use the
+monitor, this costs microseconds.
 """
 
 import logging
 import os
 from weakref import WeakSet
 
+from gwa_logging.errors import InvalidInputError
+
 logger = logging.getLogger("gwa_logging")
 
 
 class Owned:
-    """Base of what belongs to the process that made it.
+    """Base class of objects that belong to the process that created them.
 
     Attributes:
-        is_copy: whether this is the copy of it in a forked process.
+        is_copy: True for the copy in a forked process.
     """
 
     def __init__(self) -> None:
@@ -26,11 +28,11 @@ class Owned:
         _owned.add(self)
 
     def _disown(self) -> None:
-        """Called in a forked process, before anything else runs there. Takes no lock: a thread of the parent may hold it."""
+        """Called first thing in a forked process. Takes no lock, because a thread of the parent may have held it."""
         self.is_copy = True
 
     def _is_refused(self, call: str) -> bool:
-        """Whether a call must do nothing since this is a copy; the first such call is warned about."""
+        """Returns True if this is a copy, so that the call must do nothing. Logs a warning for the first such call."""
         if self.is_copy and not self._has_warned:
             self._has_warned = True
             logger.warning(
@@ -39,6 +41,15 @@ class Owned:
                 *(call, os.getpid(), self._owner),
             )
         return self.is_copy
+
+    def _refuse_copy(self, call: str) -> None:
+        """For calls that need the device, whose state a fork does not copy.
+
+        Raises:
+            InvalidInputError: this is a copy.
+        """
+        if self.is_copy:
+            raise InvalidInputError(f"{call}: the monitor belongs to process {self._owner}; call it there")
 
 
 _owned: "WeakSet[Owned]" = WeakSet()

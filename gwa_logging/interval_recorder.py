@@ -1,8 +1,13 @@
-"""From training steps to intervals: which summary is taken when, and how it comes to the journal without anybody waiting."""
+"""Turns training steps into interval records, without blocking the training thread on the device.
+
+At the end of an interval the recorder starts copying the device's summary to the host. A later step, or `flush`,
+picks the copy up and writes the record.
+"""
 
 import math
 from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 from gwa_logging.faults import Faults
 from gwa_logging.protocols import Adapter, Snapshot
@@ -10,28 +15,35 @@ from gwa_logging.records import IntervalRecord
 from gwa_logging.summary import AlignmentSummary
 
 STEADY = 10_000
-"""How many intervals a run writes before they begin to grow."""
+"""Number of intervals before they begin to grow."""
 
 
 def interval_at(step: int, every: int) -> int:
-    """How many steps an interval has: `every`, and twice as many whenever the run has become twice as long.
+    """Number of steps in the interval at `step`: `every`, doubled each time the run has become twice as long.
 
-    The first 10,000 intervals are of `every` steps; then each doubling of the run's length adds 5,000 more, so that a run of
-    any length writes a bounded number of them: 1e9 steps with `every` = 50 are 65,000 intervals, 65 MB. It depends on the
-    step alone, so a resumed run goes on as it would have.
+    The first 10,000 intervals have `every` steps. After that, each doubling of the run's length adds 5,000 intervals, so
+    their number stays bounded: a run of 1e9 steps with `every` = 50 writes 65,000 intervals, 65 MB. The length depends on the
+    step alone, so a resumed run has the same intervals as an uninterrupted one.
     """
     return every << (step // (every * STEADY)).bit_length()
 
 
+class _PendingInterval(NamedTuple):
+    last_step: int
+    steps: int
+    snapshot: Snapshot
+
+
 class IntervalRecorder:
-    """Counts steps; has the device's summary taken at the first step and then at every n-th, and writes it down once it
-    has come to the host. In a very long run n grows: see `interval_at`.
+    """Counts steps, takes a snapshot at the first step and then every n-th, and writes each as an interval record.
+
+    n grows in very long runs; see `interval_at`.
 
     Attributes:
         steps: training steps so far.
-        epoch: the epoch that they belong to, from 0.
-        summary: what has come of the present epoch.
-        display_limit: half-width of the range that histograms are shown in; grows only.
+        epoch: the current epoch, from 0.
+        summary: scores of the current epoch that have arrived on the host.
+        display_limit: half-width of the range in which histograms are shown; it only grows.
     """
 
     def __init__(
@@ -52,80 +64,83 @@ class IntervalRecorder:
         self._grow = grow
         self._write = write
         self._faults = faults
-        self._pending: deque[tuple[int, int, Snapshot]] = deque()
-        self._first = 0  # step of the present epoch
-        self._taken = 0  # steps that are in the journal or on their way there
-        self._held = AlignmentSummary()  # of the interval in progress, what `hold` has brought to the host
+        self._pending: deque[_PendingInterval] = deque()
+        self._first_step = 0  # of the current epoch
+        self._recorded_steps = 0  # steps in written or pending intervals
+        self._partial = AlignmentSummary()  # the part of the current interval that `peek` has already read
 
     def step(self) -> bool:
-        """Notes a training step; whether anything was written. Does not wait for the device."""
+        """Counts a training step. Does not wait for the device. Returns True if a record was written."""
         due = self.steps % self._every == 0
         if due and self._grow:
             due = self.steps % interval_at(self.steps, self._every) == 0
         self.steps += 1
         if due:
-            self._take()
-        return self._collect(wait=False) if self._pending else False
+            self._snapshot()
+        return self._write_arrived(wait=False) if self._pending else False
 
-    def gather(self) -> bool:
-        """Has everything so far written, waiting for the device; whether anything was."""
-        if self.steps > self._taken:
-            self._take()
-        return self._collect(wait=True)
+    def flush(self) -> bool:
+        """Writes records for all steps so far. Waits for the device. Returns True if a record was written."""
+        if self.steps > self._recorded_steps:
+            self._snapshot()
+        return self._write_arrived(wait=True)
 
     def begin_epoch(self, epoch: int) -> None:
-        """What comes from now on belongs to another epoch."""
+        """Assigns the following steps to another epoch."""
         self.epoch = epoch
         self.summary = AlignmentSummary()
-        self._first = self.steps
+        self._first_step = self.steps
 
     @property
     def in_epoch(self) -> bool:
-        """Whether the present epoch has steps. On ranks that share a head this is the same, unlike `summary.seen`."""
-        return self.steps > self._first
+        """Returns True if the current epoch has had a step. Ranks that share a head agree on this, unlike on `summary.seen`."""
+        return self.steps > self._first_step
 
-    def hold(self) -> tuple[int, AlignmentSummary]:
-        """Has everything so far on the host, waiting for the device, without ending the interval.
+    def peek(self) -> tuple[int, AlignmentSummary]:
+        """Reads the interval in progress without ending it. Waits for the device.
 
         Returns:
-            How many steps the journal has, and the summary of those after them.
+            The number of steps in finished intervals, and the summary of the steps since then.
         """
-        self._collect(wait=True)
-        if self.steps > self._taken:
+        self._write_arrived(wait=True)
+        if self.steps > self._recorded_steps:
             summary = self._adapter.snapshot().result()
-            self._take_in(summary)
-            self._held = self._held.merge(summary)
-        return self._taken, self._held
+            self._add(summary)
+            self._partial = self._partial.merge(summary)
+        return self._recorded_steps, self._partial
 
-    def go_on(
+    def restore(
         self,
+        *,
         steps: int,
         epoch: int,
         summary: AlignmentSummary,
         display_limit: float,
-        taken: int,
-        held: AlignmentSummary,
-        in_epoch: bool = False,
+        recorded_steps: int,
+        partial: AlignmentSummary,
+        in_epoch: bool,
     ) -> None:
-        """Takes up where an earlier run stopped; `taken` and `held` are what `hold` gave."""
-        self._first = steps - in_epoch
+        """Continues an earlier run; `recorded_steps` and `partial` are what `peek` returned."""
+        self._first_step = steps - in_epoch
         self.steps, self.epoch, self.summary, self.display_limit = steps, epoch, summary, display_limit
-        self._taken, self._held = taken, held
+        self._recorded_steps, self._partial = recorded_steps, partial
 
-    def _take(self) -> None:
-        """Starts moving to the host what the device has gathered."""
-        self._pending.append((self.steps - 1, self.steps - self._taken, self._adapter.snapshot()))
-        self._taken = self.steps
+    def _snapshot(self) -> None:
+        """Ends the interval: starts copying its summary to the host."""
+        steps = self.steps - self._recorded_steps
+        self._pending.append(_PendingInterval(self.steps - 1, steps, self._adapter.snapshot()))
+        self._recorded_steps = self.steps
 
-    def _collect(self, *, wait: bool) -> bool:
+    def _write_arrived(self, *, wait: bool) -> bool:
+        """Writes the pending intervals that have arrived, or all of them. Returns True if there was one."""
         written = False
-        while self._pending and (wait or self._pending[0][2].ready()):
-            step, steps, snapshot = self._pending.popleft()
-            self._record(step, steps, snapshot.result())
+        while self._pending and (wait or self._pending[0].snapshot.ready()):
+            pending = self._pending.popleft()
+            self._record(pending.last_step, pending.steps, pending.snapshot.result())
             written = True
         return written
 
-    def _take_in(self, summary: AlignmentSummary) -> None:
+    def _add(self, summary: AlignmentSummary) -> None:
         self.summary = self.summary.merge(summary)
         if summary.not_finite:
             self._faults.record(
@@ -135,8 +150,8 @@ class IntervalRecorder:
             )
 
     def _record(self, step: int, steps: int, summary: AlignmentSummary) -> None:
-        self._take_in(summary)
-        summary, self._held = self._held.merge(summary), AlignmentSummary()
+        self._add(summary)
+        summary, self._partial = self._partial.merge(summary), AlignmentSummary()
         histogram = summary.histogram
         if summary.count:
             self.display_limit = histogram.display_limit(self.display_limit)

@@ -64,12 +64,12 @@ class Adapter(Protocol):
 
     @property
     def processes(self) -> int:
-        """How many processes train together."""
+        """Number of processes in the run."""
         ...
 
     @property
     def is_detached(self) -> bool:
-        """Returns True if the model no longer exists, so that nothing more can be observed."""
+        """Returns True if the model was deleted and nothing more can be observed. Always False if users pass the scores."""
         ...
 
     @property
@@ -82,11 +82,11 @@ class Adapter(Protocol):
         ...
 
     def observe(self, scores: Any, samples: TaggedBatch | None) -> None:
-        """Takes the scores of one step, float [...] on the device, from the user's own training loop."""
+        """Adds the scores of one step, float [...] on the device, from the user's own training loop."""
         ...
 
     def tag(self, samples: TaggedBatch) -> None:
-        """Sets which samples the next forward pass is about."""
+        """Sets which samples the next forward pass processes."""
         ...
 
     def pause(self, paused: bool) -> None:
@@ -98,15 +98,15 @@ class Adapter(Protocol):
         ...
 
     def reduce(self, summary: AlignmentSummary) -> AlignmentSummary:
-        """The summary over all processes, the same on each. Every process must call it."""
+        """Merges the summaries of all processes; the result is the same on each. Every process must call this."""
         ...
 
     def ledger(self) -> Ledger:
-        """The ledger over all processes, on the host, the same on each. Every process must call it."""
+        """Merges the ledgers of all processes, on the host; the result is the same on each. Every process must call this."""
         ...
 
     def load_ledger(self, ledger: Ledger) -> None:
-        """Restores what `ledger` returned, so that the sum over processes is what it was."""
+        """Restores what `ledger` returned, so that the sum over processes is unchanged."""
         ...
 
     def to_checkpoint_array(self, array: npt.NDArray[Any]) -> Any:
@@ -283,6 +283,21 @@ class Backend(ABC):
         Called every 10 seconds from a thread, and at the end.
         """
         return None
+
+
+class BackendModule(Protocol):
+    """The module or entry point that `watch(backend=)` names.
+
+    It may also have `locate(context: RunContext) -> TrackerRunRef`; see `Backend`.
+    """
+
+    def open_backend(self, context: RunContext) -> BackendWriter:
+        """Opens the tracker.
+
+        Raises:
+            BackendError: it cannot be used.
+        """
+        ...
 
 
 class _WithDefaults(Backend):

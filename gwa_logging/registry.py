@@ -1,12 +1,13 @@
-"""Looks rooms up by name, lazily: nothing of a framework or a tracker is imported before it is asked for."""
+"""Finds integrations by name. A framework or a tracker is imported only when it is used."""
 
 import importlib
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, cast
 
 from gwa_logging.errors import InvalidInputError, MissingDependencyError
-from gwa_logging.protocols import Backend, RunContext, with_defaults
+from gwa_logging.protocols import AdapterModule, Backend, BackendModule, BackendWriter, RunContext, with_defaults
 from gwa_logging.records import TrackerRunRef
+from gwa_logging.settings import unknown_name
 
 BACKENDS = {
     "wandb": "gwa_logging.integrations.wandb",
@@ -14,16 +15,16 @@ BACKENDS = {
     "tensorboard": "gwa_logging.integrations.tensorboard",
     "trackio": "gwa_logging.integrations.trackio",
 }
-"""Name to module. "local" is not here: the journal is always written, and "local" adds nothing to it."""
+"""Name to module. "local" is missing because it adds nothing to the journal, which is always written."""
 
 ENTRY_POINT_GROUP = "gwa_logging.backends"
 
 
-def open_backend(backend: Any, context: RunContext) -> Backend | None:
+def open_backend(backend: str | BackendWriter, context: RunContext) -> Backend | None:
     """Opens a backend by name, or completes an object that has `write` and `close`; None for "local".
 
     Raises:
-        InvalidInputError: there is no backend of that name.
+        InvalidInputError: the name is unknown.
         MissingDependencyError: its package is not installed.
         BackendError: the tracker cannot be used.
     """
@@ -34,27 +35,35 @@ def open_backend(backend: Any, context: RunContext) -> Backend | None:
     return with_defaults(find_backend(backend).open_backend(context))
 
 
-def locate(backend: Any, context: RunContext) -> TrackerRunRef:
-    """The place of the run that `open_backend` would take; empty if it would start one, or if only opening it can tell."""
+def locate(backend: str | BackendWriter, context: RunContext) -> TrackerRunRef:
+    """The run that `open_backend` would use; empty if it would start one, or if that is known only after opening it."""
     if not isinstance(backend, str) or backend == "local":
         return TrackerRunRef()
     found: TrackerRunRef = getattr(find_backend(backend), "locate", lambda _: TrackerRunRef())(context)
     return found
 
 
-def find_backend(name: str) -> Any:
-    """The module of a backend, imported."""
+def find_backend(name: str) -> BackendModule:
+    """Imports the module of a backend, or loads its entry point.
+
+    Raises:
+        InvalidInputError: the name is unknown; the message names the nearest one.
+        MissingDependencyError: the backend's package is not installed.
+    """
     if name in BACKENDS:
-        return import_integration(BACKENDS[name], third_party=name, extra=name)
+        return cast("BackendModule", import_integration(BACKENDS[name], third_party=name, extra=name))
     found = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
     if name in found:
-        return found[name].load()
-    names = ", ".join(repr(n) for n in ["local", *BACKENDS, *found])
-    raise InvalidInputError(f"backend={name!r}: there is no such backend; there are {names}")
+        return cast("BackendModule", found[name].load())
+    raise InvalidInputError(unknown_name("backend", name, ["local", *BACKENDS, *found]))
 
 
 def import_integration(module: str, third_party: str, extra: str) -> Any:
-    """Imports a module of `integrations`, whose missing third party becomes a MissingDependencyError."""
+    """Imports a module of `gwa_logging.integrations`.
+
+    Raises:
+        MissingDependencyError: the third party that the module wraps is not installed.
+    """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -74,25 +83,23 @@ _JAX_MODELS = {
 }
 
 
-def find_adapter(model: Any) -> Any:
-    """The module that can watch this model: it has `attach(model, head, num_samples, on_step, faults)`.
+def find_adapter(model: Any) -> AdapterModule:
+    """Imports the adapter for a model's framework.
 
     Raises:
-        InvalidInputError: it is not a model of a framework that we know.
+        InvalidInputError: the model belongs to no supported framework.
+        MissingDependencyError: a package that the adapter needs is not installed.
     """
     bases = {f"{base.__module__}.{base.__qualname__}" for base in type(model).__mro__}
+    is_function = callable(model) and not isinstance(model, type)
     if "torch.nn.modules.module.Module" in bases:
-        return import_integration("gwa_logging.integrations.torch", "torch", "torch")
-    if bases & _JAX_MODELS:
-        return import_integration("gwa_logging.integrations.jax", "jax", "jax")
-    if (
-        callable(model)
-        and not isinstance(model, type)
-        and type(model).__module__ in ("builtins", "functools", "jaxlib._jax")
-    ):
-        return import_integration("gwa_logging.integrations.jax", "jax", "jax")
-    hint = " (the class; pass an instance)" if isinstance(model, type) else ""
-    raise InvalidInputError(
-        "model: expected a torch.nn.Module, a model of Flax, Equinox, Haiku or Keras, or a JAX function, found "
-        f"{type(model).__module__}.{type(model).__qualname__}{hint}"
-    )
+        adapter = import_integration("gwa_logging.integrations.torch", "torch", "torch")
+    elif bases & _JAX_MODELS or (is_function and type(model).__module__ in ("builtins", "functools", "jaxlib._jax")):
+        adapter = import_integration("gwa_logging.integrations.jax", "jax", "jax")
+    else:
+        hint = " (the class; pass an instance)" if isinstance(model, type) else ""
+        raise InvalidInputError(
+            "model: expected a torch.nn.Module, a model of Flax, Equinox, Haiku or Keras, or a JAX function, found "
+            f"{type(model).__module__}.{type(model).__qualname__}{hint}"
+        )
+    return cast("AdapterModule", adapter)

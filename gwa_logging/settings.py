@@ -1,23 +1,88 @@
-"""Settings, validated once at the door: frozen, and a typo is an error that names the nearest field."""
+"""The arguments of `watch` and of the stop rule: frozen, and validated once with error messages of this library.
 
-from collections.abc import Callable
+Every message has the form `field=value: expected ...`; an unknown argument is answered with the nearest name.
+"""
+
+import operator
+import os
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+import numpy.typing as npt
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from gwa_logging.errors import InvalidInputError
 
 NAME_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
-"""What `watch(name=)` takes, with `NAME_LENGTH` characters at most. It becomes the name of folders."""
+"""What `watch(name=)` accepts, with `NAME_LENGTH` characters at most. It becomes the name of folders."""
 
 NAME_LENGTH = 64
 
+_LONGEST_VALUE = 80  # characters of a wrong value in a message
+
+
+def unknown_name(kind: str, name: str, choices: Iterable[str]) -> str:
+    """The message for a name that is none of the choices. Case does not matter for the nearest one.
+
+    >>> unknown_name("backend", "WanDB", ["local", "wandb"])
+    "unknown backend 'WanDB'; did you mean 'wandb'? Choose from 'local', 'wandb'"
+    """
+    by_lower_case = {choice.lower(): choice for choice in choices}
+    nearest = [by_lower_case[match] for match in get_close_matches(name.lower(), by_lower_case, n=1)]
+    suggestion = f"did you mean {nearest[0]!r}? Choose" if nearest else "choose"
+    return f"unknown {kind} {name!r}; {suggestion} from {', '.join(map(repr, by_lower_case.values()))}"
+
+
+def _integer(value: object) -> int:
+    """Accepts Python's and NumPy's integers. Text, floats and booleans are mistakes, so they are not converted."""
+    if isinstance(value, bool | np.bool_):
+        raise TypeError
+    return operator.index(value)  # type: ignore[arg-type]  # raises TypeError for everything else
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError
+    return float(value)
+
+
+def _path(value: object) -> Path:
+    return Path(os.fspath(value))  # type: ignore[call-overload]  # raises TypeError for everything else
+
+
+def _checked(convert: Callable[[Any], Any]) -> BeforeValidator:
+    """Validates with a function that raises TypeError, which pydantic would let through."""
+
+    def validate(value: Any) -> Any:
+        try:
+            return convert(value)
+        except (TypeError, ValueError, OverflowError):
+            raise AssertionError from None  # `_explain` states what the field expects
+
+    return BeforeValidator(validate)
+
+
+Integer = Annotated[int, _checked(_integer)]
+Number = Annotated[float, _checked(_number), Field(allow_inf_nan=False)]
+
 
 class Settings(BaseModel):
-    """A frozen model whose validation errors are one InvalidInputError that people can act on."""
+    """A frozen model that raises InvalidInputError instead of pydantic's errors.
+
+    The description of a field is what its message says after "expected".
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
@@ -29,49 +94,65 @@ class Settings(BaseModel):
 
 
 class EarlyStop(Settings):
-    """When to say that training should stop.
+    """When to alert that training should stop.
 
     Attributes:
-        statistic: what is watched: "separation" (of the scores into two groups: the one that proved best, see
+        statistic: what to watch: "separation" (how well the scores fall into two groups; it predicted the best epoch best, see
             `docs/study.md`), "stable" (mean / (excess kurtosis + 3)), "gwa" (as published) or "mean".
         regime: "scratch" looks for the maximum; "finetune" for the maximum after the first minimum.
-        warmup: epochs that are not looked at: a share (below 1) of the epochs planned by `Monitor.epochs`, or a
-            number of epochs. A share of an unknown plan counts as one epoch. On small data sets that are learnt by heart
-            within a few epochs, a number such as 2 is better.
-        patience: epochs in a row that are clearly below the best until the alert; at least 1.
-        drop: how far below the best is clearly below, as a share of it, in [0, 1). With 0 every epoch without a new best
-            costs patience.
+        warmup: epochs to skip at the start: below 1 a share of the epochs planned by `Monitor.epochs` or `Monitor.plan`, else
+            a number of epochs. A share of an unknown plan counts as one epoch. Small data sets are memorised within a few
+            epochs; there a number such as 2 works better.
+        patience: how many consecutive epochs must be clearly below the best before the alert; at least 1.
+        drop: how far below the best is clearly below, as a share of the best, in [0, 1). With 0 every epoch without a new
+            best counts.
         min_delta: by how many of its standard errors a value must exceed the best to be a new best; at least 0.
-        action: "alert" tells; "stop" also ends `Monitor.epochs`.
+        action: "alert" notifies you; "stop" also ends `Monitor.epochs`.
     """
 
-    statistic: Literal["separation", "stable", "gwa", "mean"] = "separation"
-    regime: Literal["scratch", "finetune"] = "scratch"
-    warmup: float = Field(default=0.1, ge=0, allow_inf_nan=False)
-    patience: int = Field(default=5, ge=1)
-    drop: float = Field(default=0.05, ge=0, lt=1)
-    min_delta: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    action: Literal["alert", "stop"] = "alert"
+    statistic: Literal["separation", "stable", "gwa", "mean"] = Field(
+        default="separation", description="'separation', 'stable', 'gwa' or 'mean'"
+    )
+    regime: Literal["scratch", "finetune"] = Field(default="scratch", description="'scratch' or 'finetune'")
+    warmup: Number = Field(
+        default=0.1, ge=0, description="a number of at least 0: a share below 1, or a number of epochs"
+    )
+    patience: Integer = Field(default=5, ge=1, description="an integer of at least 1")
+    drop: Number = Field(default=0.05, ge=0, lt=1, description="a number in [0, 1)")
+    min_delta: Number = Field(default=0.0, ge=0, description="a number of at least 0")
+    action: Literal["alert", "stop"] = Field(default="alert", description="'alert' or 'stop'")
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        """Only what differs from the defaults, so that the signature of `watch` shows `EarlyStop()`."""
+        fields = type(self).model_fields
+        return [(name, value) for name, value in super().__repr_args__() if name and value != fields[name].default]
 
 
 class WatchSettings(Settings):
-    """The keyword arguments of `gwa_logging.watch`, which describes them."""
+    """The keyword arguments of `gwa_logging.watch`, which documents them."""
 
-    backend: Any = "local"
+    backend: Any = Field(default="local", validate_default=True)
     run: Any = None
     head: Any = None
-    early_stop: EarlyStop | None = Field(default_factory=EarlyStop)
-    on_alert: Callable[..., Any] | None = None
-    log_every_n_steps: int = Field(default=50, ge=1)
-    samples_per_epoch: int | None = Field(default=None, ge=1)
-    num_samples: int | None = Field(default=None, ge=1, lt=2**31)
+    early_stop: EarlyStop | None = Field(default=EarlyStop(), description="an EarlyStop(...) or None")
+    on_alert: Callable[..., Any] | None = Field(default=None, description="a function of the StopAlert, or None")
+    log_every_n_steps: Integer = Field(default=50, ge=1, description="an integer of at least 1")
+    samples_per_epoch: Integer | None = Field(default=None, ge=1, description="an integer of at least 1, or None")
     labels: Any = None
-    directory: Path = Path("gwa_runs")
-    name: str = Field(default="gwa", pattern=NAME_PATTERN, max_length=NAME_LENGTH)
+    num_samples: Integer | None = Field(
+        default=None, ge=1, lt=2**31, validate_default=True, description="an integer from 1 to 2**31 - 1, or None"
+    )
+    directory: Annotated[Path, _checked(_path)] = Field(default=Path("gwa_runs"), description="a path")
+    name: str = Field(
+        default="gwa",
+        pattern=NAME_PATTERN,
+        max_length=NAME_LENGTH,
+        description=f"1 to {NAME_LENGTH} letters, digits, '_', '.' or '-', the first a letter, a digit or '_'",
+    )
 
     @field_validator("backend")
     @classmethod
-    def _backends(cls, value: Any) -> tuple[Any, ...]:
+    def _check_backend(cls, value: Any) -> tuple[Any, ...]:
         backends = tuple(value) if isinstance(value, list | tuple) else (value,)
         for backend in backends:
             if not isinstance(backend, str) and not (hasattr(backend, "write") and hasattr(backend, "close")):
@@ -80,54 +161,72 @@ class WatchSettings(Settings):
                     "and close()"
                 )
         if not backends:
-            raise ValueError("expected at least one backend; 'local' keeps only the journal and the report")
+            raise ValueError("expected at least one backend; 'local' writes only the journal and the report")
         return backends
 
-    @model_validator(mode="before")
+    @field_validator("labels")
     @classmethod
-    def _labels(cls, values: dict[str, Any]) -> dict[str, Any]:
-        given, size = values.get("labels"), values.get("num_samples")
-        if given is None:
-            return values
+    def _check_labels(cls, value: Any) -> npt.NDArray[np.integer[Any]] | None:
+        if value is None:
+            return None
         try:
-            labels = np.asarray(given)
+            labels = np.asarray(value)
         except Exception as error:  # a tensor on another device, a ragged list
-            raise ValueError(f"labels: expected an array on the host, or a list ({error})") from error
+            raise ValueError(f"expected an array on the host, or a list ({error})") from error
         if labels.ndim != 1 or not labels.size or labels.dtype.kind not in "iu":
             found = f"{labels.dtype} of shape {labels.shape}"
-            raise ValueError(f"labels: expected class indices, int [num_samples], found {found}")
-        if size not in (None, labels.size):
-            raise ValueError(f"labels: expected num_samples={size} of them, found {labels.size}")
-        return {**values, "labels": labels, "num_samples": labels.size}
+            raise ValueError(f"expected class indices, int [num_samples], found {found}")
+        return labels
+
+    @field_validator("early_stop", mode="before")
+    @classmethod
+    def _check_early_stop(cls, value: Any) -> Any:
+        if not isinstance(value, EarlyStop | None):  # pydantic would convert a dict
+            raise AssertionError
+        return value
+
+    @field_validator("num_samples", mode="before")
+    @classmethod
+    def _count_labels(cls, value: Any, info: ValidationInfo) -> Any:
+        labels = info.data.get("labels")
+        return len(labels) if value is None and labels is not None else value
+
+    @field_validator("num_samples")
+    @classmethod
+    def _check_num_samples(cls, value: int | None, info: ValidationInfo) -> int | None:
+        labels = info.data.get("labels")
+        if labels is not None and value != len(labels):
+            raise ValueError(f"there are {len(labels)} labels; leave num_samples out, or give all labels")
+        return value
 
     @model_validator(mode="after")
-    def _runs(self) -> Self:
+    def _check_run(self) -> Self:
         if isinstance(self.run, dict):
-            strangers = [name for name in self.run if name not in self.backend]
-            if strangers:
-                raise ValueError(f"run={{{strangers[0]!r}: ...}}: it is not among the backends")
+            for backend in self.run:
+                if backend not in self.backend:
+                    raise ValueError(f"run={{{backend!r}: ...}}: it is not among the backends")
         elif self.run is not None and len(self.backend) > 1:
-            raise ValueError("run=: with several backends, say which one it belongs to: run={'mlflow': run}")
+            raise ValueError("run: with several backends, name the one it belongs to: run={'mlflow': run}")
         return self
 
     @property
     def heads(self) -> tuple[Any, ...]:
-        """The heads that are wanted, at least one; None stands for the one to be found."""
+        """The heads to watch, at least one; None stands for the one that is to be found."""
         heads = tuple(self.head) if isinstance(self.head, list | tuple) else (self.head,)
         if not heads:
             raise InvalidInputError("head=[]: expected at least one head, or None to find it")
         if len(heads) > 1 and not all(isinstance(backend, str) for backend in self.backend):
             raise InvalidInputError(
-                "head: with several heads, backends must be given by name, since each head opens its own"
+                "head: with several heads, give the backends by name, because each head opens its own"
             )
         return heads
 
     def for_head(self, head: Any) -> "WatchSettings":
-        """The settings for the one that the alert follows."""
+        """The settings for the head that the alert follows."""
         return self.model_copy(update={"head": head})
 
     def for_other_head(self, head: Any, runs: dict[str, Any]) -> "WatchSettings":
-        """The settings for one of the others, which share the runs and the epochs of the first."""
+        """The settings for a further head, which shares the runs and the epochs of the first."""
         alone = {"early_stop": None, "on_alert": None, "samples_per_epoch": None}
         return self.model_copy(update={"head": head, "run": runs, **alone})
 
@@ -135,8 +234,8 @@ class WatchSettings(Settings):
         """The user's run for one of the backends; None if none is given."""
         return self.run.get(backend) if isinstance(self.run, dict) else self.run
 
-    def plain(self) -> dict[str, Any]:
-        """What of the settings can be written down: for the journal."""
+    def to_dict(self) -> dict[str, Any]:
+        """The settings that the journal records."""
         return {
             "backend": [b if isinstance(b, str) else type(b).__name__ for b in self.backend],
             "early_stop": self.early_stop.model_dump() if self.early_stop else None,
@@ -146,16 +245,34 @@ class WatchSettings(Settings):
         }
 
 
+def shortened(value: object) -> str:
+    """A value in a message: at most 80 characters of its repr."""
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001 - the message matters, not the value
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
+
+
+def _found(field: object, value: object) -> str:
+    """The start of a message. The messages about labels, which may be long, describe themselves what was found."""
+    if field == "labels":
+        return "labels: "
+    return f"{field}={shortened(value)}: " if field else ""
+
+
 def _explain(model: type[BaseModel], error: ValidationError) -> str:
-    lines = []
-    for problem in error.errors():
-        field = ".".join(str(part) for part in problem["loc"])
+    """This library's message for each field that pydantic refuses; nothing of pydantic's wording is in it."""
+    messages: dict[object, str] = {}
+    for problem in error.errors(include_url=False):
+        field = problem["loc"][0] if problem["loc"] else ""
+        found = _found(field, problem["input"])
+        reason = problem.get("ctx", {}).get("error")
         if problem["type"] == "extra_forbidden":
-            near = get_close_matches(field, model.model_fields, n=1)
-            remedy = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(model.model_fields)}"
-            lines.append(f"unknown argument {field!r}: {remedy}")
+            message = unknown_name("argument", str(field), model.model_fields)
+        elif problem["type"] == "value_error":
+            message = f"{found}{reason}"
         else:
-            message = problem["msg"].removeprefix("Value error, ")
-            found = f"{field}={problem['input']!r}: " if field else ""
-            lines.append(f"{found}{message[:1].lower()}{message[1:]}")
-    return "; ".join(lines)
+            message = f"{found}expected {model.model_fields[str(field)].description}"
+        messages.setdefault(field, message)  # of a union, every member reports its own problem
+    return "; ".join(messages.values())

@@ -1,9 +1,10 @@
-"""Which training samples are probably mislabelled, read from the per-sample ledger.
+"""Finds the training samples that are probably mislabelled, in the per-sample ledger.
 
 A sample with a low mean score over the run is suspect: its gradient keeps opposing the direction in which the other samples
 push the head.
 """
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,58 +14,89 @@ from gwa_logging.errors import InvalidInputError
 from gwa_logging.faults import Faults
 from gwa_logging.ledger import UNKNOWN, Ledger, record_invalid_ids
 from gwa_logging.protocols import Adapter
-from gwa_logging.records import Suspect
+from gwa_logging.records import Suspect, SuspectsRecord
 from gwa_logging.thumbnail import thumbnail
 
 COLLAPSED = 0.9
-"""Share of the samples that are predicted as one class from which a model is called collapsed."""
+"""A model counts as collapsed if it predicts one class for at least this share of the samples."""
+
+SUSPECTS = 100
+"""Number of suspects that are written without being asked for."""
 
 
 class SuspectFinder:
-    """Reads the ledger for the monitor, and says what went into it wrongly."""
+    """Reads the ledger of one monitor, and reports samples that were entered wrongly as faults."""
 
     def __init__(
-        self, adapter: Adapter, num_samples: int | None, labels: npt.NDArray[np.int64] | None, faults: Faults
+        self, adapter: Adapter, num_samples: int | None, labels: npt.NDArray[np.integer[Any]] | None, faults: Faults
     ) -> None:
         self._adapter = adapter
         self._num_samples = num_samples
         self._labels = labels
         self._faults = faults
-        self._told = 0  # samples without ids
+        self._untagged = 0  # samples without ids that have been reported
 
-    def read(self, what: str) -> Ledger:
-        """The ledger of all processes, each of which must call this. Waits for the device.
+    @property
+    def has_ledger(self) -> bool:
+        """Returns True if the run has a per-sample ledger."""
+        return self._num_samples is not None
+
+    def read(self, caller: str) -> Ledger:
+        """The ledger of all processes. Waits for the device. In a distributed run every process must call this.
+
+        Args:
+            caller: the user's call, for the error.
 
         Raises:
-            InvalidInputError: there is none.
+            InvalidInputError: there is no ledger.
         """
         if self._num_samples is None:
-            raise InvalidInputError(f"{what}: there is no ledger: watch(..., num_samples=<size of the training set>)")
-        ledger: Ledger = self._adapter.ledger()
+            raise InvalidInputError(f"{caller}: there is no ledger: watch(..., num_samples=<size of the training set>)")
+        ledger = self._adapter.ledger()
         record_invalid_ids(self._faults, ledger.invalid_ids, self._num_samples)
-        untagged = max(0, ledger.untagged - self._told)
-        self._told = ledger.untagged
+        untagged = max(0, ledger.untagged - self._untagged)
+        self._untagged = ledger.untagged
         if untagged:
             self._faults.record(
                 "samples without ids",
-                f"{untagged} samples came without an id, and are not in the ledger: call tag(ids) before each forward pass, "
-                "or update(scores, ids)",
+                f"{untagged} samples came without an id, so they are not in the ledger: call tag(ids) before each forward "
+                "pass, or update(scores, ids)",
                 untagged,
             )
         return ledger
 
     def suspects(self, k: int, images: Any = None) -> tuple[list[Suspect], int]:
-        """The k samples with the lowest mean score, most suspect first, and how many have been scored at all."""
+        """The k samples with the lowest mean score, most suspect first, and the number of samples that have a score.
+
+        Raises:
+            InvalidInputError: there is no ledger, or k is less than 1.
+        """
         if k < 1:
             raise InvalidInputError(f"k={k}: expected at least 1, the number of suspects wanted")
         ledger = self.read("suspects()")
-        found = [self._suspect(ledger, int(i), images) for i in lowest(ledger.means, k)]
-        return found, int(np.count_nonzero(ledger.seen))
+        suspects = [self._suspect(ledger, int(sample), images) for sample in lowest(ledger.means, k)]
+        return suspects, int(np.count_nonzero(ledger.seen))
+
+    def record(self, k: int, images: Any, *, step: int, epoch: int) -> SuspectsRecord:
+        """The suspects as a record for the journal; `step` and `epoch` are the run's at this moment."""
+        suspects, samples = self.suspects(k, images)
+        return SuspectsRecord(step=step, epoch=epoch, samples=samples, suspects=tuple(suspects))
+
+    def write_csv(self, record: SuspectsRecord, folder: Path) -> None:
+        """Writes suspects.csv. Never raises; a failure is recorded as a fault."""
+        try:
+            (folder / "suspects.csv").write_text(record.csv(), encoding="utf-8")
+        except OSError as error:
+            self._faults.record("suspects.csv", error.strerror)
+
+    def label_quality(self) -> npt.NDArray[np.float64]:
+        """float64 [num_samples]: (mean score + 1) / 2, in [0, 1]; NaN for samples never seen."""
+        return np.clip((self.read("label_quality()").means + 1) / 2, 0, 1)
 
     def collapse(self) -> str | None:
-        """A sentence if nearly all samples are predicted as one class, though their labels, where known, are not.
+        """Returns a sentence if the model predicts one class for nearly all samples; None if not, or if their labels agree.
 
-        Waits for the device. Of several processes, each must call it.
+        Waits for the device. In a distributed run every process must call this.
         """
         predicted = self.read("collapse()").predicted
         known = predicted[predicted != UNKNOWN]
@@ -73,34 +105,34 @@ class SuspectFinder:
         classes, counts = np.unique(known, return_counts=True)
         top = int(classes[np.argmax(counts)])
         share = float(counts.max()) / known.size
-        truly = 0.0 if self._labels is None else float(np.mean(self._labels == top))
-        if share < COLLAPSED or truly >= COLLAPSED:
+        labelled = 0.0 if self._labels is None else float(np.mean(self._labels == top))
+        if share < COLLAPSED or labelled >= COLLAPSED:
             return None
         return f"{share:.0%} of the samples are predicted as class {top}: the model may have collapsed to it"
 
     def _suspect(self, ledger: Ledger, sample: int, images: Any) -> Suspect:
-        known = int(ledger.predicted[sample])
+        predicted = int(ledger.predicted[sample])
         return Suspect(
             id=sample,
             mean_score=float(ledger.sums[sample]) / float(ledger.seen[sample]),
             times_seen=float(ledger.seen[sample]),
             label=None if self._labels is None else int(self._labels[sample]),
-            predicted=None if known == UNKNOWN else known,
+            predicted=None if predicted == UNKNOWN else predicted,
             thumbnail=None if images is None else self._thumbnail(images, sample),
         )
 
     def _thumbnail(self, images: Any, sample: int) -> str | None:
         try:
             return thumbnail(images[sample])
-        except Exception as error:  # noqa: BLE001 - the user's data set may raise anything, and the numbers must not suffer
+        except Exception as error:  # noqa: BLE001 - the user's data set may raise anything
             self._faults.record("thumbnails", f"sample {sample}: {type(error).__name__}: {error}")
             return None
 
 
 def lowest(means: npt.NDArray[np.float64], k: int) -> npt.NDArray[np.intp]:
-    """Indices of the k lowest means, lowest first, ties by index; NaN is left out."""
+    """Indices of the k lowest means, lowest first, ties by index; NaN is omitted."""
     seen = np.flatnonzero(~np.isnan(means))
-    if k < seen.size:  # so that of ten million only a few are sorted
+    if k < seen.size:  # avoids sorting ten million samples
         bound = np.partition(means[seen], k - 1)[k - 1]
         seen = seen[means[seen] <= bound]
     return seen[np.argsort(means[seen], kind="stable")[:k]]

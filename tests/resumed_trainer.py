@@ -1,7 +1,7 @@
-"""A training that tests kill and resume: without a framework, so that a process begins within a tenth of a second.
+"""A training that tests kill and resume. It uses no framework, so that a process starts within a tenth of a second.
 
-The scores of a step depend on its number alone. So a run that was killed and resumed, however often, must leave the same
-records as one that was not.
+The scores of a step depend only on its number. So a run that was killed and resumed any number of times must leave the same
+records as an uninterrupted one.
 """
 
 import json
@@ -24,14 +24,14 @@ from gwa_logging.settings import WatchSettings
 from gwa_logging.summary import AlignmentSummary
 
 STEPS = 21
-"""Steps, and so intervals, in an epoch."""
+"""Steps in an epoch; each is an interval."""
 
 CHECKPOINT_EVERY = 5
-STEP_TAKES = 0.002  # seconds; otherwise a training would be over before any tracker has taken anything
+STEP_TAKES = 0.002  # seconds; otherwise the training would end before any tracker has accepted a record
 
 
-class Taken(NamedTuple):
-    """A summary that is on the host already."""
+class Arrived(NamedTuple):
+    """A snapshot that is already on the host."""
 
     summary: AlignmentSummary
 
@@ -43,7 +43,7 @@ class Taken(NamedTuple):
 
 
 class HostAdapter:
-    """What a framework does for the monitor, for scores that are NumPy arrays."""
+    """An adapter for scores that are NumPy arrays."""
 
     head, path, shape = "scores by step", "", (2, 2)
     writes, processes = True, 1
@@ -60,9 +60,9 @@ class HostAdapter:
         self._summary = self._summary.merge(AlignmentSummary.from_scores(scores))
         self._on_step()
 
-    def snapshot(self) -> Taken:
-        taken, self._summary = Taken(self._summary), AlignmentSummary()
-        return taken
+    def snapshot(self) -> Arrived:
+        arrived, self._summary = Arrived(self._summary), AlignmentSummary()
+        return arrived
 
     def reduce(self, summary: AlignmentSummary) -> AlignmentSummary:
         return summary
@@ -71,27 +71,27 @@ class HostAdapter:
         return "call update"
 
     def close(self) -> None:
-        """There is nothing to undo."""
+        """Nothing to remove."""
 
 
 class Model:
-    """Something that can be watched."""
+    """An object to watch."""
 
 
 def watch(model: Model, directory: Path, backend: str, run: str | None = None) -> Monitor:
-    """As `gwa_logging.watch`; the alert fires in the fourth epoch."""
+    """Like `gwa_logging.watch`. The alert fires in the fourth epoch."""
     settings = WatchSettings(
         backend=backend,
         run=run,
         log_every_n_steps=1,
         early_stop=EarlyStop(patience=3, warmup=0, min_delta=1e9, drop=0),
     )
-    module: Any = SimpleNamespace(attach=lambda *_: HostAdapter(), subject=lambda model: model)
-    return _open(module, model, settings, directory / f"{time.time_ns()}")
+    framework: Any = SimpleNamespace(attach=lambda *_: HostAdapter(), subject=lambda model: model)
+    return _open(framework, model, settings, directory / f"{time.time_ns()}")
 
 
 def step(monitor: Monitor, number: int) -> None:
-    """Trains a step; with the last one of an epoch it is closed."""
+    """Trains a step, and closes the epoch after its last one."""
     monitor.update(np.random.default_rng(number).normal(0.2, 0.3, size=16).clip(-1, 1))
     if number % STEPS == STEPS - 1:
         monitor.end_epoch()
@@ -102,7 +102,7 @@ def train(
 ) -> None:
     """Trains from the last checkpoint up to `steps`.
 
-    After each step it sends the number of steps done, and continues when it is answered.
+    After each step it sends the number of steps done, and continues once it receives an answer.
     """
     os.environ.pop("WANDB_SERVICE", None)  # the wandb-core of the test's own process
     os.environ.update(environment)

@@ -1,4 +1,4 @@
-"""The list of suspects on its way out: journal, CSV, trackers, replay and report."""
+"""Where the list of suspects goes: journal, CSV, trackers, replay and report."""
 
 import csv
 import io
@@ -64,7 +64,7 @@ def _clean() -> Iterator[None]:
     wandb.teardown()
 
 
-def test_they_are_written_at_the_alert_after_the_epochs_and_at_the_end_but_not_twice(tmp_path):
+def test_suspects_are_written_at_the_alert_after_the_epochs_and_at_the_end_but_not_twice(tmp_path):
     training = Training()
     rule = EarlyStop(warmup=0, patience=1, min_delta=1e9, drop=0)
     monitor = watch(training, tmp_path, early_stop=rule)
@@ -85,7 +85,7 @@ def test_they_are_written_at_the_alert_after_the_epochs_and_at_the_end_but_not_t
     assert [record.kind for record in read_journal(monitor.journal)[0]][-2:] == ["suspects", "close"]
 
 
-def test_a_run_that_asks_for_no_ledger_has_no_list(tmp_path):
+def test_a_run_without_a_ledger_has_no_suspects(tmp_path):
     training = Training()
     monitor = training.watch(tmp_path)
     training.epoch(monitor)
@@ -108,7 +108,7 @@ def test_the_csv_in_the_runs_folder_holds_the_table(tmp_path):
     assert found == monitor.suspects(5)
 
 
-def test_a_folder_that_is_gone_costs_the_csv_and_nothing_else(tmp_path):
+def test_if_the_csv_cannot_be_written_the_suspects_are_still_returned(tmp_path):
     training = Training()
     monitor = watch(training, tmp_path)
     epoch(training, monitor)
@@ -130,7 +130,7 @@ def test_a_program_that_changes_its_working_directory_gets_everything_in_the_sam
     assert read_events(folder / "gwa").Tags()["scalars"]
 
 
-def test_a_closed_monitor_writes_none(tmp_path):
+def test_a_closed_monitor_writes_no_suspects(tmp_path):
     training = Training()
     monitor = watch(training, tmp_path)
     monitor.close()
@@ -181,7 +181,9 @@ TRACKERS = {
 }
 
 
-@pytest.mark.parametrize("name", TRACKERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "W&B" else ()) for name in TRACKERS]
+)
 def test_the_table_is_in_the_tracker_and_a_replay_sends_it_once(name: str, tmp_path, monkeypatch) -> None:
     make, read = TRACKERS[name]
     tracker: Tracker = make()
@@ -227,7 +229,7 @@ def test_in_the_users_wandb_run_the_table_moves_no_step(tmp_path, monkeypatch):
 
 
 def test_wandbs_table_shows_the_pictures(tmp_path):
-    """The pictures themselves are in an artifact, which is nowhere while W&B is offline."""
+    """W&B stores the pictures in an artifact, which it does not write offline."""
     from gwa_logging.integrations.wandb import _table
 
     training = Training()
@@ -268,12 +270,12 @@ def test_a_thumbnail_is_a_png_of_the_picture_and_small(item, expected):
 
 
 @pytest.mark.parametrize("item", [np.zeros(5), np.zeros((2, 3, 4, 5)), "text", np.zeros((0, 4)), np.zeros((5, 6, 7))])
-def test_what_is_no_picture_is_refused(item):
+def test_an_array_that_is_not_a_picture_is_refused(item):
     with pytest.raises((InvalidInputError, ValueError)):
         thumbnail(item)
 
 
-def test_a_picture_that_fails_costs_itself_only(tmp_path):
+def test_a_picture_that_fails_is_counted_and_the_others_are_shown(tmp_path):
     training = Training()
     monitor = watch(training, tmp_path)
     epoch(training, monitor)
@@ -298,7 +300,7 @@ def test_the_report_shows_the_suspects_with_their_pictures(tmp_path):
     assert f"{N} samples had been scored" in section
 
 
-def test_a_report_without_a_ledger_has_no_such_section(tmp_path):
+def test_a_report_without_a_ledger_has_no_section_on_suspects(tmp_path):
     training = Training()
     with training.watch(tmp_path) as monitor:
         training.epoch(monitor)

@@ -13,9 +13,8 @@ import torch
 from torch import nn
 
 import gwa_logging
-from gwa_logging import InvalidInputError, registry
+from gwa_logging import InvalidInputError, _all_heads, registry
 from gwa_logging import delivery as delivery_module
-from gwa_logging import monitor as monitor_module
 from gwa_logging.delivery import Delivery, DeliveryGroup, wait_for
 from gwa_logging.faults import Faults
 from gwa_logging.journal import Journal, read_journal
@@ -383,7 +382,7 @@ def test_eight_heads_of_hanging_backends_have_one_deadline(threaded: bool, end: 
     module.open_backend = open_backend
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setitem(registry.BACKENDS, "hanging", module.__name__)
-    monkeypatch.setattr(monitor_module, "CLOSE_WITHIN", 0.5)
+    monkeypatch.setattr(_all_heads, "CLOSE_WITHIN", 0.5)
     model = Heads(8)
     monitor = gwa_logging.watch(model, backend="hanging", head=[f"heads.{i}" for i in range(8)])
     model(torch.randn(5, 4)).backward()

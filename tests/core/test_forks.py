@@ -1,4 +1,4 @@
-"""os.fork after watch(): the monitor stays the parent's, and its copy in the child does nothing, and never hangs."""
+"""os.fork after watch(): the monitor still works in the parent; its copy in the child does nothing and never hangs."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def in_child(call: Callable[[], Any]) -> Any:
     if child == 0:
         try:
             answer = json.dumps(call())
-        except BaseException as error:  # noqa: BLE001 - the child must not go on with pytest
+        except BaseException as error:  # noqa: BLE001 - the child must not continue with pytest
             answer = json.dumps(repr(error))
         os.write(writing, answer.encode())
         os._exit(0)
@@ -66,7 +66,7 @@ def step_in(monitor: gwa_logging.Monitor, model: nn.Module) -> list[bool]:
 DOES_NOTHING: dict[str, tuple[Callable[[gwa_logging.Monitor, nn.Module], Any], Any]] = {
     "the exit handler": (lambda m, _: _watch._close_all(), None),
     "close()": (lambda m, _: m.close(), None),
-    "the with block": (lambda m, _: m.__exit__(None, None, None), False),
+    "the with block": (lambda m, _: m.__exit__(None, None, None), None),
     "flush()": (lambda m, _: m.flush(), False),
     "end_epoch()": (lambda m, _: m.end_epoch().count, 0),
     "epochs()": (lambda m, _: list(m.epochs(3)), [1, 2]),
@@ -93,12 +93,12 @@ def test_in_a_forked_process_nothing_is_written_and_nothing_hangs(model, call, t
         return [do(monitor, model), do(monitor, model), [r.getMessage() for r in caplog.records if r.process != parent]]
 
     parent = os.getpid()
-    *answers, said = in_child(twice)
+    *answers, logged = in_child(twice)
     assert answers == [expected, expected]
     if call == "the exit handler":
-        assert said == []
+        assert logged == []
     else:
-        (message,) = said
+        (message,) = logged
         assert f"belongs to process {parent}" in message
     assert kinds(monitor) == before
     assert sorted((path, path.stat().st_size) for path in tmp_path.rglob("*tfevents*")) == events
@@ -109,7 +109,7 @@ def test_in_a_forked_process_nothing_is_written_and_nothing_hangs(model, call, t
     assert set(monitor.faults) <= {"samples without ids"}
 
 
-def test_a_forked_process_can_read_what_was_known_and_is_refused_what_is_on_the_device(model):
+def test_a_forked_process_can_read_reports_but_nothing_on_the_device(model):
     monitor = gwa_logging.watch(model, num_samples=100)
     train(model, 2)
     report = monitor.end_epoch()
@@ -130,7 +130,8 @@ def test_a_lock_that_a_thread_held_at_the_fork_does_not_hang_the_child(model):
     held, done = Event(), Event()
 
     def hold() -> None:
-        with monitor._lock, monitor._faults._lock, monitor._journal._lock:
+        recording = monitor._recording
+        with recording.lock, recording.faults._lock, recording.journal._lock:
             held.set()
             done.wait(SECONDS)
 
@@ -155,22 +156,23 @@ def test_a_forked_process_that_trains_may_watch_for_itself(model, tmp_path):
     assert kinds(monitor) == ["run", "interval"]
 
 
-def test_a_forked_process_does_not_keep_the_journal_from_others(model):
+def test_a_forked_process_does_not_lock_the_journal(model):
     monitor = gwa_logging.watch(model)
     train(model, 1)
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        os.read(reading, 1)  # lives on until the parent says so
+        os.read(reading, 1)  # lives until the parent writes
         os._exit(0)
     monitor.close()
-    Journal(monitor.journal, monitor._faults).close()  # would be refused if somebody still held it
+    Journal(monitor.journal, monitor._faults).close()  # fails if another process still has the lock
     os.write(writing, b".")
-    assert os.waitpid(child, 0) == (child, 0)  # it was alive all the time
+    assert os.waitpid(child, 0) == (child, 0)  # it was alive until now
 
 
 def test_the_workers_of_a_data_loader_neither_warn_nor_write(model, capfd):
     monitor = gwa_logging.watch(model)
+    capfd.readouterr()
     loader = DataLoader(torch.randn(40, 8), batch_size=10, num_workers=2, multiprocessing_context="fork")
     for _ in monitor.epochs(2):
         for x in loader:

@@ -56,7 +56,7 @@ def test_intervals_add_up_to_the_epoch(model):
         assert report.step == 7 * (epoch + 1) - 1
 
 
-def test_an_epoch_without_a_training_step_says_what_to_check(model):
+def test_an_epoch_without_a_training_step_raises_what_to_check(model):
     monitor = gwa_logging.watch(model)
     with pytest.raises(NoObservationsError, match=r"epoch 0 has ended.*head '2'.*loss.backward\(\)"):
         monitor.end_epoch()
@@ -76,7 +76,7 @@ def test_epochs_closes_each_epoch_and_counts_from_zero(model):
     assert [report.epoch for report in monitor.history] == [0, 1, 2]
 
 
-def test_an_epoch_closed_by_the_loop_itself_is_not_closed_twice(model):
+def test_an_epoch_closed_by_the_loop_body_is_not_closed_twice(model):
     monitor = gwa_logging.watch(model)
     for _ in monitor.epochs(2):
         train(model, 2)
@@ -85,10 +85,10 @@ def test_an_epoch_closed_by_the_loop_itself_is_not_closed_twice(model):
 
 
 def patient(action: str) -> EarlyStop:
-    return EarlyStop(patience=2, warmup=0, min_delta=1e9, drop=0, action=action)  # nothing ever improves by so much
+    return EarlyStop(patience=2, warmup=0, min_delta=1e9, drop=0, action=action)  # no epoch ever improves by this much
 
 
-def test_the_alert_fires_once_and_training_goes_on(model):
+def test_the_alert_fires_once_and_training_continues(model):
     alerts = []
     monitor = gwa_logging.watch(model, early_stop=patient("alert"), on_alert=alerts.append)
     for _ in monitor.epochs(6):
@@ -110,7 +110,7 @@ def test_the_action_stop_ends_the_epochs(model):
     assert len(monitor.history) == 3
 
 
-def test_a_clearly_better_epoch_takes_the_alert_back(model, caplog):
+def test_a_clearly_better_epoch_withdraws_the_alert(model, caplog):
     caplog.set_level("INFO")
     rng = np.random.default_rng(0)
     alerts = []
@@ -137,7 +137,7 @@ def test_no_stop_rule_no_alert_but_still_a_best_epoch(model):
     assert any(report.is_best for report in monitor.history)
 
 
-def test_an_alert_callback_that_raises_is_counted_and_training_goes_on(model, caplog):
+def test_an_alert_callback_that_raises_is_counted_and_training_continues(model, caplog):
     def broken(alert):
         raise OSError("no mail today")
 
@@ -148,7 +148,7 @@ def test_an_alert_callback_that_raises_is_counted_and_training_goes_on(model, ca
     assert "no mail today" in caplog.text
 
 
-def test_samples_per_epoch_closes_windows_by_itself(model):
+def test_samples_per_epoch_closes_windows_automatically(model):
     monitor = gwa_logging.watch(model, samples_per_epoch=100, log_every_n_steps=5)
     train(model, 31)
     assert [report.count for report in monitor.history] == [110, 100, 100]
@@ -173,20 +173,20 @@ def test_a_closed_monitor_refuses_to_end_an_epoch(model):
         monitor.end_epoch()
 
 
-def test_an_exception_inside_the_with_block_passes_and_the_journal_is_complete(model):
+def test_an_exception_in_the_with_block_propagates_and_the_journal_is_complete(model):
     monitor = gwa_logging.watch(model)
 
-    def session():
+    def run():
         with monitor:
             train(model, 2)
             raise RuntimeError("the user's own")
 
     with pytest.raises(RuntimeError, match="the user's own"):
-        session()
+        run()
     assert records(monitor, "close")[0].steps == 2
 
 
-def test_scores_of_ones_own_making_are_taken_in(model):
+def test_scores_passed_to_update_are_counted(model):
     monitor = gwa_logging.watch(model)
     monitor.update(torch.tensor([0.1, 0.2, torch.nan]))
     report = monitor.end_epoch()
@@ -194,7 +194,7 @@ def test_scores_of_ones_own_making_are_taken_in(model):
 
 
 @pytest.mark.parametrize(
-    ("scores", "said"),
+    ("scores", "message"),
     [
         ([0.1, 0.2], "found list"),
         (np.zeros(3), "found ndarray"),
@@ -202,15 +202,15 @@ def test_scores_of_ones_own_making_are_taken_in(model):
         (torch.tensor(0.5), "shape \\(\\)"),
     ],
 )
-def test_scores_of_a_wrong_type_shape_or_dtype_are_refused(model, scores, said):
+def test_scores_of_a_wrong_type_shape_or_dtype_are_refused(model, scores, message):
     monitor = gwa_logging.watch(model)
-    with pytest.raises(InvalidInputError, match=f"scores: expected a floating-point tensor.*{said}"):
+    with pytest.raises(InvalidInputError, match=f"scores: expected a floating-point tensor.*{message}"):
         monitor.update(scores)
 
 
-def test_something_that_is_not_a_score_is_excluded(model):
+def test_a_value_that_cannot_be_a_score_is_excluded(model):
     monitor = gwa_logging.watch(model)
-    monitor.update(torch.tensor([0.5, 12.0]))  # as if logits were passed by mistake
+    monitor.update(torch.tensor([0.5, 12.0]))  # as if logits had been passed by mistake
     assert monitor.end_epoch().excluded == 1
 
 
@@ -234,7 +234,7 @@ def test_tagged_batches_enter_the_ledger(model):
 
 
 @pytest.mark.parametrize(
-    ("call", "said"),
+    ("call", "message"),
     [
         (lambda m: m.tag(torch.arange(3)), "no ledger"),
         (lambda m: m.suspects(), "no ledger"),
@@ -242,14 +242,14 @@ def test_tagged_batches_enter_the_ledger(model):
         (lambda m: m.value_and_grad(lambda p: p), "for JAX models"),
     ],
 )
-def test_calls_that_make_no_sense_are_refused(model, call, said):
+def test_calls_that_do_not_fit_the_model_or_the_settings_are_refused(model, call, message):
     monitor = gwa_logging.watch(model)
-    with pytest.raises(InvalidInputError, match=said):
+    with pytest.raises(InvalidInputError, match=message):
         call(monitor)
 
 
 @pytest.mark.parametrize(
-    ("ids", "said"),
+    ("ids", "message"),
     [
         (torch.arange(2), "expected 3, one for each score"),
         (torch.zeros(3), "expected an integer array"),
@@ -257,9 +257,9 @@ def test_calls_that_make_no_sense_are_refused(model, call, said):
         (torch.zeros(3, 1, dtype=torch.int64), "expected an integer array"),
     ],
 )
-def test_wrong_sample_ids_are_refused(model, ids, said):
+def test_wrong_sample_ids_are_refused(model, ids, message):
     monitor = gwa_logging.watch(model, num_samples=10)
-    with pytest.raises(InvalidInputError, match=said):
+    with pytest.raises(InvalidInputError, match=message):
         monitor.update(torch.zeros(3), ids)
 
 
@@ -272,7 +272,7 @@ def test_a_report_reads_as_one_line(model):
     assert line in repr(monitor)
 
 
-def test_an_undefined_epoch_neither_improves_nor_stops(model):
+def test_an_undefined_epoch_is_neither_best_nor_a_reason_to_stop(model):
     monitor = gwa_logging.watch(model, early_stop=EarlyStop(warmup=0, patience=2, drop=0))
     for value in ([0.1, 0.2, 0.4], [0.3, 0.3, 0.3], [0.1, 0.2, 0.4], [0.1, 0.2, 0.4]):
         monitor.update(torch.tensor(value))
@@ -282,7 +282,7 @@ def test_an_undefined_epoch_neither_improves_nor_stops(model):
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, 0)], ids=["deleted", "truncated"])
-def test_a_journal_that_is_damaged_in_mid_run_costs_neither_the_backend_nor_the_journal_a_record(model, damage):
+def test_a_journal_that_is_damaged_during_the_run_loses_no_record_and_neither_does_the_backend(model, damage):
     class Tracker:
         name, run, threaded, run_ref = "tracker", None, True, TrackerRunRef()
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from gwa_logging import AlignmentSummary, EarlyStop, Monitor
 from gwa_logging.faults import Faults
 from gwa_logging.histogram import Histogram
+from gwa_logging.recording import Recording
 from gwa_logging.records import EpochReport
 from gwa_logging.report.notebook import COLUMNS, WIDTH, monitor_html, report_html
 from gwa_logging.settings import WatchSettings
@@ -270,11 +271,12 @@ def test_nothing_has_a_background_and_words_take_the_notebook_s_colour():
 
 def test_a_monitor_shows_its_own_name_head_history_journal_and_faults():
     faults = Faults()
-    monitor, other = (Monitor(WatchSettings(name="mine", early_stop=EarlyStop()), None, faults) for _ in range(2))
-    monitor._adapter = SimpleNamespace(head="head 'fc' (Linear 16 -> 3)", path="fc")
-    monitor.history += [report(0), report(1)]
-    monitor.journal = Path("gwa_runs/one/journal.jsonl")
-    monitor.alert = ALERT
+    settings = WatchSettings(name="mine", early_stop=EarlyStop())
+    adapter = SimpleNamespace(head="head 'fc' (Linear 16 -> 3)", path="fc", close=lambda: None)
+    monitor, other = (Monitor(Recording(settings, name="mine", adapter=adapter, faults=faults)) for _ in range(2))
+    monitor.history.extend([report(0), report(1)])
+    monitor._recording.journal = SimpleNamespace(path=Path("gwa_runs/one/journal.jsonl"))
+    monitor._recording.alert = ALERT
     other.history.append(report(1))
     monitor.heads = {"aux": other}
     faults.record("wandb", "gone", times=3)

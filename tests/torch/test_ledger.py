@@ -252,7 +252,7 @@ def test_calls_that_make_no_sense_are_refused(call):
         ({"num_samples": 0}, "num_samples=0"),
         ({"num_samples": 2**31}, "num_samples=2147483648"),
         ({"num_samples": 2.5}, "num_samples=2.5"),
-        ({"num_samples": 3, "labels": [0, 1]}, "labels: expected num_samples=3 of them, found 2"),
+        ({"num_samples": 3, "labels": [0, 1]}, "num_samples=3: there are 2 labels"),
         ({"labels": [0.5, 1.0]}, r"labels: expected class indices, int \[num_samples\], found float64"),
         ({"labels": [[0, 1]]}, r"found int64 of shape \(1, 2\)"),
         ({"labels": []}, r"found float64 of shape \(0,\)"),

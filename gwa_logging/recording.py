@@ -1,0 +1,357 @@
+"""Recording: everything that happens to the scores of one head, from a training step to the journal and the trackers."""
+
+import logging
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from threading import RLock
+from typing import Any
+
+from gwa_logging._run_folder import RunFolder
+from gwa_logging.checkpoint import HeadShape, MonitorState
+from gwa_logging.delivery import Delivery, DeliveryGroup
+from gwa_logging.early_stop import StopRule
+from gwa_logging.errors import InvalidInputError, NoObservationsError
+from gwa_logging.faults import Faults
+from gwa_logging.interval_recorder import IntervalRecorder
+from gwa_logging.journal import Journal
+from gwa_logging.protocols import Adapter, Backend
+from gwa_logging.records import AnyRecord, CloseRecord, EpochReport, RunRecord, StopAlert, Suspect
+from gwa_logging.settings import EarlyStop, WatchSettings
+from gwa_logging.summary import AlignmentSummary
+from gwa_logging.suspects import SUSPECTS, SuspectFinder
+
+logger = logging.getLogger("gwa_logging")
+
+_open_journals: set[Journal] = set()
+"""Kept here, because the garbage collector closes all files in what it collects, even before a dropped monitor is closed."""
+
+
+class Recording:
+    """Records one head: closes its epochs, applies the stop rule and writes everything to the journal.
+
+    Attributes:
+        settings: the arguments of `watch`.
+        name: prefix of the metric keys.
+        adapter: watches the head.
+        journal: None in a process that does not write.
+        faults: counts errors.
+        group: the deliveries of all heads of the model.
+        deliveries: those of this head, one for each backend.
+        history, alert: as in `Monitor`.
+        rule: the stop rule and its state.
+        intervals: turns steps into interval records.
+        suspects: reads the ledger.
+        lock: held while a step or a call of the user changes anything.
+        is_closed: True after `finish`.
+    """
+
+    def __init__(
+        self,
+        settings: WatchSettings,
+        *,
+        name: str,
+        adapter: Adapter,
+        faults: Faults,
+        backends: Sequence[Backend] = (),
+        journal: Journal | None = None,
+        folder: RunFolder | None = None,
+        group: DeliveryGroup | None = None,
+    ) -> None:
+        """Takes over the adapter, which has not been started, the backends and the journal: `_all_heads.close` closes them.
+
+        Args:
+            settings, name, adapter, faults, journal: see the class.
+            backends: where the journal is delivered.
+            folder: the journal's folder.
+            group: of the first head, if this is a further head of the same model.
+        """
+        self.settings, self.name, self.adapter, self.journal, self.faults = settings, name, adapter, journal, faults
+        self.history: list[EpochReport] = []
+        self.alert: StopAlert | None = None
+        self.rule = StopRule(settings.early_stop or EarlyStop())
+        # A window closes where an interval ends, so with windows the intervals must not grow.
+        grow = settings.samples_per_epoch is None
+        self.intervals = IntervalRecorder(adapter, settings.log_every_n_steps, self.write, faults, grow=grow)
+        self.suspects = SuspectFinder(adapter, settings.num_samples, settings.labels, faults)
+        self.lock = RLock()
+        self.is_closed = False
+        self._folder = folder
+        self._pauses = 0
+        self._suspects_written_at = -1  # number of epochs at that time
+        self._head_at_start = adapter.head
+        self._awaits_first_step = True
+        self._restored_head: HeadShape | None = None  # of a loaded state, until the present head is known
+        self.write(
+            RunRecord(
+                name=name,
+                head=adapter.head,
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+                settings=settings.to_dict(),
+                places={backend.name: backend.run_ref for backend in backends},
+            )
+        )
+        if journal is not None:
+            _open_journals.add(journal)
+        self.group = group or DeliveryGroup()
+        self.deliveries = [Delivery(backend, journal, faults) for backend in backends] if journal else []
+        for delivery in self.deliveries:
+            self.group.add(delivery)
+
+    def write(self, record: AnyRecord, *, sync: bool = False) -> None:
+        """Appends a record to the journal; `sync` waits until it is on the disk."""
+        if self.journal is not None:
+            self.journal.append(record, sync=sync)
+
+    def disown(self) -> None:
+        """In a forked process: replaces the locks, which a thread of the parent may have held, and leaves the journal alone."""
+        self.lock = RLock()
+        self.faults.renew_lock()
+        if self.journal is not None:
+            self.journal.disown()
+
+    @property
+    def last_report(self) -> str:
+        """The last epoch in one line."""
+        return str(self.history[-1]) if self.history else "no epoch yet"
+
+    # --- steps and epochs -------------------------------------------------------------------------------------------
+
+    def step(self) -> bool:
+        """Counts a training step. Does not wait for the device. Returns True if a record was written."""
+        if self._awaits_first_step:
+            self._check_head()
+        return self.intervals.step()
+
+    @property
+    def is_paused(self) -> bool:
+        """Returns True between `pause` and `resume`."""
+        return self._pauses > 0
+
+    def pause(self) -> None:
+        """Stops counting steps until `resume` has been called as often as this."""
+        self._pauses += 1
+        if self._pauses == 1:
+            self.adapter.pause(True)
+
+    def resume(self) -> None:
+        """Ends the last `pause`."""
+        self._pauses -= 1
+        if self._pauses == 0:
+            self.adapter.pause(False)
+
+    @property
+    def window_is_full(self) -> bool:
+        """Returns True if the samples of a window (`samples_per_epoch`) have been seen."""
+        window = self.settings.samples_per_epoch
+        return window is not None and self.intervals.summary.seen >= window
+
+    def _check_head(self) -> None:
+        """Examines the head at the first step, when it is known."""
+        self._awaits_first_step = False
+        restored, self._restored_head = self._restored_head, None
+        head = HeadShape.of(self.adapter)
+        if head is None:
+            return
+        if restored is not None and not head.matches(restored):
+            self.faults.record(
+                "state",
+                f"it was saved with the head {restored}, this model's is {head}: the records before and after it do not "
+                "belong together",
+            )
+        if self.journal is not None and self.adapter.head != self._head_at_start:
+            announce(f"watching {self.adapter.head}")
+        if self.journal is not None and head.classes == 1:
+            announce(
+                f"head {head.path!r} has a single logit: alignment is meaningful with binary cross-entropy, and meaningless "
+                "with a regression loss"
+            )
+
+    def end_epoch(self, *, partial: bool = False) -> EpochReport:
+        """Closes an epoch; with `partial` one that closing interrupts, in which no other process takes part.
+
+        Raises:
+            NoObservationsError: it had no step.
+        """
+        self.intervals.flush()
+        summary = self.intervals.summary if partial else self.adapter.reduce(self.intervals.summary)
+        if not summary.seen:
+            raise NoObservationsError(
+                f"epoch {len(self.history)} has ended, but no training step has passed the probe. "
+                f"{self.adapter.no_observation_hint()}"
+            )
+        report = summary.report(epoch=len(self.history), step=self.intervals.steps - 1)
+        notes = ("closed before the end of the epoch",) if partial else self.adapter.notes
+        report = report.model_copy(update={"notes": (*report.notes, *self.faults.take_notes(), *notes)})
+        alert, withdrawn = None, False
+        if not partial:
+            report, alert, withdrawn = self.rule.judge(report, self.history)
+        self.history.append(report)
+        self.intervals.begin_epoch(len(self.history))
+        self.write(report, sync=True)
+        if withdrawn and self.alert:
+            logger.info("gwa_logging: epoch %s is clearly better: the stop alert is withdrawn", report.epoch)
+            self.alert = None
+        if alert and self.settings.early_stop:
+            self._raise_alert(alert)
+        return report
+
+    def _raise_alert(self, alert: StopAlert) -> None:
+        collapse = self.suspects.collapse() if self.suspects.has_ledger else None
+        if collapse:
+            alert = alert.model_copy(update={"caveats": (*alert.caveats, collapse)})
+        self.alert = alert
+        logger.warning("gwa_logging: %s", alert.message)
+        self.write(alert, sync=True)
+        self.write_suspects()
+        if self.settings.on_alert is not None:
+            try:
+                self.settings.on_alert(alert)
+            except Exception as error:  # noqa: BLE001 - the user's callback must not end the training
+                self.faults.record("on_alert", f"{type(error).__name__}: {error}")
+
+    # --- suspects ---------------------------------------------------------------------------------------------------
+
+    def log_suspects(self, k: int, images: Any) -> list[Suspect]:
+        """Writes the suspects to the journal and to suspects.csv. See `Monitor.log_suspects`."""
+        with self.lock:
+            if self.is_closed:
+                raise InvalidInputError("log_suspects(): this monitor is closed; call it before close()")
+            record = self.suspects.record(k, images, step=self.intervals.steps - 1, epoch=self.intervals.epoch)
+            if self.journal is not None:
+                self.write(record, sync=True)
+                self.suspects.write_csv(record, self.journal.path.parent)
+            self._suspects_written_at = len(self.history)
+        return list(record.suspects)
+
+    def write_suspects(self) -> None:
+        """Logs the suspects if there is a ledger and an epoch has ended since the last time. All processes agree on that."""
+        if not self.suspects.has_ledger or self._suspects_written_at == len(self.history):
+            return
+        try:
+            self.log_suspects(SUSPECTS, None)
+        except Exception as error:  # noqa: BLE001 - training must continue
+            self.faults.record("suspects", f"{type(error).__name__}: {error}")
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def state(self, heads: dict[str, Any]) -> dict[str, Any]:
+        """The state as plain data; `heads` are the states of the further heads. Waits for the device."""
+        recorded_steps, interval = self.intervals.peek()
+        self.group.notify(self.deliveries)
+        epoch = self.intervals.summary
+        return MonitorState(
+            head=HeadShape.of(self.adapter),
+            processes=self.adapter.processes,
+            step=self.intervals.steps,
+            recorded_steps=recorded_steps,
+            display_limit=self.intervals.display_limit,
+            planned=self.rule.planned,
+            stop=self.rule.state,
+            history=self.history,
+            alert=self.alert,
+            epoch=self.adapter.reduce(epoch) if self.intervals.in_epoch else epoch,
+            interval=interval,
+            ledger=self.adapter.ledger() if self.suspects.has_ledger else None,
+            heads=heads,
+        ).to_dict(self.adapter)
+
+    def read_state(self, state: Any, heads: set[str]) -> MonitorState:
+        """Reads a state and changes nothing.
+
+        Raises:
+            InvalidInputError: it does not fit this head, or the paths of the further heads.
+        """
+        read = MonitorState.from_dict(state)
+        read.check(self.adapter, self.settings.num_samples, heads)
+        return read
+
+    def restore(self, state: MonitorState) -> None:
+        """Resumes from a state."""
+        with self.lock:
+            self.intervals.flush()
+            if state.ledger is not None:
+                self.adapter.load_ledger(state.ledger)
+            self.history, self.alert = state.history, state.alert
+            self.rule.state, self.rule.planned = state.stop, state.planned
+            self._restored_head, self._awaits_first_step = state.head, True
+            self.intervals.restore(
+                steps=state.step,
+                epoch=len(state.history),
+                # All processes may load the state of one of them: its samples must count once.
+                summary=state.epoch if self.adapter.writes else AlignmentSummary(),
+                display_limit=state.display_limit,
+                recorded_steps=state.recorded_steps,
+                partial=state.interval,
+                in_epoch=bool(state.epoch.seen),
+            )
+            for delivery in self.deliveries:
+                delivery.resume()
+
+    # --- the end ----------------------------------------------------------------------------------------------------
+
+    def abandon(self) -> None:
+        """In a forked process: removes the probe and writes nothing."""
+        self.is_closed = True
+        self.adapter.close()
+
+    def finish(self) -> bool:
+        """Writes the end of the run to the journal and removes the probe. Returns False if that was done before."""
+        with self.lock:
+            if self.is_closed:
+                return False
+            try:
+                self.intervals.flush()
+                if self.intervals.summary.seen:
+                    self.end_epoch(partial=True)
+                if self.adapter.processes == 1:  # in a distributed run the other processes may be gone
+                    self.write_suspects()
+            except Exception as error:  # noqa: BLE001 - closing must continue
+                self.faults.record("close", f"{type(error).__name__}: {error}")
+            self.is_closed = True
+            self.adapter.close()
+        state = self.rule.state
+        self.write(
+            CloseRecord(
+                epochs=len(self.history),
+                steps=self.intervals.steps,
+                best_epoch=state.best_epoch if state.best_epoch >= 0 else None,
+                best_value=state.best,
+                faults=self.faults.counts,
+            ),
+            sync=True,
+        )
+        return True
+
+    def begin_close(self, deadline: float, others: "Sequence[Recording]") -> None:
+        """Starts closing the backends. A backend whose run the recordings `others` share is closed after theirs."""
+        shared = [delivery for other in others for delivery in other.deliveries]
+        for delivery in self.deliveries:
+            delivery.begin_close(deadline, [d for d in shared if d.backend.name == delivery.backend.name])
+
+    def end_close(self) -> None:
+        """Waits until the backends are closed, warns about what they lack, and closes the journal."""
+        is_delivered = True
+        for delivery in self.deliveries:
+            if shortfall := delivery.shortfall():
+                is_delivered = False
+                name, folder = delivery.backend.name, self.journal and self.journal.path.parent
+                logger.warning(
+                    "gwa_logging: backend %s %s. To send what it lacks: gwa-logging replay %s --backend %s",
+                    *(name, shortfall, folder, name),
+                )
+        self.group.remove(self.deliveries)
+        if self.journal is not None:
+            is_unused = self.journal.count <= 2  # the RunRecord and the CloseRecord
+            self.journal.close()
+            _open_journals.discard(self.journal)
+            if self._folder is not None and is_unused and is_delivered:
+                self._folder.remove(self.journal.path)
+
+
+def announce(text: str) -> None:
+    """Shows a line to the user: through logging if that is set up for it, else on stderr."""
+    if logger.level != logging.NOTSET or logger.isEnabledFor(logging.INFO):
+        logger.info("gwa_logging: %s", text)
+    else:
+        sys.stderr.write(f"gwa_logging: {text}\n")
