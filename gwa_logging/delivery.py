@@ -31,12 +31,12 @@ class Delivery:
 
     The thread goes through these states::
 
-                    notify()                 begin_close()
-          idle ----------------> writing            |
-            ^                       |               v
-            +-----------------------+   ===>   writing the rest -> waiting for `after` -> closing the backend -> closed
-              end of the journal, a
-              refused record or the limit
+          idle  --- notify(), or the end of a pause --->  writing
+            ^                                                |
+            +--- end of the journal, error, or limit --------+
+
+          from both, after begin_close():
+          writing the rest  --->  waiting for `after`  --->  closing the backend  --->  closed
 
     Four events connect it to the other threads: `_wake` (the thread has something to do), `_idle` (it is not writing; for
     an unthreaded backend the training thread waits for this one), `_closing` (`begin_close` was called), `_closed` (the end).

@@ -84,7 +84,7 @@ class UserRunWriter:
         self.run = run
         self._prefix = prefix
         self._writers = writers
-        self._step: int | None = None  # of the row that contains the next three; None if there is no such row
+        self._step: int | None = None  # of the row that contains the next three; None if no row does
         self._interval: IntervalRecord | None = None
         self._covers: tuple[tuple[int, int], ...] = ()  # the steps of `_interval`, as ranges
         self._has_epoch = False

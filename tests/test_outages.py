@@ -167,8 +167,10 @@ class Outage:
     def close(self) -> dict[str, Any]:
         """Closes the monitor. Checks that no training step was blocked, and that `close` returned in time."""
         closed = self.child.do("close")
-        assert closed["took"] < 12
-        assert closed["waits"][-2] < 0.05, closed["waits"][-5:]  # of more than 100 steps; a busy machine may delay one
+        assert closed["took"] < 20  # 10 s and the delays of a busy machine
+        waits = closed["waits"]  # of more than 100 steps, sorted; a busy machine may delay one
+        assert waits[-2] < 0.5, waits[-5:]
+        assert waits[len(waits) // 2] < 0.02, waits
         return closed
 
     def replayed(self) -> None:
@@ -299,7 +301,7 @@ def test_a_server_that_does_not_respond_at_the_start_is_an_error_within_seconds(
     server.signal(signal.SIGCONT)
     child.kill()
     assert re.search("BackendError.*nothing answers at", answer["error"])
-    assert took < 5 + 15  # for the imports of the process
+    assert took < 60  # including the imports of the process; MLflow itself would retry for four minutes
 
 
 ANY = {"MLflow server": OnMlflowServer, "W&B": OnWandb, "TensorBoard": OnTensorBoard}
@@ -475,7 +477,7 @@ def test_if_a_disk_stays_full_training_continues_and_the_lost_records_are_counte
     child, journal = on_disk
     child.do("epoch")
     closed = child.do("close")
-    assert closed["took"] < 12
+    assert closed["took"] < 20
     records, _ = read_journal(journal)
     kept = [record for record in records if record.kind in ("interval", "epoch")]
     assert STEPS + 1 <= len(kept) < 1.5 * STEPS
