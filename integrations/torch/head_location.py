@@ -71,15 +71,15 @@ class HeadLocation:
 def module_at(model: nn.Module, names: list[str]) -> nn.Module | None:
     """The module that runs at a path, or None. Of PEFT's `modules_to_save` it is the active copy."""
     module: Any = model
-    remaining = iter(names)
-    for name in remaining:
-        module = module._modules.get(name)
+    remaining = list(names)
+    while remaining:
+        module = module._modules.get(remaining.pop(0))
         if module is None:
             return None
         if "modules_to_save" in module._modules and "original_module" in module._modules:
             module = _active_copy(module)
-            if next(remaining, None) == "modules_to_save":
-                next(remaining, None)
+            # The path continues with "original_module", or with "modules_to_save" and the name of a copy.
+            del remaining[: 2 if remaining[:1] == ["modules_to_save"] else 1]
     return module  # type: ignore[no-any-return]
 
 
