@@ -263,7 +263,7 @@ def test_heads_are_described_from_the_model_and_an_example_input(library):
     lines = describe(model, inputs=[x]).splitlines()
     assert lines[-1] == f"head {head!r}: {features} -> 5: the output comes from it"
     assert [line.split()[0] for line in lines if line.endswith("HEAD")] == [head]
-    assert "no such layer" in describe(model, "nope", [x])
+    assert "does not run a linear layer with this path" in describe(model, "nope", [x])
     with pytest.raises(InvalidInputError, match="example input is needed"):
         describe(model)
 

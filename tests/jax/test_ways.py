@@ -175,7 +175,7 @@ LIBRARIES: dict[str, Callable[[int, int], Net]] = {
     "Linen, setup": partial(of_linen, Setup),
     "NNX": of_nnx,
     "Equinox, jax.vmap(model)": partial(of_equinox, PerSample),
-    "Equinox, vmap inside of the model": partial(of_equinox, Batched),
+    "Equinox, vmap inside the model": partial(of_equinox, Batched),
     "Haiku": of_haiku,
     "a function with tap": of_hand,
 }
@@ -1143,7 +1143,9 @@ def test_a_head_that_the_loss_does_not_run_is_named_with_those_that_it_runs(libr
     net = LIBRARIES[library](D, C)
     with gwa_logging.watch(net.model, head="no.such.head") as monitor:
         step = monitor.value_and_grad(loss_of(net))
-        with pytest.raises(HeadNotFoundError, match=r"head='no\.such\.head': the loss runs no such layer") as error:
+        with pytest.raises(
+            HeadNotFoundError, match=r"head='no\.such\.head': the loss does not run a linear layer with this path"
+        ) as error:
             net.jit(step)(net.params, *data())
     assert any(f"{D} -> {C}" in line for line in error.value.candidates)
     assert "watch(model, head=" in str(error.value)
