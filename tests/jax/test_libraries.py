@@ -146,7 +146,7 @@ def test_equinox_under_vmap_scores_equal_each_samples_own_gradient(jitted):
     assert all(jnp.array_equal(a, b) for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(plain_grads), strict=True))
 
 
-def test_equinox_batched_by_hand_scores_as_well():
+def test_equinox_is_scored_if_the_user_batches_by_hand():
     model, (x, y) = Eqx(jax.random.key(0)), data()
 
     def loss(model, x, y):

@@ -182,7 +182,7 @@ def test_the_head_is_found_by_dataflow_through_what_follows_it():
 
 
 @pytest.mark.parametrize("wrap", [jax.checkpoint, jax.jit], ids=["checkpoint", "inner jit"])
-def test_inner_transformations_are_looked_into(wrap):
+def test_a_head_inside_an_inner_transformation_is_found(wrap):
     model, (x, y) = MLP(), data()
     params = model.init(jax.random.key(0), x)
 
@@ -227,7 +227,7 @@ def test_an_inner_jit_in_a_step_that_is_not_jitted_is_refused_because_it_would_b
         monitor.value_and_grad(loss_fn)(params, x, y)
 
 
-def test_a_teacher_of_another_class_is_not_taken_for_the_watched_model():
+def test_a_teacher_of_another_class_is_not_confused_with_the_watched_model():
     model, teacher, (x, y) = MLP(), WithSetup(), data()
     params, taught = model.init(jax.random.key(0), x), teacher.init(jax.random.key(1), x)
 
@@ -407,7 +407,7 @@ def test_a_head_must_be_named_by_a_path():
         gwa_logging.watch(MLP(), head=nn.Dense(5))
 
 
-def test_without_value_and_grad_the_end_of_the_epoch_says_what_to_do():
+def test_an_epoch_without_value_and_grad_ends_with_an_error_that_names_it():
     with (
         gwa_logging.watch(MLP()) as monitor,
         pytest.raises(NoObservationsError, match=r"monitor\.value_and_grad\(loss_fn\)"),
