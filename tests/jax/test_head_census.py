@@ -674,7 +674,7 @@ def test_numpy_arrays_in_a_step_without_jit_are_scored_like_those_of_jax():
 
 @pytest.mark.parametrize("head", [["a", "b"], ("a", "b")], ids=["list", "tuple"])
 def test_a_list_of_heads_is_refused_with_the_remedy(head):
-    with pytest.raises(InvalidInputError, match=r"head=\['a', 'b'\]: in JAX one head is watched.*head='a'"):
+    with pytest.raises(InvalidInputError, match=r"head=\['a', 'b'\]: in JAX a single head is watched.*head='a'"):
         gwa_logging.watch(Tied(), head=head)
 
 
