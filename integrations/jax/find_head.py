@@ -136,7 +136,7 @@ def _choose_head(trace: _Trace, wanted: str | None) -> Head:
     if len(numbers) == 1 and len(runs) <= 1:
         return _checked_head(trace, numbers[0], frozenset[str]().union(*runs))
     if not numbers and wanted:
-        problem = f"head={wanted!r}: {trace.what} runs no such layer of {trace.library}."
+        problem = f"head={wanted!r}: {trace.what} does not run a linear layer with this path."
     elif not numbers:
         problem = f"{trace.what} does not come from a linear layer of {trace.library}."
     elif len({calls[n].path for n in numbers}) == 1:

@@ -82,8 +82,7 @@ def add_to_ledger(ledger: DeviceLedger, samples: TaggedBatch, scores: Array) -> 
         shares = jnp.where(counted[:, None], jnp.where(is_invalid, 1.0, weights), 0.0)
         x = x[:, None]
     ids = jnp.where(is_invalid, size, ids)
-    if (
-        samples.predicted is not None and predicted is not None and ids.ndim == 1
-    ):  # a mixed input has no class of its own
+    # A mixed input has no single class.
+    if samples.predicted is not None and predicted is not None and ids.ndim == 1:
         predicted = predicted.at[jnp.where(counted, ids, size)].set(samples.predicted.astype(jnp.int32))
     return DeviceLedger(sums.at[ids].add(shares * x), seen.at[ids].add(shares), predicted)

@@ -640,14 +640,14 @@ def oracle(net: Net) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("library", "construction"), EXACT)
-def test_a_linear_head_is_found_and_its_scores_are_those_of_each_samples_own_gradient(library, construction):
+def test_a_linear_head_is_found_and_scored_by_each_samples_gradient(library, construction):
     net = CENSUS[library][construction][0]()
     with gwa_logging.watch(net.model) as monitor:
         np.testing.assert_allclose(scores_of(net, monitor), oracle(net), atol=2e-6)
 
 
 @pytest.mark.parametrize(("library", "construction"), REFUSED)
-def test_logits_of_any_other_kind_are_refused_with_what_made_them_and_never_scored_at_a_hidden_layer(
+def test_other_logits_are_refused_with_the_operation_that_made_them_and_no_hidden_layer_is_scored(
     library, construction
 ):
     make, reason = CENSUS[library][construction]
@@ -673,12 +673,12 @@ def test_numpy_arrays_in_a_step_without_jit_are_scored_like_those_of_jax():
 
 
 @pytest.mark.parametrize("head", [["a", "b"], ("a", "b")], ids=["list", "tuple"])
-def test_several_heads_are_refused_with_what_to_name_instead(head):
-    with pytest.raises(InvalidInputError, match=r"head=\['a', 'b'\]: in JAX one head is watched.*head='a'"):
+def test_a_list_of_heads_is_refused_with_the_remedy(head):
+    with pytest.raises(InvalidInputError, match=r"head=\['a', 'b'\]: in JAX a single head is watched.*head='a'"):
         gwa_logging.watch(Tied(), head=head)
 
 
-def test_a_layer_that_is_no_head_is_refused_by_name_too():
+def test_a_layer_that_is_not_linear_is_refused_even_if_named():
     net = LINEN["Dense, scaling dot_general"][0]()
     with (
         gwa_logging.watch(net.model, head="head") as monitor,

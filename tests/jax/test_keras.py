@@ -35,6 +35,7 @@ def make(activation: str | None, classes: int = 5) -> keras.Model:
         pytest.param("softmax", 5, id="probabilities, narrow", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.usefixtures("fully_optimised")
 def test_scores_equal_each_samples_own_gradient_and_the_rest_is_bit_identical(activation, classes):
     model = make(activation, classes)
     loss_of = keras.losses.SparseCategoricalCrossentropy(from_logits=activation is None)

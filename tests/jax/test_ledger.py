@@ -23,7 +23,7 @@ def by_id(monitor: Monitor) -> dict[int, tuple[float, float]]:
 
 @pytest.mark.parametrize("dtype", [np.int64, np.int32, np.uint8, np.int8, np.uint64])
 @pytest.mark.parametrize("on_device", [True, False])
-def test_ids_of_any_width_on_the_host_or_the_device_add_up_also_if_repeated(dtype, on_device):
+def test_scores_add_up_by_id_for_every_integer_type_and_repeated_ids(dtype, on_device):
     ids = np.array([3, 0, 3, 10, 7, 3], dtype)
     with watched() as monitor:
         monitor.update(jnp.asarray(SCORES), jnp.asarray(ids) if on_device else ids)
@@ -44,7 +44,7 @@ def test_ids_out_of_range_are_left_out_counted_and_reported(on_device, caplog):
 
 
 @pytest.mark.parametrize("shape", ["one lambda", "a lambda for each", "an array"])
-def test_the_score_of_a_mixed_input_is_shared_out_by_its_weights(shape):
+def test_the_score_of_a_mixed_input_is_divided_by_its_weights(shape):
     ids = np.random.default_rng(1).integers(0, N, (6, 2))
     shares = np.broadcast_to([0.75, 0.25], (6, 2)).astype(np.float32)
     weights = {"one lambda": (0.75, 0.25), "a lambda for each": jnp.asarray(shares), "an array": np.array([0.75, 0.25])}
@@ -67,7 +67,7 @@ def test_weights_that_are_negative_or_nan_are_left_out_and_counted():
         assert monitor.faults == {"sample ids": 2}
 
 
-def test_predictions_are_those_of_the_last_time_and_labels_those_given():
+def test_a_suspect_has_the_last_prediction_and_the_given_label():
     with gwa_logging.watch(linen.Dense(3), labels=[i % 3 for i in range(N)]) as monitor:
         monitor.update(jnp.asarray(SCORES), np.arange(6))
         monitor.update(jnp.asarray(SCORES), np.arange(6), predicted=jnp.full(6, 2))
@@ -102,7 +102,7 @@ def test_a_step_with_new_numbers_of_the_same_shape_compiles_nothing():
         assert add_to_ledger._cache_size() == compiled
 
 
-def test_update_with_ids_does_not_wait_for_the_scores():
+def test_update_with_ids_does_not_block_on_the_scores():
     @jax.jit
     def late(x):
         def turn(_, matrix):
@@ -129,7 +129,7 @@ def test_update_with_ids_does_not_wait_for_the_scores():
         (None, {"weights": (0.5, 0.5)}, "by sample id"),
     ],
 )
-def test_what_does_not_fit_together_is_refused(ids, options, said):
+def test_ids_and_weights_of_other_shapes_are_refused(ids, options, said):
     with watched() as monitor:
         with pytest.raises(InvalidInputError, match=said):
             monitor.update(jnp.asarray(SCORES), ids, **options)

@@ -146,7 +146,7 @@ def test_equinox_under_vmap_scores_equal_each_samples_own_gradient(jitted):
     assert all(jnp.array_equal(a, b) for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(plain_grads), strict=True))
 
 
-def test_equinox_batched_by_hand_scores_as_well():
+def test_equinox_is_scored_if_the_user_batches_by_hand():
     model, (x, y) = Eqx(jax.random.key(0)), data()
 
     def loss(model, x, y):
@@ -263,7 +263,7 @@ def test_heads_are_described_from_the_model_and_an_example_input(library):
     lines = describe(model, inputs=[x]).splitlines()
     assert lines[-1] == f"head {head!r}: {features} -> 5: the output comes from it"
     assert [line.split()[0] for line in lines if line.endswith("HEAD")] == [head]
-    assert "no such layer" in describe(model, "nope", [x])
+    assert "does not run a linear layer with this path" in describe(model, "nope", [x])
     with pytest.raises(InvalidInputError, match="example input is needed"):
         describe(model)
 

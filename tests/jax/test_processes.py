@@ -47,7 +47,7 @@ def _run(folder: Path, *arguments: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["global", "own"])
-def test_the_report_is_that_of_all_samples_in_both(results, kind):
+def test_both_processes_report_on_all_samples(results, kind):
     x, y = np.random.default_rng(1).normal(size=(32, 8)).astype(np.float32), np.arange(32) % 5
     kernel = np.random.default_rng(2).normal(size=(8, 5)).astype(np.float32)
     p = np.exp(x @ kernel)

@@ -182,7 +182,7 @@ def test_the_head_is_found_by_dataflow_through_what_follows_it():
 
 
 @pytest.mark.parametrize("wrap", [jax.checkpoint, jax.jit], ids=["checkpoint", "inner jit"])
-def test_inner_transformations_are_looked_into(wrap):
+def test_a_head_inside_an_inner_transformation_is_found(wrap):
     model, (x, y) = MLP(), data()
     params = model.init(jax.random.key(0), x)
 
@@ -227,7 +227,7 @@ def test_an_inner_jit_in_a_step_that_is_not_jitted_is_refused_because_it_would_b
         monitor.value_and_grad(loss_fn)(params, x, y)
 
 
-def test_a_teacher_of_another_class_is_not_taken_for_the_watched_model():
+def test_a_teacher_of_another_class_is_not_confused_with_the_watched_model():
     model, teacher, (x, y) = MLP(), WithSetup(), data()
     params, taught = model.init(jax.random.key(0), x), teacher.init(jax.random.key(1), x)
 
@@ -298,7 +298,7 @@ def test_a_hand_written_net_marks_its_head_with_tap():
     assert all(jnp.array_equal(grads[k], plain_grads[k]) for k in params)
 
 
-def test_tap_with_a_probe_of_ones_own_gives_the_scores_in_plain_jax_grad():
+def test_tap_with_the_users_own_probe_gives_the_scores_in_plain_jax_grad():
     params, (x, y) = hand_params(), data()
 
     def loss_fn(p, probe):
@@ -313,7 +313,7 @@ def test_tap_with_a_probe_of_ones_own_gives_the_scores_in_plain_jax_grad():
     np.testing.assert_allclose(scores, want, atol=1e-6)
 
 
-def test_tap_outside_of_a_watched_loss_does_nothing():
+def test_tap_outside_a_watched_loss_does_nothing():
     params, (x, _) = hand_params(), data()
     h = jnp.tanh(x @ params["w1"])
     assert jnp.array_equal(hand_written(params, x), h @ params["w2"] + params["b2"])
@@ -328,7 +328,7 @@ def test_tap_outside_of_a_watched_loss_does_nothing():
         ({"probe": jnp.ones(3)}, r"probe: expected \(4,\)"),
     ],
 )
-def test_tap_names_shapes_that_do_not_belong_together(change, said):
+def test_tap_names_shapes_that_do_not_match(change, said):
     arguments = {
         "logits": jnp.ones((4, 5)),
         "embeddings": jnp.ones((4, 12)),
@@ -382,12 +382,12 @@ def test_two_heads_are_refused_unless_one_is_named():
     np.testing.assert_allclose(scores, one_at_a_time(loss_fn, params, x, y, "b", "kernel"), atol=1e-6)
 
 
-def test_a_head_that_is_not_there_is_named_with_the_candidates():
+def test_an_unknown_head_is_named_with_the_candidates():
     model, (x, y) = MLP(), data()
     params = model.init(jax.random.key(0), x)
     with (
         gwa_logging.watch(model, head="nope") as monitor,
-        pytest.raises(HeadNotFoundError, match=r"head='nope'.*no such"),
+        pytest.raises(HeadNotFoundError, match=r"head='nope'.*with this path"),
     ):
         monitor.value_and_grad(lambda p: LOSSES["cross-entropy"](model.apply(p, x), y).mean())(params)
 
@@ -407,7 +407,7 @@ def test_a_head_must_be_named_by_a_path():
         gwa_logging.watch(MLP(), head=nn.Dense(5))
 
 
-def test_without_value_and_grad_the_end_of_the_epoch_says_what_to_do():
+def test_an_epoch_without_value_and_grad_ends_with_an_error_that_names_it():
     with (
         gwa_logging.watch(MLP()) as monitor,
         pytest.raises(NoObservationsError, match=r"monitor\.value_and_grad\(loss_fn\)"),

@@ -1,8 +1,8 @@
 """Every model library, every loss and every way of training in JAX, against the gradient of each sample's own loss.
 
 The score of a sample is the cosine between its negative gradient and the head's weight. So the oracle is `jax.vmap` of
-`jax.grad` of the user's own loss, by the head's weight. Where samples meet before the head, as in batch normalisation, every
-sample is given a copy of the weight instead. Where numbers are rounded to 16 bits, it is `alignment_scores` on the tensors
+`jax.grad` of the user's own loss, by the head's weight. Where samples interact before the head, as in batch normalisation, each
+sample gets its own copy of the weight. Where numbers are rounded to 16 bits, it is `alignment_scores` on the tensors
 as they were in the pass.
 """
 
@@ -49,11 +49,11 @@ class Net(NamedTuple):
     jit: Callable[..., Any] = jax.jit
     value_and_grad: Callable[..., Any] = jax.value_and_grad
     pure: Callable[[Any], tuple[Any, Callable[[Any], Any]]] = lambda params: (params, lambda p: p)
-    """The parameters as a pytree, and what makes of such a tree what the loss is given."""
+    """Returns the parameters as a pytree, and a function from such a tree to the loss's first argument."""
 
 
 def with_biases(params: Any) -> Any:
-    """Flax and Haiku begin with zeros, which would hide what is done to a bias."""
+    """Adds biases: Flax and Haiku start with zeros, which would hide an error in how a bias is treated."""
     return jax.tree.map(lambda p: p + jnp.linspace(-0.5, 0.7, p.size) if p.ndim == 1 else p, params)
 
 
@@ -175,7 +175,7 @@ LIBRARIES: dict[str, Callable[[int, int], Net]] = {
     "Linen, setup": partial(of_linen, Setup),
     "NNX": of_nnx,
     "Equinox, jax.vmap(model)": partial(of_equinox, PerSample),
-    "Equinox, vmap inside of the model": partial(of_equinox, Batched),
+    "Equinox, vmap inside the model": partial(of_equinox, Batched),
     "Haiku": of_haiku,
     "a function with tap": of_hand,
 }
@@ -185,7 +185,7 @@ width_of = pytest.mark.parametrize("width", WIDTH)
 
 
 def one_by_one(net: Net, loss: Loss, x: Array, y: Array, params: Any = None) -> np.ndarray:
-    """The oracle."""
+    """The oracle: the score of each sample from the gradient of its own loss."""
     tree, whole = net.pure(net.params if params is None else params)
     weight = net.weight(tree)
 
@@ -197,7 +197,7 @@ def one_by_one(net: Net, loss: Loss, x: Array, y: Array, params: Any = None) -> 
 
 
 def by_copies(loss: Callable[[Array], Array], h: Array, kernel: Array, bias: Array) -> np.ndarray:
-    """The oracle where samples meet before the head: a copy of the kernel [D, C] for each of them, and its gradient."""
+    """The oracle where samples interact before the head: the gradient by a copy of the kernel [D, C] for each of them."""
     copies = jnp.broadcast_to(kernel, (len(h), *kernel.shape))
     gradients = jax.jit(jax.grad(lambda copies: loss(jnp.einsum("bd,bdc->bc", h, copies) + bias)))(copies)
     sizes = jnp.linalg.norm(gradients.reshape(len(h), -1), axis=1) * jnp.linalg.norm(kernel)
@@ -346,7 +346,7 @@ def test_a_loss_is_scored_by_each_samples_gradient_and_nothing_else_changes(libr
     ("library", "width"), [(each, width) for each in LIBRARIES for width in WIDTH if (each, width) != (TAP, "wide")]
 )
 @pytest.mark.usefixtures("fully_optimised")
-def test_the_bits_are_those_of_the_plain_step_when_xla_optimises_in_full(library, width):
+def test_results_are_bit_identical_to_the_plain_step_when_xla_optimises_fully(library, width):
     net, (x, y) = LIBRARIES[library](*WIDTH[width]), data()
     with gwa_logging.watch(net.model) as monitor:
         (value, scores), grads = net.jit(monitor.value_and_grad(loss_of(net)))(net.params, x, y)
@@ -603,7 +603,7 @@ def two_gradients_as_in_sam(run: Run) -> tuple[Array, np.ndarray]:
 
 
 def frozen_backbone(run: Run) -> tuple[Array, np.ndarray]:
-    """The gradient stops before the head, and is taken of the head alone."""
+    """The gradient stops before the head and is taken by the head's parameters only."""
     head, rest = eqx.partition(run.net.params, head_only(run.net))
 
     def loss(head: Any, rest: Any, x: Array, y: Array) -> Array:
@@ -757,7 +757,7 @@ def test_a_flax_train_state_trains_to_the_same_bits():
 
 
 class Regularised(linen.Module):
-    """Shows its embeddings."""
+    """Returns its embeddings too."""
 
     @linen.compact
     def __call__(self, x: Array) -> tuple[Array, Array]:
@@ -810,7 +810,7 @@ def test_every_token_is_a_sample_and_padding_has_no_score(library, width):
 
 
 def in_sixteen_bits(run: Run, dtype: Any, scale: float) -> tuple[Array, np.ndarray]:
-    """The parameters are float32, and cast down for the pass; the loss may be scaled."""
+    """The parameters are float32 and are cast to 16 bits for the pass; the loss may be scaled."""
     net = run.net
 
     def rounded(params: Any) -> Any:
@@ -836,7 +836,7 @@ def in_sixteen_bits(run: Run, dtype: Any, scale: float) -> tuple[Array, np.ndarr
     [(jnp.bfloat16, 1), (jnp.float16, 1), (jnp.float16, 2.0**12)],
     ids=["bf16", "fp16", "fp16 with a loss scale"],
 )
-def test_sixteen_bits_give_the_scores_of_the_rounded_tensors(dtype, scale, library, width):
+def test_sixteen_bit_training_is_scored_on_the_rounded_tensors(dtype, scale, library, width):
     features, classes = WIDTH[width]
     net = LIBRARIES[library](8 * features, 8 * classes)
     with gwa_logging.watch(net.model) as monitor:
@@ -845,7 +845,7 @@ def test_sixteen_bits_give_the_scores_of_the_rounded_tensors(dtype, scale, libra
     np.testing.assert_allclose(scores, want, atol=5e-3)
 
 
-def test_a_dynamic_loss_scale_comes_down_and_the_step_that_overflowed_is_left_out():
+def test_a_step_that_overflows_under_a_dynamic_loss_scale_is_excluded():
     net = of_linen(Compact, D, C)
     x, y = data()
 
@@ -896,7 +896,7 @@ def test_argnums_are_those_of_jax(library, argnums):
 
 
 @library_of
-def test_what_follows_the_parameters_may_be_given_by_keyword(library):
+def test_arguments_after_the_parameters_may_be_keywords(library):
     net = LIBRARIES[library](D, C)
     x, y = data()
 
@@ -935,7 +935,7 @@ def loss_of(net: Net) -> Loss:
 
 
 def nnx_split_and_merged(run: Run) -> tuple[Array, np.ndarray]:
-    """As NNX has it for jax.jit and jax.lax.scan: pure states outside, a model inside."""
+    """The usual form for jax.jit and jax.lax.scan: pure states outside, a model inside."""
     graph, state = nnx.split(run.net.params)
     step = run.step()
 
@@ -1039,7 +1039,7 @@ def test_a_way_of_equinox_has_the_scores_of_each_samples_gradient(way, width):
 
 
 class Stateful(eqx.Module):
-    """Shows its embeddings."""
+    """Returns its embeddings too."""
 
     body: eqx.nn.Linear
     norm: eqx.nn.BatchNorm
@@ -1139,11 +1139,13 @@ def test_a_step_is_traced_again_only_for_another_shape(library):
 
 
 @library_of
-def test_a_head_that_the_loss_does_not_run_is_named_with_those_that_it_runs(library):
+def test_a_head_that_the_loss_does_not_run_is_refused_with_the_candidates(library):
     net = LIBRARIES[library](D, C)
     with gwa_logging.watch(net.model, head="no.such.head") as monitor:
         step = monitor.value_and_grad(loss_of(net))
-        with pytest.raises(HeadNotFoundError, match=r"head='no\.such\.head': the loss runs no such layer") as error:
+        with pytest.raises(
+            HeadNotFoundError, match=r"head='no\.such\.head': the loss does not run a linear layer with this path"
+        ) as error:
             net.jit(step)(net.params, *data())
     assert any(f"{D} -> {C}" in line for line in error.value.candidates)
     assert "watch(model, head=" in str(error.value)
@@ -1162,7 +1164,7 @@ def test_a_head_that_runs_twice_in_one_loss_is_refused(library):
 
 @pytest.mark.parametrize("jit", [jax.jit, jax.checkpoint], ids=["jit", "checkpoint"])
 @pytest.mark.parametrize("library", [LINEN, EQUINOX, "Haiku", TAP])
-def test_an_inner_function_that_runs_the_head_twice_is_refused_though_it_is_traced_once(library, jit):
+def test_a_head_that_runs_twice_in_an_inner_function_is_refused(library, jit):
     net = LIBRARIES[library](D, C)
     logits = jit(net.logits)
 
@@ -1182,7 +1184,7 @@ LOOPS = {
 
 @pytest.mark.parametrize("loop", LOOPS)
 @library_of
-def test_a_head_in_a_loop_of_the_loss_is_refused_since_its_scores_would_be_sums(library, loop):
+def test_a_head_in_a_loop_of_the_loss_is_refused(library, loop):
     net = LIBRARIES[library](D, C)
     x, y = data()
 
@@ -1261,7 +1263,7 @@ IDS = {
 
 
 @pytest.mark.parametrize("ids", IDS)
-def test_sample_ids_that_do_not_go_with_the_scores_are_refused_and_nothing_is_entered(ids):
+def test_sample_ids_that_do_not_match_the_scores_are_refused_and_not_recorded(ids):
     given, said = IDS[ids]
     with gwa_logging.watch(Compact(), num_samples=N) as monitor:
         with pytest.raises(InvalidInputError, match=said):
@@ -1286,7 +1288,7 @@ SCORES = {
 
 
 @pytest.mark.parametrize("scores", SCORES)
-def test_what_is_no_array_of_scores_is_refused_with_what_was_found(scores):
+def test_anything_but_an_array_of_scores_is_refused_with_its_type(scores):
     with (
         gwa_logging.watch(Compact()) as monitor,
         pytest.raises(InvalidInputError, match=r"scores: expected a floating-point array \[batch\], found"),

@@ -98,7 +98,7 @@ def test_each_reason_for_having_no_score_is_recognised():
 
 
 @pytest.mark.parametrize("features", [FEATURES, CLASSES], ids=["wide head", "narrow head"])
-def test_rows_and_seeds_mapped_inside_the_loss_have_scores_of_their_own(features):
+def test_rows_and_seeds_mapped_inside_the_loss_have_their_own_scores(features):
     model = eqx.nn.MLP(8, CLASSES, features, 1, key=jax.random.key(0))
     seeds = eqx.filter_vmap(lambda key: eqx.nn.MLP(8, CLASSES, features, 1, key=key))(
         jax.random.split(jax.random.key(3), 3)

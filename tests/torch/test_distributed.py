@@ -491,7 +491,7 @@ def split_state() -> list[list[int]]:
             F.cross_entropy(model(x), y).backward()
         monitor.end_epoch()
         states.append(monitor.state_dict())
-    return [[state["epoch"][0], *(report["count"] for report in state["history"])] for state in states]
+    return [[samples_in(state["epoch"]), *(report["count"] for report in state["history"])] for state in states]
 
 
 def watched_by_one(wrap: Callable[[Net], nn.Module] = ddp) -> Outcome:
