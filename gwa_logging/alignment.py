@@ -43,7 +43,7 @@ doubles GWA or flips its sign, so the value reflects the pole rather than the mo
 SCORE_TOLERANCE = 1e-3
 """How far rounding may move a score outside [-1, 1]. Values further away are not scores (NOT_FINITE)."""
 
-SMALLEST = 1e-18
+MIN_NORM = 1e-18
 """Smallest norm whose square float32 represents with full precision. On the device, smaller gradients count as zero."""
 
 NO_GRADIENT, DEAD, NOT_FINITE = math.nan, -math.inf, math.inf

@@ -20,7 +20,7 @@ LINEAR_WITHIN = 1e-3
 """Size of score below which all bins are about 3e-5 wide; above it each bin is 3 % wider than the one before."""
 
 DISPLAY_BINS = 64
-MOST = 2**53
+MAX_COUNT = 2**53
 """Upper bound of a count: larger integers are not exact in float64, and the sum of 512 such counts fits into int64."""
 
 _DISPLAY_LIMITS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -57,8 +57,8 @@ class Histogram(BaseModel):
             raise ValueError(
                 f"counts: expected non-negative counts for {BINS} bins at most, found {len(self.counts)} from bin {self.first}"
             )
-        if max(self.counts, default=0) >= MOST:
-            raise ValueError(f"counts: expected less than {MOST} in each bin")
+        if max(self.counts, default=0) >= MAX_COUNT:
+            raise ValueError(f"counts: expected less than {MAX_COUNT} in each bin")
         return self
 
     @classmethod
@@ -90,7 +90,7 @@ class Histogram(BaseModel):
 
     def merge(self, other: "Histogram") -> "Histogram":
         """Returns the histogram of both sets of scores together."""
-        return Histogram.from_dense(np.minimum(self.dense() + other.dense(), MOST - 1))
+        return Histogram.from_dense(np.minimum(self.dense() + other.dense(), MAX_COUNT - 1))
 
     def quantiles(self, at: Sequence[float]) -> list[float]:
         """Returns the quantiles of the scores, accurate to the width of a bin.

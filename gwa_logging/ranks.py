@@ -26,7 +26,7 @@ NOT_WATCHED = "ranks without watch()"
 WATCHED_WITHIN = 60.0
 """Seconds that the first reduction waits for processes that have not called watch()."""
 
-NONE_ABSENT = "none"
+NONE_MISSING = "none"
 _TEXT_BYTES = 256  # of the head's description
 _TOLERANCE = 1e-5  # relative: larger than the rounding between two ranks, smaller than the difference between samples
 
@@ -97,14 +97,14 @@ def _are_same(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
     )
 
 
-class Counted(NamedTuple):
+class RankSelection(NamedTuple):
     """The ranks whose samples count, and a message for each kind of fault."""
 
     ranks: list[int]
     problems: dict[str, str]
 
 
-def counted(identities: Sequence[Identity], summaries: Sequence[AlignmentSummary] = ()) -> Counted:
+def select_ranks(identities: Sequence[Identity], summaries: Sequence[AlignmentSummary] = ()) -> RankSelection:
     """Selects the processes whose samples count.
 
     They have the head of the lowest rank, and of those of a group that have the same samples only one counts. Processes in
@@ -134,25 +134,25 @@ def counted(identities: Sequence[Identity], summaries: Sequence[AlignmentSummary
                 f"ranks {min(pair)} and {max(pair)} have trained on the same samples, so these count twice. Give each rank its "
                 "own share of the data, for example with a DistributedSampler"
             )
-    return Counted(ranks, problems)
+    return RankSelection(ranks, problems)
 
 
-class Board(Protocol):
+class SharedStore(Protocol):
     """A key-value store that all processes of a run share. Two objects for the same store compare equal."""
 
-    def watches(self, name: str) -> int:
+    def count_watch(self, name: str) -> int:
         """Counts this call of watch() in this process, and returns the number of its calls under this name."""
         ...
 
-    def post(self, key: str) -> None:
+    def publish(self, key: str) -> None:
         """Stores the key for this process."""
         ...
 
-    def absent(self, key: str, within: float) -> list[int]:
+    def find_missing(self, key: str, within: float) -> list[int]:
         """Waits up to `within` seconds for all ranks to store the key. Returns the ranks that have not."""
         ...
 
-    def settle(self, key: str, value: str) -> str:
+    def store_once(self, key: str, value: str) -> str:
         """Stores a value unless another process has stored one before. Returns the stored value."""
         ...
 
@@ -164,36 +164,36 @@ class Attendance:
     that all processes act on the same result.
     """
 
-    def __init__(self, name: str, find_board: Callable[[], Board | None]) -> None:
-        """`find_board` returns the current board; None if there are no other processes, or they have not connected yet."""
+    def __init__(self, name: str, find_store: Callable[[], SharedStore | None]) -> None:
+        """`find_store` returns the current store; None if there are no other processes, or they have not connected yet."""
         self._name = name
-        self._find_board = find_board
-        self._board: Board | None = None
+        self._find_store = find_store
+        self._store: SharedStore | None = None
         self._key = ""
         self._missing: tuple[int, ...] | None = None
 
     def enter(self) -> None:
         """Stores the key of this process: it has called watch()."""
-        self._board = self._find_board()
-        if self._board is not None:
-            self._key = f"gwa_logging/watch/{self._name}/{self._board.watches(self._name)}"
-            self._board.post(self._key)
+        self._store = self._find_store()
+        if self._store is not None:
+            self._key = f"gwa_logging/watch/{self._name}/{self._store.count_watch(self._name)}"
+            self._store.publish(self._key)
 
     def missing(self) -> tuple[int, ...]:
         """Returns the ranks that have not called watch(), the same on every rank. The first call blocks up to 60 s."""
         if self._missing is None:
-            board = self._board
-            self._missing = self._settle(board) if board is not None and board == self._find_board() else ()
+            store = self._store
+            self._missing = self._settle(store) if store is not None and store == self._find_store() else ()
         return self._missing
 
-    def _settle(self, board: Board) -> tuple[int, ...]:
+    def _settle(self, store: SharedStore) -> tuple[int, ...]:
         try:
-            absent = ",".join(map(str, board.absent(self._key, WATCHED_WITHIN)))
-            settled = board.settle(f"{self._key}/missing", absent or NONE_ABSENT)
+            absent = ",".join(map(str, store.find_missing(self._key, WATCHED_WITHIN)))
+            settled = store.store_once(f"{self._key}/missing", absent or NONE_MISSING)
         except RuntimeError as error:  # the reduction will fail as well, with an error that tells more
             logger.debug("gwa_logging: the shared store of the processes failed: %s", error)
             return ()
-        return () if settled == NONE_ABSENT else tuple(map(int, settled.split(",")))
+        return () if settled == NONE_MISSING else tuple(map(int, settled.split(",")))
 
     def problems(self) -> dict[str, str]:
         """Returns a message by kind of fault; empty if all processes watch."""

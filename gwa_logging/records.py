@@ -26,7 +26,7 @@ from pydantic import (
     model_validator,
 )
 
-from gwa_logging.histogram import MOST, Histogram
+from gwa_logging.histogram import MAX_COUNT, Histogram
 from gwa_logging.redact import redact_urls
 from gwa_logging.report.notebook import report_html
 from gwa_logging.settings import NAME_LENGTH, NAME_PATTERN
@@ -60,10 +60,10 @@ Number = Annotated[
     PlainSerializer(lambda value: value if math.isfinite(value) else None, when_used="json"),
 ]
 """A float that may be undefined: null in JSON, NaN in Python."""
-Count = Annotated[int, Field(ge=0, lt=MOST)]
+Count = Annotated[int, Field(ge=0, lt=MAX_COUNT)]
 """A number or an index of steps, epochs or samples."""
 
-Index = Annotated[int, Field(gt=-MOST, lt=MOST)]
+Index = Annotated[int, Field(gt=-MAX_COUNT, lt=MAX_COUNT)]
 """A sample id or a class index; negative ones mark what is to be ignored."""
 
 
@@ -217,7 +217,7 @@ class EpochReport(TimedRecord):
 
     kind: Literal["epoch"] = "epoch"
     epoch: Count
-    step: int = Field(ge=-1, lt=MOST)
+    step: int = Field(ge=-1, lt=MAX_COUNT)
     count: Count
     excluded: Count
     mean: Number
@@ -281,7 +281,7 @@ class StopAlert(TimedRecord):
     TITLE: ClassVar = "GWA: stop"
     kind: Literal["alert"] = "alert"
     epoch: Count
-    best_epoch: int = Field(ge=-1, lt=MOST)
+    best_epoch: int = Field(ge=-1, lt=MAX_COUNT)
     statistic: str
     value: Number
     best_value: Number
@@ -337,7 +337,7 @@ class Suspect(Record):
 
     id: Index
     mean_score: Number
-    times_seen: float = Field(ge=0, lt=MOST)
+    times_seen: float = Field(ge=0, lt=MAX_COUNT)
     label: Index | None = None
     predicted: Index | None = None
     thumbnail: str | None = None
@@ -361,7 +361,7 @@ class SuspectsRecord(TimedRecord):
     """
 
     kind: Literal["suspects"] = "suspects"
-    step: int = Field(ge=-1, lt=MOST)
+    step: int = Field(ge=-1, lt=MAX_COUNT)
     epoch: Count
     samples: Count
     suspects: tuple[Suspect, ...]

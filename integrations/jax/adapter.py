@@ -21,7 +21,7 @@ from gwa_logging.integrations.jax.accumulate import (
     merge_states,
     update_state,
 )
-from gwa_logging.integrations.jax.distributed import Processes, board
+from gwa_logging.integrations.jax.distributed import Processes, shared_store
 from gwa_logging.integrations.jax.find_head import find_head, library_of
 from gwa_logging.integrations.jax.ledger import DeviceLedger, add_to_ledger
 from gwa_logging.integrations.jax.probe import ProbeSession
@@ -52,7 +52,7 @@ def attach(model: Any, settings: WatchSettings, faults: Faults) -> "JaxAdapter":
             f"head={settings.head!r}: expected a dotted path such as 'head', found {type(settings.head).__name__}"
         )
     check_windows(settings.samples_per_epoch, jax.process_count())
-    return JaxAdapter(model, settings.head, settings.num_samples, faults, Attendance(settings.name, board))
+    return JaxAdapter(model, settings.head, settings.num_samples, faults, Attendance(settings.name, shared_store))
 
 
 def _is_tracing() -> bool:

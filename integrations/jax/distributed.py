@@ -12,28 +12,28 @@ from jax.experimental import multihost_utils
 
 from gwa_logging.faults import Faults
 from gwa_logging.ledger import Ledger
-from gwa_logging.ranks import Attendance, Identity, counted
+from gwa_logging.ranks import Attendance, Identity, select_ranks
 from gwa_logging.summary import AlignmentSummary
 
 LOST = "lost processes"
 """Fault: a process of jax.distributed has died."""
 
 
-class ClientBoard(NamedTuple):
-    """The key-value store of jax.distributed. See `gwa_logging.ranks.Board`."""
+class JaxClientStore(NamedTuple):
+    """The key-value store of jax.distributed. See `gwa_logging.ranks.SharedStore`."""
 
     client: Any
 
-    def watches(self, name: str) -> int:
+    def count_watch(self, name: str) -> int:
         """Counts the calls of watch() under this name."""
         _watches[name] += 1
         return _watches[name]
 
-    def post(self, key: str) -> None:
+    def publish(self, key: str) -> None:
         """Stores the key for this process."""
         self.client.key_value_set(f"{key}/{jax.process_index()}", "watches")
 
-    def absent(self, key: str, within: float) -> list[int]:
+    def find_missing(self, key: str, within: float) -> list[int]:
         """The processes that have not stored the key within this many seconds."""
         deadline = monotonic() + within
         return [number for number in range(jax.process_count()) if not self._has(f"{key}/{number}", deadline)]
@@ -47,7 +47,7 @@ class ClientBoard(NamedTuple):
             return False
         return True
 
-    def settle(self, key: str, value: str) -> str:
+    def store_once(self, key: str, value: str) -> str:
         """Stores a value unless another process has done so; returns the stored one."""
         try:
             self.client.key_value_set(key, value)
@@ -60,8 +60,8 @@ class ClientBoard(NamedTuple):
 _watches: Counter[str] = Counter()
 
 
-def board() -> ClientBoard | None:
-    """The board of jax.distributed; None if there is one process, or if this version of JAX has its client elsewhere."""
+def shared_store() -> JaxClientStore | None:
+    """The store of jax.distributed; None if there is one process, or if this version of JAX has its client elsewhere."""
     if jax.process_count() == 1:
         return None
     try:
@@ -71,7 +71,7 @@ def board() -> ClientBoard | None:
         AttributeError,
     ):  # without it a process that never watches blocks the others, as in any collective
         return None
-    return None if client is None else ClientBoard(client)
+    return None if client is None else JaxClientStore(client)
 
 
 class Processes:
@@ -102,7 +102,7 @@ class Processes:
             if gathered is not None:
                 vectors = [np.frombuffer(part.tobytes()) for part in np.asarray(gathered)]
                 summaries = [AlignmentSummary.from_vector(vector[: len(own)]) for vector in vectors]
-                found = counted([Identity.from_vector(vector[len(own) :]) for vector in vectors], summaries)
+                found = select_ranks([Identity.from_vector(vector[len(own) :]) for vector in vectors], summaries)
                 summary, problems = AlignmentSummary.merge_all(summaries[rank] for rank in found.ranks), found.problems
             else:
                 problems = self._lost

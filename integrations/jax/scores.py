@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gwa_logging.alignment import FINITE_MARKERS, MARKERS, SCORE_TOLERANCE, SMALLEST, Markers
+from gwa_logging.alignment import FINITE_MARKERS, MARKERS, MIN_NORM, SCORE_TOLERANCE, Markers
 
 
 class Terms(NamedTuple):
@@ -62,7 +62,7 @@ def alignment_scores(terms: Terms, markers: Markers = MARKERS) -> Array:
     """
     product, delta_norms, embedding_norms, weight_norm = terms
     visible = embedding_norms * weight_norm
-    has_no_gradient, is_dead = delta_norms < SMALLEST, visible == 0
+    has_no_gradient, is_dead = delta_norms < MIN_NORM, visible == 0
     scores = -product / jnp.where(has_no_gradient, 1, delta_norms) / jnp.where(is_dead, 1, visible)
     scores = jnp.where(is_dead, markers.dead, scores)
     scores = jnp.where(has_no_gradient, markers.no_gradient, scores)

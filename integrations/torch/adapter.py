@@ -14,7 +14,6 @@ from gwa_logging.errors import InvalidInputError
 from gwa_logging.faults import Faults
 from gwa_logging.integrations.torch.accumulate import Accumulator, TorchSnapshot
 from gwa_logging.integrations.torch.distributed import (
-    board,
     empty_like,
     is_distributed,
     ledger_over_ranks,
@@ -22,6 +21,7 @@ from gwa_logging.integrations.torch.distributed import (
     rank,
     ranks,
     replica_group,
+    shared_store,
     unsharded,
 )
 from gwa_logging.integrations.torch.find_head import NOT_FOUND_YET, Head, find_head, inside_adapters, unwrapped
@@ -53,7 +53,7 @@ def attach(model: nn.Module, settings: WatchSettings, faults: Faults) -> "TorchA
     head = find_head(model, settings.head)
     if head is not None:
         _check_parameters(head)
-    return TorchAdapter(model, head, settings.num_samples, faults, Attendance(settings.name, board))
+    return TorchAdapter(model, head, settings.num_samples, faults, Attendance(settings.name, shared_store))
 
 
 def _check_parameters(head: Head) -> None:

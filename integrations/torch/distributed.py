@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from gwa_logging.ledger import UNKNOWN, Ledger
-from gwa_logging.ranks import Counted, Identity, counted
+from gwa_logging.ranks import Identity, RankSelection, select_ranks
 from gwa_logging.summary import AlignmentSummary
 
 WRAPPERS: tuple[type[Any], ...] = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -61,22 +61,22 @@ def _from_environment(name: str, default: int) -> int:
     return int(value) if value.isdecimal() else default
 
 
-class StoreBoard(NamedTuple):
-    """A `gwa_logging.ranks.Board` in the process group's store."""
+class ProcessGroupStore(NamedTuple):
+    """A `gwa_logging.ranks.SharedStore` in the process group's store."""
 
     store: Any
 
-    def watches(self, name: str) -> int:
+    def count_watch(self, name: str) -> int:
         """Counts the calls of watch() under this name."""
         watches = _watches.setdefault(self.store, Counter())
         watches[name] += 1
         return watches[name]
 
-    def post(self, key: str) -> None:
+    def publish(self, key: str) -> None:
         """Stores the key for this rank."""
         self.store.set(f"{key}/{rank()}", "")
 
-    def absent(self, key: str, within: float) -> list[int]:
+    def find_missing(self, key: str, within: float) -> list[int]:
         """The ranks that have not stored the key in time."""
         keys = [f"{key}/{number}" for number in range(ranks())]
         try:
@@ -85,7 +85,7 @@ class StoreBoard(NamedTuple):
             return [number for number, each in enumerate(keys) if not self.store.check([each])]
         return []
 
-    def settle(self, key: str, value: str) -> str:
+    def store_once(self, key: str, value: str) -> str:
         """Stores a value, unless a rank has done so before."""
         settled: bytes = self.store.compare_set(key, "", value)
         return settled.decode()
@@ -94,10 +94,10 @@ class StoreBoard(NamedTuple):
 _watches: "WeakKeyDictionary[Any, Counter[str]]" = WeakKeyDictionary()
 
 
-def board() -> StoreBoard | None:
-    """The board of the process group; None if there is no group or no other rank in it."""
+def shared_store() -> ProcessGroupStore | None:
+    """The store of the process group; None if there is no group or no other rank in it."""
     store = distributed.distributed_c10d._get_default_store() if is_distributed() else None
-    return None if store is None else StoreBoard(store)
+    return None if store is None else ProcessGroupStore(store)
 
 
 def is_split(tensor: Any) -> bool:
@@ -164,23 +164,23 @@ def replica_group(model: nn.Module) -> int:
     return lowest
 
 
-def merged_over_ranks(summary: AlignmentSummary, identity: Identity) -> tuple[AlignmentSummary, Counted]:
+def merged_over_ranks(summary: AlignmentSummary, identity: Identity) -> tuple[AlignmentSummary, RankSelection]:
     """The summary of all ranks that count, the same on each rank (a collective)."""
     packed = summary.to_vector()
     size = packed.size
     gathered = _gathered(np.concatenate([packed, identity.to_vector()]))
     summaries = [AlignmentSummary.from_vector(vector[:size]) for vector in gathered]
-    found = counted([Identity.from_vector(vector[size:]) for vector in gathered], summaries)
+    found = select_ranks([Identity.from_vector(vector[size:]) for vector in gathered], summaries)
     return AlignmentSummary.merge_all(summaries[number] for number in found.ranks), found
 
 
-def ledger_over_ranks(ledger: Ledger, identity: Identity) -> tuple[Ledger, Counted]:
+def ledger_over_ranks(ledger: Ledger, identity: Identity) -> tuple[Ledger, RankSelection]:
     """The ledger of all ranks that count, the same on each rank (a collective).
 
     The predicted class of a sample is that of the highest rank that has seen it.
     """
     gathered = _gathered(np.concatenate([[ledger.invalid_ids, ledger.untagged], identity.to_vector()]))
-    found = counted([Identity.from_vector(vector[2:]) for vector in gathered])
+    found = select_ranks([Identity.from_vector(vector[2:]) for vector in gathered])
     if rank() not in found.ranks:
         ledger = empty_like(ledger)
     device = _exchange_device()

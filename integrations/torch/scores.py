@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gwa_logging.alignment import DEAD, FINITE_MARKERS, MARKERS, NO_GRADIENT, NOT_FINITE, SMALLEST
+from gwa_logging.alignment import DEAD, FINITE_MARKERS, MARKERS, MIN_NORM, NO_GRADIENT, NOT_FINITE
 
 PADDING = 4.0
 _WIDE = (torch.float32, torch.float64)
@@ -62,7 +62,7 @@ def alignment_scores(terms: Terms) -> Tensor:
     seen = embedding_norms * weight_norm
     scores = (-product / delta_norms / seen).float()
     scores = torch.where(seen == 0, DEAD, scores)
-    scores = torch.where(delta_norms < SMALLEST, NO_GRADIENT, scores)
+    scores = torch.where(delta_norms < MIN_NORM, NO_GRADIENT, scores)
     return torch.where(torch.isfinite(product + delta_norms + seen), scores, NOT_FINITE)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gwa_logging import InvalidInputError
-from gwa_logging.ranks import Identity, check_windows, counted, first_scores
+from gwa_logging.ranks import Identity, check_windows, first_scores, select_ranks
 from gwa_logging.summary import AlignmentSummary
 
 
@@ -36,7 +36,7 @@ def unknown(group: int) -> tuple[Identity, AlignmentSummary]:
 )
 def test_each_sample_counts_once_and_for_one_head_only(processes, ranks, kinds):
     identities, summaries = zip(*processes, strict=True)
-    found = counted(identities, summaries)
+    found = select_ranks(identities, summaries)
     assert (found.ranks, list(found.problems)) == (ranks, kinds)
 
 
@@ -44,8 +44,8 @@ def test_equal_scores_up_to_rounding_mean_the_same_samples():
     scores = np.random.default_rng(0).uniform(-0.9, 0.9, 24)
     near, far = (first_scores([AlignmentSummary.from_scores(scores * (1 + by))]) for by in (1e-7, 1e-3))
     first = first_scores([AlignmentSummary.from_scores(scores)])
-    assert counted([Identity("", first), Identity("", near)]).ranks == [0]
-    assert counted([Identity("", first), Identity("", far)]).ranks == [0, 1]
+    assert select_ranks([Identity("", first), Identity("", near)]).ranks == [0]
+    assert select_ranks([Identity("", first), Identity("", far)]).ranks == [0, 1]
 
 
 def test_constant_scores_do_not_identify_samples():
