@@ -42,6 +42,12 @@ class _Watch(NamedTuple):
         monitor = self.monitor()
         return monitor is not None and not monitor._closed
 
+    def close_if_model_is(self, subject: Any) -> None:
+        """Closes the monitor if it watches this object, or if its model was deleted and nothing more can be observed."""
+        monitor, own = self.monitor(), self.subject()
+        if monitor is not None and (own is subject if own is not None else monitor._adapter.is_detached):
+            monitor.close()
+
 
 _watches: list[_Watch] = []
 
@@ -212,21 +218,23 @@ def _open(
 
 
 def _register(subject: Any, monitor: Monitor) -> None:
-    """Closes the monitor with its model: when the model is deleted, when it is watched again, or when the program ends."""
+    """Remembers an open monitor. It is closed when nobody references it, by a later `watch`, or when the program ends."""
     closer.start()
     _watches.append(_Watch(weakref.ref(subject), weakref.ref(monitor)))
-    weakref.finalize(subject, _close_orphan, weakref.ref(monitor)).atexit = False
+    weakref.finalize(subject, _release_head, weakref.ref(monitor)).atexit = False
     atexit.unregister(_close_all)
     atexit.register(_close_all)  # after the trackers have registered their own, so it runs before them
 
 
-def _close_orphan(reference: "weakref.ref[Monitor]") -> None:
-    """Called when a model has been deleted: nothing more can be observed, unless its scores come from the user (JAX)."""
+def _release_head(reference: "weakref.ref[Monitor]") -> None:
+    """Called when a model has been deleted: nothing more can be observed, unless its scores come from the user (JAX).
+
+    The monitor stays open as long as somebody references it, since the epoch in progress may still be reported.
+    """
     monitor = reference()
     if monitor is not None and not monitor._closed and monitor._adapter.is_detached:
         for recording in monitor._recordings():
-            recording.adapter.close()  # releases the head at once
-        closer.close_later(monitor)
+            recording.adapter.close()
 
 
 class RunTakenError(InvalidInputError):
@@ -250,7 +258,7 @@ def _check_is_free(backend: str | BackendWriter, run_ref: TrackerRunRef, name: s
     if _writer_to(backend, run_ref, name) is None:
         return
     gc.collect()
-    closer.wait(2 * _all_heads.CLOSE_WITHIN)
+    _close_earlier()
     writer = _writer_to(backend, run_ref, name)
     if writer is None:
         return
@@ -285,12 +293,10 @@ def _is_same(opened: Backend, backend: str | BackendWriter, run_ref: TrackerRunR
     return opened.name == kind and its != TrackerRunRef() and (its.run or its.url) == (run_ref.run or run_ref.url)
 
 
-def _close_earlier(subject: Any) -> None:
-    """Closes the monitor of the same model, and waits for those of deleted models, whose runs may still be active."""
+def _close_earlier(subject: Any = None) -> None:
+    """Closes the monitors of this model and of deleted models, whose runs may still be active."""
     for watch in _watches:
-        monitor = watch.monitor()
-        if monitor is not None and watch.subject() is subject:
-            monitor.close()
+        watch.close_if_model_is(subject)
     closer.wait(2 * _all_heads.CLOSE_WITHIN)
     _watches[:] = [watch for watch in _watches if watch.is_open]
 

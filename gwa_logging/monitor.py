@@ -201,7 +201,8 @@ class Monitor(Owned):
         with self._recording.lock:
             if self._closed:
                 raise InvalidInputError(
-                    "end_epoch(): this monitor is closed, by close() or because its model was deleted; watch the model again"
+                    "end_epoch(): this monitor is closed: by close(), or by a later watch() because its model was deleted; "
+                    "watch the model again"
                 )
             try:
                 return _all_heads.end_epoch(self._recordings())
