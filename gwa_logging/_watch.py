@@ -51,6 +51,9 @@ class _Watch(NamedTuple):
 
 _watches: list[_Watch] = []
 
+OPEN_BEFORE_COLLECTING = 8
+"""With more open monitors than this, `watch` runs the garbage collector, because most of them were probably dropped."""
+
 
 def _refuse_unknown_arguments(function: Callable[P, R]) -> Callable[P, R]:
     """Raises InvalidInputError with the nearest name for a keyword that the function does not have."""
@@ -294,7 +297,12 @@ def _is_same(opened: Backend, backend: str | BackendWriter, run_ref: TrackerRunR
 
 
 def _close_earlier(subject: Any = None) -> None:
-    """Closes the monitors of this model and of deleted models, whose runs may still be active."""
+    """Closes the monitors of this model and of deleted models, whose runs may still be active.
+
+    Dropped models and monitors are in reference cycles, and the garbage collector can leave hundreds of them on the device.
+    """
+    if sum(watch.is_open for watch in _watches) > OPEN_BEFORE_COLLECTING:
+        gc.collect()
     for watch in _watches:
         watch.close_if_model_is(subject)
     closer.wait(2 * _all_heads.CLOSE_WITHIN)

@@ -109,6 +109,7 @@ class ModulePatch:
             self._restore(above._before)
             above = _latest_patch(above._before)
         self._restore(attributes)
+        self._overrides, self._before = {}, {}  # they refer to the module and to this object: a cycle
 
     def _restore(self, attributes: dict[str, Any]) -> None:
         for name, value in self._overrides.items():
