@@ -304,10 +304,18 @@ def drop(model: nn.Module, monitor: gwa_logging.Monitor) -> None:
     """Leaves both to the garbage collector."""
 
 
-def resources() -> tuple[int, int]:
-    """Open files and threads, once everything dropped has been closed."""
+def collect() -> None:
+    """Returns once everything that was dropped has been closed."""
     gc.collect()
     assert closer.wait(60)
+
+
+def resources() -> tuple[int, int]:
+    """Open files and threads, once all monitors are closed and the threads of their deliveries have ended."""
+    collect()
+    for thread in threading.enumerate():
+        if thread.name.startswith("gwa_logging") and thread.name != "gwa_logging closer":
+            thread.join(60)
     return len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
 
 
@@ -345,7 +353,7 @@ def test_a_monitor_that_is_still_referenced_outlives_its_model_until_the_next_wa
     monitor = gwa_logging.watch(deleted, backend=(backend := Kept()))
     deleted(torch.ones(2, 4)).sum().backward()
     del deleted
-    resources()
+    collect()
     assert monitor.end_epoch().count == 2
     gwa_logging.watch(model)
     assert backend.closed
@@ -355,7 +363,7 @@ def test_a_monitor_that_is_still_referenced_outlives_its_model_until_the_next_wa
 
 def test_a_model_keeps_a_monitor_that_nothing_else_refers_to(model):
     journal = gwa_logging.watch(model, log_every_n_steps=1).journal
-    resources()
+    collect()
     model(torch.ones(2, 4)).sum().backward()
     model(torch.ones(2, 4)).sum().backward()
     assert [record.kind for record in read_journal(journal)[0]] == ["run", "interval", "interval"]
