@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gwa_logging.errors import InvalidInputError
+from gwa_logging.exports import SuspectsTable
 from gwa_logging.faults import Faults
 from gwa_logging.ledger import UNKNOWN, Ledger, record_invalid_ids
 from gwa_logging.protocols import Adapter
@@ -92,6 +93,17 @@ class SuspectFinder:
     def label_quality(self) -> npt.NDArray[np.float64]:
         """float64 [num_samples]: (mean score + 1) / 2, in [0, 1]; NaN for samples never seen."""
         return np.clip((self.read("label_quality()").means + 1) / 2, 0, 1)
+
+    def table(self) -> SuspectsTable:
+        """All samples, in the order of their ids."""
+        ledger = self.read("suspects_table()")
+        labels = np.full(len(ledger.seen), UNKNOWN) if self._labels is None else np.asarray(self._labels)
+        return SuspectsTable(
+            mean_score=ledger.means,
+            times_seen=np.asarray(ledger.seen, np.float64),
+            label=labels.astype(np.int64),
+            predicted=np.asarray(ledger.predicted, np.int64),
+        )
 
     def collapse(self) -> str | None:
         """Returns a sentence if the model predicts one class for nearly all samples; None if not, or if their labels agree.
