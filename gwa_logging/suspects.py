@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gwa_logging.class_pairs import concentration
 from gwa_logging.errors import InvalidInputError
 from gwa_logging.exports import SuspectsTable
 from gwa_logging.faults import Faults
@@ -121,6 +122,16 @@ class SuspectFinder:
         if share < COLLAPSED or labelled >= COLLAPSED:
             return None
         return f"{share:.0%} of the samples are predicted as class {top}: the model may have collapsed to it"
+
+    def confused_classes(self) -> str | None:
+        """Returns a sentence if few pairs of classes hold most of the suspects; None if not, or if there are no labels.
+
+        Waits for the device. In a distributed run every process must call this.
+        """
+        suspects, _ = self.suspects(SUSPECTS)
+        if self._labels is None:
+            return None
+        return concentration(suspects, classes=len(np.unique(self._labels)))
 
     def _suspect(self, ledger: Ledger, sample: int, images: Any) -> Suspect:
         predicted = int(ledger.predicted[sample])
