@@ -49,7 +49,7 @@ def main() -> None:
         backend=args.backend.split(","),
         early_stop=gwa_logging.EarlyStop(action="stop" if args.stop else "alert"),
         log_every_n_steps=5,
-        num_samples=len(y),
+        labels=y,
     )
     with monitor:
         for _ in monitor.epochs(args.epochs):
@@ -60,6 +60,7 @@ def main() -> None:
                 optimizer.zero_grad()
             with torch.no_grad():
                 accuracies.append((model(x_test).argmax(1) == y_test).double().mean().item())
+        monitor.log_suspects(images=data.x)  # with their pictures
     summary(monitor, accuracies, data.flipped)
 
 

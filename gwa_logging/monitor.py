@@ -17,6 +17,7 @@ from gwa_logging import _all_heads
 from gwa_logging._closer import closer
 from gwa_logging._epoch_bar import EpochBar
 from gwa_logging.errors import InvalidInputError
+from gwa_logging.exports import SuspectsTable
 from gwa_logging.forks import Owned
 from gwa_logging.ledger import TaggedBatch
 from gwa_logging.recording import Recording
@@ -274,6 +275,12 @@ class Monitor(Owned):
         self._refuse_copy("suspects()")
         with self._recording.lock:
             return self._recording.suspects.suspects(k)[0]
+
+    def suspects_table(self) -> SuspectsTable:
+        """All samples with mean score, times seen, label and predicted class, for `gwa_logging.exports`. As `suspects`."""
+        self._refuse_copy("suspects_table()")
+        with self._recording.lock:
+            return self._recording.suspects.table()
 
     def label_quality(self) -> npt.NDArray[np.float64]:
         """How well training supports each sample's label, like cleanlab's label quality scores: lower is more suspect.

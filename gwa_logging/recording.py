@@ -197,9 +197,9 @@ class Recording:
         return report
 
     def _raise_alert(self, alert: StopAlert) -> None:
-        collapse = self.suspects.collapse() if self.suspects.has_ledger else None
-        if collapse:
-            alert = alert.model_copy(update={"caveats": (*alert.caveats, collapse)})
+        if self.suspects.has_ledger:
+            found = [caveat for caveat in (self.suspects.collapse(), self.suspects.confused_classes()) if caveat]
+            alert = alert.model_copy(update={"caveats": (*alert.caveats, *found)})
         self.alert = alert
         logger.warning("gwa_logging: %s", alert.message)
         self.write(alert, sync=True)

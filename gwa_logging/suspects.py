@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gwa_logging.class_pairs import concentration
 from gwa_logging.errors import InvalidInputError
+from gwa_logging.exports import SuspectsTable
 from gwa_logging.faults import Faults
 from gwa_logging.ledger import UNKNOWN, Ledger, record_invalid_ids
 from gwa_logging.protocols import Adapter
@@ -93,6 +95,17 @@ class SuspectFinder:
         """float64 [num_samples]: (mean score + 1) / 2, in [0, 1]; NaN for samples never seen."""
         return np.clip((self.read("label_quality()").means + 1) / 2, 0, 1)
 
+    def table(self) -> SuspectsTable:
+        """All samples, in the order of their ids."""
+        ledger = self.read("suspects_table()")
+        labels = np.full(len(ledger.seen), UNKNOWN) if self._labels is None else np.asarray(self._labels)
+        return SuspectsTable(
+            mean_score=ledger.means,
+            times_seen=np.asarray(ledger.seen, np.float64),
+            label=labels.astype(np.int64),
+            predicted=np.asarray(ledger.predicted, np.int64),
+        )
+
     def collapse(self) -> str | None:
         """Returns a sentence if the model predicts one class for nearly all samples; None if not, or if their labels agree.
 
@@ -109,6 +122,16 @@ class SuspectFinder:
         if share < COLLAPSED or labelled >= COLLAPSED:
             return None
         return f"{share:.0%} of the samples are predicted as class {top}: the model may have collapsed to it"
+
+    def confused_classes(self) -> str | None:
+        """Returns a sentence if few pairs of classes hold most of the suspects; None if not, or if there are no labels.
+
+        Waits for the device. In a distributed run every process must call this.
+        """
+        suspects, _ = self.suspects(SUSPECTS)
+        if self._labels is None:
+            return None
+        return concentration(suspects, classes=len(np.unique(self._labels)))
 
     def _suspect(self, ledger: Ledger, sample: int, images: Any) -> Suspect:
         predicted = int(ledger.predicted[sample])

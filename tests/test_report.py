@@ -1,5 +1,7 @@
 """The report is parsed as HTML and as plotly's JSON, and opened in Chromium where it is installed."""
 
+import base64
+import gzip
 import json
 import math
 import re
@@ -30,7 +32,7 @@ from gwa_logging.records import (
     RunRecord,
     TrackerRunRef,
 )
-from gwa_logging.report.page import write_report
+from gwa_logging.report.page import _packed_plotly, write_report
 from tests.records import close_record, epoch_report, interval_record, run_record, stop_alert
 
 HOSTILE = """</script><script>alert(1)</script><img src=x onerror="alert(2)">' & </style> --ink $css"""
@@ -356,7 +358,7 @@ def test_page_of_ten_thousand_intervals_is_bounded_and_takes_seconds_of_cpu_time
     begun = time.process_time()  # CPU time, because the machine may be busy
     path = write_report(tmp_path)
     assert time.process_time() - begun < 30
-    assert path.stat().st_size < 7e6
+    assert path.stat().st_size < 4e6
     assert len(Page(path).figures["scores"]["data"][0]["x"]) <= 401
 
 
@@ -374,7 +376,9 @@ def test_page_loads_no_external_resource(run):
     assert "http" not in policies[0]
     styles = [text for tag, text in page.texts if tag == "style"]
     assert not any("url(" in style or "@import" in style for style in styles)
-    assert path.read_text(encoding="utf-8").count("plotly.js v") == 1
+    (packed,) = re.findall('id="plotly">([^<]*)<', path.read_text(encoding="utf-8"))
+    assert gzip.decompress(base64.b64decode(packed)).count(b"plotly.js v") == 1
+    assert path.stat().st_size < 2.2e6
 
 
 def test_page_offers_no_upload_to_a_cloud(run):
@@ -458,6 +462,7 @@ def test_error_without_plotly_names_the_pip_command(tmp_path, monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "plotly"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [WithoutPlotly(finder) for finder in sys.meta_path])
+    _packed_plotly.cache_clear()
     with pytest.raises(MissingDependencyError, match=r"pip install 'gwa-logging\[report\]'"):
         write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()
@@ -467,13 +472,20 @@ NODE = """
 const fs = require("fs"), [page, script] = process.argv.slice(-2);
 const figures = fs.readFileSync(page, "utf8").match(/id="figures">(.*?)<\\/script>/s)[1];
 const drawn = [];
-globalThis.document = { documentElement: {}, getElementById: () => ({ textContent: figures }) };
+const { gzipSync } = require("zlib");
+const library = gzipSync("globalThis.Plotly = globalThis.recorder").toString("base64");
+globalThis.document = {
+  documentElement: {},
+  getElementById: id => ({ textContent: id === "plotly" ? library : figures }),
+  createElement: () => ({}),
+  head: { append: element => (0, eval)(element.textContent) },
+};
 globalThis.getComputedStyle = () => ({ getPropertyValue: name => " value of " + name });
 globalThis.matchMedia = () => ({ matches: false, addEventListener: () => {} });
 globalThis.addEventListener = () => {};
-globalThis.Plotly = { react: (id, data, layout) => drawn.push({ id, data, layout }) };
+globalThis.recorder = { react: (id, data, layout) => drawn.push({ id, data, layout }) };
 (0, eval)(fs.readFileSync(script, "utf8"));
-console.log(JSON.stringify(drawn));
+process.on("exit", () => console.log(JSON.stringify(drawn)));
 """
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 
 import gwa_logging
 from gwa_logging import EarlyStop, InvalidInputError, Monitor
+from gwa_logging.class_pairs import class_pairs, concentration
 from gwa_logging.journal import read_journal
 from gwa_logging.records import SuspectsRecord
 from gwa_logging.replay import replay
@@ -293,11 +294,52 @@ def test_the_report_shows_the_suspects_with_their_pictures(tmp_path):
     page = write_report(monitor.journal.parent).read_text(encoding="utf-8")
     section = page[page.index("Samples that are probably mislabelled") :]
     section = section[: section.index("</section>")]
-    assert [int(i) for i in re.findall(r'<th scope="row">(\d+)', section)] == [s.id for s in found]
-    assert [f"<td>{s.label}<td>{s.predicted}<td" in section for s in found] == [True] * 6
+    listed = section.partition("The list</h3>")[2]
+    assert [int(i) for i in re.findall(r'<th scope="row">(\d+)', listed)] == [s.id for s in found]
+    assert [f"<td>{s.label}<td>{s.predicted}<" in section for s in found] == [True] * 6
     pictures = re.findall(r"data:image/png;base64,([^\"]+)", section)
     assert pictures == [s.thumbnail for s in found]
-    assert f"{N} samples had been scored" in section
+    assert f"Recorded after epoch 0 (step {BATCHES - 1}), when {N} samples had been scored" in section
+
+
+def test_the_report_leaves_out_unknown_labels_and_says_in_which_epoch_the_list_was_made(tmp_path):
+    training = Training()
+    with training.watch(tmp_path, num_samples=N) as monitor:
+        epoch(training, monitor)
+        monitor.tag(torch.arange(BATCH))
+        training.step(0)
+        monitor.log_suspects(20)
+        page = write_report(monitor.journal.parent).read_text(encoding="utf-8")
+    section = page[page.index("Samples that are probably mislabelled") :].partition("</section>")[0]
+    assert '<th scope="col">predicted' in section
+    assert '<th scope="col">label' not in section
+    assert "Which class is taken for which" not in section
+    assert f"in epoch 1 (step {BATCHES})" in section
+    assert "20 rows; scroll the table to see all." in section
+
+
+def suspects_of(*pairs: tuple[int | None, int | None]) -> list[gwa_logging.Suspect]:
+    return [
+        gwa_logging.Suspect(id=i, mean_score=-0.5, times_seen=3, label=label, predicted=predicted)
+        for i, (label, predicted) in enumerate(pairs)
+    ]
+
+
+def test_class_pairs_count_the_suspects_whose_label_differs_from_the_prediction():
+    assert class_pairs(suspects_of((3, 5), (5, 3), (3, 5), (1, 1), (None, 2), (2, None))) == [(3, 5, 2), (5, 3, 1)]
+
+
+def test_few_class_pairs_that_hold_most_suspects_are_reported():
+    systematic = suspects_of(*[(3, 5)] * 16, *[(5, 3)] * 4, (0, 1), (1, 2))
+    said = concentration(systematic, classes=10)
+    assert said is not None
+    assert said.startswith("16 of the 22 suspects")
+    assert "(3 predicted as 5)" in said
+    assert concentration(suspects_of(*[(3, 5)] * 12, *[(5, 3)] * 8), classes=10).count("predicted as") == 2
+    spread = suspects_of(*((i % 10, (i + 1 + i // 10) % 10) for i in range(80)))
+    assert concentration(spread, classes=10) is None
+    assert concentration(systematic[:19], classes=10) is None  # too few to judge
+    assert concentration(systematic, classes=3) is None  # three classes have only six pairs
 
 
 def test_a_report_without_a_ledger_has_no_section_on_suspects(tmp_path):

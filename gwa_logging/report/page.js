@@ -32,14 +32,34 @@ function draw(width) {
   }
 }
 
-draw();
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw());
-addEventListener("beforeprint", () => {
-  root.classList.add("paper");
-  draw(680);
-});
-addEventListener("afterprint", () => {
-  root.classList.remove("paper");
+// plotly.js is in the page, compressed.
+async function loadPlotly() {
+  const packed = Uint8Array.from(atob(document.getElementById("plotly").textContent), c => c.charCodeAt(0));
+  const unpacked = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
+  const script = document.createElement("script");
+  script.textContent = await new Response(unpacked).text();
+  document.head.append(script);
+}
+
+// Draws the figures now, and again when the colours or the medium change.
+function follow() {
   draw();
-  Object.keys(figures).forEach(Plotly.Plots.resize);
-});
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw());
+  addEventListener("beforeprint", () => {
+    root.classList.add("paper");
+    draw(680);
+  });
+  addEventListener("afterprint", () => {
+    root.classList.remove("paper");
+    draw();
+    Object.keys(figures).forEach(Plotly.Plots.resize);
+  });
+}
+
+function explain(error) {
+  console.error(error);
+  for (const id of Object.keys(figures))
+    document.getElementById(id).textContent = `The figures need a browser from 2023 or newer (${error}).`;
+}
+
+loadPlotly().then(follow).catch(explain);

@@ -60,14 +60,14 @@ def modules_in(folder: str) -> list[Path]:
 
 
 LAYERS = (
-    "errors redact faults dataset forks alignment histogram settings statistic ledger thumbnail report report.notebook "
+    "errors redact faults dataset forks alignment histogram settings statistic ledger exports thumbnail report report.notebook "
     "_closer _run_folder",
     "records",
     "summary _epoch_bar",
     "_journal_file journal ranks early_stop",
-    "protocols",
-    "registry interval_recorder delivery checkpoint suspects report.heatmap report.run_history report.figures report.page "
-    "replay",
+    "protocols class_pairs",
+    "registry interval_recorder delivery checkpoint suspects report.heatmap report.run_history report.figures report.tables "
+    "report.page replay",
     "recording",
     "_all_heads",
     "monitor",
@@ -221,6 +221,7 @@ MONITOR = {
     "plan": "n",
     "epochs": "n",
     "suspects": "k=100",
+    "suspects_table": "",
     "label_quality": "",
     "log_suspects": "k=100 images=None",
     "state_dict": "",

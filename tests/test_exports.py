@@ -1,0 +1,124 @@
+"""The suspects as a table, and in the formats of other tools."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gwa_logging import InvalidInputError
+from gwa_logging.exports import SuspectsTable, add_score_column, label_studio_tasks, register_cleanlab_issue
+from tests.trackers import BATCH, BATCHES, Training
+
+N = BATCH * BATCHES
+TABLE = SuspectsTable(
+    mean_score=np.array([0.2, -0.5, np.nan, 0.1]),
+    times_seen=np.array([3.0, 3.0, 0.0, 2.5]),
+    label=np.array([0, 2, 1, -1]),
+    predicted=np.array([0, 1, -1, -1]),
+)
+
+
+def test_the_table_of_a_run_agrees_with_its_suspects(tmp_path: Path) -> None:
+    training = Training()
+    labels = torch.cat([y for _, y in training.batches])
+    with training.watch(tmp_path, labels=labels) as monitor:
+        for index in range(BATCHES - 1):  # the last batch is never seen
+            monitor.tag(torch.arange(BATCH) + index * BATCH)
+            training.step(index)
+        table, suspects = monitor.suspects_table(), monitor.suspects(N)
+    seen = N - BATCH
+    assert len(table) == N
+    assert len(suspects) == seen
+    assert table.most_suspect(N).tolist() == [s.id for s in suspects]
+    for s in suspects:
+        row = (table.mean_score[s.id], table.times_seen[s.id], table.label[s.id], table.predicted[s.id])
+        assert row == (s.mean_score, s.times_seen, s.label, s.predicted)
+    assert np.isnan(table.mean_score[seen:]).all()
+    assert (table.predicted[seen:] == -1).all()
+    np.testing.assert_array_equal(table.label, labels.numpy())
+
+
+def test_without_a_ledger_the_error_names_the_remedy(tmp_path):
+    training = Training()
+    with training.watch(tmp_path) as monitor:
+        training.epoch(monitor)
+        with pytest.raises(
+            InvalidInputError, match=r"suspects_table\(\): there is no ledger: watch\(\.\.\., num_samples="
+        ):
+            monitor.suspects_table()
+
+
+def test_the_csv_has_every_sample_and_leaves_unknown_values_empty(tmp_path):
+    TABLE.write_csv(tmp_path / "samples.csv")
+    with (tmp_path / "samples.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows == [
+        ["id", "mean_score", "times_seen", "label", "predicted"],
+        ["0", "0.2", "3.0", "0", "0"],
+        ["1", "-0.5", "3.0", "2", "1"],
+        ["2", "", "0.0", "1", ""],
+        ["3", "0.1", "2.5", "", ""],
+    ]
+
+
+def test_the_most_suspect_come_first_and_samples_never_seen_are_left_out():
+    assert TABLE.most_suspect(2).tolist() == [1, 3]
+    assert TABLE.most_suspect(100).tolist() == [1, 3, 0]
+    with pytest.raises(InvalidInputError, match="k=0"):
+        TABLE.most_suspect(0)
+
+
+def test_pandas_gets_one_row_for_each_sample():
+    pytest.importorskip("pandas")
+    frame = TABLE.to_pandas()
+    assert list(frame.columns) == ["id", "mean_score", "times_seen", "label", "predicted"]
+    assert frame.sort_values("mean_score")["id"].tolist() == [1, 3, 0, 2]
+
+
+def test_a_hugging_face_data_set_gets_the_scores_as_a_column():
+    datasets = pytest.importorskip("datasets")
+    dataset = datasets.Dataset.from_dict({"text": list("abcd")})
+    np.testing.assert_array_equal(add_score_column(dataset, TABLE)["gwa_score"], TABLE.mean_score)
+    with pytest.raises(InvalidInputError, match="has 3 rows, but the ledger has 4 samples"):
+        add_score_column(dataset.select(range(3)), TABLE)
+
+
+@pytest.mark.slow
+def test_datalab_lists_the_samples_below_the_threshold():
+    cleanlab = pytest.importorskip("cleanlab")
+    register_cleanlab_issue()
+    lab = cleanlab.Datalab({"label": [0, 1, 0, 1]}, label_name="label", verbosity=0)
+    quality = (TABLE.mean_score + 1) / 2
+    lab.find_issues(issue_types={"gwa": {"label_quality": quality, "threshold": 0.45}})
+    issues = lab.get_issues("gwa")
+    assert issues["is_gwa_issue"].tolist() == [False, True, False, False]
+    assert issues["gwa_score"].tolist() == [0.6, 0.25, 1.0, 0.55]
+
+
+def test_label_studio_tasks_have_the_documented_form():
+    tasks = label_studio_tasks(TABLE, ["a.png", "b.png", "c.png", "d.png"], ["cat", "dog", "owl"], k=2)
+    assert json.loads(json.dumps(tasks)) == [
+        {
+            "data": {"image": "b.png", "id": 1, "label": "owl"},
+            "predictions": [
+                {
+                    "model_version": "gwa",
+                    "score": -0.5,
+                    "result": [
+                        {"from_name": "label", "to_name": "image", "type": "choices", "value": {"choices": ["dog"]}}
+                    ],
+                }
+            ],
+        },
+        {"data": {"image": "d.png", "id": 3}, "predictions": [{"model_version": "gwa", "score": 0.1, "result": []}]},
+    ]
+
+
+def test_label_studio_needs_an_image_for_each_sample_and_a_name_for_each_class():
+    with pytest.raises(InvalidInputError, match="images: expected 4"):
+        label_studio_tasks(TABLE, ["a.png"], ["cat", "dog", "owl"])
+    with pytest.raises(InvalidInputError, match="classes: expected at least 3 names, found 2"):
+        label_studio_tasks(TABLE, ["a", "b", "c", "d"], ["cat", "dog"])
