@@ -5,18 +5,16 @@ blocks training nor the other services, and receives the alert once it is back. 
 schemes appear in errors, faults and the journal.
 """
 
-import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from difflib import get_close_matches
 from io import BytesIO
 from pathlib import Path
-from threading import get_ident
 from urllib.parse import unquote
 
 import apprise
 from apprise.attachment.memory import AttachMemory
+from apprise.manager_plugins import NotificationManager
 
 from gwa_logging.errors import BackendError, InvalidInputError, MissingDependencyError
 from gwa_logging.integrations._tracker import Tracker
@@ -91,16 +89,11 @@ class Notifier(Tracker):
             BackendError: the service refused it, or could not be reached.
         """
         attachment = picture and AttachMemory(content=picture, name="scores.png", mimetype="image/png")
-        with _warnings_of_apprise() as warnings:
-            sent = self._service.notify(
-                body=text,
-                title=title,
-                notify_type=kind,
-                body_format=apprise.NotifyFormat.TEXT,
-                attach=attachment or None,
-            )
-        if not sent:
-            reason = mask("; ".join(warnings), self._url) or "no reason was given"
+        result = self._service.notify(
+            body=text, title=title, notify_type=kind, body_format=apprise.NotifyFormat.TEXT, attach=attachment or None
+        )
+        if not result:
+            reason = mask("; ".join(entry.message for entry in result.logs()), self._url) or "no reason was given"
             raise BackendError(f"{self.masked} did not accept the message: {reason}")
 
     def _draw(self) -> bytes | None:
@@ -175,43 +168,16 @@ def _open_service(url: str) -> apprise.Apprise:
         raise InvalidInputError(f"notify: expected a URL of Apprise, such as 'slack://...'; see {DOCUMENTATION}")
     if scheme not in schemes and scheme not in ("http", "https"):  # web addresses of some services are accepted
         nearest = get_close_matches(scheme, schemes, n=1)
-        suggestion = f"; did you mean '{nearest[0]}://'?" if nearest else "."
-        raise InvalidInputError(
-            f"notify: Apprise knows no service '{scheme}://'{suggestion} The services: {DOCUMENTATION}"
-        )
+        suggestion = f"; did you mean '{nearest[0]}://'" if nearest else "."
+        raise InvalidInputError(f"notify: unknown service '{scheme}://'{suggestion}; see {DOCUMENTATION}")
     service = apprise.Apprise()
-    with _warnings_of_apprise():
-        if not service.add(url):
-            raise InvalidInputError(
-                f"notify: Apprise cannot read the URL {masked(url)}: a token, host or other part of it is missing or "
-                f"invalid; see {DOCUMENTATION}"
-            )
+    if not service.add(url):
+        raise InvalidInputError(
+            f"notify: Apprise cannot read the URL {masked(url)}: a token, host or other part of it is missing or invalid; "
+            f"see {DOCUMENTATION}"
+        )
     return service
 
 
 def _schemes() -> list[str]:
-    return [str(scheme) for scheme in apprise.Apprise().schemas()] if hasattr(apprise.Apprise, "schemas") else []
-
-
-class _Collector(logging.Handler):
-    """Collects the messages that one thread logs."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.texts: list[str] = []
-        self._thread = get_ident()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.thread == self._thread:
-            self.texts.append(record.getMessage())
-
-
-@contextmanager
-def _warnings_of_apprise() -> Iterator[Iterable[str]]:
-    """Yields a list that receives what Apprise reports in this thread: `notify` itself returns only success or failure."""
-    collector, log = _Collector(), logging.getLogger("apprise")
-    log.addHandler(collector)
-    try:
-        yield collector.texts
-    finally:
-        log.removeHandler(collector)
+    return [str(scheme) for scheme in NotificationManager().schemas()]
