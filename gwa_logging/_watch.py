@@ -82,6 +82,7 @@ def watch(
     samples_per_epoch: int | None = None,
     num_samples: int | None = None,
     labels: Any = None,
+    notify: str | Sequence[str] | None = None,
     directory: str | PathLike[str] = "gwa_runs",
     name: str = "gwa",
 ) -> Monitor:
@@ -110,6 +111,8 @@ def watch(
             ledger takes 12 bytes per sample on the device (8 in JAX without predictions).
         labels: class indices of the training set, int [num_samples], an array on the host or a list, for the list of suspects;
             num_samples may be omitted then.
+        notify: where to send each StopAlert and its withdrawal: an Apprise URL such as "slack://..." or "mailto://...", or a
+            list of them (extra `notify`). Only the scheme of a URL is logged or stored.
         directory: folder for journals and reports; each run has its own folder in it.
         name: prefix of every metric key; letters, digits, "_", "." and "-". Two models in one run need different names.
 
@@ -134,6 +137,7 @@ def watch(
         samples_per_epoch=samples_per_epoch,
         num_samples=num_samples,
         labels=labels,
+        notify=notify,
         directory=directory,  # type: ignore[arg-type]  # converted by WatchSettings
         name=name,
     )
@@ -144,6 +148,7 @@ def watch(
             f"head={list(heads)!r}: in JAX a single head is watched, whose scores your step returns; choose one: "
             f"head={heads[0]!r}"
         )
+    registry.open_notifiers(settings.notify)  # every process of a distributed run refuses a wrong URL
     _close_earlier(framework.subject(model))
     folder = settings.directory.absolute() / f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
     monitor = _open(framework, model, settings.for_head(heads[0]), folder)
@@ -198,6 +203,7 @@ def _open(
                     undo.callback(opened.close)
                     backends.append(opened)
                     _check_is_free(opened, opened.run_ref, name)
+            backends += registry.open_notifiers(settings.notify, path)
             journal = Journal(path / FILE_NAME, faults)
         undo.pop_all()  # from here on the monitor closes everything
     monitor = Monitor(

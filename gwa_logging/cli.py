@@ -1,4 +1,4 @@
-"""The command line: `gwa-logging report`, `gwa-logging replay`, `gwa-logging heads`."""
+"""The command line: `gwa-logging report`, `gwa-logging replay`, `gwa-logging heads`, `gwa-logging notify-test`."""
 
 import argparse
 import functools
@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_report(commands.add_parser("report", help="make an HTML page about a run"))
     _add_replay(commands.add_parser("replay", help="send a tracker the records of a run that it lacks"))
     _add_heads(commands.add_parser("heads", help="show which layer of a model is its classifier head, and why"))
+    _add_notify_test(commands.add_parser("notify-test", help="send a test message to a URL of watch(notify=)"))
     return parser
 
 
@@ -246,6 +247,29 @@ def _located(error: Exception) -> str:
     own = [(name, line) for name, line in files if name not in importers and not name.startswith("<frozen importlib")]
     where = " ({}, line {})".format(*own[0]) if own else ""  # a SyntaxError has none and names its line itself
     return f"{type(error).__name__}: {error}{where}"
+
+
+# --- notify-test --------------------------------------------------------------------------------------------------------
+
+
+def _add_notify_test(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Sends a test message with a picture to each URL, as watch(notify=) sends the stop alert."
+    parser.add_argument("urls", nargs="+", metavar="URL", help="an Apprise URL, such as slack://... or mailto://...")
+    parser.set_defaults(run_command=_notify_test)
+
+
+def _notify_test(arguments: argparse.Namespace) -> int:
+    """Prints a line for each URL. The exit code is 2 if one of the services did not accept the message."""
+    exit_code = 0
+    notify = registry.notify_module()
+    for notifier in notify.open_notifiers(arguments.urls):
+        try:
+            notify.send_test(notifier)
+            print(f"{notifier.masked}: accepted")
+        except GwaError as error:
+            _print_error(str(error))
+            exit_code = 2
+    return exit_code
 
 
 # --- messages -----------------------------------------------------------------------------------------------------------

@@ -245,6 +245,7 @@ class Backend(ABC):
             training thread waits meanwhile (at most a few milliseconds), for trackers that go wrong if users log at the same
             time; then `write` should take about a millisecond.
         records_per_call: how many records `write_many` accepts in one call.
+        is_notifier: True for what only sends alerts to people: it has no run, and nothing can be replayed to it.
     """
 
     name: str = ""
@@ -252,6 +253,7 @@ class Backend(ABC):
     run_ref: TrackerRunRef = TrackerRunRef()
     threaded: bool = True
     records_per_call: int = 1
+    is_notifier: bool = False
 
     def __init_subclass__(cls) -> None:
         cls.name = cls.name or cls.__name__

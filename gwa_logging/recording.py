@@ -16,7 +16,15 @@ from gwa_logging.faults import Faults
 from gwa_logging.interval_recorder import IntervalRecorder
 from gwa_logging.journal import Journal
 from gwa_logging.protocols import Adapter, Backend
-from gwa_logging.records import AnyRecord, CloseRecord, EpochReport, RunRecord, StopAlert, Suspect
+from gwa_logging.records import (
+    AlertWithdrawal,
+    AnyRecord,
+    CloseRecord,
+    EpochReport,
+    RunRecord,
+    StopAlert,
+    Suspect,
+)
 from gwa_logging.settings import EarlyStop, WatchSettings
 from gwa_logging.summary import AlignmentSummary
 from gwa_logging.suspects import SUSPECTS, SuspectFinder
@@ -88,7 +96,7 @@ class Recording:
                 head=adapter.head,
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
                 settings=settings.to_dict(),
-                places={backend.name: backend.run_ref for backend in backends},
+                places={backend.name: backend.run_ref for backend in backends if not backend.is_notifier},
             )
         )
         if journal is not None:
@@ -190,11 +198,20 @@ class Recording:
         self.intervals.begin_epoch(len(self.history))
         self.write(report, sync=True)
         if withdrawn and self.alert:
-            logger.info("gwa_logging: epoch %s is clearly better: the stop alert is withdrawn", report.epoch)
-            self.alert = None
+            self._withdraw(self.alert, report)
         if alert and self.settings.early_stop:
             self._raise_alert(alert)
         return report
+
+    def _withdraw(self, alert: StopAlert, report: EpochReport) -> None:
+        message = (
+            f"epoch {report.epoch} is clearly better than epoch {alert.best_epoch}: the stop alert of epoch {alert.epoch} is "
+            "withdrawn"
+        )
+        logger.info("gwa_logging: %s", message)
+        self.alert = None
+        withdrawal = AlertWithdrawal(epoch=report.epoch, alert_epoch=alert.epoch, message=f"GWA: {message}.")
+        self.write(withdrawal, sync=True)
 
     def _raise_alert(self, alert: StopAlert) -> None:
         if self.suspects.has_ledger:
@@ -336,10 +353,10 @@ class Recording:
             if shortfall := delivery.shortfall():
                 is_delivered = False
                 name, folder = delivery.backend.name, self.journal and self.journal.path.parent
-                logger.warning(
-                    "gwa_logging: backend %s %s. To send what it lacks: gwa-logging replay %s --backend %s",
-                    *(name, shortfall, folder, name),
-                )
+                remedy = f"To send what it lacks: gwa-logging replay {folder} --backend {name}"
+                if delivery.backend.is_notifier:
+                    remedy = f"The alert is in the journal in {folder}; check the URL with gwa-logging notify-test URL"
+                logger.warning("gwa_logging: backend %s %s. %s", name, shortfall, remedy)
         self.group.remove(self.deliveries)
         if self.journal is not None:
             is_unused = self.journal.count <= 2  # the RunRecord and the CloseRecord

@@ -13,19 +13,10 @@ from enum import StrEnum
 from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    TypeAdapter,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationInfo, field_validator, model_validator
 
+from gwa_logging._record_base import Count, Index, Number, Record
+from gwa_logging._record_base import TimedRecord as TimedRecord
 from gwa_logging.histogram import MAX_COUNT, Histogram
 from gwa_logging.redact import redact_urls
 from gwa_logging.report.notebook import report_html
@@ -41,37 +32,6 @@ EPOCH_KEYS = {"gwa": "gwa", "stable": "stable_gwa"} | {
     k: k for k in ("separation", "mean", "std", "excess_kurtosis", "excluded", "count")
 }
 """The metrics of an IntervalRecord (besides its quantiles) and of an EpochReport: metric key to attribute."""
-
-_LARGEST = 1e30
-"""Larger numbers in a journal are rejected: no statistic of scores comes near this."""
-
-
-def _number(value: object, info: ValidationInfo) -> object:
-    if value is None:
-        return math.nan
-    if info.mode == "json" and isinstance(value, int | float) and not abs(value) <= _LARGEST:
-        raise ValueError(f"expected a number within +-{_LARGEST:g}")
-    return value
-
-
-Number = Annotated[
-    float,
-    BeforeValidator(_number),
-    PlainSerializer(lambda value: value if math.isfinite(value) else None, when_used="json"),
-]
-"""A float that may be undefined: null in JSON, NaN in Python."""
-Count = Annotated[int, Field(ge=0, lt=MAX_COUNT)]
-"""A number or an index of steps, epochs or samples."""
-
-Index = Annotated[int, Field(gt=-MAX_COUNT, lt=MAX_COUNT)]
-"""A sample id or a class index; negative ones mark what is to be ignored."""
-
-
-class Record(BaseModel):
-    """Base class of everything in the journal."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
 
 Address = Annotated[str, AfterValidator(redact_urls)]
 """A text that may be a URL. Credentials in it are masked."""
@@ -118,12 +78,6 @@ class RunRecord(Record):
         if not fits or path in (".", ".."):
             raise ValueError("expected a name as watch(name=) takes it")
         return value
-
-
-class TimedRecord(Record):
-    """A record with the time at which it was written to the journal: seconds since 1970 (UTC), or 0 if it was not yet."""
-
-    time: float = Field(default=0.0, ge=0, lt=1e11)
 
 
 class IntervalRecord(TimedRecord):
@@ -301,6 +255,22 @@ class StopAlert(TimedRecord):
         return {"best_epoch": self.best_epoch, "best_value": self.best_value, "stop_epoch": self.epoch}
 
 
+class AlertWithdrawal(TimedRecord):
+    """A clearly better epoch has withdrawn the stop alert. Another alert may follow.
+
+    Attributes:
+        epoch: the better epoch.
+        alert_epoch: `epoch` of the StopAlert that no longer stands.
+        message: the news in one sentence.
+    """
+
+    TITLE: ClassVar = "GWA: alert withdrawn"
+    kind: Literal["withdrawal"] = "withdrawal"
+    epoch: Count
+    alert_epoch: Count
+    message: str
+
+
 class CloseRecord(TimedRecord):
     """The last line of a journal whose monitor was closed: a summary of the run.
 
@@ -381,7 +351,7 @@ class SuspectsRecord(TimedRecord):
         return "\n".join([",".join(self.COLUMNS), *lines, ""])
 
 
-AnyRecord = RunRecord | IntervalRecord | EpochReport | StopAlert | SuspectsRecord | CloseRecord
+AnyRecord = RunRecord | IntervalRecord | EpochReport | StopAlert | AlertWithdrawal | SuspectsRecord | CloseRecord
 RECORDS: TypeAdapter[AnyRecord] = TypeAdapter(Annotated[AnyRecord, Field(discriminator="kind")])
 """Reads any record from its JSON line."""
 

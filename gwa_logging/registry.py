@@ -1,7 +1,9 @@
 """Finds integrations by name. A framework or a tracker is imported only when it is used."""
 
 import importlib
+from collections.abc import Sequence
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, cast
 
 from gwa_logging.errors import InvalidInputError, MissingDependencyError
@@ -41,6 +43,31 @@ def locate(backend: str | BackendWriter, context: RunContext) -> TrackerRunRef:
         return TrackerRunRef()
     found: TrackerRunRef = getattr(find_backend(backend), "locate", lambda _: TrackerRunRef())(context)
     return found
+
+
+def open_notifiers(urls: Sequence[str], folder: Path | None = None) -> list[Backend]:
+    """Checks the URLs of `watch(notify=)` and returns a backend for each, which sends the alerts there.
+
+    Args:
+        urls: the URLs; if there are none, nothing is imported.
+        folder: the run's folder, which the messages name.
+
+    Raises:
+        InvalidInputError: a URL is wrong.
+        MissingDependencyError: apprise is not installed.
+    """
+    if not urls:
+        return []
+    return list(notify_module().open_notifiers(urls, folder))
+
+
+def notify_module() -> Any:
+    """Imports the module that sends notifications.
+
+    Raises:
+        MissingDependencyError: apprise or Pillow is not installed.
+    """
+    return import_integration("gwa_logging.integrations.notify", third_party="apprise", extra="notify")
 
 
 def find_backend(name: str) -> BackendModule:

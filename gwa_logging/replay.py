@@ -19,6 +19,7 @@ from gwa_logging.errors import BackendError, InvalidInputError
 from gwa_logging.journal import FILE_NAME, JournalReader
 from gwa_logging.protocols import Backend, RunContext
 from gwa_logging.records import (
+    AlertWithdrawal,
     AnyRecord,
     CloseRecord,
     EpochReport,
@@ -175,7 +176,7 @@ def _subject(record: AnyRecord) -> tuple[str, int]:
     """Returns what a record is about. Of two records about the same subject only the later one is sent."""
     if isinstance(record, IntervalRecord | SuspectsRecord):
         return record.kind, record.step
-    if isinstance(record, EpochReport | StopAlert):
+    if isinstance(record, EpochReport | StopAlert | AlertWithdrawal):
         return record.kind, record.epoch
     return record.kind, 0
 
@@ -194,7 +195,7 @@ def _counted(records: list[AnyRecord]) -> int:
 def _is_counted(record: AnyRecord) -> bool:
     if isinstance(record, IntervalRecord):
         return record.count > 0
-    return not isinstance(record, RunRecord | CloseRecord)
+    return not isinstance(record, RunRecord | CloseRecord | AlertWithdrawal)
 
 
 class TrackedRun(NamedTuple):

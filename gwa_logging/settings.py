@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from gwa_logging.errors import InvalidInputError
+from gwa_logging.redact import MASK
 
 NAME_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
 """What `watch(name=)` accepts, with `NAME_LENGTH` characters at most. It becomes the name of folders."""
@@ -142,6 +143,7 @@ class WatchSettings(Settings):
     num_samples: Integer | None = Field(
         default=None, ge=1, lt=2**31, validate_default=True, description="an integer from 1 to 2**31 - 1, or None"
     )
+    notify: Any = Field(default=(), repr=False, validate_default=True)
     directory: Annotated[Path, _checked(_path)] = Field(default=Path("gwa_runs"), description="a path")
     name: str = Field(
         default="gwa",
@@ -163,6 +165,14 @@ class WatchSettings(Settings):
         if not backends:
             raise ValueError("expected at least one backend; 'local' writes only the journal and the report")
         return backends
+
+    @field_validator("notify")
+    @classmethod
+    def _check_notify(cls, value: Any) -> tuple[str, ...]:
+        urls = () if value is None else (value,) if isinstance(value, str) else value
+        if not isinstance(urls, list | tuple) or not all(isinstance(url, str) for url in urls):
+            raise ValueError("expected a URL of Apprise, such as 'slack://...', a list of URLs, or None")
+        return tuple(urls)
 
     @field_validator("labels")
     @classmethod
@@ -227,7 +237,7 @@ class WatchSettings(Settings):
 
     def for_other_head(self, head: Any, runs: dict[str, Any]) -> "WatchSettings":
         """The settings for a further head, which shares the runs and the epochs of the first."""
-        alone = {"early_stop": None, "on_alert": None, "samples_per_epoch": None}
+        alone = {"early_stop": None, "on_alert": None, "notify": (), "samples_per_epoch": None}
         return self.model_copy(update={"head": head, "run": runs, **alone})
 
     def run_of(self, backend: Any) -> Any:
@@ -239,6 +249,7 @@ class WatchSettings(Settings):
         return {
             "backend": [b if isinstance(b, str) else type(b).__name__ for b in self.backend],
             "early_stop": self.early_stop.model_dump() if self.early_stop else None,
+            "notify": [f"{url.partition('://')[0]}://{MASK}" for url in self.notify],
             "log_every_n_steps": self.log_every_n_steps,
             "samples_per_epoch": self.samples_per_epoch,
             "num_samples": self.num_samples,
@@ -255,9 +266,9 @@ def shortened(value: object) -> str:
 
 
 def _found(field: object, value: object) -> str:
-    """The start of a message. The messages about labels, which may be long, describe themselves what was found."""
-    if field == "labels":
-        return "labels: "
+    """The start of a message. Labels may be long, and the URLs of `notify` contain secrets: their values are left out."""
+    if field in ("labels", "notify"):
+        return f"{field}: "
     return f"{field}={shortened(value)}: " if field else ""
 
 

@@ -15,6 +15,7 @@ from weakref import WeakSet
 
 import numpy as np
 
+from gwa_logging import registry
 from gwa_logging._watch import RunTakenError, watch
 from gwa_logging.errors import InvalidInputError, NoObservationsError
 from gwa_logging.monitor import Monitor, logger
@@ -42,6 +43,7 @@ class TrainerSession:
             InvalidInputError: an argument is wrong, or `sample_ids` is set without a ledger.
         """
         self.settings = WatchSettings(**{"backend": "local", **arguments})
+        registry.open_notifiers(self.settings.notify)
         if sample_ids is not None and self.settings.num_samples is None:
             raise InvalidInputError(
                 f"sample_ids={sample_ids!r}: the ledger is off; add num_samples=<size of the training set>"
@@ -165,7 +167,8 @@ class TrainerSession:
     def progress(self, report: EpochReport) -> dict[str, float]:
         """The values for the trainer's progress bar, by key."""
         name = self.settings.name
-        return {f"{name}/gwa": report.gwa, f"{name}/stable": report.stable_gwa}
+        values = {"gwa": report.gwa, "stable": report.stable_gwa, "separation": report.separation}
+        return {f"{name}/{key}": value for key, value in values.items()}
 
     def end(self) -> None:
         """Closes the monitor and runs `cleanup`; does nothing if no training is open."""

@@ -8,6 +8,7 @@ from gwa_logging.errors import BackendError
 from gwa_logging.integrations._tracker import Tracker
 from gwa_logging.protocols import Backend, RunContext, TrackerContents, samples_by_epoch
 from gwa_logging.records import (
+    AlertWithdrawal,
     AnyRecord,
     CloseRecord,
     EpochReport,
@@ -20,6 +21,7 @@ from gwa_logging.records import (
 )
 
 __all__ = [
+    "AlertWithdrawal",
     "AnyRecord",
     "Backend",
     "BackendError",

@@ -15,6 +15,7 @@ from typing import TypeVar
 from gwa_logging.errors import InvalidInputError
 from gwa_logging.protocols import Backend
 from gwa_logging.records import (
+    AlertWithdrawal,
     AnyRecord,
     CloseRecord,
     EpochReport,
@@ -52,6 +53,8 @@ class Tracker(Backend):
                 self.on_epoch(record)
             case StopAlert():
                 self.on_alert(record)
+            case AlertWithdrawal():
+                self.on_withdrawal(record)
             case SuspectsRecord():
                 self.on_suspects(record)
             case CloseRecord():
@@ -68,6 +71,9 @@ class Tracker(Backend):
 
     def on_alert(self, alert: StopAlert) -> None:
         """Called when the stop alert fires. `alert.text` is the whole alert."""
+
+    def on_withdrawal(self, withdrawal: AlertWithdrawal) -> None:
+        """Called when a clearly better epoch withdraws the stop alert."""
 
     def on_suspects(self, suspects: SuspectsRecord) -> None:
         """Called with each list of suspects; never called without a ledger."""

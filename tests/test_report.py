@@ -25,6 +25,7 @@ from gwa_logging import EarlyStop, InvalidInputError, MissingDependencyError, Mo
 from gwa_logging.faults import Faults
 from gwa_logging.journal import FILE_NAME, Journal
 from gwa_logging.records import (
+    AlertWithdrawal,
     AnyRecord,
     CloseRecord,
     EpochReport,
@@ -259,6 +260,13 @@ def test_page_shows_faults_settings_and_caveats(tmp_path):
     text = page_of(tmp_path, rule, epoch(0), epoch(1), alert, closed(journal=3)).text
     expected = ("stop now", "Caveat: few samples.", "early_stop.patience\n7", "samples_per_epoch\nnone", "journal\n3")
     assert all(part in text for part in expected)
+
+
+def test_withdrawn_alert_is_not_in_the_report(tmp_path):
+    withdrawal = AlertWithdrawal(epoch=2, alert_epoch=1, message="the stop alert is withdrawn")
+    records = [epoch(0, is_best=True), stop_alert(epoch=1, best_epoch=0), epoch(2, is_best=True), withdrawal]
+    assert "No alert" in page_of(tmp_path, *records, closed(journal=3)).text
+    assert "Stop alert in epoch 3" in page_of(tmp_path, *records, epoch(3), stop_alert(epoch=3, best_epoch=2)).text
 
 
 def test_epoch_better_than_the_alerts_best_is_shown(tmp_path):

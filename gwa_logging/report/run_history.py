@@ -8,6 +8,7 @@ from typing import NamedTuple, TypeVar
 from gwa_logging.errors import InvalidInputError
 from gwa_logging.journal import FILE_NAME, read_journal
 from gwa_logging.records import (
+    AlertWithdrawal,
     CloseRecord,
     EpochReport,
     IntervalRecord,
@@ -26,7 +27,7 @@ class RunHistory(NamedTuple):
         run: the first line of the journal; None if it is lost.
         intervals: in order of their steps. If the run returned to an earlier state, the repeated steps count.
         epochs: likewise.
-        alert: the last stop alert, or None.
+        alert: the stop alert that stands, or None.
         suspects: the last list of suspects, or None.
         closed: the last line of the journal; None if the journal was not closed.
         skipped: number of lines that could not be read.
@@ -79,13 +80,13 @@ def read_run_history(journal: Path) -> RunHistory:
         raise InvalidInputError(
             f"{where}: {FILE_NAME} contains no record (skipped lines: {skipped}); wait until the run has started"
         )
-    alerts = [r for r in records if isinstance(r, StopAlert)]
+    alerts = [r for r in records if isinstance(r, StopAlert | AlertWithdrawal)]
     suspects = [r for r in records if isinstance(r, SuspectsRecord)]
     return RunHistory(
         run=next((r for r in records if isinstance(r, RunRecord)), None),
         intervals=_without_repeated((r for r in records if isinstance(r, IntervalRecord)), lambda r: r.step),
         epochs=_without_repeated((r for r in records if isinstance(r, EpochReport)), lambda r: r.epoch),
-        alert=alerts[-1] if alerts else None,
+        alert=alerts[-1] if alerts and isinstance(alerts[-1], StopAlert) else None,
         suspects=suspects[-1] if suspects else None,
         closed=next((r for r in records if isinstance(r, CloseRecord)), None),
         skipped=skipped,

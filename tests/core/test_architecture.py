@@ -32,6 +32,7 @@ HEAVY = (
     "transformers",
     "accelerate",
     "keras",
+    "apprise",
 )
 ADAPTERS, BACKENDS = ("torch", "jax"), ("wandb", "mlflow", "tensorboard", "trackio")
 TRAINERS = ("lightning", "transformers", "accelerate", "keras")
@@ -62,6 +63,7 @@ def modules_in(folder: str) -> list[Path]:
 LAYERS = (
     "errors redact faults dataset forks alignment histogram settings statistic ledger exports thumbnail report report.notebook "
     "_closer _run_folder",
+    "_record_base",
     "records",
     "summary _epoch_bar",
     "_journal_file journal ranks early_stop",
@@ -209,7 +211,7 @@ def test_the_wheel_holds_every_module_and_works_from_elsewhere(tmp_path):
 
 WATCH = (
     "model backend='local' run=None head=None early_stop=EarlyStop() on_alert=None log_every_n_steps=50 samples_per_epoch=None "
-    "num_samples=None labels=None directory='gwa_runs' name='gwa'"
+    "num_samples=None labels=None notify=None directory='gwa_runs' name='gwa'"
 )
 MONITOR = {
     "update": "scores sample_ids=None weights=None predicted=None",
@@ -256,7 +258,7 @@ def test_the_public_names_are_these():
 def test_watch_and_monitor_have_these_parameters():
     assert parameters_of(gwa_logging.watch) == WATCH
     kinds = [p.kind.name for p in inspect.signature(gwa_logging.watch).parameters.values()]
-    assert kinds == ["POSITIONAL_OR_KEYWORD"] * 2 + ["KEYWORD_ONLY"] * 10
+    assert kinds == ["POSITIONAL_OR_KEYWORD"] * 2 + ["KEYWORD_ONLY"] * 11
     public = {name for name in dir(gwa_logging.Monitor) if not name.startswith("_")}
     assert public | {"heads", "is_copy"} == MONITOR.keys() | MONITOR_ATTRIBUTES
     assert {name: parameters_of(getattr(gwa_logging.Monitor, name)) for name in MONITOR} == MONITOR

@@ -127,6 +127,11 @@ def test_a_clearly_better_epoch_withdraws_the_alert(model, caplog):
     assert [(r.epoch, r.best_epoch) for r in records(monitor, "alert")] == [(1, 0), (4, 3)]
     assert monitor.alert == alerts[1]
     assert "epoch 3 is clearly better" in caplog.text
+    (withdrawal,) = records(monitor, "withdrawal")
+    assert (withdrawal.epoch, withdrawal.alert_epoch) == (3, 1)
+    assert withdrawal.message == (
+        "GWA: epoch 3 is clearly better than epoch 0: the stop alert of epoch 1 is withdrawn."
+    )
 
 
 def test_no_stop_rule_no_alert_but_still_a_best_epoch(model):
