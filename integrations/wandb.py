@@ -100,7 +100,7 @@ class WandbBackend(Tracker):
         self._log_position = 0  # bytes of W&B's internal log that were read
         has_no_steps = run.settings.mode == "shared" or run.disabled
         self._user_run = None if owned or has_no_steps else UserRunWriter(run, prefix, writers)
-        # If the user could log between the look at the step and the log call, an interval would be counted twice.
+        # If the user logs between the look at the step and the log call, W&B prints a warning, and the row is made again.
         self.threaded = self._user_run is None
 
     def contents(self) -> TrackerContents:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import cycle
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from gwa_logging.journal import read_journal
 from gwa_logging.protocols import RunContext
 from gwa_logging.records import EpochReport, IntervalRecord, StopAlert, SuspectsRecord
 from tests import trackers
-from tests.records import interval_record, stop_alert
+from tests.records import epoch_report, interval_record, stop_alert
 from tests.trackers import BATCH, BATCHES, OnDisk, OnWandb, folder_of, inspect_by_wandb, read_back, run_of, start_run
 
 EPOCHS = 6
@@ -439,6 +440,62 @@ def test_a_write_that_failed_can_be_repeated_without_counting_twice(
 
 def _refuse(*args: Any, **kwargs: Any) -> None:
     raise ConnectionResetError
+
+
+@pytest.mark.parametrize("explicit", [False, True], ids=["implicit steps", "step=epoch"])
+@pytest.mark.parametrize(
+    "moments", [("before", ""), ("after",), ("before and after", ""), ("", "before", "after", "before", "before")]
+)
+def test_a_row_of_the_user_at_the_moment_of_a_write_costs_no_record_and_no_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moments: tuple[str, ...], explicit: bool
+) -> None:
+    """On a loaded machine W&B takes longer than training waits, and the user logs while this library does."""
+    run = start_run(tmp_path)
+    backend, log, moment_of_next = WandbBackend(run, "gwa", owned=False), run.log, cycle(moments)
+    rows = 0
+
+    def user_logs() -> None:
+        nonlocal rows
+        log({"user/loss": rows}, step=rows if explicit else None)
+        rows += 1
+
+    def log_while_the_user_does(row: dict[str, Any], **options: Any) -> None:
+        moment = next(moment_of_next)
+        if "before" in moment:
+            user_logs()
+        log(row, **options)
+        if "after" in moment:
+            user_logs()
+
+    user_logs()
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "log", log_while_the_user_does)
+        for epoch in range(5):
+            for step in (2 * epoch, 2 * epoch + 1):
+                backend.write(interval_record(step, [0.1] * (step + 1), epoch=epoch))
+            backend.write(epoch_report(epoch))
+        backend.close()
+    run.finish()
+    disk = read_back(folder_of(run))
+    assert disk.column("gwa/epoch") == [0, 1, 2, 3, 4]
+    assert samples_in(disk.history) == sum(range(1, 11))
+    assert disk.column("gwa/step")[-1] == 9
+    assert disk.column("user/loss", "_step") == [(index, index) for index in range(rows)]
+
+
+def test_a_run_whose_step_moves_all_the_time_keeps_the_record_for_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start_run(tmp_path)
+    backend, log = WandbBackend(run, "gwa", owned=False), run.log
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "log", lambda *row, **options: (log({"user/loss": 1}), log(*row, **options)))
+        with pytest.raises(BackendError, match="step moved"):
+            backend.write(interval_record(0, [0.1] * 3))
+    backend.write(interval_record(0, [0.1] * 3))
+    backend.close()
+    run.finish()
+    assert samples_in(read_back(folder_of(run)).history) == 3
 
 
 # --- a run that `watch` starts ----------------------------------------------------------------------------------------
