@@ -35,6 +35,12 @@ from gwa_logging.records import EPOCH_KEYS, QUANTILES, STEP_KEYS, EpochReport, I
 HISTOGRAM_SUBKEYS = ("", "._type", ".bins", ".values")
 """W&B stores a histogram under these keys, and looks up the axis of each of them."""
 
+PICTURE_SUBKEYS = ("", "._type", ".format", ".height", ".path", ".sha256", ".size", ".width")
+"""The same for a picture."""
+
+BEST_IS_LARGEST = ("separation", "stable")
+"""Metric keys of which W&B's summary keeps the largest value besides the last one."""
+
 IDENTIFYING = ("step", "epoch", "count")
 """Metric keys that together identify the records in a row."""
 
@@ -51,7 +57,10 @@ def define_metrics(run: wandb.Run, prefix: str) -> None:
     for axis, keys in axes.items():
         run.define_metric(f"{prefix}/{axis}", hidden=True)
         for key in keys:
-            run.define_metric(f"{prefix}/{key}", step_metric=f"{prefix}/{axis}")
+            summary = "max,last" if key in BEST_IS_LARGEST else None
+            run.define_metric(f"{prefix}/{key}", step_metric=f"{prefix}/{axis}", summary=summary)
+    for subkey in PICTURE_SUBKEYS:  # W&B's sliders of pictures show its own steps
+        run.define_metric(f"{prefix}/picture{subkey}", step_metric="_step")
 
 
 def row_of(prefix: str, record: IntervalRecord | EpochReport) -> dict[str, Any]:

@@ -522,9 +522,15 @@ def test_a_run_that_watch_started_has_a_row_per_record_and_is_finished_by_close(
     kinds = Counter(type(record) for record in records)
     assert len(disk.column("gwa/scores.values")) == kinds[IntervalRecord] > 2
     assert disk.column("gwa/epoch") == [0, 1]
-    assert len(disk.history) == kinds[IntervalRecord] + kinds[EpochReport]
+    assert len(disk.history) == kinds[IntervalRecord] + kinds[EpochReport] + 1  # the last one has the last picture
+    pictures = disk.column("gwa/picture.path", "gwa/picture._type")
+    assert [kind for _, kind in pictures] == 2 * ["image-file"]
+    assert all(Path(ours, "files", path).is_file() for path, _ in pictures)
     assert samples_in(disk.history) == 2 * BATCHES * BATCH
-    assert disk.config["gwa"]["log_every_n_steps"] == 3
+    config = disk.config["gwa"]
+    assert config["log_every_n_steps"] == 3
+    assert config["version"] == gwa_logging.__version__
+    assert "Linear 8 -> 3" in config["head"]
     assert monitor.faults == {}
 
 
@@ -546,6 +552,30 @@ def test_if_no_run_can_be_started_the_error_names_the_remedies(tmp_path: Path, m
             monkeypatch.setenv(f"WANDB_{key}", value)
         with pytest.raises(BackendError, match=r"(?s)wandb login.*WANDB_MODE=offline.*run=wandb\.init"):
             Training().watch(tmp_path)
+
+
+@pytest.mark.parametrize("project", [None, "mine"])
+def test_a_run_that_watch_starts_goes_to_project_gwa_and_is_named_like_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, project: str | None
+) -> None:
+    OnWandb().set_up(tmp_path, monkeypatch)
+    if project:
+        monkeypatch.setenv("WANDB_PROJECT", project)
+    monitor = Training().watch(tmp_path)
+    run = run_of(monitor, "wandb")
+    assert (run.project, run.name) == (project or "gwa", monitor.journal.parent.name)
+    monitor.close()
+
+
+def test_in_the_users_run_a_picture_lies_beside_the_histogram(visits: Visits) -> None:
+    pictures = visits["explicit step=epoch before end_epoch"].disk.column("gwa/picture._type", "gwa/picture.size")
+    assert len(pictures) >= 2
+    assert min(size for _, size in pictures) > 5000
+
+
+def test_an_argument_of_wandb_init_is_answered_with_how_to_pass_it(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match=r"unknown argument 'project'.*run=wandb\.init\(project="):
+        Training().watch(tmp_path, project="x")
 
 
 # --- alerts and summary -----------------------------------------------------------------------------------------------
@@ -758,7 +788,7 @@ def test_in_shared_mode_every_record_is_a_row_and_the_run_is_not_finished(
         disk = read_back(folder_of(run))
     records, _ = read_journal(monitor.journal)
     rows = [record for record in records if isinstance(record, IntervalRecord | EpochReport)]
-    assert len(disk.history) == len(rows) + 1
+    assert len(disk.history) == len(rows) + 2  # the last picture and the user's row
     assert samples_in(disk.history) == 2 * BATCHES * BATCH
     assert disk.column("gwa/epoch") == [0, 1]
     assert disk.column("still") == ["open"]
@@ -820,6 +850,7 @@ def test_a_server_that_does_not_respond_is_an_error_within_ten_seconds(
 # --- names and axes ---------------------------------------------------------------------------------------------------
 
 HISTOGRAM = ("scores", "scores._type", "scores.bins", "scores.values")
+PICTURE = ("picture", *(f"picture.{key}" for key in ("_type", "format", "height", "path", "sha256", "size", "width")))
 AXES = {
     "step": (*HISTOGRAM, "step_mean", "negative_fraction", "q05", "q25", "q50", "q75", "q95", "covers"),
     "epoch": ("gwa", "stable", "separation", "mean", "std", "excess_kurtosis", "excluded", "count"),
@@ -837,10 +868,12 @@ def test_another_name_becomes_the_prefix_of_every_key_and_axis(tmp_path: Path, p
     assert all(key.startswith((f"{prefix}/", "_")) for row in disk.history for key in row)
     assert samples_in(disk.history, prefix) == BATCHES * BATCH
     axis_of = {f"{prefix}/{key}": f"{prefix}/{axis}" for axis, keys in AXES.items() for key in keys}
+    axis_of |= {f"{prefix}/{key}": "_step" for key in PICTURE}
     assert {name: m["step_metric"] for name, m in disk.metrics.items() if m["step_metric"]} == axis_of
     assert set(disk.metrics) == {*axis_of, f"{prefix}/step", f"{prefix}/epoch"}
     assert {key for row in disk.history for key in row if not key.startswith("_")} == set(disk.metrics) - {
-        f"{prefix}/scores"
+        f"{prefix}/scores",
+        f"{prefix}/picture",
     }
 
 
