@@ -51,6 +51,9 @@ class _Watch(NamedTuple):
 
 _watches: list[_Watch] = []
 
+WANDB_ARGUMENTS = ("project", "entity", "group", "tags", "notes", "job_type", "config")
+"""Arguments of `wandb.init` that people pass to `watch`."""
+
 OPEN_BEFORE_COLLECTING = 8
 """With more open monitors than this, `watch` runs the garbage collector, because most of them were probably dropped."""
 
@@ -62,6 +65,10 @@ def _refuse_unknown_arguments(function: Callable[P, R]) -> Callable[P, R]:
     @wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         for name in kwargs:
+            if name in WANDB_ARGUMENTS:
+                raise InvalidInputError(
+                    f"unknown argument {name!r}; for W&B, pass a run that has it: run=wandb.init({name}=...)"
+                )
             if name not in names:
                 raise InvalidInputError(unknown_name("argument", name, names[1:]))
         return function(*args, **kwargs)

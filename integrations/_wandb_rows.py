@@ -16,9 +16,9 @@ Records can arrive late and in any order. They are appended like any other, sinc
 `gwa/epoch`, is a metric, which may be lower than in the row before. A row of merged intervals lists the steps that it covers
 as `gwa/covers`, so that `contents` can tell which intervals the run contains.
 
-All this requires that the user does not log between the look at the step and the log call. Therefore the training thread
-waits meanwhile, for a limited time. If W&B takes longer, W&B can lack an interval or count it twice; rows of the user are
-never affected, and the journal has every interval.
+The training thread waits while this library looks at the run's step and logs, but only for a limited time. If W&B takes
+longer, the user may log in between. So every row names the step that it was made for: W&B drops it, with a warning, if the
+user has moved past that step, and it is made again for the open row.
 """
 
 from collections import deque
@@ -28,11 +28,24 @@ from weakref import WeakKeyDictionary
 
 import wandb
 
+from gwa_logging.errors import BackendError
 from gwa_logging.histogram import DISPLAY_BINS
 from gwa_logging.records import EPOCH_KEYS, QUANTILES, STEP_KEYS, EpochReport, IntervalRecord
 
 HISTOGRAM_SUBKEYS = ("", "._type", ".bins", ".values")
 """W&B stores a histogram under these keys, and looks up the axis of each of them."""
+
+PICTURE_SUBKEYS = ("", "._type", ".format", ".height", ".path", ".sha256", ".size", ".width")
+"""The same for a picture."""
+
+BEST_IS_LARGEST = ("separation", "stable")
+"""Metric keys of which W&B's summary keeps the largest value besides the last one."""
+
+IDENTIFYING = ("step", "epoch", "count")
+"""Metric keys that together identify the records in a row."""
+
+ATTEMPTS = 20
+"""To add a row while the user logs at the same time. Each takes about a millisecond."""
 
 
 def define_metrics(run: wandb.Run, prefix: str) -> None:
@@ -44,7 +57,10 @@ def define_metrics(run: wandb.Run, prefix: str) -> None:
     for axis, keys in axes.items():
         run.define_metric(f"{prefix}/{axis}", hidden=True)
         for key in keys:
-            run.define_metric(f"{prefix}/{key}", step_metric=f"{prefix}/{axis}")
+            summary = "max,last" if key in BEST_IS_LARGEST else None
+            run.define_metric(f"{prefix}/{key}", step_metric=f"{prefix}/{axis}", summary=summary)
+    for subkey in PICTURE_SUBKEYS:  # W&B's sliders of pictures show its own steps
+        run.define_metric(f"{prefix}/picture{subkey}", step_metric="_step")
 
 
 def row_of(prefix: str, record: IntervalRecord | EpochReport) -> dict[str, Any]:
@@ -91,11 +107,19 @@ class UserRunWriter:
         self._waiting: deque[EpochReport] = deque()
 
     def log(self, record: IntervalRecord | EpochReport) -> None:
-        """Adds a record to the open row. An epoch's report opens a new row if the user does not log."""
+        """Adds a record to the open row. An epoch's report opens a new row if the user does not log.
+
+        Raises:
+            BackendError: the user's log calls moved the run's step in every attempt.
+        """
+        for _ in range(ATTEMPTS):
+            if self._try_to_log(record):
+                return
+        raise BackendError(f"the W&B run's step moved during each of {ATTEMPTS} attempts to add a row to it")
+
+    def _try_to_log(self, record: IntervalRecord | EpochReport) -> bool:
         step = self._open_row()
-        opens_row = isinstance(record, EpochReport) and step < record.epoch and not self._user_logs(step)
-        if opens_row:
-            assert isinstance(record, EpochReport)
+        if isinstance(record, EpochReport) and step < record.epoch and not self._user_logs(step):
             step = record.epoch
         same_row = step == self._step
         interval, covers = (self._interval, self._covers) if same_row else (None, ())
@@ -114,10 +138,11 @@ class UserRunWriter:
             row |= row_of(self._prefix, waiting.popleft())
             has_epoch = True
         if row:
-            # With step=, W&B would rather drop this row than move past one that the user may have opened meanwhile.
-            self.run.log(row, step=step if opens_row else None, commit=False)
+            if not self._add(row, step):
+                return False
             self._step, self._interval, self._covers, self._has_epoch = step, interval, covers, has_epoch
         self._waiting = waiting
+        return True
 
     def drain(self) -> None:
         """Logs the epochs that still wait, one in each row.
@@ -130,10 +155,23 @@ class UserRunWriter:
             if step == self._step and self._has_epoch:
                 self.run.log({}, commit=True)
                 self._step = None
-                continue
-            self.run.log(row_of(self._prefix, self._waiting[0]), commit=False)
-            self._waiting.popleft()
-            self._step, self._has_epoch = step, True
+            elif self._add(row_of(self._prefix, self._waiting[0]), step):
+                self._waiting.popleft()
+                self._step, self._has_epoch = step, True
+
+    def _add(self, row: dict[str, Any], step: int) -> bool:
+        """Adds values to the row with this step, which becomes the open one. Returns False if W&B has moved past it.
+
+        With `step=`, W&B drops values for an earlier step, rather than add them to a row that the user has opened meanwhile.
+        If the step has moved when this returns from W&B, either order is possible; the summary, which has the values of the
+        committed rows, decides.
+        """
+        self.run.log(row, step=step, commit=False)
+        if self._open_row() <= step:
+            return True
+        summary = self.run.summary
+        keys = [key for key in row if key.rpartition("/")[2] in IDENTIFYING]
+        return all(summary.get(key) == row[key] for key in keys)  # type: ignore[no-untyped-call]
 
     def _open_row(self) -> int:
         """The step of the open row. In a resumed run, `run.step` is 0 before the first `log`."""

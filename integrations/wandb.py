@@ -9,14 +9,16 @@ from base64 import b64decode
 from collections.abc import Mapping
 from datetime import datetime
 from importlib.util import find_spec
+from inspect import signature
 from io import BytesIO
 from pathlib import Path
 from shutil import rmtree
 from time import sleep
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import wandb
 
+from gwa_logging import __version__
 from gwa_logging.errors import BackendError, InvalidInputError
 from gwa_logging.integrations._reachable import check_reachable
 from gwa_logging.integrations._tracker import Tracker, invalid_run
@@ -34,6 +36,9 @@ from gwa_logging.records import (
     TrackerRunRef,
 )
 from gwa_logging.redact import has_secret
+
+if TYPE_CHECKING:
+    from gwa_logging.integrations.heatmap_picture import PictureSeries
 
 UPLOAD_FAILURE = b"filestream: fatal error"
 """W&B writes this to its log when it stops uploading a run."""
@@ -59,7 +64,7 @@ def open_backend(context: RunContext) -> "WandbBackend":
             if resume_options:
                 _wait_for_free_folder_name(resume_options["id"])
             # A plain init() would return any active run, and `close` would finish it.
-            run = wandb.init(reinit="create_new", **resume_options)
+            run = wandb.init(reinit="create_new", **resume_options or _new_run_options(context.directory))
         if resume_options and run.offline and len(run_folders(run)) < 2:  # offline, W&B accepts any id
             run.finish()
             rmtree(run.settings.sync_dir)
@@ -100,8 +105,9 @@ class WandbBackend(Tracker):
         self._log_position = 0  # bytes of W&B's internal log that were read
         has_no_steps = run.settings.mode == "shared" or run.disabled
         self._user_run = None if owned or has_no_steps else UserRunWriter(run, prefix, writers)
-        # If the user could log between the look at the step and the log call, an interval would be counted twice.
+        # If the user logs between the look at the step and the log call, W&B prints a warning, and the row is made again.
         self.threaded = self._user_run is None
+        self._pictures = None if run.disabled else _picture_series()
 
     def contents(self) -> TrackerContents:
         """Reads which records the run contains: from the server, or from disk if the run is offline."""
@@ -121,15 +127,16 @@ class WandbBackend(Tracker):
     def on_run(self, run: RunRecord) -> None:
         """Adds the settings to the config of a run that this library started."""
         if self._owned:
-            self.run.config.update({self.prefix: run.settings}, allow_val_change=True)  # type: ignore[no-untyped-call]
+            config = {**run.settings, "head": run.head, "version": __version__}
+            self.run.config.update({self.prefix: config}, allow_val_change=True)  # type: ignore[no-untyped-call]
 
     def on_interval(self, interval: IntervalRecord) -> None:
-        """Logs the histogram and its numbers."""
-        self._log(interval)
+        """Logs the histogram and its numbers, and a picture if it is time for one."""
+        self._log(interval, picture=self._pictures is not None and self._pictures.add(interval))
 
     def on_epoch(self, report: EpochReport) -> None:
-        """Logs the numbers."""
-        self._log(report)
+        """Logs the numbers, and a picture unless the last one is too recent."""
+        self._log(report, picture=self._pictures is not None and self._pictures.rested)
 
     def on_alert(self, alert: StopAlert) -> None:
         """Sends an alert, and notes it in the summary."""
@@ -143,8 +150,10 @@ class WandbBackend(Tracker):
         self._summarise(self._with_entry("suspects_steps", suspects.step))
 
     def on_close(self, end: CloseRecord) -> None:
-        """Adds the best epoch to the summary."""
+        """Adds the best epoch to the summary, and logs the last picture."""
         self._summarise(end.metrics)
+        if picture := self._draw():
+            self.run.log(picture, commit=self._user_run is None)
 
     def refusal(self) -> str | None:
         """Returns why W&B has stopped uploading this run, or None.
@@ -179,11 +188,22 @@ class WandbBackend(Tracker):
             if self._owned:
                 self.run.finish()
 
-    def _log(self, record: IntervalRecord | EpochReport) -> None:
-        if self._user_run:
-            self._user_run.log(record)
-        else:
-            self.run.log(row_of(self.prefix, record), commit=True)
+    def _log(self, record: IntervalRecord | EpochReport, *, picture: bool) -> None:
+        if self._user_run is None:
+            self.run.log(row_of(self.prefix, record) | (self._draw() if picture else {}), commit=True)
+            return
+        self._user_run.log(record)
+        if picture and (values := self._draw()):
+            self.run.log(values, commit=False)
+
+    def _draw(self) -> dict[str, Any]:
+        """A picture of the scores so far, by its key; empty if no interval was added since the last one.
+
+        W&B shows histograms on a run's page, but not in a project's workspace, where people compare runs. It shows pictures in both.
+        """
+        if self._pictures is None or not self._pictures.has_news:
+            return {}
+        return self.keyed({"picture": wandb.Image(self._pictures.draw())})
 
     def _with_entry(self, key: str, entry: int) -> dict[str, list[int]]:
         """A list in the run's summary, with one more entry."""
@@ -214,6 +234,22 @@ def _check_reachable() -> None:
         ) from error
 
 
+def _new_run_options(directory: Path) -> dict[str, Any]:
+    """The project and the name of a run that this library starts, unless the user has set them for W&B."""
+    settings = wandb.setup().settings
+    options = {"project": settings.project or "gwa", "name": settings.run_name or directory.name}
+    return {key: value for key, value in options.items() if value}
+
+
+def _picture_series() -> "PictureSeries | None":
+    """Returns None if Pillow is not installed."""
+    if find_spec("PIL") is None:
+        return None
+    from gwa_logging.integrations.heatmap_picture import PictureSeries
+
+    return PictureSeries()
+
+
 def _table(suspects: SuspectsRecord) -> wandb.Table:
     """The suspects as a table, with pictures if there are any and Pillow is installed."""
     columns, rows = list(suspects.COLUMNS), suspects.rows()
@@ -224,7 +260,9 @@ def _table(suspects: SuspectsRecord) -> wandb.Table:
         for row, suspect in zip(rows, suspects.suspects, strict=True):
             png = suspect.thumbnail and BytesIO(b64decode(suspect.thumbnail))
             row.append(png and wandb.Image(Image.open(png)))  # type: ignore[arg-type]
-    return wandb.Table(columns=columns, data=rows)  # type: ignore[arg-type]
+    # A mutable table is replaced when it is logged again; older versions of W&B keep the first one.
+    options: dict[str, Any] = {"log_mode": "MUTABLE"} if "log_mode" in signature(wandb.Table).parameters else {}
+    return wandb.Table(columns=columns, data=rows, **options)  # type: ignore[arg-type]
 
 
 def _import_pandas() -> None:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import cycle
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from gwa_logging.journal import read_journal
 from gwa_logging.protocols import RunContext
 from gwa_logging.records import EpochReport, IntervalRecord, StopAlert, SuspectsRecord
 from tests import trackers
-from tests.records import interval_record, stop_alert
+from tests.records import epoch_report, interval_record, stop_alert
 from tests.trackers import BATCH, BATCHES, OnDisk, OnWandb, folder_of, inspect_by_wandb, read_back, run_of, start_run
 
 EPOCHS = 6
@@ -441,6 +442,62 @@ def _refuse(*args: Any, **kwargs: Any) -> None:
     raise ConnectionResetError
 
 
+@pytest.mark.parametrize("explicit", [False, True], ids=["implicit steps", "step=epoch"])
+@pytest.mark.parametrize(
+    "moments", [("before", ""), ("after",), ("before and after", ""), ("", "before", "after", "before", "before")]
+)
+def test_a_row_of_the_user_at_the_moment_of_a_write_costs_no_record_and_no_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moments: tuple[str, ...], explicit: bool
+) -> None:
+    """On a loaded machine W&B takes longer than training waits, and the user logs while this library does."""
+    run = start_run(tmp_path)
+    backend, log, moment_of_next = WandbBackend(run, "gwa", owned=False), run.log, cycle(moments)
+    rows = 0
+
+    def user_logs() -> None:
+        nonlocal rows
+        log({"user/loss": rows}, step=rows if explicit else None)
+        rows += 1
+
+    def log_while_the_user_does(row: dict[str, Any], **options: Any) -> None:
+        moment = next(moment_of_next)
+        if "before" in moment:
+            user_logs()
+        log(row, **options)
+        if "after" in moment:
+            user_logs()
+
+    user_logs()
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "log", log_while_the_user_does)
+        for epoch in range(5):
+            for step in (2 * epoch, 2 * epoch + 1):
+                backend.write(interval_record(step, [0.1] * (step + 1), epoch=epoch))
+            backend.write(epoch_report(epoch))
+        backend.close()
+    run.finish()
+    disk = read_back(folder_of(run))
+    assert disk.column("gwa/epoch") == [0, 1, 2, 3, 4]
+    assert samples_in(disk.history) == sum(range(1, 11))
+    assert disk.column("gwa/step")[-1] == 9
+    assert disk.column("user/loss", "_step") == [(index, index) for index in range(rows)]
+
+
+def test_a_run_whose_step_moves_all_the_time_keeps_the_record_for_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start_run(tmp_path)
+    backend, log = WandbBackend(run, "gwa", owned=False), run.log
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "log", lambda *row, **options: (log({"user/loss": 1}), log(*row, **options)))
+        with pytest.raises(BackendError, match="step moved"):
+            backend.write(interval_record(0, [0.1] * 3))
+    backend.write(interval_record(0, [0.1] * 3))
+    backend.close()
+    run.finish()
+    assert samples_in(read_back(folder_of(run)).history) == 3
+
+
 # --- a run that `watch` starts ----------------------------------------------------------------------------------------
 
 
@@ -465,9 +522,15 @@ def test_a_run_that_watch_started_has_a_row_per_record_and_is_finished_by_close(
     kinds = Counter(type(record) for record in records)
     assert len(disk.column("gwa/scores.values")) == kinds[IntervalRecord] > 2
     assert disk.column("gwa/epoch") == [0, 1]
-    assert len(disk.history) == kinds[IntervalRecord] + kinds[EpochReport]
+    assert len(disk.history) == kinds[IntervalRecord] + kinds[EpochReport] + 1  # the last one has the last picture
+    pictures = disk.column("gwa/picture.path", "gwa/picture._type")
+    assert [kind for _, kind in pictures] == 2 * ["image-file"]
+    assert all(Path(ours, "files", path).is_file() for path, _ in pictures)
     assert samples_in(disk.history) == 2 * BATCHES * BATCH
-    assert disk.config["gwa"]["log_every_n_steps"] == 3
+    config = disk.config["gwa"]
+    assert config["log_every_n_steps"] == 3
+    assert config["version"] == gwa_logging.__version__
+    assert "Linear 8 -> 3" in config["head"]
     assert monitor.faults == {}
 
 
@@ -489,6 +552,30 @@ def test_if_no_run_can_be_started_the_error_names_the_remedies(tmp_path: Path, m
             monkeypatch.setenv(f"WANDB_{key}", value)
         with pytest.raises(BackendError, match=r"(?s)wandb login.*WANDB_MODE=offline.*run=wandb\.init"):
             Training().watch(tmp_path)
+
+
+@pytest.mark.parametrize("project", [None, "mine"])
+def test_a_run_that_watch_starts_goes_to_project_gwa_and_is_named_like_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, project: str | None
+) -> None:
+    OnWandb().set_up(tmp_path, monkeypatch)
+    if project:
+        monkeypatch.setenv("WANDB_PROJECT", project)
+    monitor = Training().watch(tmp_path)
+    run = run_of(monitor, "wandb")
+    assert (run.project, run.name) == (project or "gwa", monitor.journal.parent.name)
+    monitor.close()
+
+
+def test_in_the_users_run_a_picture_lies_beside_the_histogram(visits: Visits) -> None:
+    pictures = visits["explicit step=epoch before end_epoch"].disk.column("gwa/picture._type", "gwa/picture.size")
+    assert len(pictures) >= 2
+    assert min(size for _, size in pictures) > 5000
+
+
+def test_an_argument_of_wandb_init_is_answered_with_how_to_pass_it(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match=r"unknown argument 'project'.*run=wandb\.init\(project="):
+        Training().watch(tmp_path, project="x")
 
 
 # --- alerts and summary -----------------------------------------------------------------------------------------------
@@ -701,7 +788,7 @@ def test_in_shared_mode_every_record_is_a_row_and_the_run_is_not_finished(
         disk = read_back(folder_of(run))
     records, _ = read_journal(monitor.journal)
     rows = [record for record in records if isinstance(record, IntervalRecord | EpochReport)]
-    assert len(disk.history) == len(rows) + 1
+    assert len(disk.history) == len(rows) + 2  # the last picture and the user's row
     assert samples_in(disk.history) == 2 * BATCHES * BATCH
     assert disk.column("gwa/epoch") == [0, 1]
     assert disk.column("still") == ["open"]
@@ -763,6 +850,7 @@ def test_a_server_that_does_not_respond_is_an_error_within_ten_seconds(
 # --- names and axes ---------------------------------------------------------------------------------------------------
 
 HISTOGRAM = ("scores", "scores._type", "scores.bins", "scores.values")
+PICTURE = ("picture", *(f"picture.{key}" for key in ("_type", "format", "height", "path", "sha256", "size", "width")))
 AXES = {
     "step": (*HISTOGRAM, "step_mean", "negative_fraction", "q05", "q25", "q50", "q75", "q95", "covers"),
     "epoch": ("gwa", "stable", "separation", "mean", "std", "excess_kurtosis", "excluded", "count"),
@@ -780,10 +868,12 @@ def test_another_name_becomes_the_prefix_of_every_key_and_axis(tmp_path: Path, p
     assert all(key.startswith((f"{prefix}/", "_")) for row in disk.history for key in row)
     assert samples_in(disk.history, prefix) == BATCHES * BATCH
     axis_of = {f"{prefix}/{key}": f"{prefix}/{axis}" for axis, keys in AXES.items() for key in keys}
+    axis_of |= {f"{prefix}/{key}": "_step" for key in PICTURE}
     assert {name: m["step_metric"] for name, m in disk.metrics.items() if m["step_metric"]} == axis_of
     assert set(disk.metrics) == {*axis_of, f"{prefix}/step", f"{prefix}/epoch"}
     assert {key for row in disk.history for key in row if not key.startswith("_")} == set(disk.metrics) - {
-        f"{prefix}/scores"
+        f"{prefix}/scores",
+        f"{prefix}/picture",
     }
 
 
