@@ -194,12 +194,15 @@ class Recording:
         alert, withdrawn = None, False
         if not partial:
             report, alert, withdrawn = self.rule.judge(report, self.history)
+        alert = alert if self.settings.early_stop else None
+        stop = not withdrawn and (alert or self.alert) is not None
+        report = report.model_copy(update={"stop": stop})
         self.history.append(report)
         self.intervals.begin_epoch(len(self.history))
         self.write(report, sync=True)
         if withdrawn and self.alert:
             self._withdraw(self.alert, report)
-        if alert and self.settings.early_stop:
+        if alert:
             self._raise_alert(alert)
         return report
 

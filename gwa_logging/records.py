@@ -27,11 +27,15 @@ JOURNAL_VERSION = 1
 
 QUANTILES = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95}
 
-STEP_KEYS = {"step_mean": "mean", "negative_fraction": "negative_fraction"}
-EPOCH_KEYS = {"gwa": "gwa", "stable": "stable_gwa"} | {
-    k: k for k in ("separation", "mean", "std", "excess_kurtosis", "excluded", "count")
+STEP_KEYS = {"negative_fraction": "negative_fraction", "steps/mean": "mean"}
+QUANTILE_KEYS = {f"steps/{name}": name for name in QUANTILES}
+EPOCH_KEYS = {"gwa": "gwa", "separation": "separation", "stable": "stable_gwa", "stop": "stop"} | {
+    f"stats/{name}": name for name in ("mean", "std", "excess_kurtosis", "excluded", "count")
 }
-"""The metrics of an IntervalRecord (besides its quantiles) and of an EpochReport: metric key to attribute."""
+"""The metrics of an IntervalRecord, its quantiles, and the metrics of an EpochReport: metric key to attribute.
+
+Trackers sort keys by name, in a section for each folder: the most important keys have no folder, so they come first.
+"""
 
 Address = Annotated[str, AfterValidator(redact_urls)]
 """A text that may be a URL. Credentials in it are masked."""
@@ -128,7 +132,9 @@ class IntervalRecord(TimedRecord):
     @property
     def metrics(self) -> dict[str, float]:
         """The numbers that trackers show, by metric key without the prefix."""
-        return {key: getattr(self, name) for key, name in STEP_KEYS.items()} | self.quantiles
+        quantiles = self.quantiles
+        values = {key: getattr(self, name) for key, name in STEP_KEYS.items()}
+        return values | {key: quantiles[name] for key, name in QUANTILE_KEYS.items()}
 
     def merge(self, later: "IntervalRecord") -> "IntervalRecord":
         """Returns the union of this interval and a later one."""
@@ -166,6 +172,7 @@ class EpochReport(TimedRecord):
         histogram: distribution of the scores.
         gwa_defined: False where the denominator of `gwa` is not clearly positive; then `gwa` is meaningless.
         is_best: True if this is the best epoch so far by the statistic that the stop alert watches.
+        stop: True if a stop alert stands after this epoch: from the epoch in which it fires until one that withdraws it.
         notes: sentences about what is unusual in this epoch.
     """
 
@@ -186,12 +193,13 @@ class EpochReport(TimedRecord):
     histogram: Histogram
     gwa_defined: bool
     is_best: bool = False
+    stop: bool = False
     notes: tuple[str, ...] = ()
 
     @property
     def metrics(self) -> dict[str, float]:
         """The numbers that trackers show, by metric key without the prefix."""
-        return {key: getattr(self, name) for key, name in EPOCH_KEYS.items()}
+        return {key: float(getattr(self, name)) for key, name in EPOCH_KEYS.items()}
 
     def __str__(self) -> str:
         """The most important numbers in one line."""

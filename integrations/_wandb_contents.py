@@ -36,8 +36,8 @@ def read_contents(run: wandb.Run, prefix: str) -> TrackerContents:
         values = {key.removeprefix(begin): value for key, value in row.items() if key.startswith(begin)}
         if "step" in values:
             intervals += values.get("covers", [(values["step"], values["step"])])
-        if "count" in values:
-            reports.append((values["epoch"], values["count"] + values["excluded"]))
+        if "stats/count" in values:
+            reports.append((values["epoch"], values["stats/count"] + values["stats/excluded"]))
         alerts.update(values.get("stop_epochs", ()))
         suspects.update(values.get("suspects_steps", ()))
     return TrackerContents(StepRanges(intervals), samples_by_epoch(reports), alerts, suspects)
@@ -75,7 +75,7 @@ def _rows(run: wandb.Run, prefix: str) -> Iterator[Mapping[str, Any]]:
         stored = wandb.Api().run(run.path)
         yield {key: stored.summary.get(key, ()) for key in lists}  # type: ignore[no-untyped-call]
         # A scan returns only the rows that have all of its keys, and only these keys.
-        for keys in (["step"], ["step", "covers"], ["epoch", "count", "excluded"]):
+        for keys in (["step"], ["step", "covers"], ["epoch", "stats/count", "stats/excluded"]):
             yield from stored.scan_history(keys=[f"{prefix}/{key}" for key in keys])
 
 

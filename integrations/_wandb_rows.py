@@ -30,7 +30,7 @@ import wandb
 
 from gwa_logging.errors import BackendError
 from gwa_logging.histogram import DISPLAY_BINS
-from gwa_logging.records import EPOCH_KEYS, QUANTILES, STEP_KEYS, EpochReport, IntervalRecord
+from gwa_logging.records import EPOCH_KEYS, QUANTILE_KEYS, STEP_KEYS, EpochReport, IntervalRecord
 
 HISTOGRAM_SUBKEYS = ("", "._type", ".bins", ".values")
 """W&B stores a histogram under these keys, and looks up the axis of each of them."""
@@ -51,7 +51,7 @@ ATTEMPTS = 20
 def define_metrics(run: wandb.Run, prefix: str) -> None:
     """Sets the x axis of every key by its exact name: a pattern such as "gwa/*" competes with the user's patterns at random."""
     axes = {
-        "step": (*(f"scores{subkey}" for subkey in HISTOGRAM_SUBKEYS), *STEP_KEYS, *QUANTILES, "covers"),
+        "step": (*(f"scores{subkey}" for subkey in HISTOGRAM_SUBKEYS), *STEP_KEYS, *QUANTILE_KEYS, "covers"),
         "epoch": tuple(EPOCH_KEYS),
     }
     for axis, keys in axes.items():

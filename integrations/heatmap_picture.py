@@ -7,33 +7,43 @@ are those of the report.
 
 from functools import cache
 from time import monotonic
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from gwa_logging.histogram import Histogram
-from gwa_logging.records import IntervalRecord
+from gwa_logging.records import EpochReport, IntervalRecord, StopAlert
 from gwa_logging.report.heatmap import Heatmap, Timeline
 
 SIZE = (640, 480)
 """Width and height in pixels. Trackers show it at about this size, or smaller."""
 
-COLUMNS = 200
-INTERVALS_PER_PICTURE = 20
-"""In long epochs."""
+COLUMNS = 400
+FIRST_COLUMNS = 20
+"""Intervals in the first picture of a run whose first epoch is longer."""
+
+PICTURES = 10
+"""Number of pictures of a finished run."""
+
+GROWTH = 1.5
+
+PICTURE_KEY = "picture"
+"""The metric key of the pictures, without the prefix."""
 
 PAUSE = 10.0
 """Minimum seconds between two pictures: a tracker needs 30 ms to encode one, and some trackers store all of them for ever."""
 
-_LEFT, _TOP, _RIGHT, _BOTTOM = 102, 46, 528, 410
+_LEFT, _TOP, _RIGHT, _BOTTOM = 112, 52, 622, 396
 """The pixels around the heatmap."""
 
-_BAR_LEFT, _BAR_RIGHT = 544, 563
-_TICK = 5  # pixels
-_MEDIAN_WIDTH = 4
+_TICK = 6  # pixels
+_MEDIAN_WIDTH = 5
 _DASH, _GAP = 7, 6
+_BIG, _SMALL = 30, 27  # sizes of the fonts, which are readable in a tile of half the width
 _INK, _MEDIAN, _WHITE = (0x1B, 0x1F, 0x24), (0xE8, 0x63, 0x0A), (255, 255, 255)
+_BEST, _ALERT = (0x1E, 0x7D, 0x3C), (0xC2, 0x2A, 0x2A)
 _HEAT = (
     (0xF1, 0xF5, 0xFA),
     (0xC5, 0xD8, 0xED),
@@ -47,25 +57,60 @@ _HEAT = (
 Pixels = npt.NDArray[np.uint8]
 
 
+class Marker(NamedTuple):
+    """An epoch that the picture marks with a vertical line.
+
+    Attributes:
+        epoch: the epoch, from 0.
+        step: its last training step.
+    """
+
+    epoch: int
+    step: int
+
+
 class PictureSeries:
     """Decides when a run gets a picture, and draws it.
 
-    There is a picture after the first interval, after each epoch, and in between in long epochs, unless the last one
-    is less than `PAUSE` seconds old.
+    The first picture is due after `FIRST_COLUMNS` intervals or after the first epoch, whichever comes first. During the
+    run a picture is due once the run is `GROWTH` times as long as at the last one, so a run of any length has few. At the
+    end, `missing_steps` lists the ones to add, so that there are `PICTURES` at equal distances.
     """
 
     def __init__(self) -> None:
         Image.init()  # imports Pillow's formats now rather than during a training step
         _background()
         self._timeline = Timeline(COLUMNS)
+        self._intervals_by_step: list[tuple[int, int]] = []  # (step, epoch) at which epochs begin
         self._new_intervals = 0  # since the last picture
         self._drawn = -PAUSE
-        self._first_epoch = self._last_epoch = self._last_step = 0
+        self._drawn_steps: list[int] = []
+        self._first_step = self._last_step = 0
+        self._bests: list[Marker] = []
+        self._alerts: list[Marker] = []
+        self._epoch_end = Marker(0, 0)
 
     @property
     def has_news(self) -> bool:
         """Returns True if an interval was added since the last picture."""
         return self._new_intervals > 0
+
+    @property
+    def has_columns(self) -> bool:
+        """Returns True if there is more than one interval to draw."""
+        return len(self._timeline) > 1
+
+    @property
+    def rested(self) -> bool:
+        """Returns True if the last picture is at least `PAUSE` seconds old."""
+        return monotonic() >= self._drawn + PAUSE
+
+    @property
+    def is_due(self) -> bool:
+        """Returns True if the run has grown enough since the last picture of the series, and `rested`."""
+        length = self._last_step - self._first_step + 1
+        before = self._drawn_steps[-1] - self._first_step + 1 if self._drawn_steps else 0
+        return self.has_news and self.rested and length >= GROWTH * before
 
     def add(self, interval: IntervalRecord) -> bool:
         """Adds the next interval. Returns True if a picture is due before the end of the epoch.
@@ -79,23 +124,56 @@ class PictureSeries:
         if not first and begins > self._last_step + 1:
             self._timeline.add(_gap_before(interval, steps=begins - self._last_step - 1))
         self._timeline.add(interval)
+        if first:
+            self._first_step = begins
+        if first or interval.epoch != self._intervals_by_step[-1][1]:
+            self._intervals_by_step.append((begins, interval.epoch))
         self._last_step = interval.step
         self._new_intervals += 1
-        self._last_epoch = interval.epoch
-        if first:
-            self._first_epoch = interval.epoch
-        return first or (self._new_intervals >= INTERVALS_PER_PICTURE and self.rested)
+        return len(self._timeline) >= FIRST_COLUMNS and self.is_due
 
-    @property
-    def rested(self) -> bool:
-        """Returns True if the last picture is at least `PAUSE` seconds old."""
-        return monotonic() >= self._drawn + PAUSE
+    def add_epoch(self, report: EpochReport) -> bool:
+        """Marks the epoch if it is the best so far. Returns True if a picture is due."""
+        self._epoch_end = Marker(report.epoch, report.step)
+        if report.is_best:
+            self._bests.append(self._epoch_end)
+        return len(self._timeline) > 1 and self.is_due
 
-    def draw(self) -> Image.Image:
-        """Draws the run so far; takes a few milliseconds. See the function `draw`."""
-        self._new_intervals, self._drawn = 0, monotonic()
-        first, last = self._first_epoch, self._last_epoch
-        return draw(self._timeline.heatmap(), f"epoch {last}" if first == last else f"epochs {first} to {last}")
+    def add_alert(self, alert: StopAlert) -> None:
+        """Marks the epoch in which the alert fired, which is the last one that was added."""
+        self._alerts.append(Marker(alert.epoch, self._epoch_end.step))
+
+    def missing_steps(self) -> list[int]:
+        """Returns the steps of the pictures that a finished run lacks, so that there are `PICTURES` at equal distances."""
+        if len(self._timeline) < 2:
+            return []
+        distance = (self._last_step - self._first_step + 1) / PICTURES
+        ends = [r.step for r in self._timeline][1:]  # never from one interval
+        targets = [self._first_step - 1 + (i + 1) * distance for i in range(PICTURES)]
+        wanted = {min(ends, key=lambda end: abs(end - target)) for target in targets}
+        near = self._drawn_steps
+        return sorted(
+            step
+            for step in wanted
+            if step not in near and (step == self._last_step or all(abs(step - other) > distance / 2 for other in near))
+        )
+
+    def draw(self, step: int | None = None, *, in_series: bool = True) -> Image.Image:
+        """Draws the run so far, in a few milliseconds. See the function `draw`.
+
+        Args:
+            step: the last step to draw; None for all.
+            in_series: False if the picture does not count as one of the series.
+        """
+        until = self._last_step if step is None else step
+        if until == self._last_step:
+            self._new_intervals, self._drawn = 0, monotonic()
+        if in_series:
+            self._drawn_steps.append(until)
+        epochs = [epoch for begin, epoch in self._intervals_by_step if begin <= until]
+        title = f"epoch {epochs[0]}" if epochs[0] == epochs[-1] else f"epochs {epochs[0]} to {epochs[-1]}"
+        bests, alerts = ([m for m in markers if m.step <= until] for markers in (self._bests, self._alerts))
+        return draw(self._timeline.heatmap(until=until), title, *(m[-1] if m else None for m in (bests, alerts)))
 
 
 def _gap_before(interval: IntervalRecord, steps: int) -> IntervalRecord:
@@ -104,12 +182,14 @@ def _gap_before(interval: IntervalRecord, steps: int) -> IntervalRecord:
     return interval.model_copy(update={"step": interval.step - interval.steps, "steps": steps, **empty})
 
 
-def draw(heatmap: Heatmap, title: str) -> Image.Image:
+def draw(heatmap: Heatmap, title: str, best: Marker | None = None, alert: Marker | None = None) -> Image.Image:
     """Draws the distribution of the scores over time, with a line at zero and a line through the medians.
 
     Args:
         heatmap: from `Timeline.heatmap`; at least one column.
         title: one short line.
+        best: the best epoch, or None.
+        alert: the epoch of the stop alert, or None.
 
     Returns:
         An RGB image of `SIZE`.
@@ -121,29 +201,40 @@ def draw(heatmap: Heatmap, title: str) -> Image.Image:
     image = Image.fromarray(canvas)
     pen = ImageDraw.Draw(image)
     _label_axes(pen, heatmap)
-    pen.text((_LEFT, _TOP - 10), title, fill=_INK, font=_font(24), anchor="ls")
-    for y, label in ((_TOP, f"{most:.0%}{'+' if peaks.max() > most else ''}"), (_BOTTOM - 1, "0")):
-        pen.text((_BAR_RIGHT + _TICK + 4, y), label, fill=_INK, font=_font(18), anchor="lm")
+    pen.text((_LEFT, _TOP - 14), title, fill=_INK, font=_font(_BIG), anchor="ls")
+    for marker, label, colour, height in ((best, "best", _BEST, _BOTTOM - 10), (alert, "alert", _ALERT, _BOTTOM - 46)):
+        if marker:
+            _draw_marker(pen, heatmap, marker, label, colour, height)
     return image
+
+
+def _draw_marker(
+    pen: ImageDraw.ImageDraw, heatmap: Heatmap, marker: Marker, label: str, colour: tuple[int, int, int], height: float
+) -> None:
+    """Draws a vertical line at the end of the epoch, and its label at the side on which there is more space."""
+    first, last = heatmap.steps[0], heatmap.steps[-1]
+    share = float((marker.step + 1 - first) / max(last - first, 1))
+    if not 0 <= share <= 1:
+        return
+    x = min(_LEFT + (_RIGHT - _LEFT) * share, _RIGHT - 2)
+    pen.line((x, _TOP, x, _BOTTOM - 1), fill=colour, width=3)
+    side, anchor = (6, "ls") if share < 0.5 else (-6, "rs")
+    text = f"{label}: epoch {marker.epoch}"
+    pen.text(
+        (x + side, height), text, fill=colour, font=_font(_SMALL), anchor=anchor, stroke_width=4, stroke_fill=_WHITE
+    )
 
 
 @cache
 def _background() -> Image.Image:
-    """The parts that all pictures share: frames, colour bar, names of the axes."""
+    """The parts that all pictures share: the frame and the names of the axes."""
     image = Image.new("RGB", SIZE, _WHITE)
     pen = ImageDraw.Draw(image)
-    bar = _colours(np.linspace(1.0, 0.0, _BOTTOM - _TOP))[:, None].repeat(_BAR_RIGHT - _BAR_LEFT, axis=1)
-    image.paste(Image.fromarray(bar), (_BAR_LEFT, _TOP))
-    for left, right in ((_LEFT, _RIGHT), (_BAR_LEFT, _BAR_RIGHT)):
-        pen.rectangle((left - 1, _TOP - 1, right, _BOTTOM), outline=_INK)
-    for y in (_TOP, _BOTTOM - 1):
-        pen.line((_BAR_RIGHT, y, _BAR_RIGHT + _TICK, y), fill=_INK)
+    pen.rectangle((_LEFT - 1, _TOP - 1, _RIGHT, _BOTTOM), outline=_INK)
     for x in (_RIGHT - 1, _RIGHT):  # twice, because there is no bold font
-        pen.text((x, _TOP - 10), "median", fill=_MEDIAN, font=_font(21), anchor="rs")
-    pen.rectangle((_RIGHT - 100, _TOP - 18, _RIGHT - 82, _TOP - 15), fill=_MEDIAN)
-    pen.text(((_LEFT + _RIGHT) / 2, 464), "training step", fill=_INK, font=_font(22), anchor="ms")
-    _text_upwards(image, "alignment score", 22, 18)
-    _text_upwards(image, "share of samples per bin", 18, 616)
+        pen.text((x, _TOP - 14), "median", fill=_MEDIAN, font=_font(_BIG), anchor="rs")
+    pen.text(((_LEFT + _RIGHT) / 2, 470), "training step", fill=_INK, font=_font(_BIG), anchor="ms")
+    _text_upwards(image, "alignment score", _BIG, 24)
     return image
 
 
@@ -189,22 +280,23 @@ def _label_axes(pen: ImageDraw.ImageDraw, heatmap: Heatmap) -> None:
     for step in range(-(-first // spacing) * spacing, last + 1, spacing):
         x = _LEFT + (_RIGHT - 1 - _LEFT) * (step - first) / span
         pen.line((x, _BOTTOM, x, _BOTTOM + _TICK), fill=_INK)
-        pen.text((x, _BOTTOM + 26), _short(step), fill=_INK, font=_font(19), anchor="ms")
-    for i, score in enumerate(np.linspace(limit, -limit, 5)):
-        y = _TOP + (_BOTTOM - 1 - _TOP) * i / 4
+        half = pen.textlength(label := _short(step), _font(_SMALL)) / 2
+        pen.text((min(x, SIZE[0] - 2 - half), _BOTTOM + 34), label, fill=_INK, font=_font(_SMALL), anchor="ms")
+    for i, score in enumerate((limit, 0.0, -limit)):
+        y = _TOP + (_BOTTOM - 1 - _TOP) * i / 2
         pen.line((_LEFT - 1 - _TICK, y, _LEFT - 1, y), fill=_INK)
-        left = _LEFT - _TICK - 5 - pen.textlength(label := f"{abs(score):.4g}", _font(19))
-        pen.text((left, y), label, fill=_INK, font=_font(19), anchor="lm")
+        left = _LEFT - _TICK - 5 - pen.textlength(label := f"{abs(score):.2g}", _font(_SMALL))
+        pen.text((left, y), label, fill=_INK, font=_font(_SMALL), anchor="lm")
         if score < 0:
-            pen.rectangle((left - 12, y, left - 4, y + 1), fill=_INK)  # the font has no minus sign
+            pen.rectangle((left - 14, y, left - 4, y + 2), fill=_INK)  # the font has no minus sign
 
 
 def _tick_spacing(span: int) -> int:
-    """Returns the smallest of 1, 2, 5, 10, 20, 50, ... that divides `span` into 5 parts at most."""
+    """Returns the smallest of 1, 2, 5, 10, 20, 50, ... that divides `span` into 4 parts at most."""
     power = 1
     while True:
         for spacing in (power, 2 * power, 5 * power):
-            if 5 * spacing >= span:
+            if 4 * spacing >= span:
                 return spacing
         power *= 10
 

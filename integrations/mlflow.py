@@ -28,7 +28,7 @@ from mlflow.entities import Metric, Run, RunTag
 from gwa_logging.errors import BackendError, MissingDependencyError
 from gwa_logging.integrations._reachable import check_reachable
 from gwa_logging.integrations._tracker import Tracker, invalid_run
-from gwa_logging.integrations.heatmap_picture import PictureSeries
+from gwa_logging.integrations.heatmap_picture import PICTURE_KEY, PictureSeries
 from gwa_logging.journal import FILE_NAME
 from gwa_logging.protocols import RunContext, TrackerContents, samples_by_epoch
 from gwa_logging.records import (
@@ -156,9 +156,9 @@ class MlflowBackend(Tracker):
         self._add_files.append(lambda: self._draw(interval, interval.step) if self._pictures.add(interval) else None)
 
     def on_epoch(self, report: EpochReport) -> None:
-        """Logs the metrics; adds a picture unless the last one is too recent."""
+        """Logs the metrics; updates the newest picture, and adds one to the series if it is due."""
         self._add_metrics(report, report.epoch, report.metrics)
-        self._add_files.append(lambda: self._draw(report, report.step) if self._pictures.rested else None)
+        self._add_files.append(lambda: self._draw_epoch(report))
 
     def on_alert(self, alert: StopAlert) -> None:
         """Sets tags, by which runs can be searched for."""
@@ -167,15 +167,16 @@ class MlflowBackend(Tracker):
             "alert.epoch": str(alert.epoch),
             "alert.best_epoch": str(alert.best_epoch),
         }
+        self._add_files.append(lambda: self._pictures.add_alert(alert))
 
     def on_suspects(self, suspects: SuspectsRecord) -> None:
         """Adds the suspects as a CSV file, which MLflow shows as a table."""
         self._add_files.append(lambda: self._add_table(suspects))
 
     def on_close(self, end: CloseRecord) -> None:
-        """Logs the best epoch, and adds the last picture."""
-        self._add_metrics(end, end.epochs - 1, end.metrics)
-        self._add_files.append(lambda: self._draw(end, end.steps - 1))
+        """Sets tags with the best epoch, and adds the pictures that the series lacks."""
+        self._tags |= {key: f"{value:.6g}" for key, value in end.metrics.items()} | {"epochs": str(end.epochs)}
+        self._add_files.append(lambda: self._draw_missing(end))
 
     def contents(self) -> TrackerContents:
         """Reads which records the run contains. Waits for the server.
@@ -185,17 +186,16 @@ class MlflowBackend(Tracker):
         """
         with _as_backend_errors():
             tags = self._client.get_run(self.run).data.tags
-            intervals, ends = (self._history(key) for key in ("step_mean", "best_epoch"))
             samples = Counter[tuple[int, int]]()  # by epoch and time, because an epoch can have several reports
-            for metric in self._history("count") + self._history("excluded"):
+            for metric in self._history("stats/count") + self._history("stats/excluded"):
                 samples[metric.step, metric.timestamp] += metric.value
             return TrackerContents(
-                intervals=frozenset(metric.step for metric in intervals),
+                intervals=frozenset(metric.step for metric in self._history("steps/mean")),
                 epochs=samples_by_epoch((epoch, total) for (epoch, _), total in samples.items()),
                 # MLflow keeps only the last alert and the last list: sending an older one would replace it.
                 alerts=range(int(tags.get(f"{self.prefix}.alert.epoch", -1)) + 1),
                 suspects=range(int(tags.get(f"{self.prefix}.suspects.step", -1)) + 1),
-                closes=frozenset(metric.step + 1 for metric in ends),
+                closes={int(tags.get(f"{self.prefix}.epochs", -1))},
             )
 
     def close(self) -> None:
@@ -228,19 +228,34 @@ class MlflowBackend(Tracker):
             finite = float(value) if math.isfinite(value) else math.nan
             self._metrics.append(Metric(key, finite, int(1000 * record.time), step))
 
-    def _draw(self, record: TimedRecord, step: int) -> None:
-        """Adds a picture if an interval was added since the last one.
+    def _draw_epoch(self, report: EpochReport) -> None:
+        if self._pictures.add_epoch(report):
+            self._draw(report, report.step)
+        elif self._pictures.rested and self._pictures.has_news:
+            self._draw(report, report.step, in_series=False)
+
+    def _draw_missing(self, end: CloseRecord) -> None:
+        """Adds the pictures that the series lacks. The last of them is the newest one, with all markers."""
+        for step in self._pictures.missing_steps():
+            self._draw(end, step)
+        self._draw(end, end.steps - 1, in_series=False)
+
+    def _draw(self, record: TimedRecord, step: int, *, in_series: bool = True) -> None:
+        """Draws the run up to `step` for the series, and as the newest picture.
 
         Does not raise, because files are often not allowed where metrics are, and must not delay them.
         """
-        if not self._picture_tries or not self._pictures.has_news:
+        if not self._picture_tries or not self._pictures.has_columns:
             return
         try:
             sleep(YIELD)
-            image = self._pictures.draw()
+            image = self._pictures.draw(step, in_series=in_series)
             sleep(YIELD)
-            key, timestamp = f"{self.prefix}/scores", int(1000 * record.time)
-            self._client.log_image(self.run, image, key=key, step=step, timestamp=timestamp, synchronous=True)
+            if in_series:
+                key, timestamp = f"{self.prefix}/{PICTURE_KEY}", int(1000 * record.time)
+                self._client.log_image(self.run, image, key=key, step=step, timestamp=timestamp, synchronous=True)
+            if not isinstance(record, CloseRecord) or not in_series:
+                self._client.log_image(self.run, image, artifact_file=f"{self.prefix}/scores.png")
             self._picture_tries = PICTURE_TRIES
         except Exception as error:  # noqa: BLE001 - whatever an artifact store raises
             self._picture_tries -= 1

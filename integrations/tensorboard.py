@@ -8,7 +8,7 @@ A record is one event, so the file contains it completely or not at all. TensorB
 """
 
 import os
-from collections import Counter
+from io import BytesIO
 from os import PathLike
 from pathlib import Path
 from time import sleep, time
@@ -23,6 +23,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from gwa_logging.errors import BackendError
 from gwa_logging.histogram import DISPLAY_BINS
 from gwa_logging.integrations._tracker import Tracker, invalid_run
+from gwa_logging.integrations.heatmap_picture import PICTURE_KEY, PictureSeries
 from gwa_logging.protocols import RunContext, TrackerContents, samples_by_epoch
 from gwa_logging.records import (
     AnyRecord,
@@ -75,6 +76,7 @@ class TensorBoardBackend(Tracker):
         absolute = _absolute(log_directory)
         self.run_ref = TrackerRunRef(run=absolute)
         self._folder = os.path.join(absolute, prefix)  # noqa: PTH118 - it may be an address, gs://
+        self._pictures = PictureSeries()
         self._file: EventFileWriter | None = self._open()
 
     def contents(self) -> TrackerContents:
@@ -87,17 +89,18 @@ class TensorBoardBackend(Tracker):
             return events.Scalars(tag) if tag in tags else []
 
         # Both numbers are in the same event, so they are in the same order.
-        reports = zip(scalars("count"), scalars("excluded"), strict=True)
-        alerts = Counter(event.step for event in scalars("stop_epoch"))
-        # Alerts and close records contain the best epoch.
-        ends = Counter(event.step for event in scalars("best_epoch")) - alerts
-        table = f"{self.prefix}/suspects"
+        reports = zip(scalars("stats/count"), scalars("stats/excluded"), strict=True)
+
+        def text_steps(key: str) -> frozenset[int]:
+            tag = f"{self.prefix}/{key}"
+            return frozenset(event.step for event in events.Tensors(tag)) if tag in texts else frozenset()
+
         return TrackerContents(
-            intervals=frozenset(event.step for event in scalars("step_mean")),
+            intervals=frozenset(event.step for event in scalars("steps/mean")),
             epochs=samples_by_epoch((count.step, count.value + excluded.value) for count, excluded in reports),
-            alerts=frozenset(alerts),
-            suspects=frozenset(event.step for event in events.Tensors(table)) if table in texts else frozenset(),
-            closes=frozenset(step + 1 for step in ends),
+            alerts=text_steps("alert"),
+            suspects=text_steps("suspects"),
+            closes=frozenset(step + 1 for step in text_steps("best")),
         )
 
     def on_run(self, run: RunRecord) -> None:
@@ -105,30 +108,45 @@ class TensorBoardBackend(Tracker):
         self._add(run, 0, self._text("head", run.head))
 
     def on_interval(self, interval: IntervalRecord) -> None:
-        """Adds the histogram and its numbers."""
+        """Adds the histogram and its numbers; adds a picture if it is due."""
         self._add(interval, interval.step, self._histogram("scores", interval), *self._scalars(interval.metrics))
+        if self._pictures.add(interval):
+            self._draw(interval, interval.step)
 
     def on_epoch(self, report: EpochReport) -> None:
-        """Adds the numbers."""
+        """Adds the numbers; adds a picture if it is due."""
         self._add(report, report.epoch, *self._scalars(report.metrics))
+        if self._pictures.add_epoch(report):
+            self._draw(report, report.step)
 
     def on_alert(self, alert: StopAlert) -> None:
-        """Adds the alert as a text, and its numbers."""
-        self._add(alert, alert.epoch, self._text("alert", alert.text), *self._scalars(alert.metrics))
+        """Adds the alert as a text."""
+        self._add(alert, alert.epoch, self._text("alert", alert.text))
+        self._pictures.add_alert(alert)
 
     def on_suspects(self, suspects: SuspectsRecord) -> None:
         """Adds the suspects as a text with a table."""
         self._add(suspects, suspects.step, self._text("suspects", _markdown_table(suspects)))
 
     def on_close(self, end: CloseRecord) -> None:
-        """Adds the best epoch."""
-        if end.metrics:
-            self._add(end, end.epochs - 1, *self._scalars(end.metrics))
+        """Adds the best epoch as a text, and the pictures that the series lacks."""
+        if end.best_epoch is not None:
+            text = f"Best epoch: {end.best_epoch} (statistic of the stop alert: {end.best_value:.6g})"
+            self._add(end, end.epochs - 1, self._text("best", text))
+        for step in self._pictures.missing_steps():
+            self._draw(end, step)
 
     def close(self) -> None:
         """Closes the event file."""
         if self._file:
             self._file.close()
+
+    def _draw(self, record: AnyRecord, step: int) -> None:
+        png = BytesIO()
+        image = self._pictures.draw(step)
+        image.save(png, "png")
+        shown = Summary.Image(height=image.height, width=image.width, colorspace=3, encoded_image_string=png.getvalue())
+        self._add(record, step, Summary.Value(tag=f"{self.prefix}/{PICTURE_KEY}", image=shown))
 
     def _open(self) -> EventFileWriter:
         # Event files are read in the order of their names, which begin with the second: two of one second have no

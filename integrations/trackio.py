@@ -95,19 +95,19 @@ class TrackioBackend(Tracker):
     def contents(self) -> TrackerContents:
         """Reads which records Trackio's folder contains; none if the run is on a server."""
         project, name, run_id = self.run.project, self.run.name, self.run.id
-        rows = SQLiteStorage.get_logs(project, name, run_id=run_id, scalar_only=True)
+        rows = SQLiteStorage.get_logs(project, name, run_id=run_id)
         alerts = SQLiteStorage.get_alerts(project, name, run_id=run_id)
-        count, excluded = (f"{self.prefix}/{key}" for key in ("count", "excluded"))
+        count, excluded = (f"{self.prefix}/{key}" for key in ("stats/count", "stats/excluded"))
 
         def steps(key: str) -> frozenset[int]:
             return frozenset(row["step"] for row in rows if f"{self.prefix}/{key}" in row)
 
         return TrackerContents(
-            intervals=steps("step_mean"),
+            intervals=steps("steps/mean"),
             epochs=samples_by_epoch((row["step"], row[count] + row[excluded]) for row in rows if count in row),
             alerts=frozenset(alert["step"] for alert in alerts if alert["title"] == StopAlert.TITLE),
-            suspects=steps("suspects_of"),
-            closes=frozenset(step + 1 for step in steps("best_epoch")),
+            suspects=steps("stats/suspects_of"),
+            closes=frozenset(step + 1 for step in steps("best")),
         )
 
     def on_run(self, run: RunRecord) -> None:
@@ -131,12 +131,12 @@ class TrackioBackend(Tracker):
     def on_suspects(self, suspects: SuspectsRecord) -> None:
         """Logs a table."""
         table = trackio.Table(columns=list(suspects.COLUMNS), data=suspects.rows())
-        self._log(suspects.step, {"suspects": table, "suspects_of": suspects.samples})
+        self._log(suspects.step, {"suspects": table, "stats/suspects_of": suspects.samples})
 
     def on_close(self, end: CloseRecord) -> None:
-        """Logs the best epoch."""
-        if end.metrics:
-            self._log(end.epochs - 1, end.metrics)
+        """Logs the best epoch as a text, which Trackio does not plot."""
+        if end.best_epoch is not None:
+            self._log(end.epochs - 1, {"best": f"epoch {end.best_epoch}: {end.best_value:.6g}"})
 
     def close(self) -> None:
         """Finishes the run if this library started it, which stores what is still in Trackio's queue."""

@@ -29,13 +29,15 @@ import gwa_logging
 from gwa_logging import BackendError, EarlyStop, InvalidInputError, Monitor
 from gwa_logging.histogram import Histogram
 from gwa_logging.integrations import heatmap_picture
-from gwa_logging.integrations.heatmap_picture import INTERVALS_PER_PICTURE, SIZE, PictureSeries
+from gwa_logging.integrations.heatmap_picture import FIRST_COLUMNS, PICTURES, SIZE, PictureSeries
 from gwa_logging.integrations.mlflow import open_backend
 from gwa_logging.journal import read_journal
 from gwa_logging.protocols import RunContext
 from gwa_logging.records import (
-    QUANTILES,
+    EPOCH_KEYS,
+    QUANTILE_KEYS,
     RECORDS,
+    STEP_KEYS,
     AnyRecord,
     CloseRecord,
     IntervalRecord,
@@ -47,7 +49,7 @@ from tests.trackers import Server, empty_database, new_database, point_mlflow_to
 EPOCHS, BATCHES, EVERY = 3, 7, 3
 INTERVAL_STEPS = [0, 3, 6, 9, 12, 13, 15, 18, 20]  # every third, and the last one of an epoch
 EPOCH_ENDS = [6, 13, 20]
-INTERVAL_KEYS = ("step_mean", "negative_fraction", *QUANTILES)
+INTERVAL_KEYS = (*STEP_KEYS, *QUANTILE_KEYS)
 ALERT_AT_ONCE = EarlyStop(warmup=0, patience=1, min_delta=1e9, drop=0)  # no epoch can exceed the first one by this much
 
 
@@ -99,7 +101,7 @@ def train(model: nn.Module, monitor: Monitor, epochs: int = EPOCHS, each_epoch: 
         each_epoch(epoch)
 
 
-def picture_steps(client: MlflowClient, run_id: str, key: str = "gwa~scores") -> list[int]:
+def picture_steps(client: MlflowClient, run_id: str, key: str = "gwa~picture") -> list[int]:
     """The steps of a picture's slider, read from the file names as MLflow's page does."""
     names = [Path(file.path).name for file in client.list_artifacts(run_id, "images")]
     found = [re.match(rf"{re.escape(key)}\+step\+(\d+)\+timestamp\+\d+\+[-0-9a-f]+\.png", name) for name in names]
@@ -137,10 +139,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
 
 @pytest.mark.parametrize(
     ("key", "attribute"),
-    {
-        "stable": "stable_gwa",
-        **{k: k for k in ("gwa", "separation", "mean", "std", "excess_kurtosis", "excluded", "count")},
-    }.items(),
+    EPOCH_KEYS.items(),
 )
 def test_every_epoch_has_its_numbers_at_its_own_step(trained: Trained, key: str, attribute: str) -> None:
     expected = {report.epoch: float(getattr(report, attribute)) for report in trained.monitor.history}
@@ -152,15 +151,23 @@ def test_every_epoch_has_its_numbers_at_its_own_step(trained: Trained, key: str,
 def test_every_interval_has_its_quantiles_at_its_training_step(trained: Trained, key: str) -> None:
     intervals = [record for record in trained.journal if isinstance(record, IntervalRecord)]
     expected = {
-        r.step: r.quantiles[key] if key in QUANTILES else r.mean if key == "step_mean" else r.negative_fraction
+        r.step: r.quantiles[QUANTILE_KEYS[key]] if key in QUANTILE_KEYS else getattr(r, STEP_KEYS[key])
         for r in intervals
     }
     assert list(expected) == INTERVAL_STEPS
     assert series(trained.client, trained.run_id, f"gwa/{key}") == expected
 
 
-def test_there_is_a_picture_at_step_0_and_after_each_epoch(trained: Trained) -> None:
-    assert picture_steps(trained.client, trained.run_id) == [0, *EPOCH_ENDS]
+def test_a_short_run_has_pictures_after_its_epochs_and_in_between(trained: Trained) -> None:
+    assert picture_steps(trained.client, trained.run_id) == [3, 6, 9, 13, 15, 18, 20]
+
+
+def test_the_newest_picture_is_a_file_of_a_fixed_name(trained: Trained, tmp_path: Path) -> None:
+    path = trained.client.download_artifacts(trained.run_id, "gwa/scores.png", str(tmp_path))
+    colours = [heatmap_picture._BEST, heatmap_picture._ALERT]
+    with Image.open(path) as picture:
+        found = {colour for _, colour in picture.getcolors(1 << 20) or []}
+    assert found >= set(colours)  # the best epoch and the alert are marked
 
 
 def test_a_picture_can_be_downloaded_and_shows_something(trained: Trained, tmp_path: Path) -> None:
@@ -200,8 +207,9 @@ def test_runs_with_an_alert_can_be_searched_for(trained: Trained) -> None:
 def test_the_run_shows_the_head_and_the_best_epoch(trained: Trained) -> None:
     run = trained.client.get_run(trained.run_id)
     assert "'2' (Linear 16 -> 4)" in run.data.tags["gwa.head"]
-    assert run.data.metrics["gwa/best_epoch"] == 0
-    assert run.data.metrics["gwa/best_value"] == trained.monitor.history[0].separation
+    assert run.data.tags["gwa.best_epoch"] == "0"
+    assert float(run.data.tags["gwa.best_value"]) == pytest.approx(trained.monitor.history[0].separation, rel=1e-5)
+    assert not {"gwa/best_epoch", "gwa/best_value", "gwa/stop_epoch"} & run.data.metrics.keys()
 
 
 # --- which run --------------------------------------------------------------------------------------------------------
@@ -220,7 +228,7 @@ def test_a_run_that_watch_starts_is_never_the_active_run(client: MlflowClient, t
     own = client.get_run(own.info.run_id)
     assert (own.info.status, own.info.end_time >= own.info.start_time) == ("FINISHED", True)
     assert "mlflow.source.name" in own.data.tags
-    assert set(own.data.metrics) >= {"gwa/gwa", "gwa/q50"}
+    assert set(own.data.metrics) >= {"gwa/gwa", "gwa/steps/q50"}
     assert not client.get_run(users.info.run_id).data.metrics
 
 
@@ -237,8 +245,12 @@ def test_the_run_of_an_unclosed_monitor_is_finished_when_the_process_ends(client
     )
     (run,) = runs_of(client)
     assert run.info.status == "FINISHED", done.stderr
-    assert run.data.metrics["gwa/count"] == 8
-    assert [f.path for f in client.list_artifacts(run.info.run_id, "gwa")] == ["gwa/journal.jsonl", "gwa/report.html"]
+    assert run.data.metrics["gwa/stats/count"] == 8
+    assert [f.path for f in client.list_artifacts(run.info.run_id, "gwa")] == [
+        "gwa/journal.jsonl",
+        "gwa/report.html",
+        "gwa/scores.png",
+    ]
 
 
 def test_a_run_is_ended_on_its_own_server_even_if_the_user_has_changed_the_tracking_uri(
@@ -365,7 +377,7 @@ def test_an_infinite_gwa_arrives_as_nan(client: MlflowClient, tmp_path: Path, in
     where = context(client, tmp_path)
     open_backend(where).write(epoch_report(gwa=infinite, mean=0.1))
     assert math.isnan(series(client, where.run, "gwa/gwa")[0])
-    assert series(client, where.run, "gwa/mean") == {0: 0.1}
+    assert series(client, where.run, "gwa/stats/mean") == {0: 0.1}
 
 
 def test_writing_a_record_again_changes_nothing(client: MlflowClient, tmp_path: Path) -> None:
@@ -384,7 +396,7 @@ def test_writing_a_record_again_changes_nothing(client: MlflowClient, tmp_path: 
         time.sleep(0.002)  # MLflow distinguishes metrics by the millisecond
         backend.write(RECORDS.validate_json(record.model_dump_json()))  # as read from the journal
     data = client.get_run(where.run).data
-    assert len(data.metrics) == 17
+    assert len(data.metrics) == 16
     for key in data.metrics:
         assert list(series(client, where.run, key)) == ([0, 9] if key[4:] in INTERVAL_KEYS else [0])
     assert {k: v for k, v in data.tags.items() if k.startswith("gwa.")} == {
@@ -392,6 +404,9 @@ def test_writing_a_record_again_changes_nothing(client: MlflowClient, tmp_path: 
         "gwa.alert": "stop: no improvement",
         "gwa.alert.epoch": "0",
         "gwa.alert.best_epoch": "0",
+        "gwa.best_epoch": "0",
+        "gwa.best_value": "0.5",
+        "gwa.epochs": "1",
     }
     assert picture_steps(client, where.run) == [0, 9]
 
@@ -407,7 +422,7 @@ def test_an_interval_without_a_score_writes_nothing(client: MlflowClient, tmp_pa
 def test_contents_reads_more_intervals_than_fit_on_a_page_of_mlflow(client: MlflowClient, tmp_path: Path) -> None:
     backend = open_backend(context(client, tmp_path))
     steps = [step for step in range(26_000) if step != 25_007]
-    rows = [("gwa/step_mean", 0.5, step, step, backend.run, 0) for step in steps]
+    rows = [("gwa/steps/mean", 0.5, step, step, backend.run, 0) for step in steps]
     with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database, database:
         columns = "key, value, timestamp, step, run_uuid, is_nan"
         database.executemany(f"INSERT INTO metrics ({columns}) VALUES (?, ?, ?, ?, ?, ?)", rows)
@@ -424,7 +439,7 @@ def test_every_key_and_tag_has_the_prefix_that_the_user_chose(client: MlflowClie
     data = client.get_run(where.run).data
     assert {key.partition("/")[0] for key in data.metrics} == {"student-1.b"}
     assert data.tags["student-1.b.head"] == "h"
-    assert picture_steps(client, where.run, "student-1.b~scores") == [0]
+    assert picture_steps(client, where.run, "student-1.b~picture") == [0]
 
 
 def test_metrics_are_logged_even_if_no_files_can_be_stored(
@@ -437,7 +452,7 @@ def test_metrics_are_logged_even_if_no_files_can_be_stored(
     for epoch in range(6):
         backend.write(interval(epoch, epoch))
         backend.write(epoch_report(epoch, step=epoch))
-    assert list(series(client, run_id, "gwa/q50")) == list(series(client, run_id, "gwa/gwa")) == list(range(6))
+    assert list(series(client, run_id, "gwa/steps/q50")) == list(series(client, run_id, "gwa/gwa")) == list(range(6))
     warnings = [record.message for record in caplog.records if "picture" in record.message]
     assert len(warnings) == 3
     assert "NotADirectoryError" in warnings[0]
@@ -464,22 +479,55 @@ def test_without_plotly_only_the_journal_is_uploaded_and_a_message_says_so(
     with caplog.at_level(logging.INFO, "gwa_logging"):
         monitor.close()
     assert monitor.faults == {}
-    assert [f.path for f in client.list_artifacts(own.info.run_id, "gwa")] == ["gwa/journal.jsonl"]
+    assert [f.path for f in client.list_artifacts(own.info.run_id, "gwa")] == ["gwa/journal.jsonl", "gwa/scores.png"]
     assert any("plotly is not installed" in record.message for record in caplog.records)
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_long_epoch_has_a_picture_at_its_first_interval_and_then_at_regular_intervals() -> None:
+def test_a_long_epoch_has_its_first_picture_after_20_intervals_and_then_few() -> None:
     pictures = PictureSeries()
     due = []
-    for step in range(3 * INTERVALS_PER_PICTURE):
+    for step in range(200):
         if pictures.add(interval(step)):
             due.append(step)
             pictures.draw()
-    assert due == [0, INTERVALS_PER_PICTURE, 2 * INTERVALS_PER_PICTURE]
+    assert due == [FIRST_COLUMNS - 1, 29, 44, 67, 101, 152]
     assert pictures.has_news
+
+
+@pytest.mark.parametrize("intervals", [2, 3, 20, 160])
+def test_a_finished_run_has_about_ten_pictures_at_equal_distances(intervals: int) -> None:
+    pictures = PictureSeries()
+    for step in range(intervals):
+        if pictures.add(interval(step)):
+            pictures.draw()
+    missing = pictures.missing_steps()
+    steps = sorted({*pictures._drawn_steps, *missing})
+    for step in missing:
+        pictures.draw(step)
+    assert steps[-1] == intervals - 1
+    assert 0 not in steps
+    assert min(PICTURES, intervals) - 1 <= len(steps) <= 1.5 * PICTURES
+    assert max(np.diff([0, *steps])) <= max(2, 1.6 * intervals / PICTURES)
+    assert pictures.missing_steps() == []
+
+
+def test_an_earlier_picture_shows_only_what_was_known_then() -> None:
+    pictures = PictureSeries()
+    for step in range(40):
+        pictures.add(interval(step, epoch=step // 10))
+        if step % 10 == 9:
+            pictures.add_epoch(epoch_report(step // 10, step=step, is_best=step in (9, 29)))
+    pictures.add_alert(stop_alert(epoch=3))
+
+    def has(image: Image.Image, colour: tuple[int, int, int]) -> bool:
+        return colour in {found for _, found in image.getcolors(1 << 20) or []}
+
+    late, early, before = pictures.draw(), pictures.draw(19), pictures.draw(5)
+    marks = [(has(p, heatmap_picture._BEST), has(p, heatmap_picture._ALERT)) for p in (late, early, before)]
+    assert marks == [(True, True), (True, False), (False, False)]
 
 
 def test_steps_that_the_tracker_already_has_are_white_in_the_picture() -> None:
@@ -494,9 +542,9 @@ def test_steps_that_the_tracker_already_has_are_white_in_the_picture() -> None:
 def test_there_is_a_minimum_time_between_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heatmap_picture, "PAUSE", 3600.0)
     pictures = PictureSeries()
-    assert pictures.add(interval(0))
+    assert [pictures.add(interval(step)) for step in range(FIRST_COLUMNS)][-1]
     pictures.draw()
-    assert not any(pictures.add(interval(step)) for step in range(1, 3 * INTERVALS_PER_PICTURE))
+    assert not any(pictures.add(interval(step)) for step in range(FIRST_COLUMNS, 60))
     assert not pictures.rested
 
 
@@ -506,7 +554,7 @@ def test_close_adds_the_last_picture_even_in_a_short_run(client, tmp_path, monke
     train(model, monitor)
     monitor.close()
     (run,) = runs_of(client)
-    assert picture_steps(client, run.info.run_id) == [0, EPOCHS * BATCHES - 1]
+    assert picture_steps(client, run.info.run_id) == [3, 6, 9, 13, 15, 18, 20]
 
 
 def test_drawing_the_picture_of_a_long_run_takes_a_few_milliseconds() -> None:
@@ -602,8 +650,12 @@ def test_a_server_that_was_down_receives_everything_once(
     assert "hidden" not in caplog.text
     run_id = run.info.run_id
     assert series(client, run_id, "gwa/gwa") == {r.epoch: r.gwa for r in monitor.history}
-    assert list(series(client, run_id, "gwa/q50")) == INTERVAL_STEPS
-    assert picture_steps(client, run_id) == [0, *EPOCH_ENDS]
-    assert [f.path for f in client.list_artifacts(run_id, "gwa")] == ["gwa/journal.jsonl", "gwa/report.html"]
+    assert list(series(client, run_id, "gwa/steps/q50")) == INTERVAL_STEPS
+    assert set(picture_steps(client, run_id)) >= set(EPOCH_ENDS)
+    assert [f.path for f in client.list_artifacts(run_id, "gwa")] == [
+        "gwa/journal.jsonl",
+        "gwa/report.html",
+        "gwa/scores.png",
+    ]
     assert client.get_run(run_id).info.status == "FINISHED"
     assert client.get_run(run_id).data.tags["gwa.alert.epoch"] == "1"

@@ -172,7 +172,7 @@ def killed_and_resumed(recorded: Path, tmp_path: Path) -> tuple[Path, str]:
 
 def means(run: str) -> dict[str, dict[int, float]]:
     numbers = OnTensorBoard().read(run).numbers
-    found = {key: dict(numbers[key]) for key in ("step_mean", "mean")}
+    found = {key: dict(numbers[key]) for key in ("steps/mean", "stats/mean")}
     assert {key: len(values) for key, values in found.items()} == {key: len(numbers[key]) for key in found}
     return found
 
@@ -186,7 +186,7 @@ def test_a_folder_with_the_journals_of_a_resumed_run_is_sent_as_one_run(killed_a
         kind: {position(r): pytest.approx(r.mean + (0.5 if r.step >= 10 else 0.0)) for r in records if r.kind == kind}
         for kind, position in (("interval", lambda r: r.step), ("epoch", lambda r: r.epoch))
     }
-    assert means(run) == {"step_mean": expected["interval"], "mean": expected["epoch"]}
+    assert means(run) == {"steps/mean": expected["interval"], "stats/mean": expected["epoch"]}
     both = sum(10 <= r.step <= 13 for r in records) + 1  # and the alert
     assert re.fullmatch(
         rf"b, a: sent {len(records) + 1}, 0 were already there, {both} were repeated after a resume; \S+",
@@ -251,7 +251,7 @@ def test_further_heads_are_sent_to_the_same_run(tmp_path: Path, monkeypatch, cap
     assert main(["replay", str(monitor.journal.parent), "--backend", "mlflow", "--run", "new"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
     (run,) = client.search_runs([client.get_experiment_by_name("gwa").experiment_id])
-    assert {"gwa/mean", "gwa/0/mean"} <= run.data.metrics.keys()
+    assert {"gwa/stats/mean", "gwa/0/stats/mean"} <= run.data.metrics.keys()
 
 
 def test_a_tracker_that_refuses_records_is_an_error_and_the_next_replay_sends_the_rest(

@@ -144,7 +144,7 @@ def test_a_record_keeps_its_time(tmp_path: Path) -> None:
     values = interval_record(0, [0.1, 0.2]).model_dump()
     backend.write(Timed(**values | {"time": 1_700_000_000.0}))
     backend.write(Timed(**values | {"step": 1, "time": 0.0}))
-    first, second = read_events(tmp_path / "gwa").Scalars("gwa/q50")
+    first, second = read_events(tmp_path / "gwa").Scalars("gwa/steps/q50")
     assert first.wall_time == 1_700_000_000.0
     assert second.wall_time == pytest.approx(time.time(), abs=60)
 
@@ -154,7 +154,7 @@ def test_an_interval_without_a_score_leaves_no_event(tmp_path: Path) -> None:
     for step, scores in enumerate(([math.nan], [0.1, -0.2], [math.nan])):
         backend.write(interval_record(step, scores))
     events = read_events(tmp_path / "gwa")
-    for key in ("step_mean", "q50"):
+    for key in ("steps/mean", "steps/q50"):
         assert [event.step for event in events.Scalars(f"gwa/{key}")] == [1]
 
 
@@ -259,4 +259,4 @@ def test_event_files_of_the_same_second_are_read_in_the_order_of_writing(tmp_pat
         backend.close()
     seconds = sorted(path.name.split(".")[3] for path in (tmp_path / "gwa").iterdir())
     assert len(set(seconds)) == len(seconds) == 4
-    assert [event.step for event in read_events(tmp_path / "gwa").Scalars("gwa/step_mean")] == [0, 1, 2, 3]
+    assert [event.step for event in read_events(tmp_path / "gwa").Scalars("gwa/steps/mean")] == [0, 1, 2, 3]

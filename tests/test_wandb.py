@@ -24,7 +24,15 @@ from gwa_logging.integrations._wandb_contents import offline_rows
 from gwa_logging.integrations.wandb import WandbBackend, open_backend
 from gwa_logging.journal import read_journal
 from gwa_logging.protocols import RunContext
-from gwa_logging.records import EpochReport, IntervalRecord, StopAlert, SuspectsRecord
+from gwa_logging.records import (
+    EPOCH_KEYS,
+    QUANTILE_KEYS,
+    STEP_KEYS,
+    EpochReport,
+    IntervalRecord,
+    StopAlert,
+    SuspectsRecord,
+)
 from tests import trackers
 from tests.records import epoch_report, interval_record, stop_alert
 from tests.trackers import BATCH, BATCHES, OnDisk, OnWandb, folder_of, inspect_by_wandb, read_back, run_of, start_run
@@ -194,7 +202,7 @@ def test_every_sample_is_in_the_histograms_exactly_once(visit: Visit) -> None:
 
 def test_every_epoch_is_logged_once_and_in_order(visit: Visit) -> None:
     expected = [(r.epoch, r.gwa, r.stable_gwa, r.mean, r.count) for r in visit.reports]
-    keys = ("gwa/epoch", "gwa/gwa", "gwa/stable", "gwa/mean", "gwa/count")
+    keys = ("gwa/epoch", "gwa/gwa", "gwa/stable", "gwa/stats/mean", "gwa/stats/count")
     assert len(expected) == EPOCHS
     assert visit.disk.column(*keys) == expected
 
@@ -210,7 +218,7 @@ def test_if_the_user_never_logs_the_step_advances_once_per_epoch_and_never_excee
     visit = visits["never"]
     assert visit.user.ahead == [0] * EPOCHS
     assert [seen.get("gwa/epoch") for seen in visit.seen] == [None, *range(EPOCHS - 1)]
-    assert [seen.get("gwa/mean") for seen in visit.seen[1:]] == [report.mean for report in visit.reports[:-1]]
+    assert [seen.get("gwa/stats/mean") for seen in visit.seen[1:]] == [report.mean for report in visit.reports[:-1]]
     assert all(seen["gwa/scores"]["_type"] == "histogram" for seen in visit.seen[1:])
     assert visit.disk.column("_step", "gwa/epoch") == [(epoch, epoch) for epoch in range(EPOCHS)]
 
@@ -852,8 +860,8 @@ def test_a_server_that_does_not_respond_is_an_error_within_ten_seconds(
 HISTOGRAM = ("scores", "scores._type", "scores.bins", "scores.values")
 PICTURE = ("picture", *(f"picture.{key}" for key in ("_type", "format", "height", "path", "sha256", "size", "width")))
 AXES = {
-    "step": (*HISTOGRAM, "step_mean", "negative_fraction", "q05", "q25", "q50", "q75", "q95", "covers"),
-    "epoch": ("gwa", "stable", "separation", "mean", "std", "excess_kurtosis", "excluded", "count"),
+    "step": (*HISTOGRAM, *STEP_KEYS, *QUANTILE_KEYS, "covers"),
+    "epoch": tuple(EPOCH_KEYS),
 }
 
 

@@ -27,7 +27,7 @@ from gwa_logging import Monitor
 from gwa_logging.integrations._wandb_contents import offline_records, values_of
 from gwa_logging.records import (
     EPOCH_KEYS,
-    QUANTILES,
+    QUANTILE_KEYS,
     STEP_KEYS,
     AnyRecord,
     EpochReport,
@@ -45,7 +45,7 @@ import trackio  # noqa: E402
 from trackio.sqlite_storage import SQLiteStorage  # noqa: E402
 
 BATCHES, BATCH = 7, 8
-INTERVAL_KEYS = (*STEP_KEYS, *QUANTILES)
+INTERVAL_KEYS = (*STEP_KEYS, *QUANTILE_KEYS)
 
 Series = list[tuple[int, float]]
 """Steps and values of a metric, in the order of the tracker."""

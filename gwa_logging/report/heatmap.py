@@ -1,5 +1,6 @@
 """The distribution of scores over time, for pictures: bounded in size, however long the run."""
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -57,34 +58,43 @@ class Timeline:
         self._intervals = [pair[0] if len(pair) == 1 else pair[0].merge(pair[1]) for pair in pairs]
         self._merged *= 2
 
-    def heatmap(self, bins: int = DISPLAY_BINS) -> Heatmap:
-        """Returns the heatmap of all intervals so far, over the range in which the run's histograms are shown."""
+    def __iter__(self) -> Iterator[IntervalRecord]:
+        """Yields the intervals of the columns."""
+        return iter(self._intervals)
+
+    def heatmap(self, bins: int = DISPLAY_BINS, until: int | None = None) -> Heatmap:
+        """Returns the heatmap of the intervals up to the step `until`, over the range in which the run's histograms are shown.
+
+        A column that contains this step is left out unless it ends there. The range is that of all intervals.
+        """
         limit = max((r.display_limit for r in self._intervals), default=1.0)
+        shown = [r for r in self._intervals if until is None or r.step <= until]
         edges = np.linspace(-limit, limit, bins + 1)
-        dense = np.array([r.histogram.dense() for r in self._intervals], dtype=np.int64).reshape(-1, BINS)
+        dense = np.array([r.histogram.dense() for r in shown], dtype=np.int64).reshape(-1, BINS)
         cumulative = np.pad(np.cumsum(dense, axis=1), ((0, 0), (1, 0)))
         totals = cumulative[:, -1:]
         # The same as `Histogram.to_display` and `IntervalRecord.quantiles`, but for all columns at once, because worker
         # threads call this during training.
         counts = np.diff(np.rint(_counts_below(cumulative, edges[1:-1])), axis=1, prepend=0, append=totals)
-        first = [r.step - r.steps + 1 for r in self._intervals[:1]]
+        first = [r.step - r.steps + 1 for r in shown[:1]]
         return Heatmap(
-            steps=np.array([*first, *(r.step + 1 for r in self._intervals)], dtype=np.int64),
+            steps=np.array([*first, *(r.step + 1 for r in shown)], dtype=np.int64),
             edges=edges,
             shares=(counts / np.maximum(totals, 1)).T,
-            medians=self._medians(cumulative),
+            medians=_medians(shown, cumulative),
         )
 
-    def _medians(self, cumulative: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        half = cumulative[:, -1] / 2
-        # Index of the first edge with more than half of the samples below it.
-        above = np.minimum((cumulative <= half[:, None]).sum(axis=1), BINS)
-        rows = np.arange(len(cumulative))
-        low, high = cumulative[rows, above - 1], cumulative[rows, above]
-        within = (half - low) / np.maximum(high - low, 1)
-        medians = _EDGES[above - 1] + within * (_EDGES[above] - _EDGES[above - 1])
-        extremes = np.array([(r.minimum, r.maximum) for r in self._intervals], dtype=np.float64).reshape(-1, 2)
-        return np.where(half > 0, np.clip(medians, extremes[:, 0], extremes[:, 1]), np.nan)
+
+def _medians(intervals: Sequence[IntervalRecord], cumulative: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    half = cumulative[:, -1] / 2
+    # Index of the first edge with more than half of the samples below it.
+    above = np.minimum((cumulative <= half[:, None]).sum(axis=1), BINS)
+    rows = np.arange(len(cumulative))
+    low, high = cumulative[rows, above - 1], cumulative[rows, above]
+    within = (half - low) / np.maximum(high - low, 1)
+    medians = _EDGES[above - 1] + within * (_EDGES[above] - _EDGES[above - 1])
+    extremes = np.array([(r.minimum, r.maximum) for r in intervals], dtype=np.float64).reshape(-1, 2)
+    return np.where(half > 0, np.clip(medians, extremes[:, 0], extremes[:, 1]), np.nan)
 
 
 def _counts_below(cumulative: npt.NDArray[np.int64], scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

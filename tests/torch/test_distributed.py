@@ -671,7 +671,7 @@ def test_rank_0_alone_writes_one_journal_and_one_run(two_ranks: World) -> None:
     assert two_ranks["tracked"] == [folder / "journal.jsonl", None]
     client = client_of(two_ranks.folder / "tracked")
     (run,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
-    counts = [metric.value for metric in client.get_metric_history(run.info.run_id, "gwa/count")]
+    counts = [metric.value for metric in client.get_metric_history(run.info.run_id, "gwa/stats/count")]
     assert counts == [BATCHES * BATCH] * EPOCHS
 
 

@@ -127,7 +127,7 @@ def test_results_go_into_the_run_of_the_accelerators_tracker(kind, tmp_path, mon
     accelerator.end_training()
     if kind == "mlflow":
         found = mlflow.MlflowClient().get_run(place).data.metrics
-        assert found["gwa/mean"] == pytest.approx(monitor.history[-1].mean)
+        assert found["gwa/stats/mean"] == pytest.approx(monitor.history[-1].mean)
         assert "loss" in found
         assert place == tracker.info.run_id
 

@@ -235,7 +235,7 @@ def test_results_go_into_the_run_of_the_trainers_own_logger(kind, tmp_path, monk
         logger.experiment.finish()
     if kind == "mlflow":
         found = logger.experiment.get_run(logger.run_id).data.metrics
-        assert found["gwa/mean"] == pytest.approx(callback.monitor.history[-1].mean)
+        assert found["gwa/stats/mean"] == pytest.approx(callback.monitor.history[-1].mean)
         assert "loss" in found
     if kind == "tensorboard":
         assert list(Path(logger.log_dir, "gwa").glob("events.out.*"))

@@ -230,7 +230,7 @@ def test_results_go_into_the_run_that_the_trainer_reports_to(kind, monkeypatch, 
         wandb.finish()
     if kind == "mlflow":
         found = mlflow.MlflowClient().get_run(place).data.metrics
-        assert found["gwa/mean"] == pytest.approx(callback.monitor.history[-1].mean)
+        assert found["gwa/stats/mean"] == pytest.approx(callback.monitor.history[-1].mean)
         assert "loss" in found
         mlflow.end_run()
     if kind == "tensorboard":
