@@ -72,11 +72,13 @@ def open_backend(context: RunContext) -> "MlflowBackend":
             raise LookupError("the run is deleted")
     except Exception as error:  # noqa: BLE001 - whatever MLflow raises: logging would be impossible
         what = "backend='mlflow'" if wanted is None else f"run={wanted!r}"
-        remedy = "Pass a run that exists"
         if uri.startswith(DATABASES) and not _is_full_mlflow():
-            remedy = "mlflow-skinny needs a server: pip install mlflow"
+            raise BackendError(
+                f"pip install mlflow, or name a server with MLFLOW_TRACKING_URI: mlflow-skinny cannot open {uri}. "
+                f"{what}: {error!r}"
+            ) from None
         raise BackendError(
-            f"{what}: MLflow at {uri} refuses: {error!r}. {remedy}, or choose another server with "
+            f"{what}: MLflow at {uri} refuses: {error!r}. Pass a run that exists, or choose another server with "
             "mlflow.set_tracking_uri() or MLFLOW_TRACKING_URI"
         ) from None
     if own:
@@ -319,7 +321,7 @@ def _wanted_run(run: object) -> str | None:
 
 
 def _is_full_mlflow() -> bool:
-    """Returns True if all of MLflow is installed: mlflow-skinny, which the extra installs, has no database."""
+    """Returns True if all of MLflow is installed, not only mlflow-skinny, which has no databases."""
     try:
         return bool(metadata.version("mlflow"))
     except metadata.PackageNotFoundError:

@@ -330,6 +330,14 @@ def test_an_unknown_run_is_named_together_with_the_server(client: MlflowClient, 
         watch(tmp_path, run=unknown)
 
 
+def test_with_mlflow_skinny_the_error_about_a_database_begins_with_the_remedy(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gwa_logging.integrations.mlflow._is_full_mlflow", lambda: False)
+    with pytest.raises(BackendError, match=r"^pip install mlflow, or name a server.*sqlite:"):
+        watch(tmp_path, run="0123456789abcdef0123456789abcdef")
+
+
 def test_a_deleted_run_is_refused(client: MlflowClient, tmp_path: Path) -> None:
     run_id = new_run(client)
     client.delete_run(run_id)
