@@ -68,7 +68,7 @@ class SuspectsTable:
         """Returns a pandas.DataFrame with the columns id, mean_score, times_seen, label and predicted.
 
         Raises:
-            MissingDependencyError: pandas is not installed.
+            InvalidInputError: pandas is not installed.
         """
         try:
             from pandas import DataFrame
