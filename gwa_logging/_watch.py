@@ -234,7 +234,7 @@ def _open(
 
 
 def _register(subject: Any, monitor: Monitor) -> None:
-    """Remembers an open monitor. It is closed when nobody references it, by a later `watch`, or when the program ends."""
+    """Remembers an open monitor. It is closed once it is no longer referenced, by a later `watch`, or when the program ends."""
     closer.start()
     _watches.append(_Watch(weakref.ref(subject), weakref.ref(monitor)))
     weakref.finalize(subject, _release_head, weakref.ref(monitor)).atexit = False

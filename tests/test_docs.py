@@ -11,7 +11,10 @@ from tests.pages import DOCS, MODEL, ROOT, links, python_blocks, run, run_in_tra
 
 PAGES = sorted(DOCS.glob("*.md"))
 TRAINERS = python_blocks(DOCS / "trainers.md")
-PRESUMED = {"stopping.md": MODEL}
+PRESUMED = {
+    "notifications.md": f"import os\nos.environ['ALERT_URL'] = 'json://127.0.0.1:9/hook'\n{MODEL}",
+    "stopping.md": MODEL,
+}
 """Code that the blocks of a page presume."""
 
 TESTED_ELSEWHERE = {"backends.md", "trainers.md"}
