@@ -74,7 +74,7 @@ class PictureSeries:
 
     The first picture is due after `FIRST_COLUMNS` intervals or after the first epoch, whichever comes first. During the
     run a picture is due once the run is `GROWTH` times as long as at the last one, so a run of any length has few. At the
-    end, `missing_steps` lists the ones to add, so that there are `PICTURES` at equal distances.
+    end, `missing_steps` lists the ones to add, for `PICTURES` at equal distances in all.
 
     Attributes:
         last_step: the last step that was added.
@@ -147,7 +147,7 @@ class PictureSeries:
         self._alerts.append(Marker(alert.epoch, self._epoch_end.step))
 
     def missing_steps(self) -> list[int]:
-        """Returns the steps of the pictures that a finished run lacks, so that there are `PICTURES` at equal distances."""
+        """Returns the steps of the pictures to add to those of a finished run, for `PICTURES` at equal distances."""
         if len(self._timeline) < 2:
             return []
         distance = (self.last_step - self._first_step + 1) / PICTURES
