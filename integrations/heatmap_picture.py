@@ -74,7 +74,10 @@ class PictureSeries:
 
     The first picture is due after `FIRST_COLUMNS` intervals or after the first epoch, whichever comes first. During the
     run a picture is due once the run is `GROWTH` times as long as at the last one, so a run of any length has few. At the
-    end, `missing_steps` lists the ones to add, so that there are `PICTURES` at equal distances.
+    end, `missing_steps` lists the ones to add, for `PICTURES` at equal distances in all.
+
+    Attributes:
+        last_step: the last step that was added.
     """
 
     def __init__(self) -> None:
@@ -85,7 +88,7 @@ class PictureSeries:
         self._new_intervals = 0  # since the last picture
         self._drawn = -PAUSE
         self._drawn_steps: list[int] = []
-        self._first_step = self._last_step = 0
+        self._first_step = self.last_step = 0
         self._bests: list[Marker] = []
         self._alerts: list[Marker] = []
         self._epoch_end = Marker(0, 0)
@@ -108,7 +111,7 @@ class PictureSeries:
     @property
     def is_due(self) -> bool:
         """Returns True if the run has grown enough since the last picture of the series, and `rested`."""
-        length = self._last_step - self._first_step + 1
+        length = self.last_step - self._first_step + 1
         before = self._drawn_steps[-1] - self._first_step + 1 if self._drawn_steps else 0
         return self.has_news and self.rested and length >= GROWTH * before
 
@@ -119,16 +122,16 @@ class PictureSeries:
         """
         first = not len(self._timeline)
         begins = interval.step - interval.steps + 1
-        if not first and begins <= self._last_step:
+        if not first and begins <= self.last_step:
             return False
-        if not first and begins > self._last_step + 1:
-            self._timeline.add(_gap_before(interval, steps=begins - self._last_step - 1))
+        if not first and begins > self.last_step + 1:
+            self._timeline.add(_gap_before(interval, steps=begins - self.last_step - 1))
         self._timeline.add(interval)
         if first:
             self._first_step = begins
         if first or interval.epoch != self._intervals_by_step[-1][1]:
             self._intervals_by_step.append((begins, interval.epoch))
-        self._last_step = interval.step
+        self.last_step = interval.step
         self._new_intervals += 1
         return len(self._timeline) >= FIRST_COLUMNS and self.is_due
 
@@ -144,10 +147,10 @@ class PictureSeries:
         self._alerts.append(Marker(alert.epoch, self._epoch_end.step))
 
     def missing_steps(self) -> list[int]:
-        """Returns the steps of the pictures that a finished run lacks, so that there are `PICTURES` at equal distances."""
+        """Returns the steps of the pictures to add to those of a finished run, for `PICTURES` at equal distances."""
         if len(self._timeline) < 2:
             return []
-        distance = (self._last_step - self._first_step + 1) / PICTURES
+        distance = (self.last_step - self._first_step + 1) / PICTURES
         ends = [r.step for r in self._timeline][1:]  # never from one interval
         targets = [self._first_step - 1 + (i + 1) * distance for i in range(PICTURES)]
         wanted = {min(ends, key=lambda end: abs(end - target)) for target in targets}
@@ -155,7 +158,7 @@ class PictureSeries:
         return sorted(
             step
             for step in wanted
-            if step not in near and (step == self._last_step or all(abs(step - other) > distance / 2 for other in near))
+            if step not in near and (step == self.last_step or all(abs(step - other) > distance / 2 for other in near))
         )
 
     def draw(self, step: int | None = None, *, in_series: bool = True) -> Image.Image:
@@ -165,8 +168,8 @@ class PictureSeries:
             step: the last step to draw; None for all.
             in_series: False if the picture does not count as one of the series.
         """
-        until = self._last_step if step is None else step
-        if until == self._last_step:
+        until = self.last_step if step is None else step
+        if until == self.last_step:
             self._new_intervals, self._drawn = 0, monotonic()
         if in_series:
             self._drawn_steps.append(until)

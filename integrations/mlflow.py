@@ -155,7 +155,9 @@ class MlflowBackend(Tracker):
     def on_interval(self, interval: IntervalRecord) -> None:
         """Logs the metrics; adds a picture if it is time for one."""
         self._add_metrics(interval, interval.step, interval.metrics)
-        self._add_files.append(lambda: self._draw(interval, interval.step) if self._pictures.add(interval) else None)
+        self._add_files.append(
+            lambda: self._draw(interval, self._pictures.last_step) if self._pictures.add(interval) else None
+        )
 
     def on_epoch(self, report: EpochReport) -> None:
         """Logs the metrics; updates the newest picture, and adds one to the series if it is due."""
@@ -232,15 +234,15 @@ class MlflowBackend(Tracker):
 
     def _draw_epoch(self, report: EpochReport) -> None:
         if self._pictures.add_epoch(report):
-            self._draw(report, report.step)
+            self._draw(report, self._pictures.last_step)
         elif self._pictures.rested and self._pictures.has_news:
-            self._draw(report, report.step, in_series=False)
+            self._draw(report, self._pictures.last_step, in_series=False)
 
     def _draw_missing(self, end: CloseRecord) -> None:
         """Adds the pictures that the series lacks. The last of them is the newest one, with all markers."""
         for step in self._pictures.missing_steps():
             self._draw(end, step)
-        self._draw(end, end.steps - 1, in_series=False)
+        self._draw(end, self._pictures.last_step, in_series=False)
 
     def _draw(self, record: TimedRecord, step: int, *, in_series: bool = True) -> None:
         """Draws the run up to `step` for the series, and as the newest picture.

@@ -111,13 +111,13 @@ class TensorBoardBackend(Tracker):
         """Adds the histogram and its numbers; adds a picture if it is due."""
         self._add(interval, interval.step, self._histogram("scores", interval), *self._scalars(interval.metrics))
         if self._pictures.add(interval):
-            self._draw(interval, interval.step)
+            self._draw(interval, self._pictures.last_step)
 
     def on_epoch(self, report: EpochReport) -> None:
         """Adds the numbers; adds a picture if it is due."""
         self._add(report, report.epoch, *self._scalars(report.metrics))
         if self._pictures.add_epoch(report):
-            self._draw(report, report.step)
+            self._draw(report, self._pictures.last_step)
 
     def on_alert(self, alert: StopAlert) -> None:
         """Adds the alert as a text."""

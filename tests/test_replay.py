@@ -205,7 +205,7 @@ def test_records_of_the_first_journal_are_not_sent_again_from_the_second(killed_
     assert main(["replay", str(runs), "--backend", "tensorboard"]) == 0
     after = means(run)
     assert {key: {step: after[key][step] for step in before[key]} for key in before} == before
-    assert len(after["mean"]) == EPOCHS
+    assert len(after["stats/mean"]) == EPOCHS
 
 
 def test_a_run_that_cannot_be_replayed_does_not_stop_the_others(killed_and_resumed, capsys) -> None:

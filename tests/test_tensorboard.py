@@ -16,12 +16,13 @@ from torch.utils.tensorboard import SummaryWriter
 
 import gwa_logging
 from gwa_logging import AlignmentSummary, BackendError, InvalidInputError
+from gwa_logging.integrations.heatmap_picture import SIZE
 from gwa_logging.integrations.tensorboard import TensorBoardBackend, open_backend
 from gwa_logging.journal import read_journal
 from gwa_logging.protocols import RunContext, TrackerContents
 from gwa_logging.records import CloseRecord, IntervalRecord, StopReason
 from tests.records import interval_record, stop_alert
-from tests.trackers import EventAccumulator, Training, events_of, read_events, totals_in
+from tests.trackers import BATCHES, EventAccumulator, Training, events_of, read_events, totals_in
 
 ALERT = stop_alert(
     statistic="stable",
@@ -64,7 +65,7 @@ def test_a_log_directory_can_be_a_path_or_a_writer(tmp_path: Path, form: Any, gi
     if give_back:
         backend = open_in(tmp_path, backend.run)
     backend.write(ALERT)
-    assert "gwa/stop_epoch" in read_events(tmp_path / "runs" / "experiment" / "gwa").Tags()["scalars"]
+    assert "gwa/alert" in read_events(tmp_path / "runs" / "experiment" / "gwa").Tags()["tensors"]
 
 
 def test_the_event_file_of_a_writer_identifies_its_folder(tmp_path: Path) -> None:
@@ -166,7 +167,7 @@ def test_values_beyond_float32_are_stored_as_the_nearest_value(tmp_path: Path, v
     assert event.value == pytest.approx(math.inf if value == 1e300 else value, nan_ok=True)
 
 
-def test_the_alert_is_a_text_and_the_best_epoch_a_number(tmp_path: Path) -> None:
+def test_the_alert_and_the_best_epoch_are_texts_and_no_charts(tmp_path: Path) -> None:
     backend = open_in(tmp_path)
     backend.write(ALERT)
     backend.write(CloseRecord(epochs=9, steps=90, best_epoch=2, best_value=0.5, faults={}))
@@ -176,8 +177,26 @@ def test_the_alert_is_a_text_and_the_best_epoch_a_number(tmp_path: Path) -> None
     text = event.tensor_proto.string_val[0].decode()
     assert event.step == 7
     assert text == "stop now\n\n- But: the epochs are small.\n- But: the labels may be clean."
-    numbers = {key: [(e.step, e.value) for e in events.Scalars(f"gwa/{key}")] for key in ("stop_epoch", "best_epoch")}
-    assert numbers == {"stop_epoch": [(7, 7.0)], "best_epoch": [(7, 2.0), (8, 2.0)]}
+    (best,) = events.Tensors("gwa/best")
+    assert (best.step, best.tensor_proto.string_val[0].decode()) == (
+        8,
+        "Best epoch: 2 (statistic of the stop alert: 0.5)",
+    )
+    assert events.Tags()["scalars"] == []
+
+
+def test_a_run_has_pictures_of_its_scores(tmp_path: Path) -> None:
+    training = Training()
+    monitor = training.watch(tmp_path, backend="tensorboard")
+    for _ in range(3):
+        training.epoch(monitor)
+    monitor.close()
+    assert monitor.faults == {}
+    pictures = read_events(monitor.journal.parent / "gwa").Images("gwa/picture")
+    assert len(pictures) == 4  # the reader keeps a sample of four
+    assert max(event.step for event in pictures) == 3 * BATCHES - 1
+    assert {(event.width, event.height) for event in pictures} == {SIZE}
+    assert all(event.encoded_image_string.startswith(b"\x89PNG") for event in pictures)
 
 
 def test_the_head_is_logged_as_a_text(tmp_path: Path) -> None:
@@ -249,7 +268,7 @@ def test_neither_torch_nor_tensorflow_is_needed(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("[]\n", "")
-    assert read_events(tmp_path / "gwa").Scalars("gwa/best_value")[0].value == 1.0
+    assert read_events(tmp_path / "gwa").Tensors("gwa/best")[0].step == 0
 
 
 def test_event_files_of_the_same_second_are_read_in_the_order_of_writing(tmp_path: Path) -> None:

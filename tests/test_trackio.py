@@ -203,8 +203,7 @@ def test_there_is_one_alert_with_the_whole_text(tmp_path: Path) -> None:
     assert (alert["title"], alert["level"], alert["step"]) == ("GWA: stop", "warn", 1)
     assert alert["text"] == monitor.alert.text
     assert monitor.alert.caveats  # a training with so few samples always has caveats
-    assert column(users, "gwa/best_epoch") == [(3, 0)]
-    assert column(users, "gwa/best_value") == [(3, monitor.history[0].separation)]
+    assert column(users, "gwa/best") == [(3, f"epoch 0: {monitor.history[0].separation:.6g}")]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -235,7 +235,7 @@ MONITOR_ATTRIBUTES = {"journal", "history", "alert", "heads", "faults", "should_
 FIELDS = {
     gwa_logging.EarlyStop: "statistic regime warmup patience drop min_delta action",
     gwa_logging.EpochReport: "time kind epoch step count excluded mean std skewness excess_kurtosis gwa stable_gwa separation "
-    "negative_fraction quantiles histogram gwa_defined is_best notes",
+    "negative_fraction quantiles histogram gwa_defined is_best stop notes",
     gwa_logging.StopAlert: "time kind epoch best_epoch statistic value best_value reason message caveats",
     gwa_logging.Suspect: "id mean_score times_seen label predicted thumbnail",
 }
