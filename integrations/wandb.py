@@ -199,7 +199,7 @@ class WandbBackend(Tracker):
     def _draw(self) -> dict[str, Any]:
         """A picture of the scores so far, by its key; empty if no interval was added since the last one.
 
-        W&B shows histograms on a run's page, but not in a project's workspace, where people compare runs. It shows pictures in both.
+        W&B shows histograms on a run's page, but not in a project's workspace, where people compare runs.
         """
         if self._pictures is None or not self._pictures.has_news:
             return {}
