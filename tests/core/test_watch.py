@@ -310,10 +310,10 @@ def collect() -> None:
     assert closer.wait(60)
 
 
-def resources() -> tuple[int, int]:
-    """Open files and threads, once all monitors are closed and the threads of their deliveries have ended."""
+def resources(earlier: set[threading.Thread]) -> tuple[int, int]:
+    """Open files and threads, once all monitors are closed and all threads but the earlier ones have ended."""
     collect()
-    for thread in threading.enumerate():
+    for thread in set(threading.enumerate()) - earlier:
         if thread.name.startswith("gwa_logging") and thread.name != "gwa_logging closer":
             thread.join(60)
     return len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
@@ -336,10 +336,12 @@ def test_many_watches_in_one_process_end_with_the_files_threads_monitors_and_mem
         end(model, monitor)
         return weakref.ref(monitor)
 
+    collect()
+    earlier = set(threading.enumerate())
     monitors = [run()]
-    first, before = resources(), megabytes()
+    first, before = resources(earlier), megabytes()
     monitors += [run() for _ in range(number - 1)]
-    assert resources() == first
+    assert resources(earlier) == first
     assert megabytes() < before + 150  # 200 ledgers take 480 MB
     gc.collect()
     assert [reference() for reference in monitors] == [None] * number
