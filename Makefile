@@ -20,7 +20,7 @@ $(DEMO_READY): pyproject.toml constraints.txt
 # Trains a small CNN on noisy digits, tracked in MLflow's embedded sqlite store, and writes the report.
 demo: $(DEMO_READY)
 	mkdir -p demo_output
-	cd demo_output && MLFLOW_TRACKING_URI=sqlite:///mlflow.db ../$(BIN)/python ../examples/pytorch_digits.py --backend mlflow
+	cd demo_output && OMP_NUM_THREADS=1 MLFLOW_TRACKING_URI=sqlite:///mlflow.db ../$(BIN)/python ../examples/pytorch_digits.py --backend mlflow
 	cd demo_output && ../$(BIN)/gwa-logging report gwa_runs
 	@echo
 	@echo "See the run in MLflow:  cd demo_output && ../$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db"

@@ -91,8 +91,12 @@ TRAINERS = {
 
 
 def trainer(name: str) -> str:
-    """The README's lines for a trainer, with the code that they presume."""
-    (code,) = [code for code in python_blocks(ROOT / "README.md") if f"gwa_logging.integrations.{name} import" in code]
+    """The lines of docs/trainers.md for a trainer, with the code that they presume."""
+    (code,) = [
+        code
+        for code in python_blocks(ROOT / "docs" / "trainers.md")
+        if f"gwa_logging.integrations.{name} import" in code
+    ]
     return BEFORE[name] + code.replace("=20", "=2") + AFTER.get(name, "")
 
 

@@ -46,7 +46,6 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch)
     run("\n".join([PRESUMED.get(page, ""), *python_blocks(DOCS / page)]), tmp_path)
 
 
-@pytest.mark.slow  # the README's lines for each trainer run in the fast tier
 @pytest.mark.parametrize("trainer", ["lightning", "transformers", "keras", "accelerate"])
 def test_the_code_for_each_trainer_runs(trainer, tmp_path):
     (code,) = [code for code in TRAINERS if f"integrations.{trainer} import" in code]

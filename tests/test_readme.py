@@ -2,9 +2,16 @@
 
 import pytest
 
-from tests.pages import ROOT, links, python_blocks, run_in_trainer
+from tests.pages import ROOT, links, python_blocks, run, run_in_trainer
 
 README = ROOT / "README.md"
+
+
+CHECK = """
+assert monitor.faults == {}, monitor.faults
+assert monitor.alert, "as the text says"
+assert wrong[[suspect.id for suspect in monitor.suspects(100)]].float().mean() > 0.9
+"""
 
 
 def block(opening: str) -> str:
@@ -12,27 +19,16 @@ def block(opening: str) -> str:
     return found
 
 
-def torch_names() -> dict:
-    import torch
-    from torch import nn
-
-    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
-    dataset = torch.utils.data.TensorDataset(torch.randn(40, 8), torch.randint(0, 4, (40,)))
-    return {
-        "model": model,
-        "dataset": dataset,
-        "loader": torch.utils.data.DataLoader(dataset, batch_size=20),
-        "criterion": nn.CrossEntropyLoss(),
-        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
-    }
-
-
-def test_the_pytorch_quickstart(monkeypatch):
+def test_the_script_runs_as_it_stands(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    names = torch_names()
-    exec(block('backend="wandb"').replace("epochs(100)", "epochs(3)"), names)
-    assert [report.count for report in names["monitor"].history] == [40, 40, 40]
-    assert names["monitor"].faults == {}
+    code = block('backend="wandb"')
+    assert len(code.splitlines()) <= 25
+    run("import torch; torch.manual_seed(0); torch.set_num_threads(1)\n" + code + CHECK, tmp_path)
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text().split()) <= 900
 
 
 def test_the_jax_quickstart(monkeypatch, tmp_path):
@@ -60,25 +56,8 @@ def test_the_jax_quickstart(monkeypatch, tmp_path):
     assert names["monitor"].faults == {}
 
 
-@pytest.mark.parametrize("trainer", ["lightning", "transformers", "keras", "accelerate"])
-def test_the_lines_for_each_trainer(trainer, tmp_path):
-    run_in_trainer(trainer, block(f"gwa_logging.integrations.{trainer} import"), tmp_path)
-
-
-def test_the_suspects_of_the_readme():
-    import gwa_logging
-
-    names = {**torch_names(), "gwa_logging": gwa_logging}
-    watching, tagging, asking = block("num_samples").split("...\n")
-    exec(watching, names)
-    for first in (0, 20):
-        names["ids"] = __import__("torch").arange(first, first + 20)
-        exec(tagging.strip(), names)
-        x, y = names["dataset"].dataset[first : first + 20]
-        names["criterion"](names["model"](x), y).backward()
-    exec(asking, names)
-    assert names["dataset"][3][-1] == 3
-    assert names["suspect"].times_seen == 1
+def test_the_lines_for_a_trainer(tmp_path):
+    run_in_trainer("lightning", block("gwa_logging.integrations.lightning import"), tmp_path)
 
 
 @pytest.mark.parametrize("target", links(README))
