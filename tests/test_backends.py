@@ -160,7 +160,7 @@ def test_every_number_arrives_once_in_order_and_at_its_step(alone, name: str) ->
     expected = trained.expected()
     assert set(expected) == {*INTERVAL_KEYS, *EPOCH_KEYS}
     assert len(expected["gwa"]) == EPOCHS
-    assert len(expected["q50"]) > EPOCHS * (BATCHES // 3)
+    assert len(expected["steps/q50"]) > EPOCHS * (BATCHES // 3)
     assert {key: trained.held.numbers.get(key) for key in expected} == expected
     assert trained.monitor.faults == {}
 

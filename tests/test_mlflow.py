@@ -43,6 +43,7 @@ from gwa_logging.records import (
     IntervalRecord,
     RunRecord,
 )
+from gwa_logging.report.page import _packed_plotly
 from tests.records import epoch_report, interval_record, stop_alert
 from tests.trackers import Server, empty_database, new_database, point_mlflow_to, series
 
@@ -483,6 +484,7 @@ def test_without_plotly_only_the_journal_is_uploaded_and_a_message_says_so(
     for module in [name for name in sys.modules if name.partition(".")[0] == "plotly"]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setattr(sys, "meta_path", [NoPlotly(), *sys.meta_path])
+    _packed_plotly.cache_clear()
     model, monitor = watch(tmp_path)
     (own,) = runs_of(client)
     train(model, monitor, epochs=1)

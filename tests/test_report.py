@@ -493,7 +493,7 @@ globalThis.matchMedia = () => ({ matches: false, addEventListener: () => {} });
 globalThis.addEventListener = () => {};
 globalThis.recorder = { react: (id, data, layout) => drawn.push({ id, data, layout }) };
 (0, eval)(fs.readFileSync(script, "utf8"));
-process.on("exit", () => console.log(JSON.stringify(drawn)));
+process.on("exit", () => fs.writeFileSync("/dev/stdout", JSON.stringify(drawn)));
 """
 
 

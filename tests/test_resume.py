@@ -406,7 +406,7 @@ def test_a_resumed_run_of_a_tracker_gets_no_step_twice_and_misses_none(
     assert resumed.faults == {}
     assert steps_of(tracker, run, "steps/mean") == list(range(21))
     # An epoch that was closed in its middle is known better now, and follows itself.
-    assert steps_of(tracker, run, "mean") == ([0, 1, 2, 2] if end == "closed" else [0, 1, 2])
+    assert steps_of(tracker, run, "stats/mean") == ([0, 1, 2, 2] if end == "closed" else [0, 1, 2])
 
 
 @pytest.mark.parametrize(

@@ -329,7 +329,7 @@ def test_two_models_cannot_write_to_the_same_object(tmp_path):
 def test_every_optional_member_of_a_backend_has_a_default_and_an_objects_own_one_wins():
     class Full(Minimal):
         name, run, run_ref = "full", 7, TrackerRunRef(run="7")
-        threaded, records_per_call = False, 5
+        threaded, records_per_call, is_notifier = False, 5, True
 
         def contents(self) -> TrackerContents:
             return TrackerContents(alerts={3})
