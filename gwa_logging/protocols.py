@@ -308,7 +308,18 @@ class _WithDefaults(Backend):
     def __init__(self, writer: BackendWriter) -> None:
         self._writer = writer
         self.name = type(writer).__name__
-        for member in ("name", "run", "run_ref", "threaded", "records_per_call", "write_many", "contents", "refusal"):
+        own = (
+            "name",
+            "run",
+            "run_ref",
+            "threaded",
+            "is_notifier",
+            "records_per_call",
+            "write_many",
+            "contents",
+            "refusal",
+        )
+        for member in own:
             if hasattr(writer, member):
                 setattr(self, member, getattr(writer, member))
 
