@@ -114,6 +114,7 @@ class MlflowBackend(Tracker):
         self._begun = False
         self._pictures = PictureSeries()
         self._picture_tries = PICTURE_TRIES
+        self._has_picture = False
         # What the records of the current call add to the run. Files come last.
         self._metrics: list[Metric] = []
         self._tags: dict[str, str] = {}
@@ -257,7 +258,10 @@ class MlflowBackend(Tracker):
             sleep(YIELD)
             if in_series:
                 key, timestamp = f"{self.prefix}/{PICTURE_KEY}", int(1000 * record.time)
-                self._client.log_image(self.run, image, key=key, step=step, timestamp=timestamp, synchronous=True)
+                # MLflow's slider opens at step 0, so the first picture is there too.
+                for at in (step,) if self._has_picture else (step, 0):
+                    self._client.log_image(self.run, image, key=key, step=at, timestamp=timestamp, synchronous=True)
+                self._has_picture = True
             if not isinstance(record, CloseRecord) or not in_series:
                 self._client.log_image(self.run, image, artifact_file=f"{self.prefix}/scores.png")
             self._picture_tries = PICTURE_TRIES

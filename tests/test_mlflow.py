@@ -159,8 +159,8 @@ def test_every_interval_has_its_quantiles_at_its_training_step(trained: Trained,
     assert series(trained.client, trained.run_id, f"gwa/{key}") == expected
 
 
-def test_a_short_run_has_pictures_after_its_epochs_and_in_between(trained: Trained) -> None:
-    assert picture_steps(trained.client, trained.run_id) == [3, 6, 9, 13, 15, 18, 20]
+def test_a_short_run_has_pictures_at_step_0_after_its_epochs_and_in_between(trained: Trained) -> None:
+    assert picture_steps(trained.client, trained.run_id) == [0, 3, 6, 9, 13, 15, 18, 20]
 
 
 def test_the_newest_picture_is_a_file_of_a_fixed_name(trained: Trained, tmp_path: Path) -> None:
@@ -417,7 +417,7 @@ def test_writing_a_record_again_changes_nothing(client: MlflowClient, tmp_path: 
         "gwa.best_value": "0.5",
         "gwa.epochs": "1",
     }
-    assert picture_steps(client, where.run) == [9]
+    assert picture_steps(client, where.run) == [0, 9]
 
 
 def test_an_interval_without_a_score_writes_nothing(client: MlflowClient, tmp_path: Path) -> None:
@@ -450,7 +450,7 @@ def test_every_key_and_tag_has_the_prefix_that_the_user_chose(client: MlflowClie
     data = client.get_run(where.run).data
     assert {key.partition("/")[0] for key in data.metrics} == {"student-1.b"}
     assert data.tags["student-1.b.head"] == "h"
-    assert picture_steps(client, where.run, "student-1.b~picture") == [1]
+    assert picture_steps(client, where.run, "student-1.b~picture") == [0, 1]
 
 
 def test_metrics_are_logged_even_if_no_files_can_be_stored(
@@ -567,7 +567,7 @@ def test_close_adds_the_last_picture_even_in_a_short_run(client, tmp_path, monke
     monitor.close()
     (run,) = runs_of(client)
     steps = picture_steps(client, run.info.run_id)
-    assert (0 in steps, len(steps) >= 7, steps[-1]) == (False, True, EPOCHS * BATCHES - 1)
+    assert (steps[0], len(steps) >= 7, steps[-1]) == (0, True, EPOCHS * BATCHES - 1)
 
 
 def test_drawing_the_picture_of_a_long_run_takes_a_few_milliseconds() -> None:
