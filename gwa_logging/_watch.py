@@ -96,7 +96,8 @@ def watch(
     """Watches the gradient-weight alignment of a model's classifier head during training.
 
     In PyTorch this line is all that is needed. In JAX, use `monitor.value_and_grad` instead of `jax.value_and_grad`, and pass
-    the scores to `monitor.update`. Watching a model again closes its first monitor. Deleting the model closes its monitor too.
+    the scores to `monitor.update`. Watching a model again closes its first monitor. The monitor of a deleted model is closed
+    once it is no longer referenced, or by the next `watch`.
 
     Args:
         model: a `torch.nn.Module` (also compiled or wrapped), a model of Flax (Linen, NNX), Equinox, Haiku or Keras 3 (on

@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from gwa_logging.errors import InvalidInputError, MissingDependencyError
-from gwa_logging.ledger import UNKNOWN
+from gwa_logging.ledger import UNKNOWN, check_number, lowest
+from gwa_logging.records import SuspectsRecord
 
-COLUMNS = ("id", "mean_score", "times_seen", "label", "predicted")
+COLUMNS = SuspectsRecord.COLUMNS
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,8 @@ class SuspectsTable:
         Raises:
             InvalidInputError: k is less than 1.
         """
-        if k < 1:
-            raise InvalidInputError(f"k={k}: expected at least 1, the number of suspects wanted")
-        order = np.argsort(self.mean_score, kind="stable")[:k]
-        return order[~np.isnan(self.mean_score[order])]
+        check_number(k)
+        return lowest(self.mean_score, k)
 
     def write_csv(self, path: str | Path) -> None:
         """Writes all samples with a header line, in the order of their ids; unknown values are empty."""

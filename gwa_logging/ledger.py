@@ -123,3 +123,22 @@ class Ledger(NamedTuple):
             self.invalid_ids + other.invalid_ids,
             self.untagged + other.untagged,
         )
+
+
+def check_number(k: int) -> None:
+    """Checks how many suspects a user asks for.
+
+    Raises:
+        InvalidInputError: k is less than 1.
+    """
+    if k < 1:
+        raise InvalidInputError(f"k={k}: expected at least 1, the number of suspects wanted")
+
+
+def lowest(means: npt.NDArray[np.float64], k: int) -> npt.NDArray[np.intp]:
+    """Indices of the k lowest means, lowest first, ties by index; NaN is omitted."""
+    seen = np.flatnonzero(~np.isnan(means))
+    if k < seen.size:  # avoids sorting ten million samples
+        bound = np.partition(means[seen], k - 1)[k - 1]
+        seen = seen[means[seen] <= bound]
+    return seen[np.argsort(means[seen], kind="stable")[:k]]

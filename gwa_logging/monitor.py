@@ -21,7 +21,6 @@ from gwa_logging.exports import SuspectsTable
 from gwa_logging.forks import Owned
 from gwa_logging.ledger import TaggedBatch
 from gwa_logging.recording import Recording
-from gwa_logging.recording import logger as logger
 from gwa_logging.records import EpochReport, StopAlert, Suspect
 from gwa_logging.report.notebook import monitor_html
 from gwa_logging.summary import AlignmentSummary

@@ -218,8 +218,10 @@ class Recording:
 
     def _raise_alert(self, alert: StopAlert) -> None:
         if self.suspects.has_ledger:
-            found = [caveat for caveat in (self.suspects.collapse(), self.suspects.confused_classes()) if caveat]
-            alert = alert.model_copy(update={"caveats": (*alert.caveats, *found)})
+            try:
+                alert = alert.model_copy(update={"caveats": (*alert.caveats, *self.suspects.caveats())})
+            except Exception as error:  # noqa: BLE001 - the alert must be raised, and training must continue
+                self.faults.record("suspects", f"{type(error).__name__}: {error}")
         self.alert = alert
         logger.warning("gwa_logging: %s", alert.message)
         self.write(alert, sync=True)

@@ -14,7 +14,7 @@ from gwa_logging.class_pairs import concentration
 from gwa_logging.errors import InvalidInputError
 from gwa_logging.exports import SuspectsTable
 from gwa_logging.faults import Faults
-from gwa_logging.ledger import UNKNOWN, Ledger, record_invalid_ids
+from gwa_logging.ledger import UNKNOWN, Ledger, check_number, lowest, record_invalid_ids
 from gwa_logging.protocols import Adapter
 from gwa_logging.records import Suspect, SuspectsRecord
 from gwa_logging.thumbnail import thumbnail
@@ -73,11 +73,9 @@ class SuspectFinder:
         Raises:
             InvalidInputError: there is no ledger, or k is less than 1.
         """
-        if k < 1:
-            raise InvalidInputError(f"k={k}: expected at least 1, the number of suspects wanted")
+        check_number(k)  # in every process, before any of them waits for the others
         ledger = self.read("suspects()")
-        suspects = [self._suspect(ledger, int(sample), images) for sample in lowest(ledger.means, k)]
-        return suspects, int(np.count_nonzero(ledger.seen))
+        return self._most_suspect(ledger, k, images), int(np.count_nonzero(ledger.seen))
 
     def record(self, k: int, images: Any, *, step: int, epoch: int) -> SuspectsRecord:
         """The suspects as a record for the journal; `step` and `epoch` are the run's at this moment."""
@@ -106,32 +104,19 @@ class SuspectFinder:
             predicted=np.asarray(ledger.predicted, np.int64),
         )
 
-    def collapse(self) -> str | None:
-        """Returns a sentence if the model predicts one class for nearly all samples; None if not, or if their labels agree.
+    def caveats(self) -> tuple[str, ...]:
+        """Sentences about the ledger that a stop alert needs: a collapsed model, and few pairs of classes that are confused.
 
         Waits for the device. In a distributed run every process must call this.
         """
-        predicted = self.read("collapse()").predicted
-        known = predicted[predicted != UNKNOWN]
-        if not known.size:
-            return None
-        classes, counts = np.unique(known, return_counts=True)
-        top = int(classes[np.argmax(counts)])
-        share = float(counts.max()) / known.size
-        labelled = 0.0 if self._labels is None else float(np.mean(self._labels == top))
-        if share < COLLAPSED or labelled >= COLLAPSED:
-            return None
-        return f"{share:.0%} of the samples are predicted as class {top}: the model may have collapsed to it"
+        ledger = self.read("caveats()")
+        found = [_collapse(ledger, self._labels)]
+        if self._labels is not None:
+            found.append(concentration(self._most_suspect(ledger, SUSPECTS), classes=len(np.unique(self._labels))))
+        return tuple(caveat for caveat in found if caveat)
 
-    def confused_classes(self) -> str | None:
-        """Returns a sentence if few pairs of classes hold most of the suspects; None if not, or if there are no labels.
-
-        Waits for the device. In a distributed run every process must call this.
-        """
-        suspects, _ = self.suspects(SUSPECTS)
-        if self._labels is None:
-            return None
-        return concentration(suspects, classes=len(np.unique(self._labels)))
+    def _most_suspect(self, ledger: Ledger, k: int, images: Any = None) -> list[Suspect]:
+        return [self._suspect(ledger, int(sample), images) for sample in lowest(ledger.means, k)]
 
     def _suspect(self, ledger: Ledger, sample: int, images: Any) -> Suspect:
         predicted = int(ledger.predicted[sample])
@@ -152,10 +137,15 @@ class SuspectFinder:
             return None
 
 
-def lowest(means: npt.NDArray[np.float64], k: int) -> npt.NDArray[np.intp]:
-    """Indices of the k lowest means, lowest first, ties by index; NaN is omitted."""
-    seen = np.flatnonzero(~np.isnan(means))
-    if k < seen.size:  # avoids sorting ten million samples
-        bound = np.partition(means[seen], k - 1)[k - 1]
-        seen = seen[means[seen] <= bound]
-    return seen[np.argsort(means[seen], kind="stable")[:k]]
+def _collapse(ledger: Ledger, labels: npt.NDArray[np.integer[Any]] | None) -> str | None:
+    """Returns a sentence if the model predicts one class for nearly all samples; None if not, or if their labels agree."""
+    known = ledger.predicted[ledger.predicted != UNKNOWN]
+    if not known.size:
+        return None
+    classes, counts = np.unique(known, return_counts=True)
+    top = int(classes[np.argmax(counts)])
+    share = float(counts.max()) / known.size
+    labelled = 0.0 if labels is None else float(np.mean(labels == top))
+    if share < COLLAPSED or labelled >= COLLAPSED:
+        return None
+    return f"{share:.0%} of the samples are predicted as class {top}: the model may have collapsed to it"

@@ -18,7 +18,8 @@ import numpy as np
 from gwa_logging import registry
 from gwa_logging._watch import RunTakenError, watch
 from gwa_logging.errors import InvalidInputError, NoObservationsError
-from gwa_logging.monitor import Monitor, logger
+from gwa_logging.faults import logger
+from gwa_logging.monitor import Monitor
 from gwa_logging.records import EpochReport
 from gwa_logging.settings import WatchSettings
 

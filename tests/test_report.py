@@ -425,7 +425,7 @@ def test_plotly_accepts_the_figures(run):
     go = pytest.importorskip("plotly.graph_objects")
     for figure in run[1].figures.values():
         with_colours = json.loads(re.sub(r'"--[a-z0-9-]+"', '"#123456"', json.dumps(figure)))
-        go.Figure(with_colours)
+        assert len(go.Figure(with_colours).data) == len(figure["data"])
 
 
 def test_every_colour_of_the_figures_is_defined_for_light_and_dark(run):

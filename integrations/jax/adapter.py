@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from gwa_logging.checkpoint import HeadShape
 from gwa_logging.errors import InvalidInputError
-from gwa_logging.faults import Faults
+from gwa_logging.faults import Faults, logger
 from gwa_logging.integrations.jax.accumulate import (
     AlignmentState,
     JaxSnapshot,
@@ -27,7 +27,6 @@ from gwa_logging.integrations.jax.ledger import DeviceLedger, add_to_ledger
 from gwa_logging.integrations.jax.probe import ProbeSession
 from gwa_logging.integrations.jax.sessions import LayerCall, fresh_trace
 from gwa_logging.ledger import Ledger, TaggedBatch
-from gwa_logging.monitor import logger
 from gwa_logging.ranks import Attendance, check_windows
 from gwa_logging.settings import WatchSettings
 from gwa_logging.summary import AlignmentSummary

@@ -61,13 +61,13 @@ def modules_in(folder: str) -> list[Path]:
 
 
 LAYERS = (
-    "errors redact faults dataset forks alignment histogram settings statistic ledger exports thumbnail report report.notebook "
+    "errors redact faults dataset forks alignment histogram settings statistic ledger thumbnail report report.notebook "
     "_closer _run_folder",
     "_record_base",
     "records",
     "summary _epoch_bar",
     "_journal_file journal ranks early_stop",
-    "protocols class_pairs",
+    "protocols class_pairs exports",
     "registry interval_recorder delivery checkpoint suspects report.heatmap report.run_history report.figures report.tables "
     "report.page replay",
     "recording",
