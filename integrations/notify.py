@@ -18,7 +18,7 @@ from apprise.manager_plugins import NotificationManager
 
 from gwa_logging.errors import BackendError, InvalidInputError, MissingDependencyError
 from gwa_logging.integrations._tracker import Tracker
-from gwa_logging.records import AlertWithdrawal, IntervalRecord, RunRecord, StopAlert
+from gwa_logging.records import AlertWithdrawal, EpochReport, IntervalRecord, RunRecord, StopAlert
 from gwa_logging.redact import MASK, redact_urls
 
 try:
@@ -60,7 +60,7 @@ class Notifier(Tracker):
         self._run: RunRecord | None = None
         self._service = _open_service(url)
         self._pictures = PictureSeries()
-        self._failed_with_picture: StopAlert | None = None
+        self._tried: StopAlert | None = None
 
     def on_run(self, run: RunRecord) -> None:
         self._run = run
@@ -68,14 +68,20 @@ class Notifier(Tracker):
     def on_interval(self, interval: IntervalRecord) -> None:
         self._pictures.add(interval)
 
+    def on_epoch(self, report: EpochReport) -> None:
+        self._pictures.add_epoch(report)
+
     def on_alert(self, alert: StopAlert) -> None:
         """Sends the alert with the picture of the scores.
 
         Some services accept the text and refuse the picture, and Apprise reports both as one failure. So the attempts
-        after the first are without the picture, and no text is sent more than twice because of a picture.
+        after the first are without the picture: no text is sent more than twice because of a picture, and a picture that
+        cannot be drawn does not hold the alert back.
         """
-        picture = self._draw() if self._failed_with_picture != alert else None
-        self._failed_with_picture = alert if picture else self._failed_with_picture
+        is_first_attempt, self._tried = self._tried != alert, alert
+        if is_first_attempt:
+            self._pictures.add_alert(alert)
+        picture = self._draw() if is_first_attempt else None
         self.send(StopAlert.TITLE, self._with_run(alert.text), apprise.NotifyType.WARNING, picture)
 
     def on_withdrawal(self, withdrawal: AlertWithdrawal) -> None:
@@ -98,7 +104,7 @@ class Notifier(Tracker):
 
     def _draw(self) -> bytes | None:
         """Draws the scores so far, as a PNG; None if there are none."""
-        if not self._pictures.has_news:
+        if not self._pictures.has_columns:
             return None
         file = BytesIO()
         self._pictures.draw().save(file, format="PNG")

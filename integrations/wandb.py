@@ -20,6 +20,7 @@ import wandb
 
 from gwa_logging import __version__
 from gwa_logging.errors import BackendError, InvalidInputError
+from gwa_logging.faults import logger
 from gwa_logging.integrations._reachable import check_reachable
 from gwa_logging.integrations._tracker import Tracker, invalid_run
 from gwa_logging.integrations._wandb_contents import read_contents, run_folders
@@ -35,7 +36,7 @@ from gwa_logging.records import (
     SuspectsRecord,
     TrackerRunRef,
 )
-from gwa_logging.redact import has_secret
+from gwa_logging.redact import has_secret, redact_urls
 
 if TYPE_CHECKING:
     from gwa_logging.integrations.heatmap_picture import PictureSeries
@@ -135,11 +136,13 @@ class WandbBackend(Tracker):
         self._log(interval, picture=self._pictures is not None and self._pictures.add(interval))
 
     def on_epoch(self, report: EpochReport) -> None:
-        """Logs the numbers, and a picture unless the last one is too recent."""
-        self._log(report, picture=self._pictures is not None and self._pictures.rested)
+        """Logs the numbers, and a picture if it is time for one."""
+        self._log(report, picture=self._pictures is not None and self._pictures.add_epoch(report))
 
     def on_alert(self, alert: StopAlert) -> None:
-        """Sends an alert, and notes it in the summary."""
+        """Sends an alert, notes it in the summary, and marks it in later pictures."""
+        if self._pictures is not None:
+            self._pictures.add_alert(alert)
         self._summarise({**alert.metrics, **self._with_entry("stop_epochs", alert.epoch)})
         # Last, because a record that fails is written again, and W&B does not drop the second of two equal alerts.
         self.run.alert(title=alert.TITLE, text=alert.text, level="WARN")
@@ -152,8 +155,7 @@ class WandbBackend(Tracker):
     def on_close(self, end: CloseRecord) -> None:
         """Adds the best epoch to the summary, and logs the last picture."""
         self._summarise(end.metrics)
-        if picture := self._draw():
-            self.run.log(picture, commit=self._user_run is None)
+        self._log_picture()
 
     def refusal(self) -> str | None:
         """Returns why W&B has stopped uploading this run, or None.
@@ -193,17 +195,30 @@ class WandbBackend(Tracker):
             self.run.log(row_of(self.prefix, record) | (self._draw() if picture else {}), commit=True)
             return
         self._user_run.log(record)
-        if picture and (values := self._draw()):
-            self.run.log(values, commit=False)
+        if picture:
+            self._log_picture()
 
     def _draw(self) -> dict[str, Any]:
-        """A picture of the scores so far, by its key; empty if no interval was added since the last one.
+        """A picture of the scores so far, by its key; empty if there is nothing new, or if it cannot be drawn.
 
-        W&B shows histograms on a run's page, but not in a project's workspace, where people compare runs.
+        W&B shows histograms on a run's page, but not in a project's workspace, where people compare runs. Does not raise,
+        because a record that fails is written again, but its numbers may be in the run already.
         """
-        if self._pictures is None or not self._pictures.has_news:
+        if self._pictures is None or not (self._pictures.has_news and self._pictures.has_columns):
             return {}
-        return self.keyed({"picture": wandb.Image(self._pictures.draw())})
+        try:
+            return self.keyed({"picture": wandb.Image(self._pictures.draw())})
+        except Exception as error:  # noqa: BLE001 - whatever Pillow or the disk raises
+            logger.warning("gwa_logging: backend wandb: no picture (%s)", redact_urls(repr(error)))
+            return {}
+
+    def _log_picture(self) -> None:
+        """Logs a picture in a call of its own. Does not raise, as `_draw`."""
+        if values := self._draw():
+            try:
+                self.run.log(values, commit=self._user_run is None)
+            except Exception as error:  # noqa: BLE001 - whatever wandb raises
+                logger.warning("gwa_logging: backend wandb: no picture (%s)", redact_urls(repr(error)))
 
     def _with_entry(self, key: str, entry: int) -> dict[str, list[int]]:
         """A list in the run's summary, with one more entry."""

@@ -68,7 +68,7 @@ def _clean() -> Iterator[None]:
     OnMlflowServer.stop()
 
 
-def until(true: Callable[[], bool], within: float = 10.0) -> bool:
+def until(true: Callable[[], bool], within: float = 60.0) -> bool:
     """Polls until a condition holds, for libraries that send no event."""
     deadline = time.monotonic() + within
     while not (done := true()) and time.monotonic() < deadline:

@@ -161,8 +161,20 @@ def test_a_refused_picture_is_left_out_of_the_second_attempt(hook):
     hook.refuses_pictures = True
     notifier = Notifier(hook.url)
     notifier.write(run_record())
-    notifier.write(interval_record())
+    for step in range(2):
+        notifier.write(interval_record(step))
     with pytest.raises(BackendError, match="did not accept"):
+        notifier.write(stop_alert())
+    notifier.write(stop_alert())
+    assert hook.received.get(timeout=WITHIN)["attachments"] == []
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_hold_the_alert_back(hook, monkeypatch):
+    notifier = Notifier(hook.url)
+    for step in range(2):
+        notifier.write(interval_record(step))
+    monkeypatch.setattr(notifier._pictures, "draw", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
         notifier.write(stop_alert())
     notifier.write(stop_alert())
     assert hook.received.get(timeout=WITHIN)["attachments"] == []

@@ -34,7 +34,7 @@ from gwa_logging.records import (
     SuspectsRecord,
 )
 from tests import trackers
-from tests.records import epoch_report, interval_record, stop_alert
+from tests.records import close_record, epoch_report, interval_record, stop_alert
 from tests.trackers import BATCH, BATCHES, OnDisk, OnWandb, folder_of, inspect_by_wandb, read_back, run_of, start_run
 
 EPOCHS = 6
@@ -444,6 +444,37 @@ def test_a_write_that_failed_can_be_repeated_without_counting_twice(
     backend.close()
     run.finish()
     assert samples_in(read_back(folder_of(run)).history) == 7
+
+
+@pytest.mark.parametrize("owned", [False, True])
+@pytest.mark.parametrize("fails", ["drawing", "logging"])
+def test_a_picture_that_fails_costs_no_record_and_counts_none_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str, owned: bool
+) -> None:
+    run = start_run(tmp_path)
+    backend, log = WandbBackend(run, "gwa", owned=owned), run.log
+
+    def log_without_pictures(row: dict[str, Any], **options: Any) -> None:
+        if list(row) == ["gwa/picture"]:
+            raise ConnectionResetError
+        log(row, **options)
+
+    if fails == "drawing":
+        monkeypatch.setattr(backend._pictures, "draw", _refuse)
+    else:
+        monkeypatch.setattr(run, "log", log_without_pictures)
+    for step in range(4):
+        backend.write(interval_record(step, [0.1, 0.2]))
+        backend.write(epoch_report(epoch=step, step=step, count=2))
+    backend.write(close_record(epochs=4))
+    backend.close()
+    run.finish()
+    disk = read_back(folder_of(run))
+    assert samples_in(disk.history) == 8
+    assert disk.column("gwa/epoch") == [0, 1, 2, 3]
+    assert ("gwa/picture.path" in str(disk.history)) is (
+        owned and fails == "logging"
+    )  # these are in the record's own row
 
 
 def _refuse(*args: Any, **kwargs: Any) -> None:
