@@ -1,4 +1,4 @@
-"""The command line: `gwa-logging report`, `gwa-logging replay`, `gwa-logging heads`, `gwa-logging notify-test`."""
+"""The command line, `gwa-logging`: the commands `report`, `replay`, `heads`, `workspace` and `notify-test`."""
 
 import argparse
 import functools
@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_report(commands.add_parser("report", help="make an HTML page about a run"))
     _add_replay(commands.add_parser("replay", help="send a tracker the records of a run that it lacks"))
     _add_heads(commands.add_parser("heads", help="show which layer of a model is its classifier head, and why"))
+    _add_workspace(commands.add_parser("workspace", help="save a W&B workspace or report with the panels for GWA"))
     _add_notify_test(commands.add_parser("notify-test", help="send a test message to a URL of watch(notify=)"))
     return parser
 
@@ -247,6 +248,31 @@ def _located(error: Exception) -> str:
     own = [(name, line) for name, line in files if name not in importers and not name.startswith("<frozen importlib")]
     where = " ({}, line {})".format(*own[0]) if own else ""  # a SyntaxError has none and names its line itself
     return f"{type(error).__name__}: {error}{where}"
+
+
+# --- workspace ----------------------------------------------------------------------------------------------------------
+
+
+def _add_workspace(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Saves a new workspace in a W&B project, with the picture of the scores and the metrics to look at first, and "
+        "prints its address. With --report, saves a W&B report of one run instead."
+    )
+    parser.add_argument("project", metavar="ENTITY/PROJECT", help="the two parts after https://wandb.ai/")
+    parser.add_argument("--report", metavar="RUN", help="the id of a run in the project")
+    parser.add_argument("--name", default="gwa", help="prefix of the metrics, as in watch(name=) (default: gwa)")
+    parser.set_defaults(run_command=_workspace)
+
+
+def _workspace(arguments: argparse.Namespace) -> None:
+    """Saves a workspace or a report. Only its address is printed to stdout."""
+    workspace = registry.import_integration(
+        "gwa_logging.integrations.wandb_workspace", third_party="wandb_workspaces", extra="workspace"
+    )
+    if arguments.report is None:
+        print(workspace.save_workspace(arguments.project, arguments.name))
+    else:
+        print(workspace.save_report(arguments.project, arguments.report, arguments.name))
 
 
 # --- notify-test --------------------------------------------------------------------------------------------------------
