@@ -1,4 +1,5 @@
-"""The command line, `gwa-logging`: the commands `report`, `replay`, `heads`, `workspace` and `notify-test`."""
+"""The command line, `gwa-logging`: the commands `report`, `replay`, `heads`, `workspace`, `notify` and
+`notify-test`."""
 
 import argparse
 import functools
@@ -51,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_replay(commands.add_parser("replay", help="send a tracker the records of a run that it lacks"))
     _add_heads(commands.add_parser("heads", help="show which layer of a model is its classifier head, and why"))
     _add_workspace(commands.add_parser("workspace", help="save a W&B workspace or report with the panels for GWA"))
+    _add_notify(commands.add_parser("notify", help="send the stop alert of a run's journal to a URL"))
     _add_notify_test(commands.add_parser("notify-test", help="send a test message to a URL of watch(notify=)"))
     return parser
 
@@ -275,13 +277,47 @@ def _workspace(arguments: argparse.Namespace) -> None:
         print(workspace.save_report(arguments.project, arguments.report, arguments.name))
 
 
-# --- notify-test --------------------------------------------------------------------------------------------------------
+# --- notify, notify-test ------------------------------------------------------------------------------------------------
+
+
+def _add_notify(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Sends the stop alert of a run's journal to each URL, for instance because a service was down until the run ended. "
+        "An alert that a better epoch has withdrawn is not sent."
+    )
+    parser.add_argument(
+        "directory",
+        type=Path,
+        metavar="DIR",
+        help="the folder of a run; or a folder of runs, of which the most recently written one is taken",
+    )
+    _add_urls(parser)
+    parser.set_defaults(run_command=_notify)
+
+
+def _notify(arguments: argparse.Namespace) -> int:
+    """Prints a line for each URL. The exit code is 2 if one of the services did not accept the message."""
+    notify = registry.notify_module()
+    folder = _run_folder(arguments.directory)
+    exit_code = 0
+    for notifier in notify.open_notifiers(arguments.urls, folder):
+        try:
+            is_sent = notify.send_standing_alert(notifier, folder / FILE_NAME)
+            print(f"{notifier.masked}: {'accepted' if is_sent else 'nothing sent, because no stop alert stands'}")
+        except GwaError as error:
+            _print_error(str(error))
+            exit_code = 2
+    return exit_code
 
 
 def _add_notify_test(parser: argparse.ArgumentParser) -> None:
     parser.description = "Sends a test message with a picture to each URL, as watch(notify=) sends the stop alert."
-    parser.add_argument("urls", nargs="+", metavar="URL", help="an Apprise URL, such as slack://... or mailto://...")
+    _add_urls(parser)
     parser.set_defaults(run_command=_notify_test)
+
+
+def _add_urls(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("urls", nargs="+", metavar="URL", help="an Apprise URL, such as slack://... or mailto://...")
 
 
 def _notify_test(arguments: argparse.Namespace) -> int:

@@ -360,7 +360,7 @@ class Recording:
                 name, folder = delivery.backend.name, self.journal and self.journal.path.parent
                 remedy = f"To send what it lacks: gwa-logging replay {folder} --backend {name}"
                 if delivery.backend.is_notifier:
-                    remedy = f"The alert is in the journal in {folder}; check the URL with gwa-logging notify-test URL"
+                    remedy = f"An alert is in the journal. To send it: gwa-logging notify {folder} URL"
                 logger.warning("gwa_logging: backend %s %s. %s", name, shortfall, remedy)
         self.group.remove(self.deliveries)
         if self.journal is not None:

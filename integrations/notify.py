@@ -2,9 +2,10 @@
 
 Each URL is a backend: it has its own thread, retries, and a position in the journal. So a service that is down neither
 blocks training nor the other services, and receives the alert once it is back. The URLs contain credentials; only their
-schemes appear in errors, faults and the journal.
+schemes appear in errors, faults and the journal, and Apprise's own log messages are masked.
 """
 
+import logging
 import re
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -18,6 +19,7 @@ from apprise.manager_plugins import NotificationManager
 
 from gwa_logging.errors import BackendError, InvalidInputError, MissingDependencyError
 from gwa_logging.integrations._tracker import Tracker
+from gwa_logging.journal import JournalReader
 from gwa_logging.records import AlertWithdrawal, EpochReport, IntervalRecord, RunRecord, StopAlert
 from gwa_logging.redact import MASK, redact_urls
 
@@ -142,6 +144,33 @@ def send_test(notifier: Notifier) -> None:
     notifier.send("GWA: test", text, apprise.NotifyType.INFO, file.getvalue())
 
 
+def send_standing_alert(notifier: Notifier, journal: Path) -> bool:
+    """Sends the stop alert that stands at the end of a journal, whether or not the service has received it before.
+
+    Returns:
+        False if no alert stands: none fired, or the last one was withdrawn. Then nothing is sent.
+
+    Raises:
+        InvalidInputError: the journal is of another version.
+        BackendError: the service did not accept the message, neither with the picture nor without it.
+    """
+    standing: StopAlert | None = None
+    for record in JournalReader(journal):
+        if isinstance(record, StopAlert):
+            standing = record
+        elif isinstance(record, AlertWithdrawal):
+            standing = None
+        else:
+            notifier.write(record)
+    if standing is None:
+        return False
+    try:
+        notifier.write(standing)
+    except Exception:  # noqa: BLE001 - the picture is refused or cannot be drawn; the second attempt is without it
+        notifier.write(standing)
+    return True
+
+
 def scheme_of(url: str) -> str:
     """Returns the part of a URL that names the service, or "" if there is none."""
     scheme, separator, _ = url.strip().partition("://")
@@ -167,6 +196,29 @@ def mask(text: str, url: str) -> str:
     return redact_urls(text)
 
 
+class _MaskUrls(logging.Filter):
+    """Masks this library's URLs in the messages of a logger. Apprise logs whole addresses at the level DEBUG."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._urls: tuple[str, ...] = ()  # replaced, never changed: other threads may log meanwhile
+
+    def add(self, url: str) -> None:
+        self._urls = tuple({*self._urls, url})
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        before = after = record.getMessage()
+        for url in self._urls:
+            after = mask(after, url)
+        if after != before:
+            record.msg, record.args = after, None
+        return True
+
+
+_mask_urls = _MaskUrls()
+logging.getLogger("apprise").addFilter(_mask_urls)
+
+
 def _open_service(url: str) -> apprise.Apprise:
     schemes = _schemes()
     scheme = scheme_of(url)
@@ -176,6 +228,7 @@ def _open_service(url: str) -> apprise.Apprise:
         nearest = get_close_matches(scheme, schemes, n=1)
         suggestion = f"; did you mean '{nearest[0]}://'" if nearest else "."
         raise InvalidInputError(f"notify: unknown service '{scheme}://'{suggestion}; see {DOCUMENTATION}")
+    _mask_urls.add(url)
     service = apprise.Apprise()
     if not service.add(url):
         raise InvalidInputError(

@@ -21,7 +21,7 @@ import gwa_logging
 from gwa_logging import EarlyStop, InvalidInputError, Monitor
 from gwa_logging.cli import main
 from gwa_logging.errors import BackendError
-from gwa_logging.journal import read_journal
+from gwa_logging.journal import FILE_NAME, read_journal
 from gwa_logging.report.page import write_report
 from gwa_logging.trainer_session import TrainerSession
 from tests.records import interval_record, run_record, stop_alert
@@ -136,17 +136,18 @@ def test_a_dead_service_is_retried_and_delays_neither_training_nor_the_other_ser
 
 def test_no_secret_is_logged_or_stored_and_an_unsent_alert_is_reported_on_close(model, tmp_path, hook, caplog, capfd):
     hook.status = 404
+    caplog.set_level("DEBUG", logger="apprise")
     monitor = watch(model, tmp_path, hook.url)
     run_epochs(monitor, (4, 1))
     monitor.close()
     assert "backend notify json has not taken everything" in caplog.text
-    assert "The alert is in the journal" in caplog.text
+    assert f"To send it: gwa-logging notify {monitor.journal.parent} URL" in caplog.text
     assert "json://*** did not accept the message" in caplog.text
     page = write_report(monitor.journal.parent)
     assert read_journal(monitor.journal)[0][0].settings["notify"] == ["json://***"]
-    own_log = "\n".join(record.getMessage() for record in caplog.records if record.name == "gwa_logging")
+    assert "JSON POST URL: " in caplog.text  # Apprise logs the address at this level
     texts = (
-        own_log,
+        caplog.text,
         *capfd.readouterr(),
         monitor.journal.read_text(),
         page.read_text(),
@@ -183,6 +184,55 @@ def test_a_picture_that_cannot_be_drawn_does_not_hold_the_alert_back(hook, monke
 def test_secrets_in_a_services_message_are_masked():
     text = mask("error: https://host/AAAA1/b%20cde (b cde) refused", "slack://AAAA1/b%20cde?token=zzzz")
     assert text == "error: https://host/***/*** (***) refused"
+
+
+def test_an_alert_that_was_not_sent_can_be_sent_from_the_journal(model, tmp_path, hook, capsys):
+    hook.status = 503
+    monitor = watch(model, tmp_path, hook.url)
+    run_epochs(monitor, (4, 1))
+    monitor.close()
+    folder = monitor.journal.parent
+    assert main(["notify", str(folder), hook.url]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "json://*** did not accept the message" in err
+    hook.status, hook.refuses_pictures = 200, True
+    other = Hook()
+    assert main(["notify", str(folder.parent), hook.url, other.url]) == 0
+    assert capsys.readouterr().out == "json://***: accepted\n" * 2
+    plain, full = hook.received.get(timeout=WITHIN), other.received.get(timeout=WITHIN)
+    assert [len(message["attachments"]) for message in (plain, full)] == [0, 1]
+    for message in (plain, full):
+        assert message["title"] == "GWA: stop"
+        assert "GWA recommends stopping" in message["message"]
+        assert folder.name in message["message"]
+    other.server.shutdown()
+    other.server.server_close()
+
+
+def test_an_alert_that_was_withdrawn_is_not_sent_from_the_journal(model, tmp_path, hook, capsys):
+    monitor = gwa_logging.watch(model, early_stop=EarlyStop(warmup=0, patience=1), directory=tmp_path / "runs")
+    run_epochs(monitor, (4, 1, 1, 8))
+    monitor.close()
+    assert main(["notify", str(monitor.journal.parent), hook.url]) == 0
+    assert capsys.readouterr().out == "json://***: nothing sent, because no stop alert stands\n"
+    assert hook.received.empty()
+
+
+@pytest.mark.parametrize(
+    ("folder", "url", "problem"),
+    [("nowhere", "json://localhost", "is not a folder"), ("run", "slak://Token123", "unknown service 'slak://'")],
+)
+def test_a_wrong_folder_or_url_is_an_error_in_one_line(tmp_path, capsys, folder, url, problem):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / FILE_NAME).touch()
+    assert main(["notify", str(tmp_path / folder), url]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("gwa-logging: ")
+    assert problem in err
+    assert "Token" not in err
+    assert err.count("\n") == 1
 
 
 BAD = [
