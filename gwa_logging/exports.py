@@ -1,4 +1,4 @@
-"""The suspects in the formats of other tools: CSV, pandas, Hugging Face datasets, cleanlab and Label Studio.
+"""The suspects in the formats of other tools: CSV, pandas, Hugging Face datasets, cleanlab, Label Studio and Spotlight.
 
 table = monitor.suspects_table()
 table.write_csv("samples.csv")
@@ -84,8 +84,9 @@ def add_score_column(dataset: Any, table: SuspectsTable, name: str = "gwa_score"
     """Returns a Hugging Face data set with the mean scores as a column; row i gets the score of the sample with id i.
 
     Raises:
-        InvalidInputError: the data set does not have one row for each sample.
+        InvalidInputError: the data set does not have one row for each sample, or `table` is not a SuspectsTable.
     """
+    _check_table(table)
     if len(dataset) != len(table):
         raise InvalidInputError(
             f"dataset: has {len(dataset)} rows, but the ledger has {len(table)} samples; pass the data set whose row numbers "
@@ -151,8 +152,10 @@ def label_studio_tasks(
         k: number of tasks.
 
     Raises:
-        InvalidInputError: the number of images is not the number of samples, or a class has no name.
+        InvalidInputError: the number of images is not the number of samples, a class has no name, or `table` is not a
+            SuspectsTable.
     """
+    _check_table(table)
     if len(images) != len(table):
         raise InvalidInputError(f"images: expected {len(table)}, one for each sample, found {len(images)}")
     largest = max(int(table.label.max(initial=0)), int(table.predicted.max(initial=0)))
@@ -171,3 +174,51 @@ def _task(table: SuspectsTable, sample: int, images: Sequence[str], classes: Seq
         choice = {"from_name": "label", "to_name": "image", "type": "choices"}
         prediction["result"] = [{**choice, "value": {"choices": [classes[predicted]]}}]
     return {"data": data, "predictions": [prediction]}
+
+
+def spotlight_issue(table: SuspectsTable, k: int = 100, columns: Sequence[str] = ()) -> Any:
+    """Returns the k most suspect samples as an issue for Renumics Spotlight, which lists and selects them.
+
+    Show it with `spotlight.show(frame, issues=[issue])`; row i of the frame must be the sample with id i, as in
+    `table.to_pandas()`. Samples never seen are left out.
+
+    Args:
+        table: from `monitor.suspects_table()`.
+        k: number of samples.
+        columns: names of the frame's columns that the issue is about, such as that of the labels.
+
+    Returns:
+        A renumics.spotlight.analysis.DataIssue.
+
+    Raises:
+        InvalidInputError: Spotlight is not installed, k is less than 1, or `table` is not a SuspectsTable.
+    """
+    _check_table(table)
+    try:
+        from renumics.spotlight.analysis import DataIssue
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "renumics":
+            raise
+        raise InvalidInputError(
+            "spotlight_issue(): Spotlight is not installed. Install it with: pip install renumics-spotlight "
+            "(version 1.8 needs pandas 2)"
+        ) from error
+    rows = table.most_suspect(k)
+    label, predicted = table.label[rows], table.predicted[rows]
+    differ = int(((label != predicted) & (label != UNKNOWN) & (predicted != UNKNOWN)).sum())
+    return DataIssue(
+        title="Labels that are probably wrong (GWA)",
+        rows=rows.tolist(),
+        severity="medium",
+        columns=list(columns) or None,
+        description=(
+            f"The {len(rows)} samples with the lowest mean alignment score: their gradient at the classifier head keeps "
+            f"opposing the head's weights. For {differ} of them the predicted class differs from the label. A correctly labelled sample "
+            "that is hard or rare has a low score too."
+        ),
+    )
+
+
+def _check_table(table: Any) -> None:
+    if not isinstance(table, SuspectsTable):
+        raise InvalidInputError(f"table: expected monitor.suspects_table(), found {type(table).__name__}")

@@ -2,14 +2,25 @@
 
 import csv
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
 
 from gwa_logging import InvalidInputError
-from gwa_logging.exports import SuspectsTable, add_score_column, label_studio_tasks, register_cleanlab_issue
+from gwa_logging.exports import (
+    SuspectsTable,
+    add_score_column,
+    label_studio_tasks,
+    register_cleanlab_issue,
+    spotlight_issue,
+)
 from tests.trackers import BATCH, BATCHES, Training
 
 N = BATCH * BATCHES
@@ -122,3 +133,52 @@ def test_label_studio_needs_an_image_for_each_sample_and_a_name_for_each_class()
         label_studio_tasks(TABLE, ["a.png"], ["cat", "dog", "owl"])
     with pytest.raises(InvalidInputError, match="classes: expected at least 3 names, found 2"):
         label_studio_tasks(TABLE, ["a", "b", "c", "d"], ["cat", "dog"])
+
+
+@dataclass(config=ConfigDict(strict=True, extra="forbid"))
+class DataIssue:
+    """The fields of the issues of Spotlight 1.8, which cannot be installed beside pandas 3."""
+
+    title: str
+    rows: list[int]
+    severity: Literal["low", "medium", "high"] = "medium"
+    columns: list[str] | None = None
+    description: str = ""
+
+
+@pytest.fixture
+def spotlight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes `renumics.spotlight.analysis` importable, with its documented DataIssue."""
+    for name in ("renumics", "renumics.spotlight", "renumics.spotlight.analysis"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setattr(sys.modules["renumics.spotlight.analysis"], "DataIssue", DataIssue, raising=False)
+
+
+@pytest.mark.usefixtures("spotlight")
+def test_spotlight_lists_the_most_suspect_samples_by_row():
+    issue = spotlight_issue(TABLE, k=2, columns=["label"])
+    assert (issue.rows, issue.columns, issue.severity) == ([1, 3], ["label"], "medium")
+    assert "For 1 of them the predicted class differs from the label" in issue.description
+    assert spotlight_issue(TABLE).rows == [1, 3, 0]
+    assert spotlight_issue(TABLE).columns is None
+    with pytest.raises(InvalidInputError, match="k=0"):
+        spotlight_issue(TABLE, k=0)
+
+
+def test_without_spotlight_the_error_has_the_pip_line():
+    with pytest.raises(InvalidInputError, match="pip install renumics-spotlight"):
+        spotlight_issue(TABLE)
+
+
+EXPORTS: dict[str, Any] = {
+    "datasets": lambda table: add_score_column([], table),
+    "Label Studio": lambda table: label_studio_tasks(table, [], []),
+    "Spotlight": spotlight_issue,
+}
+
+
+@pytest.mark.parametrize("export", EXPORTS.values(), ids=EXPORTS.keys())
+@pytest.mark.parametrize("wrong", [None, [], {"mean_score": [0.1]}], ids=["None", "a list of suspects", "a dict"])
+def test_what_is_no_table_is_an_error_that_names_the_call(export, wrong):
+    with pytest.raises(InvalidInputError, match=r"table: expected monitor\.suspects_table\(\), found "):
+        export(wrong)
