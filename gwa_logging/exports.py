@@ -213,8 +213,8 @@ def spotlight_issue(table: SuspectsTable, k: int = 100, columns: Sequence[str] =
         columns=list(columns) or None,
         description=(
             f"The {len(rows)} samples with the lowest mean alignment score: their gradient at the classifier head keeps "
-            f"opposing the head's weights. For {differ} of them the predicted class differs from the label. A correctly labelled sample "
-            "that is hard or rare has a low score too."
+            f"opposing the head's weights. For {differ} of them the predicted class differs from the label. "
+            "A correctly labelled sample that is hard or rare has a low score too."
         ),
     )
 
