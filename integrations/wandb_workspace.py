@@ -221,7 +221,7 @@ def _connect(entity: str, project: str) -> wandb.Api:
         ) from error
     try:
         api = wandb.Api()
-    except Exception as error:  # noqa: BLE001 - whatever wandb raises
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - in a terminal W&B asks for a key, until Ctrl-C
         raise _refusal(
             f"workspace: {address} has not accepted an API key. Run `wandb login` or set WANDB_API_KEY", error
         ) from None
@@ -244,7 +244,7 @@ def _saved(view: Any, what: str) -> str:
         raise _refusal(f"W&B did not save {what}", error) from (None if has_secret(error) else error)
 
 
-def _refusal(problem: str, error: Exception, remedy: str = "") -> BackendError:
+def _refusal(problem: str, error: BaseException, remedy: str = "") -> BackendError:
     reason = " ".join(str(error).split()) or type(error).__name__
     if len(reason) > _LONGEST_REASON:
         reason = f"{reason[:_LONGEST_REASON]}..."

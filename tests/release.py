@@ -81,6 +81,48 @@ else:
     raise AssertionError("mlflow-skinny has opened a database")
 """
 
+NOTIFY = """
+import http.server, subprocess, sys, threading
+from pathlib import Path
+received = []
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        received.append(self.rfile.read(int(self.headers["Content-Length"])))
+        self.send_response(200)
+        self.end_headers()
+    def log_message(self, *arguments):
+        pass
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+program = str(Path(sys.executable).parent / "gwa-logging")
+subprocess.run([program, "notify-test", f"json://127.0.0.1:{server.server_port}/"], check=True)
+assert b"image/png" in received[0]
+"""
+
+WORKSPACE = (
+    (ROOT / "tests" / "wandb_graphql.py").read_text()
+    + """
+import os, subprocess, sys
+from pathlib import Path
+program = str(Path(sys.executable).parent / "gwa-logging")
+with GraphQLServer() as server:
+    environment = {**os.environ, "WANDB_BASE_URL": server.address, "WANDB_API_KEY": "a" * 40}
+    subprocess.run([program, "workspace", f"{ENTITY}/{PROJECT}"], env=environment, check=True)
+    server.summary = {"gwa/best_epoch": 1}
+    subprocess.run([program, "workspace", f"{ENTITY}/{PROJECT}", "--report", RUN], env=environment, check=True)
+    assert len(server.views) == 2, server.unknown
+"""
+)
+
+CLEANLAB = """
+import cleanlab
+from gwa_logging.exports import register_cleanlab_issue
+register_cleanlab_issue()
+lab = cleanlab.Datalab({"label": [0, 1, 0, 1]}, label_name="label", verbosity=0)
+lab.find_issues(issue_types={"gwa": {"label_quality": [0.6, 0.25, 1.0, 0.55]}})
+assert lab.get_issues("gwa")["is_gwa_issue"].tolist() == [False, True, False, False]
+"""
+
 TRACKERS = ("wandb", "mlflow", "tensorboard", "trackio")
 TRAINERS = {
     "lightning": "lightning",
@@ -107,6 +149,10 @@ RUNS = {
     "torch,report": TORCH.replace("BACKEND", "local") + REPORT,
     **{f"torch,{name}": TORCH.replace("BACKEND", name) for name in TRACKERS},
     "torch,mlflow-skinny": TORCH.replace("BACKEND", "mlflow") + SKINNY,
+    "notify": NOTIFY,
+    "workspace": WORKSPACE,
+    "cleanlab": CLEANLAB,
+    "trl": trainer("transformers") + "import trl\n",
     **{extras: trainer(name) for name, extras in TRAINERS.items()},
 }
 

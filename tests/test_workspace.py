@@ -213,6 +213,16 @@ def test_a_missing_or_refused_key_names_the_remedy(server, capsys, monkeypatch, 
     assert err.count("\n") == 1
 
 
+def test_a_user_who_gives_no_key_when_asked_sees_the_same_error(server, capsys, monkeypatch):
+    def ask(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt  # Ctrl-C, or the end of the input
+
+    monkeypatch.delenv("WANDB_API_KEY")
+    monkeypatch.setattr(wandb.sdk.lib.wbauth.authenticate, "_use_prompted_auth", ask)
+    assert run(capsys, WHERE)[0] == 2
+    assert server.views == []
+
+
 def test_without_a_network_the_error_comes_within_seconds(capsys, monkeypatch):
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     code, out, err = run(capsys, WHERE)
@@ -231,3 +241,14 @@ def test_without_the_package_the_error_has_the_pip_line(capsys, monkeypatch, pac
         assert main(["workspace", WHERE]) == 2
     err = capsys.readouterr().err
     assert f"{package} is not installed. Install it with: pip install 'gwa-logging[workspace]'" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operation", ["GetProject", "UpsertView2"])
+def test_a_server_that_keeps_failing_is_given_up(server, capsys, operation):
+    server.status[operation] = 500  # W&B's own client tries again for about 20 seconds
+    code, out, err = run(capsys, WHERE)
+    assert (code, out) == (2, "")
+    assert WHERE in err
+    assert err.count("\n") == 1
+    assert server.views == []
