@@ -46,7 +46,7 @@ _LONGEST_REASON = 300  # characters of a server's response in an error
 
 
 def save_workspace(project: str, name: str = "gwa") -> str:
-    """Saves a new workspace with the panels for all runs of a project. Nobody else's view of the project changes.
+    """Saves a new workspace with the panels for all runs of a project. Existing workspaces stay as they are.
 
     Args:
         project: "entity/project".
@@ -57,7 +57,7 @@ def save_workspace(project: str, name: str = "gwa") -> str:
 
     Raises:
         InvalidInputError: an argument is malformed.
-        BackendError: there is no key, no network or no such project, or W&B refuses.
+        BackendError: the key, the network or the project is missing, or W&B refuses.
     """
     entity, project = _split(project)
     _check_name(name)
@@ -96,7 +96,7 @@ def save_report(project: str, run: str, name: str = "gwa") -> str:
 
     Raises:
         InvalidInputError: an argument is malformed, or the run has no metric with this prefix.
-        BackendError: there is no key, no network, no such project or run, or W&B refuses.
+        BackendError: the key, the network, the project or the run is missing, or W&B refuses.
     """
     entity, project = _split(project)
     _check_name(name)

@@ -174,7 +174,7 @@ def test_a_report_of_a_run_with_suspects_has_their_table_and_no_two_panels_overl
         (["https://wandb.ai/team/digits"], "expected ENTITY/PROJECT"),
         ([WHERE, "--name", "a b"], "--name 'a b': expected the name= of watch()"),
         ([WHERE, "--report", "a b"], f"--report 'a b': expected a run's id, or {WHERE}/ID"),
-        ([f"nobody/{PROJECT}"], f"cannot find the project nobody/{PROJECT}"),
+        ([f"other/{PROJECT}"], f"cannot find the project other/{PROJECT}"),
         ([WHERE, "--report", "run2"], "cannot read the run 'run2' of team/digits"),
         (
             [WHERE, "--report", RUN, "--name", "net"],
