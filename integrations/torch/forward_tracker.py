@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gwa_logging.faults import Faults
 from gwa_logging.integrations.torch.module_patch import ModulePatch, is_tracing, unchecked
 from gwa_logging.integrations.torch.tags import Tags
+from gwa_logging.integrations.torch.units import note_rows
 
 
 class ForwardTracker:
@@ -90,10 +91,7 @@ class ForwardTracker:
             self._is_grouped = False  # only the rows of one call can be grouped
         has_more_rows = self._sizes and self._rows > self._sizes[0] and self._rows not in self._sizes
         if has_more_rows and self._notes_rows and not self._is_grouped:
-            self._faults.note(
-                f"the head saw {self._rows} rows in one pass of {self._sizes[0]} inputs. Each row with a gradient (a token, a "
-                "view, a clip) counts as a sample"
-            )
+            note_rows(self._faults, self._rows, self._sizes[0])
         self._is_known = True
         if not (self._is_compiled or self._is_grouped or (self._calls > 1 and self._keeps_samples)):
             self.close()

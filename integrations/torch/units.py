@@ -64,11 +64,21 @@ class Unit:
             )
 
     def _tell(self, rows: int, inputs: int) -> None:
-        seen = f"the head saw {rows} rows in one pass of {inputs} inputs"
         if self.pools:
-            self._faults.note(f"{seen}, and the loss pools the rows of an input. Each input counts as a sample")
+            self._faults.note(
+                f"the head saw {rows} rows in one pass of {inputs} inputs, and the loss pools the rows of an input. Each input "
+                "counts as a sample"
+            )
         else:
-            self._faults.note(f"{seen}. Each row with a gradient (a token, a view, a clip) counts as a sample")
+            note_rows(self._faults, rows, inputs)
+
+
+def note_rows(faults: Faults, rows: int, inputs: int) -> None:
+    """Notes that each row of the head is a sample, although there are fewer inputs."""
+    faults.note(
+        f"the head saw {rows} rows in one pass of {inputs} inputs. Each row with a gradient (a token, a view, a clip) counts "
+        "as a sample"
+    )
 
 
 def pooled_prediction(delta: Tensor, logits: Tensor) -> Tensor:
