@@ -34,12 +34,13 @@ from gwa_logging.integrations.torch.module_patch import (
 from gwa_logging.integrations.torch.rows import FIRST
 from gwa_logging.integrations.torch.scores import Terms, frobenius_norm
 from gwa_logging.integrations.torch.tags import Tag
+from gwa_logging.integrations.torch.watched_weights import register
 
 _will_execute = torch._C._will_engine_execute_node
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _in_transform() -> bool:
+def is_in_transform() -> bool:
     """Returns True inside torch.func's grad, vmap and the like, whose tensors do not outlive them.
 
     The compiler evaluates this while it traces, and keeps the answer.
@@ -73,21 +74,22 @@ class HeadProbe:
         self.on_step = on_step
         self._faults = faults
         self._forward_tracker = forward_tracker
-        self._compiled = CompiledProbe(
+        self.compiled = CompiledProbe(
             layer, accumulator.tags, self.rows_arrived, keeps_samples=accumulator.keeps_samples
         )
         self._head_moved(layer.module)
+        register(self)
         before = self.before if layer.taps_input else None
         self._patch = weakref.ref(
             ModulePatch(layer.module, before=before, after=self.after, moved=self._head_moved, copied=copied)
         )
 
     def _head_moved(self, head: nn.Module) -> None:
-        self._compiled.move_to(next(head.parameters()).device)
+        self.compiled.move_to(next(head.parameters()).device)
 
     def swap_slots(self) -> None:
         """Stops counting compiled passes, or resumes."""
-        self._compiled.swap_slots()
+        self.compiled.swap_slots()
 
     @scripted_as(before_in_script)
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -100,9 +102,9 @@ class HeadProbe:
         if not isinstance(embeddings, Tensor) or not embeddings.requires_grad:
             return None
         if torch.compiler.is_compiling():
-            if is_exporting() or _in_transform():
+            if is_exporting() or is_in_transform():
                 return None
-            tapped = self._compiled.tap_input(module, embeddings)
+            tapped = self.compiled.tap_input(module, embeddings)
             if tapped is None:
                 return None
         else:
@@ -116,17 +118,18 @@ class HeadProbe:
         if not self.enabled or not isinstance(logits, Tensor) or not logits.requires_grad:
             return None
         if not module.training:
-            unchecked(self._set_saw_evaluation)
+            unchecked(self.set_saw_evaluation)
             return None
         if torch.compiler.is_compiling():
-            if is_exporting() or _in_transform():
+            if is_exporting() or is_in_transform():
                 return None
-            return self._compiled.tap_logits(module, _input(args, kwargs), logits)
+            return self.compiled.tap_logits(module, _input(args, kwargs), logits)
         if not is_tracing():
             self.observe_call(module, _input(args, kwargs), logits)
         return None
 
-    def _set_saw_evaluation(self) -> None:
+    def set_saw_evaluation(self) -> None:
+        """Notes a pass that would have counted in training mode."""
         self.saw_evaluation = True
 
     def rows_arrived(self, rows: Tensor, tag: Tag, has_positions: bool) -> None:
@@ -161,8 +164,8 @@ class HeadProbe:
         """
         if self.tags.paused:
             return
-        if _in_transform():
-            self._faults.record("torch.func", "passes inside its transforms (grad, vmap and the like) are not observed")
+        if is_in_transform():
+            self.record_transform()
             return
         try:
             untapped = getattr(embeddings, "_gwa_tapped", None)
@@ -181,10 +184,7 @@ class HeadProbe:
                 taken = _Pass(self, module, embeddings, logits, logits.grad_fn)
                 taken.keep(module, logits)
                 logits.register_hook(taken.all_arrived)
-            if self._forward_tracker is not None:
-                self._forward_tracker.head_called(self.layer.rows(logits))
-                if not self._forward_tracker.is_open:
-                    self._forward_tracker = None
+            self.head_called(self.layer.rows(logits))
         except Exception as error:  # noqa: BLE001 - nothing may reach the user's forward pass
             if type(getattr(module, "weight", None)).__name__ == "ExpandedWeight":
                 self._faults.record(
@@ -193,6 +193,31 @@ class HeadProbe:
                 )
             else:
                 self.fault(error)
+
+    def head_called(self, rows: int) -> None:
+        """Counts an eager training pass of the head, and its rows."""
+        if self._forward_tracker is not None:
+            self._forward_tracker.head_called(rows)
+            if not self._forward_tracker.is_open:
+                self._forward_tracker = None
+
+    def counts(self, tag: Tag, weight_node: Any) -> bool:
+        """Returns True if a backward pass that has arrived counts. Else its ids go to the next pass.
+
+        Args:
+            tag: the ids of the pass.
+            weight_node: see `_weight_node`.
+        """
+        if not self.enabled:
+            return False
+        is_counted = not self.tags.paused and _is_executed(weight_node)
+        if tag.samples is not None:
+            (self.tags.use if is_counted else self.tags.give_back)(tag)
+        return is_counted
+
+    def record_transform(self) -> None:
+        """Records that a pass inside a transform of torch.func is not observed."""
+        self._faults.record("torch.func", "passes inside its transforms (grad, vmap and the like) are not observed")
 
     def fault(self, error: Exception) -> None:
         """Counts an error instead of raising it in the user's training step."""
@@ -310,11 +335,7 @@ class _Pass:
     def observe(self, terms: Terms) -> None:
         """Adds the terms if the probe is still on and this pass counts."""
         probe = self.probe
-        if not probe.enabled:
-            return
-        if probe.tags.paused or not _is_executed(self.weight_node):
-            if self.samples is not None:
-                probe.tags.give_back(self.tag)
+        if not probe.counts(self.tag, self.weight_node):
             return
         bias = self.bias
         if self.embeddings._version + (0 if bias is None else bias._version) != self.versions:
@@ -322,8 +343,6 @@ class _Pass:
             raise RuntimeError(
                 "the head's input or bias was changed in place between the forward and the backward pass"
             )
-        if self.samples is not None:
-            probe.tags.use(self.tag)
         probe.accumulator.add_terms(terms, self.samples, self.inputs)
         probe.on_step()
 
