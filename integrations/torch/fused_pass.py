@@ -62,6 +62,7 @@ def observed_pass(hidden: Tensor, weight: Tensor) -> tuple[FusedPass | None, Ten
         return None, None
     if torch.compiler.is_compiling():
         return None, probe.compiled.fused_leaf(hidden)
+    probe.saw_call = True
     if probe.tags.paused or is_tracing():
         return None, None
     try:

@@ -53,6 +53,7 @@ class HeadProbe:
 
     Attributes:
         enabled: False after `close`.
+        saw_call: True if the head was called, or its loss computed by `linear_cross_entropy`, outside a compiled graph.
         saw_evaluation: True if a pass would have counted if the head had been in training mode.
     """
 
@@ -69,7 +70,7 @@ class HeadProbe:
         self.enabled = True
         self.layer = layer
         self.tags = accumulator.tags
-        self.saw_evaluation = False
+        self.saw_call = self.saw_evaluation = False
         self.accumulator = accumulator
         self.on_step = on_step
         self._faults = faults
@@ -162,6 +163,7 @@ class HeadProbe:
             logits: its output.
             node: the output's node in the autograd graph, if the output has been changed in place since.
         """
+        self.saw_call = True
         if self.tags.paused:
             return
         if is_in_transform():
