@@ -160,7 +160,7 @@ def patch_fused_loss(model: nn.Module) -> "FusedLossPatch":
         The patch. Its `remove()` puts the original loss back; it is also a context manager.
 
     Raises:
-        InvalidInputError: the model has no such loss, or one with soft-capping.
+        InvalidInputError: no loss of the model can be replaced, or it caps its logits.
     """
     core = inside_adapters(model)
     removals: list[Callable[[], None]] = []
