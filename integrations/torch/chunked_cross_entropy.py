@@ -120,6 +120,7 @@ def compute(
                 _gradients(
                     delta, hidden[part], weight, None if factors is None else factors[part], wanted, result, part
                 )
+            del delta  # before the next chunk's logits are made
         if wanted.gradients:
             _complete(result.terms, shard)
     return result
@@ -225,8 +226,15 @@ def _without_autocast(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
+_SCHEMA = (
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? factors, int ignore_index, float label_smoothing, "
+    "SymInt chunk, bool gradients, bool weight_gradient, bool bias_gradient, bool predicted) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
 # In a compiled graph the loop is one operation. Traced, it would be unrolled, and compiled again for each number of rows.
-@torch.library.custom_op("gwa_logging::linear_cross_entropy", mutates_args=())
+@torch.library.custom_op("gwa_logging::linear_cross_entropy", mutates_args=(), schema=_SCHEMA)
 def _compute_op(
     hidden: Tensor,
     weight: Tensor,

@@ -41,16 +41,16 @@ def probe_of(weight: Tensor) -> Any:
     """The latest open probe whose head has this weight now; None if there is none.
 
     Sharded training puts another tensor at the head during a forward pass, so the head is looked at each time. The compiler
-    evaluates the search while it traces, and traces the rest.
+    evaluates the search while it traces, and traces the rest. It guards on `id` and `latest`: models of one class share graphs.
     """
-    key = _key_of(weight, _Registry.latest)
+    key = _key_of(weight, id(weight), _Registry.latest)
     probe = _Registry.probes[key]() if key else None
     return probe if probe is not None and probe.enabled else None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _key_of(weight: Tensor, latest: str) -> str:
-    """The key of the latest open probe that watches a weight, among those up to `latest`; "" if there is none."""
+def _key_of(weight: Tensor, identity: int, latest: str) -> str:
+    """The key of the latest open probe that watches a weight; "" if there is none."""
     for key, known in reversed(_Registry.probes.items()):
         probe = known()
         if probe is not None and probe.enabled:

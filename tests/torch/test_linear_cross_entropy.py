@@ -69,6 +69,10 @@ def watch(tmp_path) -> Iterator[Callable[..., Monitor]]:
         )
 
 
+RUN = ["eager", pytest.param("compiled", marks=pytest.mark.slow)]
+"""The fast tier has the compiled passes of `test_every_row_gets_its_score_and_its_predicted_class`, and one with two models."""
+
+
 def compiled_if(how: str, model: nn.Module, backend: str = "aot_eager") -> nn.Module:
     return torch.compile(model, fullgraph=True, backend=backend) if how == "compiled" else model
 
@@ -208,7 +212,7 @@ def test_a_watched_model_gets_the_score_of_every_row_without_another_line(watch,
     assert (report.count, monitor.faults) == (int((target != -100).sum()), {})
 
 
-@pytest.mark.parametrize("how", ["eager", "compiled"])
+@pytest.mark.parametrize("how", RUN)
 def test_ids_of_inputs_get_the_mean_of_their_rows(watch, how):
     model, steps = Decoder(), 3
     monitor, trained = watch(model, num_samples=B), compiled_if(how, model)
@@ -226,8 +230,15 @@ def test_ids_of_inputs_get_the_mean_of_their_rows(watch, how):
     assert monitor.end_epoch().count == rows
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("how", ["eager", "compiled"])
+@pytest.mark.parametrize(
+    ("how", "reduction"),
+    [
+        ("eager", "mean"),
+        ("eager", "none"),
+        ("compiled", "mean"),
+        pytest.param("compiled", "none", marks=pytest.mark.slow),
+    ],
+)
 def test_every_row_gets_its_score_and_its_predicted_class(watch, how, reduction):
     model, (x, target) = Decoder(reduction=reduction, bias=False), batch()
     monitor = watch(model, num_samples=B * T, labels=target.flatten().clamp(min=0))
@@ -254,6 +265,7 @@ def test_one_graph_of_inductor_is_right_for_different_numbers_of_rows(watch):
     assert is_close(monitor.end_epoch(), np.concatenate(expected))
 
 
+@pytest.mark.slow
 def test_a_compiled_graph_notices_that_watching_begins_and_ends(watch):
     model, (x, target) = Decoder(), batch()
     trained = compiled_if("compiled", model)
@@ -268,7 +280,18 @@ def test_a_compiled_graph_notices_that_watching_begins_and_ends(watch):
     assert is_close(second.end_epoch(), oracle(model, x, target))
 
 
-@pytest.mark.parametrize("how", ["eager", "compiled"])
+@pytest.mark.parametrize("first", [pytest.param("watched", marks=pytest.mark.slow), "other"])
+def test_models_of_one_class_that_share_a_compiled_graph_keep_their_scores_apart(watch, first):
+    models, (x, target) = {"watched": Decoder(), "other": Decoder()}, batch()
+    monitor = watch(models["watched"])
+    trained = {name: compiled_if("compiled", model) for name, model in models.items()}
+    second = "other" if first == "watched" else "watched"
+    for name in (first, second, first):
+        trained[name](x, target).backward()
+    assert monitor.end_epoch().count == (2 if first == "watched" else 1) * int((target != -100).sum())
+
+
+@pytest.mark.parametrize("how", RUN)
 def test_passes_that_are_paused_in_eval_mode_or_without_gradients_do_not_count_and_leave_the_ids(watch, how):
     model, (x, target) = Decoder(), batch()
     monitor, trained = watch(model, num_samples=B), compiled_if(how, model)
