@@ -99,7 +99,7 @@ def _observed(
 ) -> Tensor:
     """The loss, observed if a probe watches the weight and anything is differentiated."""
     (local, local_weight, local_bias, target), shard = local_parts(hidden, weight, target, bias)
-    rows = target.reshape(-1)
+    rows = target.reshape(-1).to(torch.int64)
     is_trained = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (local, local_weight, local_bias)
     )
@@ -259,7 +259,8 @@ def _check(
     chunk: int | None,
 ) -> None:
     if weight.ndim != 2:
-        raise InvalidInputError(f"weight: expected [V, D], found {tuple(weight.shape)}")
+        partitioned = ". ZeRO-3 has partitioned it: gather it around the loss" if hasattr(weight, "ds_id") else ""
+        raise InvalidInputError(f"weight: expected [V, D], found {tuple(weight.shape)}{partitioned}")
     classes, features = weight.shape
     if hidden.ndim < 2 or hidden.shape[-1] != features:
         raise InvalidInputError(f"hidden: expected [..., {features}], as the weight's D, found {tuple(hidden.shape)}")

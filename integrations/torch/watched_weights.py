@@ -55,6 +55,14 @@ def _key_of(weight: Tensor, identity: int, latest: str) -> str:
         probe = known()
         if probe is not None and probe.enabled:
             module = probe.layer._module()
-            if module is not None and module._parameters.get("weight") is weight:
+            if module is not None and any(each is weight for each in _weights(module)):
                 return key
     return ""
+
+
+def _weights(module: Any) -> tuple[Any, Any]:
+    """What a module has as its weight: a parameter, or the plain tensor that FullyShardedDataParallel puts there in a pass.
+
+    Not by `module.weight`, which would compute a parametrised weight.
+    """
+    return module._parameters.get("weight"), module.__dict__.get("weight")

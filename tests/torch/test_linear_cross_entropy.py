@@ -343,6 +343,16 @@ def test_a_loss_scale_that_overflows_the_gradients_changes_no_score(watch, reduc
     assert monitor.end_epoch().excluded == int((target == -100).sum())
 
 
+def test_a_model_in_bfloat16_gets_its_scores_and_a_loss_in_float32(watch):
+    model, (x, target) = Decoder().bfloat16(), batch()
+    monitor = watch(model, num_samples=B * T)
+    monitor.tag(EVERY_ROW)
+    loss = model(x.bfloat16(), target)
+    loss.backward()
+    assert np.allclose(by_row(monitor), oracle(model, x.bfloat16(), target), atol=5e-3, equal_nan=True)
+    assert (loss.dtype, model.lm_head.weight.grad.dtype) == (torch.float32, torch.bfloat16)
+
+
 def test_all_rows_ignored_give_the_loss_of_pytorch_zero_gradients_and_no_score(watch):
     model, (x, target) = Decoder(), batch()
     monitor = watch(model)
@@ -414,11 +424,23 @@ def test_transforms_of_torch_func_work_and_are_reported_as_not_observed(watch):
     assert monitor.end_epoch().count == int((target != -100).sum())
 
 
+def partitioned() -> Tensor:
+    """What is left of a parameter that DeepSpeed has partitioned."""
+    weight = torch.zeros(0)
+    weight.ds_id = 1
+    return weight
+
+
 H, W, Y = torch.zeros(3, 4), torch.zeros(5, 4), torch.tensor([0, 1, 2])
 WRONG = {
     "width": ((torch.zeros(3, 5), W, Y), {}, r"hidden: expected \[\.\.\., 4\], as the weight's D, found \(3, 5\)"),
     "one row": ((torch.zeros(4), W, torch.tensor(0)), {}, r"hidden: expected \[\.\.\., 4\].*found \(4,\)"),
     "weight": ((H, torch.zeros(5), Y), {}, r"weight: expected \[V, D\], found \(5,\)"),
+    "ZeRO-3": (
+        (H, partitioned(), Y),
+        {},
+        r"weight: expected \[V, D\], found \(0,\)\. ZeRO-3 has partitioned it: gather",
+    ),
     "rows": ((H, W, torch.tensor([0, 1])), {}, r"target: expected \(3,\), one class for each row.*found \(2,\)"),
     "probabilities": ((H, W, torch.zeros(3, 5)), {}, r"target: expected class indices.*use F\.cross_entropy"),
     "class": ((H, W, torch.tensor([0, 1, 5])), {}, r"target: expected classes in 0 to 4 or ignore.*found 0 to 5"),

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import gwa_logging
@@ -85,6 +85,17 @@ def sharded(*, by_parts: bool) -> Outcome:
     return outcome(fully_shard(model, mesh=mesh), own_rows(), reduction="sum")
 
 
+def sharded_by_wrapper() -> EpochReport:
+    """FullyShardedDataParallel, whose gradients are parts of flat parameters."""
+    model = FullyShardedDataParallel(Decoder(), device_id=torch.device("cpu"), use_orig_params=True)
+    (x, target), part = batch(), own_rows()
+    with gwa_logging.watch(model, head="lm_head") as monitor:
+        model(x[part], target[part]).backward()
+        report = monitor.end_epoch()
+        assert monitor.faults == {}
+    return report
+
+
 def head_sharded_alone() -> str:
     model, mesh = Decoder(), init_device_mesh("cpu", (distributed.get_world_size(),))
     fully_shard(model.lm_head, mesh=mesh)
@@ -132,7 +143,7 @@ SPLIT = {
 }
 SHARDED = {"FSDP2": partial(sharded, by_parts=False), "FSDP2, the body by itself": partial(sharded, by_parts=True)}
 REFUSED = {"the head sharded alone": head_sharded_alone, "split by features": features_split}
-WORLD = {**SPLIT, **SHARDED, **REFUSED, "a class that no rank has": classes_out_of_range}
+WORLD = {**SPLIT, **SHARDED, **REFUSED, "FSDP": sharded_by_wrapper, "a class that no rank has": classes_out_of_range}
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -185,6 +196,12 @@ def test_sharded_parameters_give_the_gradients_and_scores_of_one_process(world, 
     assert sum(found.loss for found in results) == pytest.approx(expected.loss, abs=1e-5)
     for found in results:  # fully_shard averages the gradients over the ranks
         assert_same(found, expected, gradient_factor=world.ranks)
+
+
+def test_parameters_that_a_wrapper_shards_give_the_scores_of_one_process(world, tmp_path):
+    expected = alone(11, "sum", tmp_path).report
+    for found in world["FSDP"]:
+        assert (found.count, found.mean) == (expected.count, pytest.approx(expected.mean, abs=1e-6))
 
 
 def test_what_is_not_supported_is_refused_with_the_remedy(world):
