@@ -82,6 +82,16 @@ def test_the_ledger_benchmark_runs_with_few_samples():
     assert "JAX, 1000 samples: end_epoch()" in output
 
 
+@pytest.mark.slow
+def test_the_benchmark_of_language_models_shows_that_the_fused_loss_needs_a_fraction_of_the_memory():
+    size = ("--vocabulary", "20000", "--rows", "4096", "--width", "16", "--seconds", "0.1")
+    lines = run("-m", "benchmarks.language_models", *size).splitlines()
+    figures = {way: json.loads("{" + rest) for way, _, rest in (line.partition(" {") for line in lines)}
+    assert {"20000 full logits", "20000 bare", "20000 watched", "20000 again"} <= figures.keys()
+    for way in ("bare", "watched"):
+        assert 2.5 * figures[f"20000 {way}"]["peak_mb"] < figures["20000 full logits"]["peak_mb"]
+
+
 @pytest.mark.parametrize("folder", ["benchmarks", "examples"])
 def test_benchmarks_and_examples_import_no_tests(folder):
     found = []

@@ -3,8 +3,20 @@
 from gwa_logging.integrations.torch.adapter import TorchAdapter, attach
 from gwa_logging.integrations.torch.find_head import Head, describe, find_head
 from gwa_logging.integrations.torch.find_head import inside_adapters as subject
+from gwa_logging.integrations.torch.fused_losses import FusedLossPatch, patch_fused_loss
+from gwa_logging.integrations.torch.linear_cross_entropy import linear_cross_entropy
 
 SEVERAL_HEADS = True
 """True: `head=` accepts a list."""
 
-__all__ = ["Head", "TorchAdapter", "attach", "describe", "find_head", "subject"]
+__all__ = [
+    "FusedLossPatch",
+    "Head",
+    "TorchAdapter",
+    "attach",
+    "describe",
+    "find_head",
+    "linear_cross_entropy",
+    "patch_fused_loss",
+    "subject",
+]

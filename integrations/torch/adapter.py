@@ -27,6 +27,7 @@ from gwa_logging.integrations.torch.distributed import (
 from gwa_logging.integrations.torch.find_head import NOT_FOUND_YET, Head, find_head, inside_adapters, unwrapped
 from gwa_logging.integrations.torch.first_pass import FirstPass, HeadCall
 from gwa_logging.integrations.torch.forward_tracker import ForwardTracker
+from gwa_logging.integrations.torch.fused_losses import culprit, silent_loss
 from gwa_logging.integrations.torch.head_layers import layer_of
 from gwa_logging.integrations.torch.head_location import HeadLocation
 from gwa_logging.integrations.torch.probe import HeadProbe
@@ -142,9 +143,12 @@ class TorchAdapter:
         if model is not None:
             self._watchdog = StepWatchdog(model, self)
         found, self._found = self._found, None
+        wrapped = self._wrapped()
+        if wrapped is not None and (silent := silent_loss(wrapped, found and found.module)):
+            self._faults.note(silent)
         if found is not None:
             self._watching = self._probe(found)
-        elif (wrapped := self._wrapped()) is not None:
+        elif wrapped is not None:
             self._watching = FirstPass(wrapped, self._on_head_found, self._on_copied)
 
     def _on_head_found(self, head: Head, calls: list[HeadCall]) -> None:
@@ -321,18 +325,26 @@ class TorchAdapter:
         self.check_head()
         changes = f"{self._changes}. " if self._changes else ""
         evaluation = ""
-        if isinstance(self._watching, HeadProbe) and self._watching.saw_evaluation:
+        probe = self._watching if isinstance(self._watching, HeadProbe) else None
+        if probe is not None and probe.saw_evaluation:
             evaluation = (
                 "There were passes with the head in eval mode, which are not counted: call model.train(), or train() on "
                 "the head alone. "
             )
         return (
-            f"Watched: {self.head}. {changes}{evaluation}Check that loss.backward() runs on the output of this model in "
-            "training mode with gradients enabled; that the head is called as a module (not through F.linear on its weight, "
-            "nor in a fused loss); and that watch() came before the first call of a compiled model. If a compiled model's head "
-            "can only be found in a first pass, pass its path: watch(model, head='dotted.path'). Gradients that a compiled "
-            "model computes by torch.autograd.grad, backward(inputs=) or torch.func transforms are not observed."
+            f"Watched: {self.head}. {changes}{evaluation}{self._fused_loss(probe)}Check that loss.backward() runs on "
+            "the output of this model in training mode with gradients enabled; that the head is called as a module (not "
+            "through F.linear on its weight, nor in a fused loss other than linear_cross_entropy); and that watch() came "
+            "before the first call of a compiled model. If a compiled model's head can only be found in a first pass, pass "
+            "its path: watch(model, head='dotted.path'). Gradients that a compiled model computes by torch.autograd.grad, "
+            "backward(inputs=) or torch.func transforms are not observed."
         )
+
+    def _fused_loss(self, probe: HeadProbe | None) -> str:
+        """A sentence about a loss that never calls the head."""
+        model, head = self._wrapped(), None if probe is None else probe.layer._module()
+        found = "" if model is None else culprit(model, head, is_called=probe is not None and probe.saw_call)
+        return f"{found}. " if found else ""
 
     def close(self) -> None:
         """Removes the probe from the model."""

@@ -173,6 +173,10 @@ class CompiledProbe:
         weight = self._layer.weight(module)
         return LogitsProbe.apply(logits, embeddings, weight, module.bias, leaf, self._layer)  # type: ignore[no-any-return,no-untyped-call]
 
+    def fused_leaf(self, hidden: Tensor) -> Tensor | None:
+        """The leaf of a loss that uses the head's weight without calling the head; None if there are too many rows."""
+        return self._leaf(hidden.numel() // self._layer.features, any(size != 1 for size in hidden.shape[1:-1]))
+
     def _has_positions(self, rows: Tensor) -> bool:
         """Returns True if there are several rows for each input."""
         return not self._layer.pools_rows and any(size != 1 for size in rows.shape[1:-1])

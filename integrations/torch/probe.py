@@ -35,12 +35,12 @@ from gwa_logging.integrations.torch.rows import FIRST
 from gwa_logging.integrations.torch.scores import Terms, frobenius_norm
 from gwa_logging.integrations.torch.tags import Tag
 from gwa_logging.integrations.torch.units import Unit, pooled_prediction
-
-_will_execute = torch._C._will_engine_execute_node
+from gwa_logging.integrations.torch.watched_weights import register
+from gwa_logging.integrations.torch.weight_node import is_executed, weight_node
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _in_transform() -> bool:
+def is_in_transform() -> bool:
     """Returns True inside torch.func's grad, vmap and the like, whose tensors do not outlive them.
 
     The compiler evaluates this while it traces, and keeps the answer.
@@ -53,6 +53,7 @@ class HeadProbe:
 
     Attributes:
         enabled: False after `close`.
+        saw_call: True if the head was called, or its loss computed by `linear_cross_entropy`, outside a compiled graph.
         saw_evaluation: True if a pass would have counted if the head had been in training mode.
     """
 
@@ -70,27 +71,28 @@ class HeadProbe:
         self.enabled = True
         self.layer = layer
         self.tags = accumulator.tags
-        self.saw_evaluation = False
+        self.saw_call = self.saw_evaluation = False
         self.accumulator = accumulator
         self.on_step = on_step
         self.unit = unit
         self._faults = faults
         self._forward_tracker = forward_tracker
-        self._compiled = CompiledProbe(
+        self.compiled = CompiledProbe(
             layer, accumulator.tags, self.rows_arrived, keeps_samples=accumulator.keeps_samples
         )
         self._head_moved(layer.module)
+        register(self)
         before = self.before if layer.taps_input else None
         self._patch = weakref.ref(
             ModulePatch(layer.module, before=before, after=self.after, moved=self._head_moved, copied=copied)
         )
 
     def _head_moved(self, head: nn.Module) -> None:
-        self._compiled.move_to(next(head.parameters()).device)
+        self.compiled.move_to(next(head.parameters()).device)
 
     def swap_slots(self) -> None:
         """Stops counting compiled passes, or resumes."""
-        self._compiled.swap_slots()
+        self.compiled.swap_slots()
 
     @scripted_as(before_in_script)
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -103,9 +105,9 @@ class HeadProbe:
         if not isinstance(embeddings, Tensor) or not embeddings.requires_grad:
             return None
         if torch.compiler.is_compiling():
-            if is_exporting() or _in_transform():
+            if is_exporting() or is_in_transform():
                 return None
-            tapped = self._compiled.tap_input(module, embeddings)
+            tapped = self.compiled.tap_input(module, embeddings)
             if tapped is None:
                 return None
         elif self.unit.pools:
@@ -121,17 +123,18 @@ class HeadProbe:
         if not self.enabled or not isinstance(logits, Tensor) or not logits.requires_grad:
             return None
         if not module.training:
-            unchecked(self._set_saw_evaluation)
+            unchecked(self.set_saw_evaluation)
             return None
         if torch.compiler.is_compiling():
-            if is_exporting() or _in_transform():
+            if is_exporting() or is_in_transform():
                 return None
-            return self._compiled.tap_logits(module, _input(args, kwargs), logits)
+            return self.compiled.tap_logits(module, _input(args, kwargs), logits)
         if not is_tracing():
             self.observe_call(module, _input(args, kwargs), logits)
         return None
 
-    def _set_saw_evaluation(self) -> None:
+    def set_saw_evaluation(self) -> None:
+        """Notes a pass that would have counted in training mode."""
         self.saw_evaluation = True
 
     def rows_arrived(self, rows: Tensor, tag: Tag, has_positions: bool) -> None:
@@ -161,10 +164,11 @@ class HeadProbe:
             logits: its output.
             node: the output's node in the autograd graph, if the output has been changed in place since.
         """
+        self.saw_call = True
         if self.tags.paused:
             return
-        if _in_transform():
-            self._faults.record("torch.func", "passes inside its transforms (grad, vmap and the like) are not observed")
+        if is_in_transform():
+            self.record_transform()
             return
         try:
             untapped = getattr(embeddings, "_gwa_tapped", None)
@@ -183,10 +187,7 @@ class HeadProbe:
                 taken = _Pass(self, module, embeddings, logits, logits.grad_fn)
                 taken.keep(module, logits)
                 logits.register_hook(taken.all_arrived)
-            if self._forward_tracker is not None:
-                self._forward_tracker.head_called(self.layer.rows(logits), is_grouped=taken.groups > 0)
-                if not self._forward_tracker.is_open:
-                    self._forward_tracker = None
+            self.head_called(self.layer.rows(logits), is_grouped=taken.groups > 0)
         except Exception as error:  # noqa: BLE001 - nothing may reach the user's forward pass
             if type(getattr(module, "weight", None)).__name__ == "ExpandedWeight":
                 self._faults.record(
@@ -203,6 +204,31 @@ class HeadProbe:
         rows, tracker = logits.numel() // self.layer.classes, self._forward_tracker
         inputs = inputs_of(logits) or (0 if tracker is None else tracker.inputs_of(rows))
         return inputs if inputs < rows else 0
+
+    def head_called(self, rows: int, *, is_grouped: bool = False) -> None:
+        """Counts an eager training pass of the head; see `ForwardTracker.head_called`."""
+        if self._forward_tracker is not None:
+            self._forward_tracker.head_called(rows, is_grouped=is_grouped)
+            if not self._forward_tracker.is_open:
+                self._forward_tracker = None
+
+    def counts(self, tag: Tag, weight_node: Any) -> bool:
+        """Returns True if a backward pass that has arrived counts. Else its ids go to the next pass.
+
+        Args:
+            tag: the ids of the pass.
+            weight_node: see `weight_node`.
+        """
+        if not self.enabled:
+            return False
+        is_counted = not self.tags.paused and is_executed(weight_node)
+        if tag.samples is not None:
+            (self.tags.use if is_counted else self.tags.give_back)(tag)
+        return is_counted
+
+    def record_transform(self) -> None:
+        """Records that a pass inside a transform of torch.func is not observed."""
+        self._faults.record("torch.func", "passes inside its transforms (grad, vmap and the like) are not observed")
 
     def fault(self, error: Exception) -> None:
         """Counts an error instead of raising it in the user's training step."""
@@ -256,7 +282,7 @@ class _Pass:
         self.logits: Tensor | None = None
         self.logits_version = 0
         self.norms: tuple[Tensor, ...] = ()  # of delta, or of pooled rows
-        self.weight_node = _weight_node(node)
+        self.weight_node = weight_node(node)
         self.tag = probe.tags.take()
         self.samples = self.tag.samples
         self.inputs = 0
@@ -341,11 +367,7 @@ class _Pass:
     def observe(self, terms: Terms) -> None:
         """Adds the terms if the probe is still on and this pass counts."""
         probe = self.probe
-        if not probe.enabled:
-            return
-        if probe.tags.paused or not _is_executed(self.weight_node):
-            if self.samples is not None:
-                probe.tags.give_back(self.tag)
+        if not probe.counts(self.tag, self.weight_node):
             return
         bias = self.bias
         if self.embeddings._version + (0 if bias is None else bias._version) != self.versions:
@@ -353,35 +375,8 @@ class _Pass:
             raise RuntimeError(
                 "the head's input or bias was changed in place between the forward and the backward pass"
             )
-        if self.samples is not None:
-            probe.tags.use(self.tag)
         probe.accumulator.add_terms(terms, self.samples, self.inputs)
         probe.on_step()
-
-
-def _weight_node(node: Any) -> Any:
-    """The autograd node that accumulates the gradient of the head's weight, found from the node of its logits.
-
-    None if the weight gets no gradient or the node is unknown. PyTorch's linear layers and convolutions have their parameters
-    last.
-    """
-    edges: Any = () if node is None else node.next_functions
-    while len(edges) == 1 and edges[0][0] is not None:  # the logits of [..., D] are a view of those of [rows, D]
-        edges = edges[0][0].next_functions
-    return edges[-1][0] if len(edges) > 1 else None
-
-
-def _is_executed(node: Any) -> bool:
-    """Returns True if the running backward pass reaches a node, or if that is unknown.
-
-    A pass that computes the gradients of other tensors only, by autograd.grad or backward(inputs=), does not.
-    """
-    if node is None:
-        return True
-    try:
-        return _will_execute(node)
-    except RuntimeError:  # the node is a leaf that autograd.grad was asked for, or the backward pass is compiled
-        return True
 
 
 def _is_small_part(tensor: Tensor) -> bool:

@@ -63,6 +63,12 @@ class Unit:
                 "sample. If the loss pools them, pass unit='sample' to watch()"
             )
 
+    def note_fused(self) -> None:
+        """Notes that a loss without logits cannot score inputs."""
+        self._faults.note(
+            "unit='sample': linear_cross_entropy has a loss for each row, so each row with a gradient counts as a sample"
+        )
+
     def _tell(self, rows: int, inputs: int) -> None:
         if self.pools:
             self._faults.note(
