@@ -97,9 +97,10 @@ def _losses_and_deltas(plan: Plan, logits: Array, target: Array) -> tuple[Array,
     """
     classes, smoothing = logits.shape[-1], plan.label_smoothing
     is_label = jnp.arange(classes, dtype=target.dtype) == target[:, None]
-    is_class = (target >= 0) & (target < classes)
+    is_counted = target != plan.ignore_index
+    is_wrong = is_counted & ((target < 0) | (target >= classes))
     shifted = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    label = jnp.where(is_class, jnp.sum(jnp.where(is_label, shifted, 0), axis=-1), jnp.nan)
+    label = jnp.where(is_wrong, jnp.nan, jnp.sum(jnp.where(is_label, shifted, 0), axis=-1))
     exponentials = jnp.exp(shifted)
     others = jnp.sum(jnp.where(is_label, 0, exponentials), axis=-1)
     total = others + jnp.exp(label)
@@ -108,7 +109,6 @@ def _losses_and_deltas(plan: Plan, logits: Array, target: Array) -> tuple[Array,
         losses -= smoothing * jnp.mean(shifted, axis=-1)
     at_label = smoothing - others / total
     deltas = jnp.where(is_label, at_label[:, None], exponentials / total[:, None]) - smoothing / classes
-    is_counted = target != plan.ignore_index
     return jnp.where(is_counted, losses, 0), jnp.where(is_counted[:, None], deltas, 0)
 
 

@@ -97,7 +97,7 @@ def linear_cross_entropy(
     session = current_session()
     if session is None or probe is not None:
         return run(probe)
-    return session.fused_loss(FusedLoss(hidden, weight, bias, run, reduce))
+    return session.fused_loss(FusedLoss(hidden, weight, bias, target, run, reduce))
 
 
 def _run(

@@ -33,6 +33,7 @@ class FusedLoss(NamedTuple):
         hidden: the head's input, [..., D].
         weight: [D, V].
         bias: [V], or None.
+        target: int [...].
         run: computes the loss, given the probe or None.
         reduce: computes the loss from the losses of all rows [...].
     """
@@ -40,6 +41,7 @@ class FusedLoss(NamedTuple):
     hidden: Array
     weight: Array
     bias: Array | None
+    target: Array
     run: Callable[[Array | None], Array]
     reduce: Callable[[Array], Array]
 
@@ -173,10 +175,16 @@ class Discovery:
         return self._mark_output(self._mark_inputs(TAP_PATH, embeddings, weight, bias), logits, weight)
 
     def fused_loss(self, fused: FusedLoss) -> Array:
-        """Marks an array with the shape of the logits, which exists in no other trace than this one."""
-        hidden, weight, bias = fused.hidden, fused.weight, fused.bias
+        """Marks an array with the shape of the logits, which exists only in this abstract trace.
+
+        Like the logits and the loss it comes from all arguments, so that a vmap that maps any of them maps it too.
+        """
+        hidden, weight, bias, target = fused.hidden, fused.weight, fused.bias, fused.target
         number = self._mark_inputs(FUSED_PATH, hidden, weight, bias)
-        logits = jnp.broadcast_to(hidden[..., :1], (*hidden.shape[:-1], weight.shape[-1]))
+        mapped = (
+            weight.sum() + target.sum().astype(weight.dtype) + (0 if bias is None else bias.sum().astype(weight.dtype))
+        )
+        logits = jnp.broadcast_to(hidden.sum(-1, keepdims=True) + mapped, (*hidden.shape[:-1], weight.shape[-1]))
         return fused.reduce(self._mark_output(number, logits, weight)[..., 0])
 
     def unsupported(self, path: str, output: Array, reason: str) -> Array:
