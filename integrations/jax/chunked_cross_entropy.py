@@ -27,10 +27,10 @@ from gwa_logging.integrations.jax.probe import define_scores
 from gwa_logging.integrations.jax.scores import Terms, row_norms, row_products
 from gwa_logging.integrations.jax.sessions import vary_over, varying_axes
 
-_CHUNK_ELEMENTS = 2**26
-"""Logits in a chunk of the default size: 256 MiB in float32."""
+_CHUNK_ELEMENTS = 2**25
+"""Logits in a chunk of the default size: 128 MiB in float32."""
 
-_SMALLEST_CHUNK = 256
+_SMALLEST_CHUNK = 512
 """Rows of the smallest chunk of the default size. Every chunk reads and writes the gradient of the whole weight."""
 
 

@@ -54,7 +54,7 @@ def linear_cross_entropy(
         label_smoothing: in [0, 1]: the share of the target that is spread evenly over all classes.
         reduction: "mean" over the rows that are not ignored, 0 if there are none; "sum"; or "none", which computes the logits
             again in the backward pass.
-        chunk: rows whose logits are in memory at once. Default: 2**26 / V, at least 256.
+        chunk: rows whose logits are in memory at once. Default: 2**25 / V, at least 512.
         probe: float32 [...], zeros, one for each row; or None.
 
     Returns:
