@@ -10,6 +10,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -48,8 +49,8 @@ WAYS: dict[str, tuple[Loss, bool]] = {
 """The loss, and whether it is watched. "bare" is the fused loss without `watch`."""
 
 
-def compiled_step(way: str, args: argparse.Namespace, classes: int, directory: str) -> tuple[Step, float]:
-    """A training step of a body, a head and a loss, and its peak memory in MiB."""
+def compiled_step(way: str, args: argparse.Namespace, classes: int, resources: ExitStack) -> tuple[Step, float]:
+    """A training step of a body, a head and a loss, and its peak memory in MiB. `resources` closes its monitor."""
     loss, is_watched = WAYS[way]
     keys = jax.random.split(jax.random.key(0), 4)
     dtype = jnp.dtype(args.dtype)
@@ -63,7 +64,10 @@ def compiled_step(way: str, args: argparse.Namespace, classes: int, directory: s
     def loss_of(params: dict[str, jax.Array], x: jax.Array, target: jax.Array) -> jax.Array:
         return loss(jnp.tanh(x @ params["body"]), params["head"], target)
 
-    monitor = gwa_logging.watch(loss_of, directory=directory) if is_watched else None
+    monitor = None
+    if is_watched:
+        directory = resources.enter_context(tempfile.TemporaryDirectory())
+        monitor = resources.enter_context(gwa_logging.watch(loss_of, directory=directory, early_stop=None))
     differentiated = monitor.value_and_grad(loss_of) if monitor else jax.value_and_grad(loss_of)
 
     def train(params: dict[str, jax.Array], x: jax.Array, target: jax.Array) -> Any:
@@ -93,8 +97,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(arguments)
     results: dict[str, Any] = {}
     for classes in args.vocabulary:
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
-            make = partial(compiled_step, args=args, classes=classes, directory=directory)
+        with ExitStack() as resources:
+            make = partial(compiled_step, args=args, classes=classes, resources=resources)
             steps, peaks = zip(*(make(way) for way in WAYS), strict=True)
             found: dict[str, dict[str, float]] = {way: {"peak_mb": peak} for way, peak in zip(WAYS, peaks, strict=True)}
             if args.seconds:

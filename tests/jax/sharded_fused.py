@@ -93,12 +93,44 @@ def shard_map(step):
     return as_dict(value, scores, grads, count)
 
 
+def partly_manual(step):
+    """The batch is mapped by shard_map, and XLA shards the vocabulary inside."""
+    mesh = jax.make_mesh((2, 2), ("d", "m"), (AxisType.Auto,) * 2)
+    with gwa_logging.watch(step) as monitor:
+        value_and_grad = monitor.value_and_grad(step, argnums=(0, 1, 2))
+
+        def local(hidden, weight, bias, target):
+            (value, scores), (by_hidden, by_weight, by_bias) = value_and_grad(hidden, weight, bias, target)
+            return jax.lax.pmean(value, "d"), scores, (by_hidden / 2, by_weight / 2, by_bias / 2)
+
+        out = (P(), ROWS, (ROWS, P(), P()))
+        run = jax.shard_map(local, mesh=mesh, in_specs=(ROWS, P(), P(), ROWS), out_specs=out, axis_names={"d"})
+        value, scores, grads = jax.jit(run)(*placed(mesh, ROWS, P(None, "m"), P("m"), ROWS))
+        monitor.update(scores)
+        count = monitor.end_epoch().count
+    return as_dict(value, scores, grads, count)
+
+
+def part_of_the_vocabulary():
+    """The loss inside shard_map where each device holds a part of the vocabulary."""
+    mesh = jax.make_mesh((4,), ("m",), (AxisType.Auto,))
+    run = jax.shard_map(
+        lambda *arrays: jax.lax.pmean(loss(*arrays), "m"),
+        mesh=mesh,
+        in_specs=(P(), P(None, "m"), P("m"), P()),
+        out_specs=P(),
+    )
+    return jax.jit(run)(*WHOLE)
+
+
 if __name__ == "__main__":
     assert jax.device_count() == 4
+    assert jnp.isnan(part_of_the_vocabulary())
     results = {}
     for step in (loss, loss_by_row):
         results[f"one device, {step.__name__}"] = result(step, WHOLE)
         results[f"shard_map, {step.__name__}"] = shard_map(step)
+        results[f"shard_map of the batch alone, {step.__name__}"] = partly_manual(step)
         for way in (batch, vocabulary, features, sequence):
             for kind in (AxisType.Auto, AxisType.Explicit):
                 results[f"{way.__name__}, {kind.name.lower()}, {step.__name__}"] = way(step, kind)

@@ -303,7 +303,7 @@ def test_second_derivatives_equal_those_of_all_logits():
 
 
 def lm_arrays():
-    """Of several sequences: [3, 7, D], the head, and labels [3, 7]."""
+    """The inputs of three sequences: hidden states [3, 7, D] and labels [3, 7]."""
     return inputs((3, 7))
 
 
@@ -541,7 +541,7 @@ def sharded(tmp_path_factory) -> dict[str, Any]:
 def test_loss_gradients_and_scores_of_sharded_arrays_equal_those_of_one_device(sharded, step):
     one = sharded[f"one device, {step}"]
     ways = [name for name in sharded if name.endswith(f", {step}")]
-    assert len(ways) == 10
+    assert len(ways) == 11
     for name in ways:
         found = sharded[name]
         assert found["count"] == one["count"] == 40, name
