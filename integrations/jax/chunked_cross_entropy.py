@@ -137,6 +137,7 @@ def _split_rows(plan: Plan, rows: Rows, chunks: int) -> Rows:
     return Rows(_split(rows.hidden, chunks, 0), _split(rows.target, chunks, plan.ignore_index))
 
 
+@partial(jax.jit, static_argnums=0)  # compiled once, also for a step that is not jitted
 def _losses(plan: Plan, rows: Rows, weight: Array, bias: Array | None) -> Array:
     """The losses [N], without gradients."""
     number = len(rows.hidden)
@@ -149,6 +150,7 @@ def _losses(plan: Plan, rows: Rows, weight: Array, bias: Array | None) -> Array:
     return _join(losses, number)
 
 
+@partial(jax.jit, static_argnums=(0, 5))
 def _gradients(
     plan: Plan, rows: Rows, weight: Array, bias: Array | None, factors: Array | None, has_probe: bool
 ) -> tuple[Array, _Gradients, tuple[Array, Array, Array] | None]:
@@ -266,7 +268,8 @@ def row_losses(
     probe: Array | None,
 ) -> Array:
     """The losses [N], in the dtype of results; 0 for ignored rows. The arguments are those of `summed_loss`."""
-    return _losses(plan, rows, weight, bias)
+    losses: Array = _losses(plan, rows, weight, bias)
+    return losses
 
 
 def _row_losses_forward(

@@ -66,8 +66,8 @@ def linear_cross_entropy(
 
     Source: the score is that of "Gradient-Weight Alignment", arXiv 2510.25480, of each row.
     """
-    hidden, weight, target = jnp.asarray(hidden), jnp.asarray(weight), jnp.asarray(target)
-    bias = None if bias is None else jnp.asarray(bias)
+    hidden, weight, target = _array("hidden", hidden), _array("weight", weight), _array("target", target)
+    bias = None if bias is None else _array("bias", bias)
     _check_arrays(hidden, weight, target, bias, probe)
     _check_options(ignore_index, label_smoothing, reduction, chunk)
     dtype = jnp.promote_types(hidden.dtype, weight.dtype)
@@ -165,6 +165,13 @@ def _lift_through_vmap(
 
     losses: Array = of_one(probe, hidden, target, (weight, bias))
     return losses
+
+
+def _array(name: str, value: Any) -> Array:
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise InvalidInputError(f"{name}: expected an array, found {type(value).__name__}: {error}") from error
 
 
 def _check_arrays(hidden: Array, weight: Array, target: Array, bias: Array | None, probe: Array | None) -> None:

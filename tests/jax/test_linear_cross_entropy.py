@@ -166,6 +166,7 @@ ARRAYS = inputs()
         ({"bias": jnp.ones(D)}, r"bias: expected shape \(40,\) .* found \(12,\)"),
         ({"probe": jnp.zeros(3)}, r"probe: expected shape \(23,\) .* found \(3,\)"),
         ({"hidden": jnp.ones(())}, r"hidden: expected an array \[\.\.\., D\]"),
+        ({"weight": {"kernel": ARRAYS[1]}}, r"weight: expected an array, found dict"),
         ({"ignore_index": 0.5}, r"ignore_index: expected an int, found 0\.5"),
         ({"label_smoothing": 1.5}, r"label_smoothing: expected a number in \[0, 1\], found 1\.5"),
         ({"reduction": "avg"}, r"reduction: expected 'mean', 'sum' or 'none', found 'avg'"),
@@ -395,6 +396,24 @@ def test_remat_and_accumulation_in_a_scan_change_nothing():
 
 
 @pytest.mark.slow
+def test_a_step_that_is_not_jitted_compiles_once(caplog):
+    hidden, weight, bias, target = lm_arrays()
+
+    def loss(weight):
+        return linear_cross_entropy(hidden, weight, target, bias, chunk=6)
+
+    with gwa_logging.watch(loss) as monitor:
+        step = monitor.value_and_grad(loss)
+        (_, first), _ = step(weight)
+        with jax.log_compiles(), caplog.at_level("DEBUG"):
+            (_, second), _ = step(weight)
+            assert "ompil" not in caplog.text
+            jax.jit(lambda x: x + 41)(1)  # the log would show it
+            assert "ompil" in caplog.text
+    assert jnp.array_equal(first, second, equal_nan=True)
+
+
+@pytest.mark.slow
 def test_a_head_that_runs_twice_or_in_a_loop_inside_the_loss_is_refused():
     hidden, weight, bias, target = lm_arrays()
 
@@ -442,7 +461,8 @@ class EqxLm(eqx.Module):
 
 def nnx_lm() -> tuple[Any, Any, Any, Any, Any]:
     model = NnxLm()
-    return model, model, lambda m: (m.embed(TOKENS), m.head.kernel[...], m.head.bias[...]), nnx.jit, nnx.value_and_grad
+    # the kernel as a Variable, the bias as its array
+    return model, model, lambda m: (m.embed(TOKENS), m.head.kernel, m.head.bias[...]), nnx.jit, nnx.value_and_grad
 
 
 def equinox_lm() -> tuple[Any, Any, Any, Any, Any]:
