@@ -12,7 +12,7 @@ from functools import wraps
 from inspect import signature
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 from gwa_logging import _all_heads, registry
 from gwa_logging._closer import closer
@@ -89,6 +89,7 @@ def watch(
     samples_per_epoch: int | None = None,
     num_samples: int | None = None,
     labels: Any = None,
+    unit: Literal["sample", "position"] | None = None,
     notify: str | Sequence[str] | None = None,
     directory: str | PathLike[str] = "gwa_runs",
     name: str = "gwa",
@@ -119,6 +120,9 @@ def watch(
             ledger takes 12 bytes per sample on the device (8 in JAX without predictions).
         labels: class indices of the training set, int [num_samples], an array on the host or a list, for the list of suspects;
             num_samples may be omitted then.
+        unit: what a score belongs to where the head sees several rows of one input (tokens, views, clips). "sample": the input;
+            its gradient is the sum over its rows. "position": each row. None finds out in the first backward passes: the
+            input if the loss pools its rows after the head, else each row; in a compiled model and in JAX each row.
         notify: where to send each StopAlert and its withdrawal: an Apprise URL such as "slack://..." or "mailto://...", or a
             list of them (extra `notify`). Only the scheme of a URL is logged or stored.
         directory: folder for journals and reports; each run has its own folder in it.
@@ -145,6 +149,7 @@ def watch(
         samples_per_epoch=samples_per_epoch,
         num_samples=num_samples,
         labels=labels,
+        unit=unit,
         notify=notify,
         directory=directory,  # type: ignore[arg-type]  # converted by WatchSettings
         name=name,

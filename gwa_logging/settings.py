@@ -143,6 +143,7 @@ class WatchSettings(Settings):
     num_samples: Integer | None = Field(
         default=None, ge=1, lt=2**31, validate_default=True, description="an integer from 1 to 2**31 - 1, or None"
     )
+    unit: Literal["sample", "position"] | None = Field(default=None, description="'sample', 'position' or None")
     notify: Any = Field(default=(), repr=False, validate_default=True)
     directory: Annotated[Path, _checked(_path)] = Field(default=Path("gwa_runs"), description="a path")
     name: str = Field(
@@ -253,6 +254,7 @@ class WatchSettings(Settings):
             "log_every_n_steps": self.log_every_n_steps,
             "samples_per_epoch": self.samples_per_epoch,
             "num_samples": self.num_samples,
+            "unit": self.unit,
         }
 
 

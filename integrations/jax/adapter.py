@@ -51,7 +51,7 @@ def attach(model: Any, settings: WatchSettings, faults: Faults) -> "JaxAdapter":
             f"head={settings.head!r}: expected a dotted path such as 'head', found {type(settings.head).__name__}"
         )
     check_windows(settings.samples_per_epoch, jax.process_count())
-    return JaxAdapter(model, settings.head, settings.num_samples, faults, Attendance(settings.name, shared_store))
+    return JaxAdapter(model, settings, faults, Attendance(settings.name, shared_store))
 
 
 def _is_tracing() -> bool:
@@ -99,9 +99,8 @@ def _allows_transfers(
 class JaxAdapter:
     """Watches one model. See `gwa_logging.protocols.Adapter`."""
 
-    def __init__(
-        self, model: Any, head: str | None, num_samples: int | None, faults: Faults, attendance: Attendance
-    ) -> None:
+    def __init__(self, model: Any, settings: WatchSettings, faults: Faults, attendance: Attendance) -> None:
+        head: str | None = settings.head
         self.head = f"head {head!r}: named by head=" if head else "head: found when the loss is first traced"
         self.notes: tuple[str, ...] = ()
         self.is_detached = False  # scores come from the user, even if the model no longer exists
@@ -109,7 +108,8 @@ class JaxAdapter:
         self._processes = Processes(attendance, faults)
         self._library = library_of(model)
         self._wanted = head
-        self._num_samples = num_samples
+        self._num_samples = settings.num_samples
+        self._pools_rows = settings.unit == "sample"
         self._state: AlignmentState | None = None  # made on the devices of the first scores
         self._ledger: DeviceLedger | None = None
         self._untagged = 0
@@ -180,10 +180,11 @@ class JaxAdapter:
 
             def probed(probe: Any, *args: Any, **kwargs: Any) -> Any:
                 with fresh_trace() if is_inner else nullcontext():
-                    return self._library.run(ProbeSession(head, probe), fun, args, kwargs)
+                    return self._library.run(ProbeSession(head, probe, pools_rows=pools_rows), fun, args, kwargs)
 
+            pools_rows = self._pools_rows
             differentiated = self._library.value_and_grad(probed, argnums, has_aux, options)
-            value, scores, grads = differentiated(head.empty_probe(), *args, **kwargs)
+            value, scores, grads = differentiated(head.empty_probe(pools_rows=pools_rows), *args, **kwargs)
             return (value, scores), grads
 
         jitted = self._library.jit(with_scores)  # for a loss that is jitted itself, in a step that is not

@@ -22,6 +22,7 @@ from gwa_logging.integrations.jax.scores import (
     frobenius_norm,
     row_norms,
     terms_by_embeddings,
+    terms_by_inputs,
     terms_by_logits,
 )
 from gwa_logging.integrations.jax.sessions import (
@@ -82,9 +83,12 @@ def _check_shapes(logits: Array, embeddings: Array, weight: Array, bias: Array |
 class ProbeSession:
     """A session that puts the probe at one layer."""
 
-    def __init__(self, head: LayerCall, probe: Array) -> None:
+    def __init__(self, head: LayerCall, probe: Array, *, pools_rows: bool = False) -> None:
+        """Puts `probe` at a layer. With `pools_rows` it has one element for each input, whatever the number of its rows."""
         self._path = head.path
-        self._is_wide = head.logits.shape[-1] > head.features
+        self._rows = head.logits.shape[:-1]
+        self._pools_rows = pools_rows and len(self._rows) > 1
+        self._is_wide = head.logits.shape[-1] > head.features and not self._pools_rows
         self._probe = probe
 
     def run_linear(self, path: str, layer: Layer, embeddings: Array, weight: Array, bias: Array | None) -> Array:
@@ -94,7 +98,9 @@ class ProbeSession:
         embeddings = depend_on(weight_norm, embeddings)
         if not self._is_wide:
             return self._probe_logits(layer(embeddings), embeddings, bias, weight_norm)
-        embeddings, link = _lift_through_vmap(_wide_input, _unprobed_input, self._probe, (embeddings,), (weight_norm,))
+        embeddings, link = _lift_through_vmap(
+            _wide_input, _unprobed_input, self._probe, self._rows, (embeddings,), (weight_norm,)
+        )
         return _wide_output(layer(embeddings), link)
 
     def tap(self, logits: Array, embeddings: Array, weight: Array, bias: Array | None) -> Array:
@@ -103,6 +109,10 @@ class ProbeSession:
         return self._probe_logits(logits, embeddings, bias, frobenius_norm(weight))
 
     def fused_loss(self, fused: FusedLoss) -> Array:
+        if self._path == FUSED_PATH and self._pools_rows:
+            raise InvalidInputError(
+                "unit='sample': linear_cross_entropy has a loss for each row, so each row is a sample; leave unit out"
+            )
         return fused.run(self._probe if self._path == FUSED_PATH else None)
 
     def unsupported(self, path: str, output: Array, reason: str) -> Array:
@@ -113,7 +123,8 @@ class ProbeSession:
 
     def _probe_logits(self, logits: Array, embeddings: Array, bias: Array | None, weight_norm: Array) -> Array:
         by_row, shared = (logits, embeddings), (bias, weight_norm)
-        return _lift_through_vmap(_logits_probe, lambda logits, *_: logits, self._probe, by_row, shared)  # type: ignore[no-any-return]
+        probed = _pooled_probe if self._pools_rows else _logits_probe
+        return _lift_through_vmap(probed, lambda logits, *_: logits, self._probe, self._rows, by_row, shared)  # type: ignore[no-any-return]
 
 
 def define_scores(terms_of: Callable[..., Terms], *args: Array | None) -> Array:
@@ -150,6 +161,21 @@ def _logits_probe_backward(
 
 
 _logits_probe.defvjp(_logits_probe_forward, _logits_probe_backward)
+
+
+@jax.custom_vjp
+def _pooled_probe(logits: Array, embeddings: Array, bias: Array | None, weight_norm: Array, probe: Array) -> Array:
+    """Identity on the logits [B, ..., C]. The cotangent of the probe [B] is the scores of the inputs."""
+    return logits
+
+
+def _pooled_probe_backward(
+    saved: tuple[Array, Array, Array | None, Array], delta: Array
+) -> tuple[Array, None, None, None, Array]:
+    return delta, None, None, None, define_scores(terms_by_inputs, delta, *saved)
+
+
+_pooled_probe.defvjp(_logits_probe_forward, _pooled_probe_backward)
 
 
 # --- a head with more classes than features: two identities, on its input and on its output ---------------------------
@@ -213,16 +239,18 @@ def _lift_through_vmap(
     probed: Callable[..., Any],
     unprobed: Callable[..., Any],
     probe: Array,
+    rows: tuple[int, ...],
     by_row: tuple[Array | None, ...],
     shared: tuple[Array | None, ...] = (),
 ) -> Any:
     """Calls `probed(*by_row, *shared, probe)` with the whole batch, also inside a vmap over its rows.
 
     Such a vmap does not map the probe: each row would get the whole probe, and their cotangents would be summed. The batching
-    rule here gives the probe to all rows together. `shared` may be mapped too, as in an ensemble; then each row has its own.
+    rule here gives the probe to all rows together, whose shape is `rows`. `shared` may be mapped too, as in an ensemble; then
+    each row has its own.
     """
     rows_here = by_row[0].shape[:-1]  # type: ignore[union-attr]  # only a bias may be None
-    if rows_here == probe.shape:
+    if rows_here == rows:
         return probed(*by_row, *shared, probe)
     by_row += jax.tree.map(lambda array: jnp.broadcast_to(array, (*rows_here, *array.shape)), shared)
 
@@ -235,7 +263,7 @@ def _lift_through_vmap(
         def batch(array: Array, is_batched: bool) -> Array:
             return array if is_batched else jnp.broadcast_to(array, (size, *array.shape))
 
-        out = _lift_through_vmap(probed, unprobed, probe, jax.tree.map(batch, by_row, in_batched[1]))
+        out = _lift_through_vmap(probed, unprobed, probe, rows, jax.tree.map(batch, by_row, in_batched[1]))
         return out, jax.tree.map(lambda _: True, out)
 
     return one_row(probe, by_row)

@@ -54,6 +54,29 @@ def terms_by_embeddings(delta_norms: Array, gradient: Array, embeddings: Array, 
     return Terms(row_products(gradient, embeddings), delta_norms, row_norms(embeddings), weight_norm)
 
 
+def terms_by_inputs(delta: Array, logits: Array, embeddings: Array, bias: Array | None, weight_norm: Array) -> Terms:
+    """Terms of inputs with several rows each, whose gradients are summed: of [B, ..., C], [B, ..., D] and bias [C], all [B].
+
+    The gradient sum_p delta_p h_p^T does not have rank one. Its norm is the ghost norm,
+    |sum_p delta_p h_p^T|^2 = sum_pq (delta_p . delta_q) (h_p . h_q), of which |delta| is one factor here.
+    Source: Li et al., "Large language models can be strong differentially private learners", 2021.
+    """
+    products = terms_by_logits(delta, logits, embeddings, bias, weight_norm).product
+    delta, embeddings = (
+        (x if x.ndim == 3 else x.reshape(x.shape[0], -1, x.shape[-1])).astype(jnp.float32) for x in (delta, embeddings)
+    )
+    delta_norms = jnp.sqrt(jnp.sum(delta * delta, axis=(1, 2)))
+    if delta.shape[1] ** 2 <= delta.shape[2] * embeddings.shape[2]:
+        pairs = jnp.einsum("bpc,bqc->bpq", delta, delta) * jnp.einsum("bpd,bqd->bpq", embeddings, embeddings)
+        norms = jnp.sqrt(jnp.maximum(jnp.sum(pairs, axis=(1, 2)), 0))
+    else:
+        norms = jnp.linalg.norm(jnp.einsum("bpc,bpd->bcd", delta, embeddings), axis=(1, 2))
+    factor = jnp.where(delta_norms > 0, norms / jnp.where(delta_norms > 0, delta_norms, 1), 1)
+    if weight_norm.ndim > 1:  # inside vmap, which repeats it for each row
+        weight_norm = weight_norm.reshape(weight_norm.shape[0], -1)[:, 0]
+    return Terms(jnp.sum(products, axis=tuple(range(1, products.ndim))), delta_norms, factor, weight_norm)
+
+
 def alignment_scores(terms: Terms, markers: Markers = MARKERS) -> Array:
     """float32 [...]: the scores, with a marker for each sample that has none.
 

@@ -136,16 +136,17 @@ class LayerCall(NamedTuple):
     def __str__(self) -> str:
         return f"{self.path!r}: {self.features} -> {self.logits.shape[-1]}"
 
-    def empty_probe(self) -> Array:
-        """float32 zeros, one for each row of the output, with the type that the scores will have.
+    def empty_probe(self, *, pools_rows: bool = False) -> Array:
+        """float32 zeros, one for each row of the output, or for each input if its rows are pooled, with the scores' type.
 
         It is sharded as the rows are where shardings are part of the type (a mesh with explicit axes), and varies over the axes
         that the rows vary over (inside shard_map).
         """
-        zeros = jnp.zeros(self.logits.shape[:-1], jnp.float32)
+        axes = min(1, self.logits.ndim - 1) if pools_rows else self.logits.ndim - 1
+        zeros = jnp.zeros(self.logits.shape[:axes], jnp.float32)
         sharding = self.logits.sharding
-        if any(part is not None for part in sharding.spec[:-1]):
-            zeros = reshard(zeros, PartitionSpec(*sharding.spec[:-1]))  # type: ignore[no-untyped-call]
+        if any(part is not None for part in sharding.spec[:axes]):
+            zeros = reshard(zeros, PartitionSpec(*sharding.spec[:axes]))  # type: ignore[no-untyped-call]
         varied: Array = vary_over(varying_axes(self.logits), zeros)
         return varied
 

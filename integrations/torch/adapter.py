@@ -31,6 +31,7 @@ from gwa_logging.integrations.torch.head_layers import layer_of
 from gwa_logging.integrations.torch.head_location import HeadLocation
 from gwa_logging.integrations.torch.probe import HeadProbe
 from gwa_logging.integrations.torch.step_watchdog import StepWatchdog
+from gwa_logging.integrations.torch.units import Unit
 from gwa_logging.ledger import Ledger, TaggedBatch
 from gwa_logging.ranks import Attendance, Identity, check_windows, first_scores
 from gwa_logging.settings import WatchSettings
@@ -53,7 +54,7 @@ def attach(model: nn.Module, settings: WatchSettings, faults: Faults) -> "TorchA
     head = find_head(model, settings.head)
     if head is not None:
         _check_parameters(head)
-    return TorchAdapter(model, head, settings.num_samples, faults, Attendance(settings.name, shared_store))
+    return TorchAdapter(model, head, settings, faults, Attendance(settings.name, shared_store))
 
 
 def _check_parameters(head: Head) -> None:
@@ -68,16 +69,17 @@ class TorchAdapter:
     """Watches one model. See `gwa_logging.protocols.Adapter`."""
 
     def __init__(
-        self, model: nn.Module, head: Head | None, num_samples: int | None, faults: Faults, attendance: Attendance
+        self, model: nn.Module, head: Head | None, settings: WatchSettings, faults: Faults, attendance: Attendance
     ) -> None:
         self.head = str(head) if head else NOT_FOUND_YET
         self.path = head.path if head else ""
         self._model = weakref.ref(inside_adapters(model))
         self._wrapped = weakref.ref(unwrapped(model))
         self._found = head  # only until `start`: it keeps the head of a model alive
-        self._num_samples = num_samples
+        self._num_samples = settings.num_samples
         self._attendance = attendance
-        self._accumulator = Accumulator(num_samples, faults, attendance)
+        self._accumulator = Accumulator(settings.num_samples, faults, attendance)
+        self._unit = Unit(settings.unit, faults)
         self._early: list[TorchSnapshot] = []  # until the first scores are known
         self._first = Identity().first
         self.notes: tuple[str, ...] = ()
@@ -167,8 +169,17 @@ class TorchAdapter:
         if model is not None:
             self._location = HeadLocation(model, head.path, head.module)
         if wrapped is not None:
-            tracker = ForwardTracker(wrapped, accumulator.tags, self._faults, keeps_samples=accumulator.keeps_samples)
-        return HeadProbe(layer_of(head.module), accumulator, self._on_observed, self._faults, tracker, self._on_copied)
+            tracker = ForwardTracker(
+                wrapped,
+                accumulator.tags,
+                self._faults,
+                keeps_samples=accumulator.keeps_samples,
+                notes_rows=self._unit.pools is not False,  # the user has not asked for positions
+            )
+        layer = layer_of(head.module)
+        if self._unit.pools:
+            layer.pool_rows()
+        return HeadProbe(layer, accumulator, self._on_observed, self._faults, self._unit, tracker, self._on_copied)
 
     def _on_observed(self) -> None:
         self.passes += 1

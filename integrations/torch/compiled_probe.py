@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gwa_logging.integrations.torch.distributed import is_split
-from gwa_logging.integrations.torch.head_layers import Linear, Pointwise
+from gwa_logging.integrations.torch.head_layers import Linear
 from gwa_logging.integrations.torch.module_patch import unchecked
 from gwa_logging.integrations.torch.rows import COLUMNS, COLUMNS_FOR_LEDGER, PASSES, encode_rows
 from gwa_logging.integrations.torch.scores import frobenius_norm
@@ -175,7 +175,7 @@ class CompiledProbe:
 
     def _has_positions(self, rows: Tensor) -> bool:
         """Returns True if there are several rows for each input."""
-        return not isinstance(self._layer, Pointwise) and any(size != 1 for size in rows.shape[1:-1])
+        return not self._layer.pools_rows and any(size != 1 for size in rows.shape[1:-1])
 
     def _leaf(self, rows: int, has_positions: bool) -> Tensor | None:
         """The leaf of the pass that is being compiled, cut to its rows."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gwa_logging.faults import Faults
 from gwa_logging.integrations.torch.module_patch import ModulePatch, is_tracing, unchecked
 from gwa_logging.integrations.torch.tags import Tags
+from gwa_logging.integrations.torch.units import note_rows
 
 
 class ForwardTracker:
@@ -25,8 +26,12 @@ class ForwardTracker:
         is_open: False once the hooks are removed.
     """
 
-    def __init__(self, model: nn.Module, tags: Tags, faults: Faults, *, keeps_samples: bool) -> None:
+    def __init__(
+        self, model: nn.Module, tags: Tags, faults: Faults, *, keeps_samples: bool, notes_rows: bool = True
+    ) -> None:
+        """Notes it if there are more rows than inputs, unless `notes_rows` is False."""
         self.is_open = True
+        self._notes_rows = notes_rows
         self._tags = tags
         self._faults = faults
         self._keeps_samples = keeps_samples
@@ -35,14 +40,26 @@ class ForwardTracker:
         self._sizes: tuple[int, ...] = ()
         self._rows = 0
         self._calls = 0
+        self._is_grouped = False
         self._patch = weakref.ref(
             ModulePatch(model, before=self._before_forward, after=self._after_forward, scripted=self.close)
         )
 
-    def head_called(self, rows: int) -> None:
-        """Counts a call of the head in an eager training pass, and its rows."""
+    def head_called(self, rows: int, *, is_grouped: bool = False) -> None:
+        """Counts a call of the head in an eager training pass, and its rows.
+
+        Args:
+            rows: number of rows.
+            is_grouped: True if an input's rows may be one sample, see `units`.
+        """
         self._rows += rows
         self._calls += 1
+        self._is_grouped = is_grouped
+
+    def inputs_of(self, rows: int) -> int:
+        """The number of inputs of the running pass, if the same number of rows may belong to each of them; else 0."""
+        inputs = self._sizes[0] if self._sizes and not self._calls else 0
+        return inputs if inputs and rows % inputs == 0 and rows not in self._sizes else 0
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
@@ -51,7 +68,7 @@ class ForwardTracker:
             return
         if _is_partial(model):
             return
-        self._sizes = () if self._is_known else batch_sizes(args, kwargs)
+        self._sizes = () if self._is_known and not self._is_grouped else batch_sizes(args, kwargs)
         self._rows = self._calls = 0
         self._tags.begin_forward()
 
@@ -70,13 +87,13 @@ class ForwardTracker:
         self._tags.end_forward()
         if not self._calls:
             return
-        if self._sizes and self._rows > self._sizes[0] and self._rows not in self._sizes:
-            self._faults.note(
-                f"the head saw {self._rows} rows in one pass of {self._sizes[0]} inputs. Each row with a gradient (a token, a "
-                "view, a clip) counts as a sample"
-            )
+        if self._calls > 1:
+            self._is_grouped = False  # only the rows of one call can be grouped
+        has_more_rows = self._sizes and self._rows > self._sizes[0] and self._rows not in self._sizes
+        if has_more_rows and self._notes_rows and not self._is_grouped:
+            note_rows(self._faults, self._rows, self._sizes[0])
         self._is_known = True
-        if not self._is_compiled and not (self._calls > 1 and self._keeps_samples):
+        if not (self._is_compiled or self._is_grouped or (self._calls > 1 and self._keeps_samples)):
             self.close()
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
 """The kinds of layers that can be a classifier head, and how each kind computes the terms of the score.
 
-A linear layer maps every row of [..., D] to [..., C], and every row is a sample. A 1x1 convolution does the same at every
-position of an image, but its sample is the image. The gradient of its weight is a sum over the positions, sum_p delta_p h_p^T,
-which does not have rank one; its norm is the ghost norm:
+A linear layer maps every row of [..., D] to [..., C], and every row is a sample, unless the loss pools the rows of an input
+(see `units`). A 1x1 convolution does the same at every position of an image, but its sample is the image. The gradient of the
+weight is then a sum over the positions, sum_p delta_p h_p^T, which does not have rank one; its norm is the ghost norm:
 
     |sum_p delta_p h_p^T|^2 = sum_pq (delta_p . delta_q) (h_p . h_q)
 
@@ -40,9 +40,9 @@ class Linear:
         module: the layer.
         classes, features: C and D.
         taps_input: True if the numerator is (dL/dh) . h, which needs no logits: if they are wider than the embeddings.
+        pools_rows: True if an input with several rows is one sample.
     """
 
-    terms_by_logits = staticmethod(terms_by_logits)
     terms_by_embeddings = staticmethod(terms_by_embeddings)
 
     def __init__(self, module: nn.Module, classes: int, features: int) -> None:
@@ -50,6 +50,7 @@ class Linear:
         self.classes = classes
         self.features = features
         self.taps_input = classes > features and not _parametrised(module)
+        self.pools_rows = False
         self._computed: Tensor | None = (
             None  # a parametrised weight, from the forward pass to the end of the layer's call
         )
@@ -93,13 +94,31 @@ class Linear:
         computed = unchecked(self._swap_computed, None)
         return _evaluated(module) if computed is None else computed
 
+    def pool_rows(self) -> None:
+        """Makes each input [..., D] of [B, ..., D] one sample, whatever the number of its rows."""
+        self.pools_rows = True
+        self.taps_input = False  # the ghost norm needs delta and h together
+
+    def terms_by_logits(
+        self, delta: Tensor, logits: Tensor, embeddings: Tensor, bias: Tensor | None, weight_norm: Tensor
+    ) -> Terms:
+        """The terms of each sample, with the numerator delta . (z - b)."""
+        if self.pools_rows and delta.ndim > 2:
+            delta, logits, embeddings = (by_input(x, x.shape[0]) for x in (delta, logits, embeddings))
+            return terms_of_inputs(delta, logits, embeddings, bias, weight_norm)
+        return terms_by_logits(delta, logits, embeddings, bias, weight_norm)
+
     def rows(self, logits: Tensor) -> int:
         """The number of samples in the logits."""
+        if self.pools_rows and logits.ndim > 2:
+            return logits.shape[0]
         return logits.numel() // self.classes if self.classes else 0
 
     def predicted(self, logits: Tensor) -> Tensor:
-        """int64 [rows]: the class of the largest logit of each sample."""
+        """int64 [rows]: the class of the largest logit of each sample, or of the sum of its rows' logits."""
         logits = logits.detach()
+        if self.pools_rows and logits.ndim > 2:
+            return by_input(logits, logits.shape[0]).sum(1).argmax(-1)
         is_long = (
             logits.numel() >= _NUMPY_ARGMAX_FROM and logits.is_cpu and logits.dtype in (torch.float32, torch.float64)
         )
@@ -116,32 +135,46 @@ class Linear:
         return flat(row_norms(delta))
 
 
-def terms_of_images(
+def by_input(x: Tensor, inputs: int) -> Tensor:
+    """float32 [inputs, positions, K] of [inputs, ..., K] or [inputs * positions, K]; float64 if the input is."""
+    return at_least_float32(x).reshape(inputs, -1, x.shape[-1])
+
+
+def ghost_norms(delta: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+    """|delta| of each input, and the factor that makes it the norm of the input's gradient, in place of |h|: [inputs] each.
+
+    Args:
+        delta: [inputs, positions, C].
+        embeddings: [inputs, positions, D].
+    """
+    delta_norms = torch.linalg.vector_norm(delta, dim=(1, 2))
+    if delta.shape[1] ** 2 <= delta.shape[2] * embeddings.shape[2]:
+        norms = ((delta @ delta.mT) * (embeddings @ embeddings.mT)).sum((1, 2)).clamp(min=0).sqrt()
+    else:
+        norms = torch.linalg.vector_norm(delta.mT @ embeddings, dim=(1, 2))
+    return delta_norms, torch.where(delta_norms > 0, norms / delta_norms, 1.0)
+
+
+def terms_of_inputs(
     delta: Tensor, logits: Tensor, embeddings: Tensor, bias: Tensor | None, weight_norm: Tensor
 ) -> Terms:
-    """The terms of a 1x1 convolution, of [B, channels, ...]; the product of |delta| and |h| is the ghost norm of an image."""
-    delta, logits, embeddings = (
-        at_least_float32(x).flatten(2) for x in (delta, logits, embeddings)
-    )  # [B, channels, positions]
-    product = (delta * (logits if bias is None else logits - bias[:, None])).sum((1, 2))
-    delta_norms = torch.linalg.vector_norm(delta, dim=(1, 2))
-    positions = delta.shape[2]
-    if positions**2 <= delta.shape[1] * embeddings.shape[1]:
-        ghost_norms = ((delta.mT @ delta) * (embeddings.mT @ embeddings)).sum((1, 2)).clamp(min=0).sqrt()
-    else:
-        ghost_norms = torch.linalg.vector_norm(delta @ embeddings.mT, dim=(1, 2))
-    embedding_norms = torch.where(delta_norms > 0, ghost_norms / delta_norms, 1.0)
-    return Terms(product, delta_norms, embedding_norms, weight_norm)
+    """The terms of inputs with several rows each, of [inputs, positions, K]."""
+    product = (delta * (logits if bias is None else logits - bias)).sum((1, 2))
+    return Terms(product, *ghost_norms(delta, embeddings), weight_norm)
 
 
 class Pointwise(Linear):
     """A 1x1 convolution: [B, D, ...] to [B, C, ...]. A sample is an image."""
 
-    terms_by_logits = staticmethod(terms_of_images)
-
     def __init__(self, module: nn.Module, classes: int, features: int) -> None:
         super().__init__(module, classes, features)
-        self.taps_input = False  # the ghost norm needs delta and h together
+        self.pool_rows()
+
+    def terms_by_logits(
+        self, delta: Tensor, logits: Tensor, embeddings: Tensor, bias: Tensor | None, weight_norm: Tensor
+    ) -> Terms:
+        delta, logits, embeddings = (at_least_float32(x).flatten(2).mT for x in (delta, logits, embeddings))
+        return terms_of_inputs(delta, logits, embeddings, bias, weight_norm)
 
     def rows(self, logits: Tensor) -> int:
         return logits.shape[0]

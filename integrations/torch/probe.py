@@ -22,7 +22,7 @@ from gwa_logging.integrations.torch.accumulate import Accumulator
 from gwa_logging.integrations.torch.compiled_probe import CompiledProbe, inputs_of
 from gwa_logging.integrations.torch.distributed import is_distributed, is_freed, is_split
 from gwa_logging.integrations.torch.forward_tracker import ForwardTracker, is_exporting
-from gwa_logging.integrations.torch.head_layers import Linear
+from gwa_logging.integrations.torch.head_layers import Linear, Pointwise, by_input, ghost_norms, terms_of_inputs
 from gwa_logging.integrations.torch.module_patch import (
     ModulePatch,
     after_in_script,
@@ -34,6 +34,7 @@ from gwa_logging.integrations.torch.module_patch import (
 from gwa_logging.integrations.torch.rows import FIRST
 from gwa_logging.integrations.torch.scores import Terms, frobenius_norm
 from gwa_logging.integrations.torch.tags import Tag
+from gwa_logging.integrations.torch.units import Unit, pooled_prediction
 
 _will_execute = torch._C._will_engine_execute_node
 
@@ -61,6 +62,7 @@ class HeadProbe:
         accumulator: Accumulator,
         on_step: Callable[[], None],
         faults: Faults,
+        unit: Unit,
         forward_tracker: ForwardTracker | None = None,
         copied: Callable[[Any, nn.Module], None] | None = None,
     ) -> None:
@@ -71,6 +73,7 @@ class HeadProbe:
         self.saw_evaluation = False
         self.accumulator = accumulator
         self.on_step = on_step
+        self.unit = unit
         self._faults = faults
         self._forward_tracker = forward_tracker
         self._compiled = CompiledProbe(
@@ -105,6 +108,8 @@ class HeadProbe:
             tapped = self._compiled.tap_input(module, embeddings)
             if tapped is None:
                 return None
+        elif self.unit.pools:
+            return None  # the ghost norm needs delta and h together
         else:
             tapped = embeddings.view_as(embeddings)
             tapped._gwa_tapped = embeddings  # type: ignore[attr-defined]
@@ -139,10 +144,7 @@ class HeadProbe:
                     self.tags.give_back(tag)
                 return
             if has_positions:
-                self._faults.note(
-                    "the head saw several rows for each input. Each row with a gradient (a token, a view, a clip) counts as a "
-                    "sample"
-                )
+                self.unit.note_compiled()
             elif rows.shape[1] > FIRST:
                 rows = rows[:, :FIRST]  # every row is the first of its input
             self.accumulator.add_rows(rows, tag.samples)
@@ -182,7 +184,7 @@ class HeadProbe:
                 taken.keep(module, logits)
                 logits.register_hook(taken.all_arrived)
             if self._forward_tracker is not None:
-                self._forward_tracker.head_called(self.layer.rows(logits))
+                self._forward_tracker.head_called(self.layer.rows(logits), is_grouped=taken.groups > 0)
                 if not self._forward_tracker.is_open:
                     self._forward_tracker = None
         except Exception as error:  # noqa: BLE001 - nothing may reach the user's forward pass
@@ -193,6 +195,14 @@ class HeadProbe:
                 )
             else:
                 self.fault(error)
+
+    def groups(self, logits: Tensor) -> int:
+        """The number of inputs if each of them may be one sample with several rows; else 0."""
+        if self.unit.pools is False or isinstance(self.layer, Pointwise) or is_split(logits):
+            return 0
+        rows, tracker = logits.numel() // self.layer.classes, self._forward_tracker
+        inputs = inputs_of(logits) or (0 if tracker is None else tracker.inputs_of(rows))
+        return inputs if inputs < rows else 0
 
     def fault(self, error: Exception) -> None:
         """Counts an error instead of raising it in the user's training step."""
@@ -220,11 +230,12 @@ class _Pass:
 
     __slots__ = (
         "bias",
-        "delta_norms",
         "embeddings",
+        "groups",
         "inputs",
         "logits",
         "logits_version",
+        "norms",
         "probe",
         "samples",
         "tag",
@@ -244,14 +255,15 @@ class _Pass:
         self.bias: Tensor | None = None
         self.logits: Tensor | None = None
         self.logits_version = 0
-        self.delta_norms: Tensor | None = None
+        self.norms: tuple[Tensor, ...] = ()  # of delta, or of pooled rows
         self.weight_node = _weight_node(node)
         self.tag = probe.tags.take()
         self.samples = self.tag.samples
         self.inputs = 0
+        self.groups = probe.groups(logits)
         if self.samples is not None:
             self.inputs = inputs_of(logits)
-            if not is_split(logits):
+            if not is_split(logits) and not (self.groups and probe.unit.pools):
                 self.samples = self.samples._replace(predicted=probe.layer.predicted(logits))
 
     def keep(self, module: nn.Module, logits: Tensor) -> None:
@@ -278,7 +290,13 @@ class _Pass:
                         "the logits were changed in place and cannot be computed again: sharding has freed the weight"
                     )
                 logits = layer.logits(self.embeddings, self.weight, self.bias)
-            self.observe(layer.terms_by_logits(delta, logits, self.embeddings, self.bias, self.weight_norm))
+            if self.groups and self.probe.unit.decide(delta, self.groups, self.weight_norm):
+                delta, logits, embeddings = (by_input(x, self.groups) for x in (delta, logits, self.embeddings))
+                terms = terms_of_inputs(delta, logits, embeddings, self.bias, self.weight_norm)
+                self.set_predicted(pooled_prediction(delta, logits))
+            else:
+                terms = layer.terms_by_logits(delta, logits, self.embeddings, self.bias, self.weight_norm)
+            self.observe(terms)
         except Exception as error:  # noqa: BLE001 - nothing may reach the user's backward pass
             self.probe.fault(error)
 
@@ -290,7 +308,12 @@ class _Pass:
     def delta_arrived(self, delta: Tensor) -> None:
         """Takes the gradient of the logits, for the numerator (dL/dh) . h. The gradient of the embeddings follows."""
         try:
-            self.delta_norms = self.probe.layer.delta_norms(delta.detach())
+            delta, layer = delta.detach(), self.probe.layer
+            if self.groups and self.probe.unit.decide(delta, self.groups, self.weight_norm):
+                self.norms = ghost_norms(by_input(delta, self.groups), by_input(self.embeddings, self.groups))
+                self.set_predicted(None)
+            else:
+                self.norms = (layer.delta_norms(delta),)
         except Exception as error:  # noqa: BLE001 - as above
             self.probe.fault(error)
 
@@ -300,12 +323,20 @@ class _Pass:
             with torch.no_grad():
                 return self.embeddings_gradient_arrived(gradient)
         try:
-            delta_norms, self.delta_norms = self.delta_norms, None
-            if delta_norms is not None:
+            norms, self.norms = self.norms, ()
+            if len(norms) == 2:
+                product = (by_input(gradient, self.groups) * by_input(self.embeddings, self.groups)).sum((1, 2))
+                self.observe(Terms(product, *norms, self.weight_norm))
+            elif norms:
                 layer = self.probe.layer
-                self.observe(layer.terms_by_embeddings(delta_norms, gradient, self.embeddings, self.weight_norm))
+                self.observe(layer.terms_by_embeddings(norms[0], gradient, self.embeddings, self.weight_norm))
         except Exception as error:  # noqa: BLE001 - as above
             self.probe.fault(error)
+
+    def set_predicted(self, predicted: Tensor | None) -> None:
+        """Sets the predicted class of each input once it is known that an input is a sample."""
+        if self.samples is not None:
+            self.samples = self.samples._replace(predicted=predicted)
 
     def observe(self, terms: Terms) -> None:
         """Adds the terms if the probe is still on and this pass counts."""

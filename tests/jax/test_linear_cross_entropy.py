@@ -431,6 +431,19 @@ def test_a_head_that_runs_twice_or_in_a_loop_inside_the_loss_is_refused():
         scores_of(looped, weight)
 
 
+def test_inputs_cannot_be_scored_where_the_loss_is_that_of_each_row():
+    hidden, weight, _, target = lm_arrays()
+
+    def loss(weight):
+        return linear_cross_entropy(hidden, weight, target)
+
+    with (
+        gwa_logging.watch(loss, unit="sample") as monitor,
+        pytest.raises(InvalidInputError, match="unit='sample': linear_cross_entropy has a loss for each row"),
+    ):
+        monitor.value_and_grad(loss)(weight)
+
+
 @pytest.mark.slow
 def test_beside_another_head_it_is_chosen_by_name():
     hidden, weight, bias, target = lm_arrays()

@@ -130,28 +130,27 @@ def test_the_decoder_classifiers_of_transformers_give_every_sample_its_score(fam
     assert found == {i: (pytest.approx(score, abs=1e-5), 1.0) for i, score in enumerate(want)}
 
 
-# --- positions ----------------------------------------------------------------------------------------------------------
+# --- positions, and inputs whose rows are pooled after the head ---------------------------------------------------------
 
 
-@tiered("width, how", WIDTH, RUN, odd=True)
-def test_rows_that_are_pooled_after_the_head_are_noted_once_and_their_mean_is_the_ids_score(width, how, caplog):
-    model = Net(width, lambda z: z.mean(1))
-    x, y = data()
-    want = rows_of(model, x, y)
-    with gwa_logging.watch(model, num_samples=B, head="head") as monitor:
-        run, history = compiled_if(how, model), []
-        for _ in range(2):
-            for _ in range(2):
-                monitor.tag(torch.arange(B))
-                F.cross_entropy(run(x), y).backward()
-            history.append(monitor.end_epoch())
-        found = by_id(monitor)
-        assert monitor.faults == {}
-    assert [report.count for report in history] == [2 * B * T] * 2
-    assert found == {i: (pytest.approx(score, abs=1e-5), 4.0) for i, score in enumerate(want.mean(1))}
-    expected = "several rows for each input" if how == "compiled" else f"{B * T} rows in one pass of {B} inputs"
-    assert [sum(expected in note for note in report.notes) for report in history] == [1, 0]
-    assert sum(expected in message for message in caplog.messages) == 1
+def samples_of(model: Net, x: Tensor, y: Tensor) -> list[float]:
+    """The oracle: the cosine between the weight and the negative gradient of one input at a time, in float64."""
+    model, scores = model.double(), []
+    for i in range(len(x)):
+        loss = F.cross_entropy(model(x[i : i + 1].double()), y[i : i + 1], reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, model.head.weight)
+        scores.append(-F.cosine_similarity(gradient.flatten(), model.head.weight.flatten(), 0).item())
+    model.float()
+    return scores
+
+
+def per_row(z: Tensor) -> Tensor:
+    return z.flatten(0, 1)
+
+
+def masked_mean(z: Tensor) -> Tensor:
+    shares = torch.tensor([0.5, 0.3, 0.2, 0.0])
+    return (shares[:, None] * z).sum(1)
 
 
 def views_side_by_side(x: Tensor) -> Tensor:
@@ -160,6 +159,128 @@ def views_side_by_side(x: Tensor) -> Tensor:
 
 def segments(z: Tensor) -> Tensor:
     return z.view(-1, T, z.shape[-1]).mean(1)
+
+
+POOLING: dict[str, Callable[[str], Net]] = {
+    "token mean": lambda width: Net(width, lambda z: z.mean(1)),
+    "weighted mean": lambda width: Net(width, masked_mean),
+    "views in two dimensions": lambda width: Net(width, lambda z: z.mean((1, 2)), lambda x: x.view(-1, 2, 2, 8)),
+    "segments of a video": lambda width: Net(width, segments, views_side_by_side),
+}
+
+
+@tiered("kind, width", POOLING, WIDTH)
+def test_inputs_whose_rows_the_loss_pools_are_samples(kind, width, caplog):
+    model, (x, y) = POOLING[kind](width), data()
+    want, predicted = samples_of(model, x, y), model(x).argmax(-1)
+    with gwa_logging.watch(model, num_samples=B, head="head") as monitor:
+        history = []
+        for _ in range(2):
+            for _ in range(2):
+                monitor.tag(torch.arange(B))
+                F.cross_entropy(model(x), y).backward()
+            history.append(monitor.end_epoch())
+        found = monitor.suspects()
+        assert monitor.faults == {}
+    assert [(report.count, report.excluded) for report in history] == [(2 * B, 0)] * 2
+    assert {s.id: s.mean_score for s in found} == pytest.approx(dict(enumerate(want)), abs=1e-5)
+    assert history[0].mean == pytest.approx(np.mean(want), abs=1e-6)
+    assert {s.times_seen for s in found} == {4.0}
+    assert {s.id: s.predicted for s in found} == dict(enumerate(predicted.tolist()))
+    expected = f"{B * T} rows in one pass of {B} inputs, and the loss pools the rows"
+    assert [sum(expected in note for note in report.notes) for report in history] == [1, 0]
+    assert sum(expected in message for message in caplog.messages) == 1
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_rows_with_a_loss_of_their_own_are_samples(classes, caplog):
+    model, (x, y) = Net("by logits", per_row), data()
+    y = torch.randint(0, classes, (B * T,), generator=torch.Generator().manual_seed(2))
+    want = rows_of(model, x, y)
+    with gwa_logging.watch(model, num_samples=B, head="head") as monitor:
+        for _ in range(2):
+            monitor.tag(torch.arange(B))
+            F.cross_entropy(model(x), y).backward()
+        report, found = monitor.end_epoch(), by_id(monitor)
+        assert monitor.faults == {}
+    assert (report.count, report.mean) == (2 * B * T, pytest.approx(want.mean(), abs=1e-6))
+    assert found == {i: (pytest.approx(score, abs=1e-5), 2.0) for i, score in enumerate(want.mean(1))}
+    assert sum("Each row with a gradient" in message for message in caplog.messages) == 1
+
+
+@tiered("width, how", WIDTH, RUN)
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+def test_unit_sample_scores_inputs_however_the_loss_uses_the_rows(width, how, pooling):
+    model = Net(width, lambda z: z.mean(1) if pooling == "mean" else z.max(1).values)
+    x, y = data()
+    want = samples_of(model, x, y)
+    with gwa_logging.watch(model, num_samples=B, head="head", unit="sample") as monitor:
+        run = compiled_if(how, model)
+        for _ in range(2):
+            monitor.tag(torch.arange(B))
+            F.cross_entropy(run(x), y).backward()
+        report, found = monitor.end_epoch(), by_id(monitor)
+        assert monitor.faults == {}
+    assert (report.count, report.mean) == (2 * B, pytest.approx(np.mean(want), abs=1e-6))
+    assert not any("rows" in note for note in report.notes)
+    assert found == {i: (pytest.approx(score, abs=1e-5), 2.0) for i, score in enumerate(want)}
+
+
+@tiered("width, how", WIDTH, RUN)
+def test_unit_position_scores_rows_whose_mean_is_the_ids_score(width, how):
+    model = Net(width, lambda z: z.mean(1))
+    x, y = data()
+    want = rows_of(model, x, y)
+    with gwa_logging.watch(model, num_samples=B, head="head", unit="position") as monitor:
+        run = compiled_if(how, model)
+        for _ in range(2):
+            monitor.tag(torch.arange(B))
+            F.cross_entropy(run(x), y).backward()
+        report, found = monitor.end_epoch(), by_id(monitor)
+        assert monitor.faults == {}
+    assert report.count == 2 * B * T
+    assert not any("rows" in note for note in report.notes)
+    assert found == {i: (pytest.approx(score, abs=1e-5), 2.0) for i, score in enumerate(want.mean(1))}
+
+
+def test_a_compiled_model_scores_rows_and_names_the_remedy(caplog):
+    model, (x, y) = Net("by logits", lambda z: z.mean(1)), data()
+    with gwa_logging.watch(model, head="head") as monitor:
+        F.cross_entropy(compiled_if("compiled", model)(x), y).backward()
+        report = monitor.end_epoch()
+    assert report.count == B * T
+    assert sum("pass unit='sample' to watch()" in message for message in caplog.messages) == 1
+
+
+def test_passes_that_tell_nothing_leave_the_question_open():
+    """A head of zeros, gradients that overflowed, and inputs with one scored row each."""
+    model, (x, y) = Net("by logits", lambda z: z.mean(1)), data()
+    weight = model.head.weight.detach().clone()
+    with gwa_logging.watch(model, head="head") as monitor:
+        nn.init.zeros_(model.head.weight)
+        F.cross_entropy(model(x), y).backward()
+        with torch.no_grad():
+            model.head.weight.copy_(weight)
+        (F.cross_entropy(model(x), y) * torch.inf).backward()
+        model.after = lambda z: z[:, 0]
+        F.cross_entropy(model(x), y).backward()
+        model.after = lambda z: z.mean(1)
+        F.cross_entropy(model(x), y).backward()
+        F.cross_entropy(model(x), y).backward()
+        report = monitor.end_epoch()
+    assert report.count == 3 * B  # 3 passes with scores; rows without a gradient are excluded
+
+
+def test_two_calls_of_the_head_in_one_forward_are_noted_as_rows(caplog):
+    model, (x, y) = twice(Net("by logits", lambda z: z)), data()
+    with gwa_logging.watch(model, head="net.head") as monitor:
+        for _ in range(3):
+            F.cross_entropy(model(x), y).backward()
+        report = monitor.end_epoch()
+        assert monitor.faults == {}
+    assert report.count == 3 * B * 2
+    assert any(f"{B * 2} rows in one pass of {B} inputs" in note for note in report.notes)
+    assert sum("rows in one pass" in message for message in caplog.messages) == 1
 
 
 def twice(model: Net) -> nn.Module:
@@ -172,27 +293,6 @@ def twice(model: Net) -> nn.Module:
             return self.net(x[:, 0]) + self.net(x[:, 1])
 
     return Twice()
-
-
-POOLED: dict[str, tuple[Callable[[], nn.Module], int]] = {
-    "segments of a video": (lambda: Net("by logits", segments, views_side_by_side), T),
-    "token mean": (lambda: Net("by logits", lambda z: z.mean(1)), T),
-    "called twice": (lambda: twice(Net("by logits", lambda z: z)), 2),
-}
-
-
-@pytest.mark.parametrize("kind", POOLED)
-def test_more_rows_than_inputs_are_noted_without_a_ledger_too(kind, caplog):
-    make, rows = POOLED[kind]
-    model, (x, y) = make(), data()
-    with gwa_logging.watch(model, head="net.head" if kind == "called twice" else "head") as monitor:
-        for _ in range(3):
-            F.cross_entropy(model(x), y).backward()
-        report = monitor.end_epoch()
-        assert monitor.faults == {}
-    assert report.count == 3 * B * rows
-    assert any(f"{B * rows} rows in one pass of {B} inputs" in note for note in report.notes)
-    assert sum("rows in one pass" in message for message in caplog.messages) == 1
 
 
 SINGLE: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
@@ -212,7 +312,8 @@ def test_one_row_per_input_gives_no_note_and_leaves_no_hook_on_the_model(kind):
 
 
 def test_ids_for_views_that_lie_side_by_side_are_reported_at_once_and_never_guessed(caplog):
-    model, (x, y) = Net("by logits", segments, views_side_by_side), data()
+    model, (x, _) = Net("by logits", lambda z: z, views_side_by_side), data()
+    y = torch.randint(0, 5, (B * T,), generator=torch.Generator().manual_seed(2))
     with gwa_logging.watch(model, num_samples=B, head="head") as monitor:
         monitor.tag(torch.arange(B))
         F.cross_entropy(model(x), y).backward()

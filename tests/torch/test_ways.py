@@ -1004,11 +1004,12 @@ def test_a_probe_does_not_keep_its_head_alive(width, norm):
     from gwa_logging.integrations.torch.accumulate import Accumulator
     from gwa_logging.integrations.torch.head_layers import layer_of
     from gwa_logging.integrations.torch.probe import HeadProbe
+    from gwa_logging.integrations.torch.units import Unit
 
     model = net(*WIDTH[width])
     if norm is not None:
         NORMS[norm](model.head)
-    probe = HeadProbe(layer_of(model.head), Accumulator(None), lambda: None, Faults())
+    probe = HeadProbe(layer_of(model.head), Accumulator(None), lambda: None, Faults(), Unit(None, Faults()))
     x, y = data()
     F.cross_entropy(model(x), y).backward()
     gone = weakref.ref(model.head)
