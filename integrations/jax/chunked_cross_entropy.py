@@ -10,8 +10,8 @@ forward pass, while the logits of a chunk are at hand: three matrix products, as
 factors are known only in the backward pass, which computes the logits again: four products.
 
 The terms of the alignment score (see `scores`) come from the same chunk: |delta|, |h| and (dloss/dh) . h. Only |delta| needs
-another pass over a chunk of logits. A factor on the loss cancels except for its sign, and is applied last, so a large loss scale
-does not overflow the scores.
+another pass over a chunk of logits. A factor on the loss cancels except for its sign, and is applied last, so a large loss
+scale does not overflow the scores.
 
 Everything here is ordinary JAX, so second derivatives are exact too, but they keep all logits.
 """
