@@ -9,9 +9,9 @@ A `lax.scan` runs over the chunks. In the sum of all losses every row has the sa
 forward pass, while the logits of a chunk are at hand: three matrix products, as with all logits in memory. In losses by row the
 factors are known only in the backward pass, which computes the logits again: four products.
 
-The terms of the alignment score (see `scores`) are in the same chunk: |delta|, |h| and (dloss/dh) . h. They need no other
-pass over the logits than that for |delta|. A factor on the loss, which cancels except for its sign, is applied to them last,
-so that a large loss scale does not overflow the scores.
+The terms of the alignment score (see `scores`) come from the same chunk: |delta|, |h| and (dloss/dh) . h. Only |delta| needs
+another pass over a chunk of logits. A factor on the loss cancels except for its sign, and is applied last, so a large loss
+scale does not overflow the scores.
 
 Everything here is ordinary JAX, so second derivatives are exact too, but they keep all logits.
 """
