@@ -101,3 +101,14 @@ def test_benchmarks_and_examples_import_no_tests(folder):
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             found += [f"{path.name}: {name}" for name in names if name.split(".")[0] in ("tests", "pytest")]
     assert found == []
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_language_models_in_jax_runs_with_small_shapes():
+    sizes = ["--vocabulary", "300", "--rows", "64", "--width", "16", "--seconds", "0.1"]
+    lines = run("-m", "benchmarks.language_models_jax", *sizes).splitlines()
+    assert [line.split(" {")[0] for line in lines] == [
+        *("300 all logits", "300 all logits, watched by tap", "300 bare", "300 again", "300 watched"),
+        *("300 losses by row", "300 losses by row, watched"),
+    ]
+    assert all('"peak_mb"' in line for line in lines)

@@ -10,7 +10,7 @@ import numpy as np
 from gwa_logging.errors import HeadNotFoundError, InvalidInputError
 from gwa_logging.integrations.jax.jaxpr_walk import BIAS_NOT_GIVEN, check_is_linear, enclosing_primitives, producers
 from gwa_logging.integrations.jax.model_library import ModelLibrary, named_arrays
-from gwa_logging.integrations.jax.sessions import TAP_PATH, Discovery, LayerCall, fresh_trace
+from gwa_logging.integrations.jax.sessions import FUSED_PATH, TAP_PATH, Discovery, LayerCall, fresh_trace
 from gwa_logging.registry import import_integration
 
 _LIBRARIES = {
@@ -126,7 +126,7 @@ def _choose_head(trace: _Trace, wanted: str | None) -> Head:
     if not calls and not refused:
         raise HeadNotFoundError(
             f"{trace.what} does not run a linear layer of {trace.library}. Check that the loss calls the watched model, the "
-            "one given to watch(), or, in a hand-written net, gwa_logging.integrations.jax.tap"
+            "one given to watch(), or, in a hand-written net, tap or linear_cross_entropy of gwa_logging.integrations.jax"
         )
     if wanted in refused:
         raise HeadNotFoundError(f"head={wanted!r}: {refused[wanted]}.", trace.candidates())
@@ -173,9 +173,10 @@ def _checked_head(trace: _Trace, number: int, around: frozenset[str]) -> Head:
     if around & {"scan", "while"}:
         raise HeadNotFoundError(
             f"{call.path!r} runs in a loop (lax.scan, lax.map, fori_loop) inside {trace.what}, once for each part of the "
-            "batch; a head must run once. Take value_and_grad of the loss of one part, and loop over that"
+            "batch; a head must run once. Take value_and_grad of the loss of one part, and loop over that. If the loop saves "
+            "the memory of the logits, use gwa_logging.integrations.jax.linear_cross_entropy instead"
         )
-    problem = check_is_linear(trace.jaxpr, number, call.has_bias)
+    problem = None if call.path == FUSED_PATH else check_is_linear(trace.jaxpr, number, call.has_bias)
     if problem is not None:
         raise HeadNotFoundError(_not_linear(call, problem), trace.candidates(excluded=call))
     primitives = [e.primitive.name for e in trace.jaxpr.eqns if e.primitive.name != "name"]

@@ -25,7 +25,14 @@ from gwa_logging.integrations.jax.scores import (
     terms_by_inputs,
     terms_by_logits,
 )
-from gwa_logging.integrations.jax.sessions import TAP_PATH, Layer, LayerCall, current_session
+from gwa_logging.integrations.jax.sessions import (
+    FUSED_PATH,
+    TAP_PATH,
+    FusedLoss,
+    Layer,
+    LayerCall,
+    current_session,
+)
 
 
 def tap(
@@ -88,7 +95,7 @@ class ProbeSession:
         if path != self._path:
             return layer(embeddings)
         weight_norm = frobenius_norm(weight)
-        embeddings = _depend_on(weight_norm, embeddings)
+        embeddings = depend_on(weight_norm, embeddings)
         if not self._is_wide:
             return self._probe_logits(layer(embeddings), embeddings, bias, weight_norm)
         embeddings, link = _lift_through_vmap(
@@ -100,6 +107,13 @@ class ProbeSession:
         if self._path != TAP_PATH:
             return logits
         return self._probe_logits(logits, embeddings, bias, frobenius_norm(weight))
+
+    def fused_loss(self, fused: FusedLoss) -> Array:
+        if self._path == FUSED_PATH and self._pools_rows:
+            raise InvalidInputError(
+                "unit='sample': linear_cross_entropy has a loss for each row, so each row is a sample; leave unit out"
+            )
+        return fused.run(self._probe if self._path == FUSED_PATH else None)
 
     def unsupported(self, path: str, output: Array, reason: str) -> Array:
         return output
@@ -113,7 +127,7 @@ class ProbeSession:
         return _lift_through_vmap(probed, lambda logits, *_: logits, self._probe, self._rows, by_row, shared)  # type: ignore[no-any-return]
 
 
-def _define_scores(terms_of: Callable[..., Terms], *args: Array | None) -> Array:
+def define_scores(terms_of: Callable[..., Terms], *args: Array | None) -> Array:
     """The scores, in the form that JAX's debugging options permit."""
     is_debugging = jax.config.jax_debug_nans or jax.config.jax_debug_infs  # type: ignore[attr-defined]  # not in the stubs
     scores: Array = _finite_scores(terms_of, *args) if is_debugging else alignment_scores(terms_of(*args))
@@ -143,7 +157,7 @@ def _logits_probe_forward(
 def _logits_probe_backward(
     saved: tuple[Array, Array, Array | None, Array], delta: Array
 ) -> tuple[Array, None, None, None, Array]:
-    return delta, None, None, None, _define_scores(terms_by_logits, delta, *saved)
+    return delta, None, None, None, define_scores(terms_by_logits, delta, *saved)
 
 
 _logits_probe.defvjp(_logits_probe_forward, _logits_probe_backward)
@@ -158,7 +172,7 @@ def _pooled_probe(logits: Array, embeddings: Array, bias: Array | None, weight_n
 def _pooled_probe_backward(
     saved: tuple[Array, Array, Array | None, Array], delta: Array
 ) -> tuple[Array, None, None, None, Array]:
-    return delta, None, None, None, _define_scores(terms_by_inputs, delta, *saved)
+    return delta, None, None, None, define_scores(terms_by_inputs, delta, *saved)
 
 
 _pooled_probe.defvjp(_logits_probe_forward, _pooled_probe_backward)
@@ -185,7 +199,7 @@ def _wide_input_forward(
 def _wide_input_backward(saved: tuple[Array, Array], cotangents: tuple[Array, Array]) -> tuple[Array, None, Array]:
     embeddings, weight_norm = saved
     gradient, delta_norms = cotangents
-    return gradient, None, _define_scores(terms_by_embeddings, delta_norms, gradient, embeddings, weight_norm)
+    return gradient, None, define_scores(terms_by_embeddings, delta_norms, gradient, embeddings, weight_norm)
 
 
 _wide_input.defvjp(_wide_input_forward, _wide_input_backward)
@@ -209,7 +223,7 @@ def _unprobed_input(embeddings: Array, weight_norm: Array) -> tuple[Array, Array
 
 
 @jax.custom_vjp
-def _depend_on(weight_norm: Array, embeddings: Array) -> Array:
+def depend_on(weight_norm: Array, embeddings: Array) -> Array:
     """The embeddings, which XLA must not compute before the norm.
 
     If the weight was still to be read when it is updated, its donated memory would have to be copied first. XLA removes
@@ -218,7 +232,7 @@ def _depend_on(weight_norm: Array, embeddings: Array) -> Array:
     return jnp.where(weight_norm < 0, jnp.zeros_like(embeddings), embeddings)
 
 
-_depend_on.defvjp(lambda norm, embeddings: (_depend_on(norm, embeddings), None), lambda _, gradient: (None, gradient))
+depend_on.defvjp(lambda norm, embeddings: (depend_on(norm, embeddings), None), lambda _, gradient: (None, gradient))
 
 
 def _lift_through_vmap(

@@ -46,12 +46,12 @@ def terms_by_logits(delta: Array, logits: Array, embeddings: Array, bias: Array 
     logits = logits.astype(jnp.float32)
     if bias is not None:
         logits -= bias.astype(jnp.float32).reshape((1,) * (logits.ndim - bias.ndim) + bias.shape)
-    return Terms(_row_products(delta, logits), row_norms(delta), row_norms(embeddings), weight_norm)
+    return Terms(row_products(delta, logits), row_norms(delta), row_norms(embeddings), weight_norm)
 
 
 def terms_by_embeddings(delta_norms: Array, gradient: Array, embeddings: Array, weight_norm: Array) -> Terms:
     """Terms with the numerator (dL/dh) . h, from |delta| [...], and the gradient and embeddings [..., D]."""
-    return Terms(_row_products(gradient, embeddings), delta_norms, row_norms(embeddings), weight_norm)
+    return Terms(row_products(gradient, embeddings), delta_norms, row_norms(embeddings), weight_norm)
 
 
 def terms_by_inputs(delta: Array, logits: Array, embeddings: Array, bias: Array | None, weight_norm: Array) -> Terms:
@@ -100,7 +100,8 @@ def classify_scores(scores: Array) -> tuple[Array, Array, Array, Array]:
     return valid, no_gradient, dead, ~(valid | no_gradient | dead)
 
 
-def _row_products(a: Array, b: Array) -> Array:
+def row_products(a: Array, b: Array) -> Array:
+    """float32 [...]: the products of the rows of two arrays [..., K]."""
     return jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32), axis=-1)
 
 

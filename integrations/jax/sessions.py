@@ -19,8 +19,31 @@ from gwa_logging.integrations.jax.jaxpr_graph import mark
 TAP_PATH = "tap"
 """The path of a head that is marked by `tap`."""
 
+FUSED_PATH = "linear_cross_entropy"
+"""The path of a head inside `linear_cross_entropy`."""
+
 Layer = Callable[[Array], Array]
 """A layer with everything bound except its input."""
+
+
+class FusedLoss(NamedTuple):
+    """A call of `linear_cross_entropy`, which is a head and its loss at once.
+
+    Attributes:
+        hidden: the head's input, [..., D].
+        weight: [D, V].
+        bias: [V], or None.
+        target: int [...].
+        run: computes the loss, given the probe or None.
+        reduce: computes the loss from the losses of all rows [...].
+    """
+
+    hidden: Array
+    weight: Array
+    bias: Array | None
+    target: Array
+    run: Callable[[Array | None], Array]
+    reduce: Callable[[Array], Array]
 
 
 class Session(Protocol):
@@ -32,6 +55,10 @@ class Session(Protocol):
 
     def tap(self, logits: Array, embeddings: Array, weight: Array, bias: Array | None) -> Array:
         """Called when the user calls `tap`; returns the logits."""
+        ...
+
+    def fused_loss(self, fused: FusedLoss) -> Array:
+        """Called when the user calls `linear_cross_entropy`; returns the loss."""
         ...
 
     def unsupported(self, path: str, output: Array, reason: str) -> Array:
@@ -74,6 +101,23 @@ def fresh_trace() -> AbstractContextManager[None]:
     return _trace_context(object())  # type: ignore[no-any-return]
 
 
+def varying_axes(value: Any) -> frozenset[str]:
+    """The mesh axes that an array, or an abstract value, varies over inside shard_map."""
+    value = jax.typeof(value) if isinstance(value, jax.Array) else value
+    manual = getattr(value, "manual_axis_type", None)  # JAX 0.10; before, the axes themselves
+    return frozenset(manual.varying if manual is not None else getattr(value, "vma", ()))
+
+
+def vary_over(axes: frozenset[str], tree: Any) -> Any:
+    """A pytree of arrays that vary over these mesh axes. In the backward pass, gradients are summed over the added ones."""
+
+    def vary(array: Array) -> Array:
+        added = tuple(sorted(axes - varying_axes(array)))
+        return jax.lax.pcast(array, added, to="varying") if added else array
+
+    return jax.tree.map(vary, tree)
+
+
 class LayerCall(NamedTuple):
     """One call of a linear layer.
 
@@ -103,9 +147,8 @@ class LayerCall(NamedTuple):
         sharding = self.logits.sharding
         if any(part is not None for part in sharding.spec[:axes]):
             zeros = reshard(zeros, PartitionSpec(*sharding.spec[:axes]))  # type: ignore[no-untyped-call]
-        manual = getattr(self.logits, "manual_axis_type", None)  # JAX 0.10; before, the axes themselves
-        varying = tuple(manual.varying if manual is not None else getattr(self.logits, "vma", ()))
-        return jax.lax.pcast(zeros, varying, to="varying") if varying else zeros
+        varied: Array = vary_over(varying_axes(self.logits), zeros)
+        return varied
 
 
 class Discovery:
@@ -131,6 +174,19 @@ class Discovery:
 
     def tap(self, logits: Array, embeddings: Array, weight: Array, bias: Array | None) -> Array:
         return self._mark_output(self._mark_inputs(TAP_PATH, embeddings, weight, bias), logits, weight)
+
+    def fused_loss(self, fused: FusedLoss) -> Array:
+        """Marks an array with the shape of the logits, which exists only in this abstract trace.
+
+        Like the logits and the loss it comes from all arguments, so that a vmap that maps any of them maps it too.
+        """
+        hidden, weight, bias, target = fused.hidden, fused.weight, fused.bias, fused.target
+        number = self._mark_inputs(FUSED_PATH, hidden, weight, bias)
+        mapped = (
+            weight.sum() + target.sum().astype(weight.dtype) + (0 if bias is None else bias.sum().astype(weight.dtype))
+        )
+        logits = jnp.broadcast_to(hidden.sum(-1, keepdims=True) + mapped, (*hidden.shape[:-1], weight.shape[-1]))
+        return fused.reduce(self._mark_output(number, logits, weight)[..., 0])
 
     def unsupported(self, path: str, output: Array, reason: str) -> Array:
         self.refused.append((path, reason))
