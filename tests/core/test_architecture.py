@@ -70,6 +70,7 @@ LAYERS = (
     "protocols class_pairs exports",
     "registry interval_recorder delivery checkpoint suspects report.heatmap report.run_history report.figures report.tables "
     "report.page replay",
+    "_closing_report",
     "recording",
     "_all_heads",
     "monitor",
