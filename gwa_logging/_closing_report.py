@@ -8,6 +8,7 @@ from pathlib import Path
 from threading import Event, Thread
 from time import monotonic
 
+from gwa_logging._announce import announce
 from gwa_logging.errors import MissingDependencyError
 from gwa_logging.faults import Faults
 from gwa_logging.report.page import REPORT_NAME, write_report
@@ -42,15 +43,12 @@ class ClosingReport:
         finally:
             self.done.set()
 
-    def outcome(self, deadline: float) -> str | None:
-        """Waits until the report is written, or until `deadline` on the monotonic clock.
-
-        Returns:
-            A line for the user, or None after a failure, which is recorded as a fault.
-        """
+    def end(self, deadline: float) -> None:
+        """Waits until the report is written, or until `deadline` on the monotonic clock, and shows the user where it is."""
         if not self.done.wait(max(0.0, deadline - monotonic())):
             self._faults.record("report", f"not written in time; to write it: gwa-logging report {self._folder}")
-        return self._line
+        elif self._line is not None:
+            announce(self._line)
 
 
 def write_in_thread(reports: Sequence[ClosingReport]) -> None:

@@ -1,12 +1,12 @@
 """Recording: everything that happens to the scores of one head, from a training step to the journal and the trackers."""
 
 import logging
-import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from threading import RLock
 from typing import Any
 
+from gwa_logging._announce import announce
 from gwa_logging._closing_report import ClosingReport
 from gwa_logging._run_folder import RunFolder
 from gwa_logging.checkpoint import HeadShape, MonitorState
@@ -376,19 +376,11 @@ class Recording:
                 if delivery.backend.is_notifier:
                     remedy = f"The alert is in the journal in {folder}; check the URL with gwa-logging notify-test URL"
                 logger.warning("gwa_logging: backend %s %s. %s", name, shortfall, remedy)
-        if self.closing_report is not None and (line := self.closing_report.outcome(deadline)):
-            announce(line)
+        if self.closing_report is not None:
+            self.closing_report.end(deadline)
         self.group.remove(self.deliveries)
         if self.journal is not None:
             self.journal.close()
             _open_journals.discard(self.journal)
             if self._folder is not None and self._is_unused and is_delivered:
                 self._folder.remove(self.journal.path)
-
-
-def announce(text: str) -> None:
-    """Shows a line to the user: through logging if that is set up for it, else on stderr."""
-    if logger.level != logging.NOTSET or logger.isEnabledFor(logging.INFO):
-        logger.info("gwa_logging: %s", text)
-    else:
-        sys.stderr.write(f"gwa_logging: {text}\n")
