@@ -51,7 +51,9 @@ def test_cells_show_the_report_the_run_and_the_suspects(capsys):
     printed = capsys.readouterr().out
     assert int(re.search(r"(\d+)% of the 100 most suspect samples have a wrong label", printed)[1]) > 90
     assert len({suspect.thumbnail for suspect in names["suspects"]}) > 90
-    assert "Samples that are probably mislabelled" in (monitor.journal.parent / "report.html").read_text(encoding="utf-8")
+    assert "Samples that are probably mislabelled" in (monitor.journal.parent / "report.html").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_notebook_is_stored_without_outputs():
