@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
-from threading import Event, current_thread
+from threading import Event, Thread, current_thread
 from time import monotonic
 from typing import Any
 
@@ -166,6 +166,19 @@ def test_a_report_that_takes_too_long_delays_neither_close_nor_the_trackers_furt
     released.set()
     assert finished.wait(GENEROUS)
     assert page.exists(), "it is written later if the program is still running"
+
+
+@pytest.mark.usefixtures("patient")
+def test_an_interpreter_that_starts_no_more_threads_writes_the_report_in_the_same_thread(tmp_path, monkeypatch):
+    class Refused(Thread):
+        def start(self) -> None:
+            raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    model, monitor = watch(tmp_path)
+    train(model)
+    monkeypatch.setattr(_closing_report, "Thread", Refused)
+    assert close(monitor).exists()
+    assert monitor.faults == {}
 
 
 PROGRAM = """

@@ -77,10 +77,10 @@ def _pairs(suspects: Sequence[Suspect]) -> str:
     if not pairs:
         return ""
     total = sum(pair.suspects for pair in pairs)
-    rows = [
-        f'<tr><th scope="row">{pair.label}<td>{pair.predicted}<td>{pair.suspects}<td>{pair.suspects / total:.0%}'
-        for pair in pairs[:_MAX_PAIRS]
-    ]
+    rows = []
+    for pair in pairs[:_MAX_PAIRS]:
+        share = format_number(100 * pair.suspects / total, 0)
+        rows.append(f'<tr><th scope="row">{pair.label}<td>{pair.predicted}<td>{pair.suspects}<td>{share} %')
     more = f" The {_MAX_PAIRS} most frequent of {len(pairs)} pairs:" if len(pairs) > _MAX_PAIRS else ""
     return (
         f"<h3>Which class is taken for which</h3><p>{total} of the suspects have a label that differs from the model's "
