@@ -69,4 +69,6 @@ def summary(monitor: gwa_logging.Monitor, accuracies: Sequence[float], flipped: 
         found = [suspect.id for suspect in monitor.suspects(wrong)]
         print(f"\nOf the {wrong} most suspect training samples, {flipped[found].mean():.0%} do have a flipped label.")
     folder = Path(monitor.journal).parent
-    print(f"\nJournal: {monitor.journal}\nReport:  gwa-logging report {folder}   (then open {folder / 'report.html'})")
+    report = folder / "report.html"
+    print(f"\nJournal: {monitor.journal}")
+    print(f"Report:  {report}" if report.exists() else f"Report:  gwa-logging report {folder}   (then open {report})")

@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from time import monotonic
 from typing import Any
 
+from gwa_logging._closing_report import write_in_thread
 from gwa_logging.delivery import wait_for
 from gwa_logging.errors import NoObservationsError
 from gwa_logging.recording import Recording
 from gwa_logging.records import EpochReport
 
 CLOSE_WITHIN = 10.0
-"""Seconds that closing waits for all backends together."""
+"""Seconds that closing waits for the reports and all backends together."""
 
 
 def notify(recordings: Sequence[Recording]) -> None:
@@ -58,7 +59,7 @@ def restore(recordings: Sequence[Recording], state: Any) -> None:
 
 
 def close(families: Sequence[Sequence[Recording]]) -> None:
-    """Closes the recordings of several models, with one deadline for all backends. Never raises.
+    """Closes the recordings of several models, with one deadline for their reports and all backends. Never raises.
 
     Args:
         families: for each model the recordings of its heads, the first head first.
@@ -67,7 +68,8 @@ def close(families: Sequence[Sequence[Recording]]) -> None:
     members = [(head, ()) for _, further in closing for head in further] + closing
     open_members = [(recording, others) for recording, others in members if recording.finish()]
     deadline = monotonic() + CLOSE_WITHIN
+    write_in_thread([recording.closing_report for recording, _ in open_members if recording.closing_report])
     for recording, others in open_members:
         recording.begin_close(deadline, others)
     for recording, _ in open_members:
-        recording.end_close()
+        recording.end_close(deadline)

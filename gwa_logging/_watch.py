@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 from gwa_logging import _all_heads, registry
+from gwa_logging._announce import announce
 from gwa_logging._closer import closer
 from gwa_logging._run_folder import RunFolder
 from gwa_logging.delivery import DeliveryGroup
@@ -23,7 +24,7 @@ from gwa_logging.faults import Faults
 from gwa_logging.journal import FILE_NAME, Journal
 from gwa_logging.monitor import Monitor
 from gwa_logging.protocols import AdapterModule, Backend, BackendWriter, RunContext
-from gwa_logging.recording import Recording, announce
+from gwa_logging.recording import Recording
 from gwa_logging.records import StopAlert, TrackerRunRef
 from gwa_logging.settings import EarlyStop, WatchSettings, unknown_name
 

@@ -24,6 +24,7 @@ RECORDS_PER_NOTICE = 8  # while the training thread waits, so that catching up d
 MAX_BLOCKING = 0.02  # seconds that the training thread waits; a backend that takes longer is not waited for again
 HANGS_AFTER = 30.0  # seconds in one call after which a backend is reported as hanging
 CHECK_EVERY = 10.0  # seconds between two checks of the backends
+CLOSING_TAKES = 5.0  # seconds that remain for closing a backend if the report is late
 
 
 class Delivery:
@@ -36,7 +37,7 @@ class Delivery:
             +--- end of the journal, error, or limit --------+
 
           from both, after begin_close():
-          writing the rest  --->  waiting for `after`  --->  closing the backend  --->  closed
+          writing the rest  --->  waiting for `after` and the report  --->  closing the backend  --->  closed
 
     Four events connect it to the other threads: `_wake` (the thread has something to do), `_idle` (it is not writing; for
     an unthreaded backend the training thread waits for this one), `_closing` (`begin_close` was called), `_closed` (the end).
@@ -59,6 +60,7 @@ class Delivery:
         self._refusal: str | None = None
         self._deadline = 0.0  # of `begin_close`
         self._after: tuple[Delivery, ...] = ()
+        self._report: Event | None = None
         self._wake, self._idle, self._closing, self._closed = Event(), Event(), Event(), Event()
         self._idle.set()
         Thread(target=self._run, name=f"gwa_logging {backend.name}", daemon=True).start()
@@ -84,14 +86,16 @@ class Delivery:
         """Waits until the backend has everything, or until `deadline` on the monotonic clock. Returns True if it has."""
         return wait_for([self], deadline)
 
-    def begin_close(self, deadline: float, after: "Iterable[Delivery]" = ()) -> None:
+    def begin_close(self, deadline: float, after: "Iterable[Delivery]" = (), report: Event | None = None) -> None:
         """Starts to send what is left and to close the backend; does not block.
 
         Args:
             deadline: on the monotonic clock.
             after: deliveries to be closed before this one, unless the deadline comes first.
+            report: set once the run's report is written. The backend is closed after it, because it may upload the report, or
+                without it `CLOSING_TAKES` seconds before the deadline.
         """
-        self._deadline, self._after = deadline, tuple(after)
+        self._deadline, self._after, self._report = deadline, tuple(after), report
         self._closing.set()
         self._wake.set()
 
@@ -164,6 +168,8 @@ class Delivery:
         self._write_new()
         for other in self._after:
             other._closed.wait(max(0.0, self._deadline - monotonic()))
+        if self._report is not None:
+            self._report.wait(max(0.0, self._deadline - CLOSING_TAKES - monotonic()))
         try:
             self.backend.close()
         except BaseException as error:  # noqa: BLE001 - as in `_write_new`

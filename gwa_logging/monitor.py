@@ -375,10 +375,10 @@ class Monitor(Owned):
         return _all_heads.flush(self._recordings(), timeout)
 
     def close(self) -> None:
-        """Removes the probe, reports an epoch in progress and closes the backends. Never raises; a second call does nothing.
+        """Removes the probe, reports an epoch in progress, writes report.html if plotly is installed, and closes the backends.
 
-        Waits at most 10 s for the backends; what a tracker has not accepted by then remains in the journal. A run without any
-        training step leaves no journal.
+        Never raises; a second call does nothing. Waits at most 10 s for the report and the backends; what a tracker has not
+        accepted by then remains in the journal. A run without any training step leaves no journal.
         """
         if self._is_refused("close()"):
             for recording in self._recordings():

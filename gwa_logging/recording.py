@@ -1,12 +1,13 @@
 """Recording: everything that happens to the scores of one head, from a training step to the journal and the trackers."""
 
 import logging
-import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from threading import RLock
 from typing import Any
 
+from gwa_logging._announce import announce
+from gwa_logging._closing_report import ClosingReport
 from gwa_logging._run_folder import RunFolder
 from gwa_logging.checkpoint import HeadShape, MonitorState
 from gwa_logging.delivery import Delivery, DeliveryGroup
@@ -52,6 +53,7 @@ class Recording:
         suspects: reads the ledger.
         lock: held while a step or a call of the user changes anything.
         is_closed: True after `finish`.
+        closing_report: the report to write after `finish`; None if the run has no epoch, or another process writes.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Recording:
         self.suspects = SuspectFinder(adapter, settings.num_samples, settings.labels, faults)
         self.lock = RLock()
         self.is_closed = False
+        self.closing_report: ClosingReport | None = None
         self._folder = folder
         self._pauses = 0
         self._suspects_written_at = -1  # number of epochs at that time
@@ -343,16 +346,27 @@ class Recording:
             ),
             sync=True,
         )
+        if self.journal is not None and self.history and not self._is_unused:
+            self.closing_report = ClosingReport(self.journal.path.parent, self.faults)
         return True
 
+    @property
+    def _is_unused(self) -> bool:
+        """Returns True if the journal of a closed run has only its RunRecord and its CloseRecord."""
+        return self.journal is not None and self.journal.count <= 2
+
     def begin_close(self, deadline: float, others: "Sequence[Recording]") -> None:
-        """Starts closing the backends. A backend whose run the recordings `others` share is closed after theirs."""
+        """Starts closing the backends, each after the report, which it may upload.
+
+        A backend whose run the recordings `others` share is closed after theirs.
+        """
+        report = self.closing_report.done if self.closing_report else None
         shared = [delivery for other in others for delivery in other.deliveries]
         for delivery in self.deliveries:
-            delivery.begin_close(deadline, [d for d in shared if d.backend.name == delivery.backend.name])
+            delivery.begin_close(deadline, [d for d in shared if d.backend.name == delivery.backend.name], report)
 
-    def end_close(self) -> None:
-        """Waits until the backends are closed, warns about what they lack, and closes the journal."""
+    def end_close(self, deadline: float) -> None:
+        """Waits until the report is written and the backends are closed; reports both, and closes the journal."""
         is_delivered = True
         for delivery in self.deliveries:
             if shortfall := delivery.shortfall():
@@ -362,18 +376,11 @@ class Recording:
                 if delivery.backend.is_notifier:
                     remedy = f"An alert is in the journal. To send it: gwa-logging notify {folder} URL"
                 logger.warning("gwa_logging: backend %s %s. %s", name, shortfall, remedy)
+        if self.closing_report is not None:
+            self.closing_report.end(deadline)
         self.group.remove(self.deliveries)
         if self.journal is not None:
-            is_unused = self.journal.count <= 2  # the RunRecord and the CloseRecord
             self.journal.close()
             _open_journals.discard(self.journal)
-            if self._folder is not None and is_unused and is_delivered:
+            if self._folder is not None and self._is_unused and is_delivered:
                 self._folder.remove(self.journal.path)
-
-
-def announce(text: str) -> None:
-    """Shows a line to the user: through logging if that is set up for it, else on stderr."""
-    if logger.level != logging.NOTSET or logger.isEnabledFor(logging.INFO):
-        logger.info("gwa_logging: %s", text)
-    else:
-        sys.stderr.write(f"gwa_logging: {text}\n")

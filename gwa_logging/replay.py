@@ -7,6 +7,7 @@ A run that was killed and resumed has several journals. They overlap if the resu
 checkpoint. Of two records about the same interval or epoch, only the one from the later journal is sent.
 """
 
+import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -15,7 +16,7 @@ from typing import NamedTuple
 
 from gwa_logging import registry
 from gwa_logging._journal_file import lock
-from gwa_logging.errors import BackendError, InvalidInputError
+from gwa_logging.errors import BackendError, GwaError, InvalidInputError
 from gwa_logging.journal import FILE_NAME, JournalReader
 from gwa_logging.protocols import Backend, RunContext
 from gwa_logging.records import (
@@ -31,6 +32,9 @@ from gwa_logging.records import (
     TrackerRunRef,
 )
 from gwa_logging.redact import MASK, has_secret
+from gwa_logging.report.page import REPORT_NAME, write_report
+
+logger = logging.getLogger("gwa_logging")
 
 NEW = "new"
 """The value of `run=` that starts a new run."""
@@ -81,7 +85,16 @@ def replay(journals: Path | Sequence[Path], backend: str, run: str | None = None
         context = RunContext(first.name, _run_to_open(first, folder, backend, run), folder)
         tracker = registry.open_backend(backend, context)
         assert tracker is not None  # it is not "local"
+        _renew_report(folder)
         return _send(paths, tracker)
+
+
+def _renew_report(folder: Path) -> None:
+    """Writes the report, which the tracker may upload when it is closed. The replay continues if that fails."""
+    try:
+        write_report(folder)
+    except GwaError as error:
+        logger.info("gwa_logging: %s is not renewed: %s", folder / REPORT_NAME, error)
 
 
 def _run_record(journal: Path) -> RunRecord:

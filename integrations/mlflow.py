@@ -25,7 +25,7 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Run, RunTag
 
-from gwa_logging.errors import BackendError, MissingDependencyError
+from gwa_logging.errors import BackendError
 from gwa_logging.integrations._reachable import check_reachable
 from gwa_logging.integrations._tracker import Tracker, invalid_run
 from gwa_logging.integrations.heatmap_picture import PICTURE_KEY, PictureSeries
@@ -43,6 +43,7 @@ from gwa_logging.records import (
     TrackerRunRef,
 )
 from gwa_logging.redact import redact_urls
+from gwa_logging.report.page import REPORT_NAME
 
 logger = logging.getLogger("gwa_logging")
 
@@ -204,7 +205,9 @@ class MlflowBackend(Tracker):
             )
 
     def close(self) -> None:
-        """Ends the run if this library started it. Adds the journal and the report to it, in a folder named like the prefix.
+        """Ends the run if this library started it. Adds the journal to it, and the report if it is written.
+
+        Both are in a folder named like the prefix.
 
         Raises:
             BackendError: MLflow has not accepted the end or the files.
@@ -216,12 +219,8 @@ class MlflowBackend(Tracker):
             if not self._begun:  # watch() failed before the first record
                 return
             self._client.log_artifact(self.run, str(self._directory / FILE_NAME), self.prefix)
-            try:
-                from gwa_logging.report.page import write_report  # here, because it needs plotly
-
-                self._client.log_artifact(self.run, str(write_report(self._directory)), self.prefix)
-            except MissingDependencyError as error:
-                logger.info("gwa_logging: no report.html for MLflow: %s", error)
+            if (report := self._directory / REPORT_NAME).exists():
+                self._client.log_artifact(self.run, str(report), self.prefix)
 
     def _history(self, key: str) -> list[Metric]:
         """All values of a metric. The client requests as many pages as there are."""

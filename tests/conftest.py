@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+from gwa_logging._closing_report import ClosingReport
+
 DATA = Path(__file__).parent / "data" / "reference_alignment.npz"
 CASES = ("hard10", "smooth10", "mixup100", "hard1000", "confident")
 EPOCHS = ("unimodal", "heavy", "bimodal60_40", "uniform", "tiny")
@@ -37,6 +39,13 @@ class Published:
 @pytest.fixture(scope="session")
 def published() -> Published:
     return Published()
+
+
+@pytest.fixture(autouse=True)
+def _no_report_on_close(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most tests do not read the report that closing writes, so only the tests marked `report` have it written."""
+    if not request.node.get_closest_marker("report"):
+        monkeypatch.setattr(ClosingReport, "write", lambda report: report.done.set())
 
 
 @pytest.fixture(autouse=True)

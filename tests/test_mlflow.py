@@ -475,6 +475,7 @@ class NoPlotly:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
+@pytest.mark.report
 def test_without_plotly_only_the_journal_is_uploaded_and_a_message_says_so(
     client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -638,6 +639,7 @@ def test_a_server_stores_nan_and_the_url_is_the_page_of_the_run(
 
 
 @pytest.mark.slow
+@pytest.mark.report
 def test_a_server_that_was_down_receives_everything_once(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -36,6 +36,7 @@ def run(code: str, names: dict[str, Any]) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.report
 @pytest.mark.usefixtures("one_thread")
 def test_cells_show_the_report_the_run_and_the_suspects(capsys):
     names: dict[str, Any] = {}
@@ -49,7 +50,10 @@ def test_cells_show_the_report_the_run_and_the_suspects(capsys):
     assert monitor.history[-1].separation < monitor.history[monitor.alert.best_epoch].separation, "as its text says"
     printed = capsys.readouterr().out
     assert int(re.search(r"(\d+)% of the 100 most suspect samples have a wrong label", printed)[1]) > 90
-    assert f"gwa-logging report {monitor.journal.parent}" in printed
+    assert len({suspect.thumbnail for suspect in names["suspects"]}) > 90
+    assert "Samples that are probably mislabelled" in (monitor.journal.parent / "report.html").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_notebook_is_stored_without_outputs():

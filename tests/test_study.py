@@ -12,6 +12,7 @@ from benchmarks.study import page
 from benchmarks.study.archive import unpack
 from benchmarks.study.criteria import best_with_patience, by_rule, gradient_disparity, label_wave
 from benchmarks.study.grid import Data, Run, grid
+from benchmarks.study.shares import Cell, left_out_errors, measure, share_rows, verdict
 from benchmarks.study.train import auroc, precision, train
 from gwa_logging.histogram import Histogram
 from gwa_logging.statistic import estimate
@@ -58,6 +59,17 @@ def test_auroc_and_precision_agree_with_scikit_learn_ties_included():
     assert precision(torch.from_numpy(distinct), torch.from_numpy(wrong)) == pytest.approx(wrong[top].mean())
 
 
+def test_a_calibration_is_tested_on_the_data_set_that_it_was_not_fitted_on():
+    def cells(data: str, offset: float) -> list[Cell]:
+        run = Run(data, "clean", "mlp", "adam", 0)
+        return [Cell(run, wrong, wrong + offset, separation) for wrong in (0.1, 0.2, 0.4) for separation in (0.6, 0.8)]
+
+    easy, as_easy, hard = cells("digits", 0.02), cells("fashion-6k", 0.02), cells("fashion-24k", 0.12)
+    np.testing.assert_allclose(left_out_errors(easy + as_easy), 0, atol=1e-9)
+    np.testing.assert_allclose(left_out_errors(easy + hard), [-0.1] * 6 + [0.1] * 6, atol=1e-9)
+    assert len(left_out_errors(easy)) == 0
+
+
 def test_runs_of_all_kinds_make_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(study.DATA, "digits", Data(120, 4, 40))
     monkeypatch.setattr(page, "DOCS", tmp_path)
@@ -88,3 +100,6 @@ def test_the_runs_in_the_repository_are_those_of_the_page(tmp_path: Path):
     text = (Path(page.__file__).parents[2] / "docs" / "study.md").read_text()
     assert f"{len(cases)} of the" in text
     assert page.suspect_table(reporting) in text
+    shares = [measure(case.run, case.full) for case in cases]
+    assert verdict(shares) in text
+    assert all(f"| {' | '.join(row)} |" in text for row in share_rows(shares))

@@ -299,6 +299,11 @@ def test_the_report_shows_the_suspects_with_their_pictures(tmp_path):
     assert [f"<td>{s.label}<td>{s.predicted}<" in section for s in found] == [True] * 6
     pictures = re.findall(r"data:image/png;base64,([^\"]+)", section)
     assert pictures == [s.thumbnail for s in found]
+    captions = re.findall("<figcaption>(.*?)</figcaption>", section)
+    assert [re.sub("<.*?>", " ", caption).split() for caption in captions] == [
+        f"label {s.label} predicted {s.predicted} sample {s.id}".split() for s in found
+    ]
+    assert ['class="differs"' in caption for caption in captions] == [s.label != s.predicted for s in found]
     assert f"Recorded after epoch 0 (step {BATCHES - 1}), when {N} samples had been scored" in section
 
 

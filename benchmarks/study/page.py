@@ -9,7 +9,8 @@ import numpy.typing as npt
 
 from benchmarks.study.archive import unpack
 from benchmarks.study.criteria import CRITERIA, HELD_OUT, OURS, RIVAL, Pick, Series
-from benchmarks.study.grid import NOISE, Run, grid
+from benchmarks.study.grid import DATA, NOISE, Run, grid
+from benchmarks.study.shares import measure, share_rows, verdict
 from benchmarks.study.train import SUSPECT_SCORES
 
 HERE = Path(__file__).parent
@@ -258,6 +259,7 @@ def write_page(runs: Path) -> Path:
         )
     plots(reporting, DOCS / "images")
     text = (HERE / "page.md").read_text()
+    shares = [measure(case.run, case.full) for case in cases]
     wanted = len([run for run in grid() if run.part == "full"])
     values = {
         "cells": f"{len(cases)} of the {wanted} cells",
@@ -270,6 +272,8 @@ def write_page(runs: Path) -> Path:
         "suspects": suspect_table(reporting),
         "noisy": str(sum("auroc" in case.full for case in reporting)),
         "cleanlab": cleanlab_table(reporting),
+        "shares": table(["noise", "wrong labels", *DATA], share_rows(shares)),
+        "calibration": verdict(shares),
     }
     for key, value in values.items():
         text = text.replace("{{" + key + "}}", value)

@@ -73,8 +73,8 @@ class Timeline:
         dense = np.array([r.histogram.dense() for r in shown], dtype=np.int64).reshape(-1, BINS)
         cumulative = np.pad(np.cumsum(dense, axis=1), ((0, 0), (1, 0)))
         totals = cumulative[:, -1:]
-        # The same as `Histogram.to_display` and `IntervalRecord.quantiles`, but for all columns at once, because worker
-        # threads call this during training.
+        # Computes what `Histogram.to_display` and `IntervalRecord.quantiles` do for all columns at once, because worker threads
+        # call this during training.
         counts = np.diff(np.rint(_counts_below(cumulative, edges[1:-1])), axis=1, prepend=0, append=totals)
         first = [r.step - r.steps + 1 for r in shown[:1]]
         return Heatmap(

@@ -104,7 +104,7 @@ def _source(name: str) -> str:
     return files("gwa_logging.report").joinpath(name).read_text(encoding="utf-8").strip()
 
 
-@cache  # compressing takes 0.3 s
+@cache  # compressing takes 0.06 s; level 9 takes twice that and saves 0.08 MB
 def _packed_plotly() -> str:
     """Returns plotly.js, compressed, in base64: 2 MB instead of 5."""
     try:
@@ -113,7 +113,7 @@ def _packed_plotly() -> str:
         if error.name != "plotly":
             raise
         raise MissingDependencyError("plotly", "report") from error
-    return base64.b64encode(gzip.compress(source, mtime=0)).decode()
+    return base64.b64encode(gzip.compress(source, compresslevel=4, mtime=0)).decode()
 
 
 # --- the header ---------------------------------------------------------------------------------------------------------

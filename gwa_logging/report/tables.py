@@ -52,15 +52,23 @@ def _moment(record: SuspectsRecord, epochs: Sequence[EpochReport]) -> str:
 
 def _gallery(suspects: Sequence[Suspect], places: int) -> str:
     """Returns the pictures of the suspects with their labels; empty without pictures."""
-    tiles = []
-    for suspect in suspects:
-        if suspect.thumbnail:
-            lines = [f"label <b>{suspect.label}</b>"] if suspect.label is not None else []
-            lines += [f"predicted <b>{suspect.predicted}</b>"] if suspect.predicted is not None else []
-            lines.append(f"sample {suspect.id}: {format_number(suspect.mean_score, places)}")
-            picture = f'<img src="data:image/png;base64,{escape(suspect.thumbnail)}" alt="sample {suspect.id}">'
-            tiles.append(f"<figure>{picture}<figcaption>{'<br>'.join(lines)}</figcaption></figure>")
-    return f'<div class="gallery scroll" tabindex="0">{"".join(tiles)}</div>' if tiles else ""
+    tiles = [_tile(suspect, places) for suspect in suspects if suspect.thumbnail]
+    if not tiles:
+        return ""
+    hint = f'<p class="hint">{len(tiles):,} pictures; scroll them to see all.</p>' if len(tiles) > _SCROLLS_FROM else ""
+    return f'{hint}<div class="gallery scroll" tabindex="0">{"".join(tiles)}</div>'
+
+
+def _tile(suspect: Suspect, places: int) -> str:
+    """Returns a picture with its labels. Hovering over it shows the score."""
+    kind = "agrees" if suspect.label in (None, suspect.predicted) else "differs"
+    lines = [f"label <b>{suspect.label}</b>"] if suspect.label is not None else []
+    if suspect.predicted is not None:
+        lines.append(f'predicted <b class="{kind}">{suspect.predicted}</b>')
+    lines.append(f"sample {suspect.id}")
+    score = f"mean score {format_number(suspect.mean_score, places)}, seen {suspect.times_seen:,.4g} times"
+    picture = f'<img src="data:image/png;base64,{escape(suspect.thumbnail or "")}" alt="sample {suspect.id}">'
+    return f'<figure title="{score}">{picture}<figcaption>{"<br>".join(lines)}</figcaption></figure>'
 
 
 def _pairs(suspects: Sequence[Suspect]) -> str:
@@ -69,14 +77,14 @@ def _pairs(suspects: Sequence[Suspect]) -> str:
     if not pairs:
         return ""
     total = sum(pair.suspects for pair in pairs)
-    rows = [
-        f'<tr><th scope="row">{pair.label}<td>{pair.predicted}<td>{pair.suspects}<td>{pair.suspects / total:.0%}'
-        for pair in pairs[:_MAX_PAIRS]
-    ]
+    rows = []
+    for pair in pairs[:_MAX_PAIRS]:
+        share = format_number(100 * pair.suspects / total, 0)
+        rows.append(f'<tr><th scope="row">{pair.label}<td>{pair.predicted}<td>{pair.suspects}<td>{share} %')
     more = f" The {_MAX_PAIRS} most frequent of {len(pairs)} pairs:" if len(pairs) > _MAX_PAIRS else ""
     return (
         f"<h3>Which class is taken for which</h3><p>{total} of the suspects have a label that differs from the model's "
-        f'prediction.{more}</p><div class="pairs">{html_table(["label", "predicted", "suspects", "share"], rows)}</div>'
+        f'prediction.{more}</p><div class="compact">{html_table(["label", "predicted", "suspects", "share"], rows)}</div>'
         "<h3>The list</h3>"
     )
 
@@ -96,4 +104,4 @@ def _list(record: SuspectsRecord, places: int) -> str:
         f'<tr><th scope="row">{sample}{"".join(f"<td>{cell}" for cell in cells)}'
         for sample, *cells in zip(*(column for _, column in shown), strict=True)
     ]
-    return html_table([name for name, _ in shown], rows)
+    return f'<div class="compact">{html_table([name for name, _ in shown], rows)}</div>'

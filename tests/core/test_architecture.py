@@ -65,11 +65,12 @@ LAYERS = (
     "_closer _run_folder",
     "_record_base",
     "records",
-    "summary _epoch_bar",
+    "summary _epoch_bar _announce",
     "_journal_file journal ranks early_stop",
     "protocols class_pairs exports",
     "registry interval_recorder delivery checkpoint suspects report.heatmap report.run_history report.figures report.tables "
     "report.page replay",
+    "_closing_report",
     "recording",
     "_all_heads",
     "monitor",
