@@ -3,8 +3,9 @@
 from gwa_logging.integrations.torch.adapter import TorchAdapter, attach
 from gwa_logging.integrations.torch.find_head import Head, describe, find_head
 from gwa_logging.integrations.torch.find_head import inside_adapters as subject
+from gwa_logging.integrations.torch.packing import document_ids
 
 SEVERAL_HEADS = True
 """True: `head=` accepts a list."""
 
-__all__ = ["Head", "TorchAdapter", "attach", "describe", "find_head", "subject"]
+__all__ = ["Head", "TorchAdapter", "attach", "describe", "document_ids", "find_head", "subject"]

@@ -251,7 +251,7 @@ class _Pass:
         self.inputs = 0
         if self.samples is not None:
             self.inputs = inputs_of(logits)
-            if not is_split(logits):
+            if not is_split(logits) and not self.samples.is_by_position:
                 self.samples = self.samples._replace(predicted=probe.layer.predicted(logits))
 
     def keep(self, module: nn.Module, logits: Tensor) -> None:
