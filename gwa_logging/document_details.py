@@ -6,7 +6,7 @@ had a score when the document was last seen:
     bits     content                                       precision
     0-15     number of scored rows                         exact; 65,535 stands for as many or more
     16-22    share of them with a negative score           1/127
-    23-30    |lowest tenth|, as a logarithm; 0 for zero    3.5 %, from 2**-25.4 (2e-8) to 1
+    23-30    |lowest tenth|, as a logarithm; 0 for zero    4 %, from 2**-25.4 (2e-8) to 1
     31       1 if the lowest tenth is negative
 
 A word of 0 means that the sample was never seen with several rows. The lowest tenth of n scores is the one at place
@@ -40,7 +40,7 @@ class DocumentDetails(NamedTuple):
     Attributes:
         tokens: int64 [num_samples], number of scored rows when last seen, at most 65,535; 0 where unknown.
         negative_share: float64 [num_samples], in [0, 1], accurate to 0.005; NaN where unknown.
-        lowest_tenth: float64 [num_samples], in [-1, 1], accurate to 3.5 % of its value; NaN where unknown.
+        lowest_tenth: float64 [num_samples], in [-1, 1], accurate to 4 % of its value; NaN where unknown.
     """
 
     tokens: npt.NDArray[np.int64]

@@ -313,7 +313,7 @@ class Suspect(Record):
         thumbnail: a PNG in base64, at most 64 pixels wide and high, or None.
         tokens: of a document, the number of rows (tokens) with a score when it was last seen; 65,535 means at least as many.
         negative_share: share of these with a negative score, in [0, 1], accurate to 0.005.
-        lowest_tenth: a tenth of these have this score or a lower one, accurate to 3.5 %.
+        lowest_tenth: a tenth of these have this score or a lower one, accurate to 4 %.
 
     The last three are None if each sample is one row.
     """

@@ -53,4 +53,4 @@ def check_details(suspect: Any, last: Expected, tolerance: float = 1e-6) -> None
     """Compares the details of a document, to their documented precision."""
     assert suspect.tokens == last.tokens
     assert suspect.negative_share == pytest.approx(last.negative_share, abs=0.005)
-    assert suspect.lowest_tenth == pytest.approx(last.lowest_tenth, rel=0.0355, abs=max(tolerance, 2.2e-8))
+    assert suspect.lowest_tenth == pytest.approx(last.lowest_tenth, rel=0.04, abs=max(tolerance, 2.2e-8))

@@ -190,7 +190,7 @@ def test_any_ids_and_scores_agree_with_a_loop_over_the_documents(seed):
         assert float(found.sums[document]) == pytest.approx(each.mean, abs=1e-6)
         assert float(found.seen[document]) == 1
         assert share[document] == pytest.approx(each.negative_share, abs=0.005)
-        assert lowest[document] == pytest.approx(each.lowest_tenth, rel=0.0355, abs=2.2e-8)
+        assert lowest[document] == pytest.approx(each.lowest_tenth, rel=0.04, abs=2.2e-8)
     assert float(found.seen[6]) == 0
 
 
@@ -210,4 +210,4 @@ def test_the_number_of_tokens_saturates(tokens, stored):
     found = unpack(np.asarray(Documents(one, one, jnp.ones(1), one // 2, jnp.array([-0.25])).details()))
     assert found.tokens.item() == stored
     assert found.negative_share.item() == pytest.approx(tokens // 2 / tokens, abs=0.005)
-    assert found.lowest_tenth.item() == pytest.approx(-0.25, rel=0.035)
+    assert found.lowest_tenth.item() == pytest.approx(-0.25, rel=0.04)

@@ -25,6 +25,7 @@ from tests.torch.tiers import tiered
 B, T, N = 5, 12, 40
 WIDTH = {"by logits": (16, 5), "by embeddings": (4, 9)}
 RUN = ["eager", "compiled"]
+SLOW_RUN = ["eager", pytest.param("compiled", marks=pytest.mark.slow)]
 
 
 class Tokens(nn.Module):
@@ -145,7 +146,7 @@ def test_rows_that_are_flattened_before_the_head_and_padding_free_batches_take_a
     monitor.close()
 
 
-@pytest.mark.parametrize("how", RUN)
+@pytest.mark.parametrize("how", SLOW_RUN)
 def test_the_report_counts_trained_tokens_and_excludes_only_documents_without_any(how):
     model, (x, y) = Tokens(), batch(0)
     ids = packed()
@@ -210,8 +211,7 @@ def test_a_document_of_one_trained_token_has_details_and_a_classifiers_samples_h
 # --- bad input ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", RUN)
-@pytest.mark.parametrize("shape", [(B, T + 2), (B, T - 1), (T, B)], ids=str)
+@tiered("shape, how", [(B, T - 1), (B, T + 2), (B + 1, T), (T, B)], RUN, odd=True)
 def test_ids_of_another_shape_are_left_out_with_the_shapes_that_would_do(shape, how, caplog):
     model, (x, y) = Tokens(), batch(0)
     with gwa_logging.watch(model, num_samples=N, head="head") as monitor:
@@ -227,7 +227,7 @@ def test_ids_of_another_shape_are_left_out_with_the_shapes_that_would_do(shape, 
         ) in caplog.text
 
 
-@pytest.mark.parametrize("how", RUN)
+@pytest.mark.parametrize("how", SLOW_RUN)
 def test_an_id_that_is_out_of_range_is_counted_once_for_each_document_and_pass(how, caplog):
     model, (x, y) = Tokens(), batch(0)
     y[y == -100] = 0
@@ -292,7 +292,7 @@ def test_any_ids_and_scores_agree_with_a_loop_over_the_documents(passes):
             tokens, share, lowest = (column[document] for column in unpack(ledger.details))
             assert tokens == own[-1].tokens
             assert share == pytest.approx(own[-1].negative_share, abs=0.005)
-            assert lowest == pytest.approx(own[-1].lowest_tenth, rel=0.0355, abs=2.2e-8)
+            assert lowest == pytest.approx(own[-1].lowest_tenth, rel=0.04, abs=2.2e-8)
     assert summary.count == sum(np.isfinite(scores).sum() for scores, _ in passes)
     assert ledger.invalid_ids == 0
 
@@ -303,7 +303,7 @@ def test_the_number_of_tokens_saturates(tokens, stored):
     found = unpack(packed.numpy())
     assert found.tokens.item() == stored
     assert found.negative_share.item() == pytest.approx(tokens // 2 / tokens, abs=0.005)
-    assert found.lowest_tenth.item() == pytest.approx(-0.25, rel=0.035)
+    assert found.lowest_tenth.item() == pytest.approx(-0.25, rel=0.04)
 
 
 # --- memory -------------------------------------------------------------------------------------------------------------
