@@ -75,42 +75,19 @@ class DeviceLedger:
     def _scatter_add(self, batches: Sequence[TaggedScores]) -> None:
         """Adds n batches of the same shapes and dtypes in one operation."""
         device, size = self._arrays_on(batches[0].scores.device).sums.device, self._size
-        samples, all_scores, all_starts, all_row_ids = zip(*batches, strict=True)
-        ids, weights, classes = (_stacked(column, device) for column in zip(*samples, strict=True))
-        scores = _stacked(all_scores, device)  # [n, rows]
-        starts, row_ids = _stacked(all_starts, device), _stacked(all_row_ids, device)
-        assert ids is not None
-        assert scores is not None
-        ids = ids.to(torch.int64)  # before it is compared with a size that a narrower type may not hold
-        details = None
-        if starts is not None:
-            if row_ids is not None:
-                ids = torch.full_like(row_ids, NO_DOCUMENT).scatter_(1, owners(starts), row_ids)
-            scores, classes, details = group_by_input(scores, starts, None if row_ids is not None else classes)
-        if row_ids is None:
-            is_row = scores != PADDING
-            mismatched = is_row.sum(1, keepdim=True) != ids.shape[1]
-            lost = mismatched & is_row
-            invalid = (ids < 0) | (ids >= size) | mismatched.reshape(-1, *[1] * (ids.ndim - 1))
-            rows = min(scores.shape[1], ids.shape[1])
-            ids, scores, invalid, lost = (tensor[:, :rows] for tensor in (ids, scores, invalid, lost))
-        else:
-            scores = torch.where(ids == NO_DOCUMENT, PADDING, scores)
-            invalid, lost = (ids < 0) | (ids >= size), ids == LOST
-            rows = scores.shape[1]
+        ids, weights, scores, classes, details, lost = _assigned(batches, device)
         counted = scores.abs() <= 1 + SCORE_TOLERANCE
         scores = torch.where(counted, scores, 0.0)
         counted |= lost  # these ids are lost, with a score or without
+        invalid = (ids < 0) | (ids >= size) | lost.reshape(*lost.shape, *[1] * (ids.ndim - 2))
         if weights is None:
             shares = counted.float()
         else:
-            weights = (weights[:, None] if weights.ndim == 2 else weights[:, :rows]).float().expand(ids.shape)
+            weights = (weights[:, None] if weights.ndim == 2 else weights[:, : ids.shape[1]]).float().expand(ids.shape)
             invalid |= ~(weights >= 0) | torch.isinf(weights)
             shares = torch.where(counted[..., None], torch.where(invalid, 1.0, weights), 0.0)
             scores = scores[..., None]
         ids = torch.where(invalid, size, ids)
-        if weights is not None:  # the prediction for a mixed input, and its rows, belong to no single sample
-            classes = details = None
         sums, seen, predicted, known_details = self._arrays_on(
             device, has_predictions=classes is not None, has_details=details is not None
         )
@@ -121,7 +98,7 @@ class DeviceLedger:
         targets, order = _keep_last_write(torch.where(counted, ids, size).flatten(), size)
         for array, values in ((predicted, classes), (known_details, details)):
             if array is not None and values is not None:
-                array.index_copy_(0, targets, values[:, :rows].flatten()[order].to(torch.int32))
+                array.index_copy_(0, targets, values.flatten()[order].to(torch.int32))
 
     def _arrays_on(self, device: torch.device, *, has_predictions: bool = False, has_details: bool = False) -> _Arrays:
         """The arrays; they are created on `device`, each when it is needed."""
@@ -173,6 +150,52 @@ class DeviceLedger:
         assert seen is not None
         self._arrays = _Arrays(sums, seen, restored(ledger.predicted, UNKNOWN), restored(ledger.details, 0))
         self.untagged, self._untagged_on_device, self.mismatched = ledger.untagged, 0, 0
+
+
+class _Assigned(NamedTuple):
+    """n batches after each score has got its id: a score is that of a row, an input or a document.
+
+    Attributes:
+        ids: int64 [n, scores], or [n, scores, m] of mixed samples.
+        weights: as in `TaggedBatch`, with n batches in the first dimension.
+        scores: float32 [n, scores], with markers.
+        predicted: [n, scores]; None if unknown.
+        details: int32 [n, scores]; None if each score is that of a row.
+        lost: bool [n, scores], True for ids that could not be assigned.
+    """
+
+    ids: Tensor
+    weights: Tensor | None
+    scores: Tensor
+    predicted: Tensor | None
+    details: Tensor | None
+    lost: Tensor
+
+
+def _assigned(batches: Sequence[TaggedScores], device: torch.device) -> _Assigned:
+    """Stacks batches of the same form on a device, and adds up the rows that belong to the same id."""
+    samples, all_scores, all_starts, all_row_ids = zip(*batches, strict=True)
+    ids, weights, predicted = (_stacked(column, device) for column in zip(*samples, strict=True))
+    scores, starts, row_ids = (_stacked(column, device) for column in (all_scores, all_starts, all_row_ids))
+    assert ids is not None
+    assert scores is not None
+    details = None
+    if starts is not None and row_ids is not None:
+        ids = torch.full_like(row_ids, NO_DOCUMENT).scatter_(1, owners(starts), row_ids)
+        scores, _, details = group_by_input(scores, starts, None)
+        scores = torch.where(ids == NO_DOCUMENT, PADDING, scores)
+        return _Assigned(ids, None, scores, None, details, ids == LOST)
+    if starts is not None:
+        scores, predicted, details = group_by_input(scores, starts, predicted)
+    is_row = scores != PADDING
+    lost = is_row & (is_row.sum(1, keepdim=True) != ids.shape[1])
+    count = min(scores.shape[1], ids.shape[1])
+    if weights is not None:  # the prediction for a mixed input, and its rows, belong to no single sample
+        predicted = details = None
+    predicted, details = (None if values is None else values[:, :count] for values in (predicted, details))
+    # An integer type that is too narrow for the size could not be compared with it.
+    wide_ids = ids[:, :count].to(torch.int64)
+    return _Assigned(wide_ids, weights, scores[:, :count], predicted, details, lost[:, :count])
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:

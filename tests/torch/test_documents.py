@@ -208,6 +208,40 @@ def test_a_document_of_one_trained_token_has_details_and_a_classifiers_samples_h
         assert {s.id: s.tokens for s in monitor.suspects(N)} == {0: 2, 1: 1, 2: 1, 3: 1, 4: 1}
 
 
+@pytest.mark.parametrize("packed_rows", [False, True])
+def test_a_language_model_of_transformers_has_the_documents_of_its_shifted_labels(packed_rows):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).train()
+    tokens = torch.randint(0, 40, (3, 10))
+    labels, positions, ids = tokens.clone(), torch.arange(10).expand(3, 10), torch.tensor([4, 8, 2])
+    labels[0, :6] = -100  # a prompt
+    if packed_rows:
+        positions = torch.cat([torch.arange(4), torch.arange(6)]).expand(3, 10)
+        labels[:, [0, 4]] = -100  # the first token of each document
+        ids = document_ids([4, 8, 2, 4, 1, 0], positions)
+    with torch.no_grad():
+        h = model(tokens, position_ids=positions, output_hidden_states=True).hidden_states[-1][:, :-1].double()
+    weight = model.lm_head.weight.detach().double()
+    delta = torch.softmax(h @ weight.T, -1) - F.one_hot(labels[:, 1:].clamp(min=0), 40)
+    delta[labels[:, 1:] == -100] = 0
+    scores = alignment_scores(delta.numpy(), h.numpy(), weight.numpy())
+    of_positions = ids[:, :-1].numpy() if packed_rows else np.repeat(ids.numpy()[:, None], 9, 1)
+    with gwa_logging.watch(model, num_samples=N) as monitor:
+        monitor.tag(ids)
+        model(tokens, position_ids=positions, labels=labels).loss.backward()
+        check_documents(monitor, [documents(scores, of_positions)], tolerance=1e-5)
+        assert monitor.end_epoch().count == (labels[:, 1:] != -100).sum()
+        assert monitor.faults == {}
+
+
 # --- bad input ----------------------------------------------------------------------------------------------------------
 
 
