@@ -24,7 +24,9 @@ from gwa_logging.records import EpochReport, StopAlert
 from gwa_logging.settings import shortened
 from gwa_logging.summary import SUMMARY_NUMBERS, AlignmentSummary
 
-STATE_VERSION = 3
+STATE_VERSION = 4
+READABLE_VERSIONS = (3, 4)
+"""Version 3 has no details of documents in its ledger."""
 
 
 class HeadShape(NamedTuple):
@@ -102,7 +104,11 @@ class MonitorState(NamedTuple):
             "interval": [_to_json(number) for number in self.interval.to_vector().tolist()],
             "ledger": ledger
             and {
-                **{name: adapter.to_checkpoint_array(getattr(ledger, name)) for name in ("sums", "seen", "predicted")},
+                **{
+                    name: None if array is None else adapter.to_checkpoint_array(array)
+                    for name in ("sums", "seen", "predicted", "details")
+                    for array in [getattr(ledger, name)]
+                },
                 "invalid_ids": ledger.invalid_ids,
                 "untagged": ledger.untagged,
             },
@@ -118,7 +124,7 @@ class MonitorState(NamedTuple):
         if not isinstance(state, Mapping) or "version" not in state:
             found = f"the keys {sorted(map(str, state))}" if isinstance(state, Mapping) else type(state).__name__
             raise InvalidInputError(f"state: not a state_dict() of a monitor: found {found[:200]}")
-        if not _equals(state["version"], STATE_VERSION):
+        if not any(_equals(state["version"], version) for version in READABLE_VERSIONS):
             raise InvalidInputError(
                 f"state: expected version {STATE_VERSION}, found {shortened(state['version'])}; use the version of "
                 "gwa_logging that saved it, or start without it"
@@ -270,6 +276,11 @@ _Flag = Annotated[bool, BeforeValidator(_flag)]
 _Floats = Annotated[Any, BeforeValidator(lambda value: _array(value, "f").astype(np.float32))]
 
 
+_Integers = Annotated[
+    Any, BeforeValidator(lambda value: None if value is None else _array(value, "iuf").astype(np.int32))
+]
+
+
 class _Part(BaseModel):
     """Base class of the parts of a state. Nothing is converted silently."""
 
@@ -335,16 +346,18 @@ def _summary(value: Any) -> AlignmentSummary:
 class _Ledger(_Part):
     sums: _Floats
     seen: _Floats
-    predicted: Annotated[Any, BeforeValidator(lambda value: _array(value, "iuf").astype(np.int32))]
+    predicted: _Integers
+    details: _Integers = None
     invalid_ids: _Count
     untagged: _Count
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        shapes = self.sums.shape, self.seen.shape, self.predicted.shape
+        arrays = self.sums, self.seen, self.predicted, self.details
+        shapes = [array.shape for array in arrays if array is not None]
         if len({*shapes}) != 1:
             raise ValueError(f"expected arrays of one length, found the shapes {', '.join(map(str, shapes))}")
-        if (self.seen < 0).any() or (self.predicted < UNKNOWN).any():
+        if (self.seen < 0).any() or (self.predicted is not None and (self.predicted < UNKNOWN).any()):
             raise ValueError("seen or predicted: found negative numbers")
         return self
 

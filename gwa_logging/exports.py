@@ -29,12 +29,24 @@ class SuspectsTable:
         mean_score: float64 [num_samples], the lower, the more suspect; NaN for samples never seen.
         times_seen: float64 [num_samples].
         label, predicted: int64 [num_samples]; -1 where unknown.
+        tokens: int64 [num_samples], of documents the number of rows with a score when last seen; 0 where unknown.
+        negative_share, lowest_tenth: float64 [num_samples], see `gwa_logging.Suspect`; NaN where unknown.
+
+    The last three are None if each sample is one row.
     """
 
     mean_score: npt.NDArray[np.float64]
     times_seen: npt.NDArray[np.float64]
     label: npt.NDArray[np.int64]
     predicted: npt.NDArray[np.int64]
+    tokens: npt.NDArray[np.int64] | None = None
+    negative_share: npt.NDArray[np.float64] | None = None
+    lowest_tenth: npt.NDArray[np.float64] | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of the columns, those of documents only if there are any."""
+        return COLUMNS if self.tokens is None else (*COLUMNS, *SuspectsRecord.DOCUMENT_COLUMNS)
 
     def __len__(self) -> int:
         return len(self.mean_score)
@@ -57,14 +69,16 @@ class SuspectsTable:
         """Writes all samples with a header line, in the order of their ids; unknown values are empty."""
         with Path(path).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            columns = (getattr(self, name).tolist() for name in COLUMNS)
-            for sample, score, seen, label, predicted in zip(*columns, strict=True):
+            writer.writerow(self.columns)
+            columns = (getattr(self, name).tolist() for name in self.columns)
+            for sample, score, seen, label, predicted, *details in zip(*columns, strict=True):
                 classes = ("" if c == UNKNOWN else c for c in (label, predicted))
-                writer.writerow([sample, score if seen else "", seen, *classes])
+                if details and not details[0]:
+                    details = [""] * len(details)
+                writer.writerow([sample, score if seen else "", seen, *classes, *details])
 
     def to_pandas(self) -> Any:
-        """Returns a pandas.DataFrame with the columns id, mean_score, times_seen, label and predicted.
+        """Returns a pandas.DataFrame with the columns id, mean_score, times_seen, label and predicted, and those of documents.
 
         Raises:
             InvalidInputError: pandas is not installed.
@@ -77,7 +91,7 @@ class SuspectsTable:
             raise InvalidInputError(
                 "to_pandas(): pandas is not installed. Install it with: pip install pandas"
             ) from error
-        return DataFrame({name: getattr(self, name) for name in COLUMNS})
+        return DataFrame({name: getattr(self, name) for name in self.columns})
 
 
 def add_score_column(dataset: Any, table: SuspectsTable, name: str = "gwa_score") -> Any:

@@ -3,11 +3,13 @@
 The adapters add these up on the device, by sample id. This is the form in which the host reads them.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from gwa_logging.document_details import MAX_ROWS
 from gwa_logging.errors import InvalidInputError
 from gwa_logging.faults import Faults
 
@@ -19,7 +21,8 @@ class TaggedBatch(NamedTuple):
     """The samples in a batch; arrays of any framework.
 
     Attributes:
-        ids: int [batch]; or [batch, m] if each input is a mix of m samples (mixup, CutMix).
+        ids: int [batch]; int [batch, positions], the document of each position of the head's input, `NO_DOCUMENT` where there
+            is none; or, with weights, int [batch, m] if each input is a mix of m samples (mixup, CutMix).
         weights: float [m] or [batch, m], the share of each sample in the mix, at least 0; None if nothing is mixed.
         predicted: int [batch], the classes that the model predicts; None if unknown.
     """
@@ -28,11 +31,16 @@ class TaggedBatch(NamedTuple):
     weights: Any = None
     predicted: Any = None
 
-    def check(self, count: int | None, num_samples: int | None) -> None:
+    @property
+    def is_by_position(self) -> bool:
+        """Returns True if each position of the head's input has its own id."""
+        return self.weights is None and len(self.ids.shape) == 2
+
+    def check(self, scores: tuple[int, ...] | None, num_samples: int | None) -> None:
         """Checks dtypes and shapes. Does not wait for the device, so the values are not checked.
 
         Args:
-            count: the number of scores in the batch; None if not known yet.
+            scores: shape of the batch's scores; None if not known yet.
             num_samples: size of the ledger; None if there is none.
 
         Raises:
@@ -44,11 +52,15 @@ class TaggedBatch(NamedTuple):
             )
         dtype, shape = _dtype_and_shape(self.ids)
         mixed = self.weights is not None
-        if "int" not in dtype or shape is None or len(shape) != 1 + mixed:
-            wanted = "[batch, m] with weights" if mixed else "[batch], or [batch, m] and weights for mixed samples"
+        if "int" not in dtype or shape is None or len(shape) not in ((2,) if mixed else (1, 2)):
+            wanted = (
+                "[batch, m] with weights"
+                if mixed
+                else "[batch]; [batch, positions] for documents; or [batch, m] and weights for mixed samples"
+            )
             raise InvalidInputError(f"sample_ids: expected an integer array {wanted}, found {dtype} of shape {shape}")
-        if count is not None and shape[0] != count:
-            raise InvalidInputError(f"sample_ids: expected {count}, one for each score, found {shape[0]}")
+        if scores is not None and (problem := mismatch(shape, scores, mixed=mixed)):
+            raise InvalidInputError(f"sample_ids: {problem}")
         if mixed:
             found = (
                 np.shape(self.weights) if isinstance(self.weights, list | tuple) else _dtype_and_shape(self.weights)[1]
@@ -57,9 +69,49 @@ class TaggedBatch(NamedTuple):
                 raise InvalidInputError(
                     f"weights: expected {shape[1:]}, the same for every sample, or {shape}, as sample_ids, found {found}"
                 )
+        if self.predicted is None:
+            return
         dtype, found = _dtype_and_shape(self.predicted)
-        if self.predicted is not None and ("int" not in dtype or found != shape[:1]):
+        if self.is_by_position:
+            raise InvalidInputError("predicted: not with sample_ids [batch, positions]: a document has no single class")
+        if "int" not in dtype or found != shape[:1]:
             raise InvalidInputError(f"predicted: expected integers {shape[:1]}, found {dtype} of shape {found}")
+
+
+NO_DOCUMENT = -1
+"""The id of a position that belongs to no document, such as padding."""
+
+
+def mismatch(ids: tuple[int, ...], scores: tuple[int, ...], *, mixed: bool = False) -> str | None:
+    """Returns what is wrong with the shape of ids for scores of a shape; None if they fit.
+
+    There may be one id for each score; one for each input of scores [batch, positions, ...]; or one for each position. In the
+    last case the ids may have one position more than the scores, since some models cut off the last position, which predicts
+    nothing: then the last ids of all inputs are dropped. Not if that leaves one position, because [batch, 2] for a score each
+    would rather be the ids of mixed samples whose weights were forgotten.
+    """
+    rows = math.prod(scores)
+    inputs = scores[0] if len(scores) > 1 else 0
+    if mixed or len(ids) == 1:
+        fits = ids[0] in (rows, inputs or rows)
+    else:
+        fits = rows in (math.prod(ids), math.prod(cut_ids(ids))) and ids[0] == (inputs or ids[0])
+    if fits:
+        return None
+    tail, others, remedy = ", m" if mixed else "", "", ""
+    if inputs:
+        others = f", or [{inputs}{tail}], one for each input"
+    if not mixed:
+        positions = f"[{inputs}, {rows // inputs}]" if inputs else f"[batch, positions] with {rows} positions in total"
+        others += f", or {positions}, one for each position"
+        if len(ids) == 2:
+            remedy = "; if these are the ids of mixed samples, [batch, m], pass their weights"
+    return f"expected [{rows}{tail}], one for each score{others}; found {list(ids)}{remedy}"
+
+
+def cut_ids(ids: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of ids [batch, positions] for a model that cuts off the last position."""
+    return (ids[0], ids[1] - 1) if ids[1] > 2 else ids
 
 
 def _dtype_and_shape(array: Any) -> tuple[str, tuple[int, ...] | None]:
@@ -93,19 +145,22 @@ class Ledger(NamedTuple):
     """The ledger's contents, on the host.
 
     Attributes:
-        sums: float32 [num_samples], sum of each sample's scores.
+        sums: float32 [num_samples], sum of each sample's scores; of a document with several rows, of their means.
         seen: float32 [num_samples], how often each sample was scored; for mixed samples, the sum of its shares.
-        predicted: int32 [num_samples], the class predicted when the sample was last seen; `UNKNOWN` where not known.
+        predicted: int32 [num_samples], the class predicted when the sample was last seen, `UNKNOWN` where not known; None if
+            none is known.
         invalid_ids: number of scores left out, because an id was out of range, the number of ids differed from that of the
             samples, or a weight was negative or NaN.
         untagged: number of samples without an id.
+        details: int32 [num_samples], see `document_details`; None if no sample was seen with several scored rows.
     """
 
     sums: npt.NDArray[np.float32]
     seen: npt.NDArray[np.float32]
-    predicted: npt.NDArray[np.int32]
+    predicted: npt.NDArray[np.int32] | None = None
     invalid_ids: int = 0
     untagged: int = 0
+    details: npt.NDArray[np.int32] | None = None
 
     @property
     def means(self) -> npt.NDArray[np.float64]:
@@ -115,14 +170,28 @@ class Ledger(NamedTuple):
         return np.where(self.seen > 0, means, np.nan)
 
     def merge(self, other: "Ledger") -> "Ledger":
-        """The ledger of two processes together. Where both know a prediction, the other's wins."""
+        """The ledger of two processes together. Where both know a prediction or details, the other's win."""
         return Ledger(
             self.sums + other.sums,
             self.seen + other.seen,
-            np.where(other.predicted == UNKNOWN, self.predicted, other.predicted),
+            _latest(self.predicted, other.predicted, UNKNOWN),
             self.invalid_ids + other.invalid_ids,
             self.untagged + other.untagged,
+            _latest(self.details, other.details, 0),
         )
+
+
+def _latest(
+    own: npt.NDArray[np.int32] | None, other: npt.NDArray[np.int32] | None, unknown: int
+) -> npt.NDArray[np.int32] | None:
+    if own is None or other is None:
+        return other if own is None else own
+    return np.where(other == unknown, own, other)
+
+
+def details_or_none(details: npt.NDArray[np.int32]) -> npt.NDArray[np.int32] | None:
+    """The details, or None if no sample has several scored rows: then each sample is one row."""
+    return details if bool(((details & MAX_ROWS) > 1).any()) else None
 
 
 def check_number(k: int) -> None:

@@ -85,7 +85,7 @@ class Monitor(Owned):
         Args:
             scores: float [...] on the device, as returned by `value_and_grad`; values that are not finite count as
                 samples without a score. In JAX also a `gwa_logging.integrations.jax.AlignmentState`, for loops inside scan.
-            sample_ids: int [batch] into the ledger (`watch(num_samples=)`), or None; int [batch, m] for mixed samples.
+            sample_ids: int [batch] into the ledger (`watch(num_samples=)`), or None; see `tag` for documents and mixed samples.
             weights: the shares of mixed samples, see `tag`.
             predicted: int [batch], the predicted classes for the list of suspects, for example from the loss's aux.
 
@@ -105,13 +105,14 @@ class Monitor(Owned):
 
         All calls of the head in one forward pass of the model get these ids. If its logits are [batch, rows, classes], there
         may be an id for each row or for each input. Rows without a gradient then count as no samples; of several rows with
-        one, the mean score is entered.
+        one, the mean score is entered. Ids [batch, positions] name the document of each position, -1 for none: the mean of a
+        document's positions is entered.
 
         If the backward pass repeats the head's forward pass (reentrant checkpointing of the whole model), and several passes
         precede one backward, only the last keeps its ids.
 
         Args:
-            sample_ids: int [batch] into the ledger (`watch(num_samples=)`); int [batch, m] for mixed samples. On any device.
+            sample_ids: int [batch] into the ledger (`watch(num_samples=)`), or [batch, positions], or with weights [batch, m].
             weights: float [m], the same for every sample of the batch, or [batch, m]; at least 0.
         """
         if self.is_copy and self._is_refused("tag()"):

@@ -311,6 +311,11 @@ class Suspect(Record):
         label, predicted: class index from `watch(labels=)`, and class with the largest logit when the sample was last seen (by
             the highest rank); None if unknown.
         thumbnail: a PNG in base64, at most 64 pixels wide and high, or None.
+        tokens: of a document, the number of rows (tokens) with a score when it was last seen; 65,535 means at least as many.
+        negative_share: share of these with a negative score, in [0, 1], accurate to 0.005.
+        lowest_tenth: a tenth of these have this score or a lower one, accurate to 4 %.
+
+    The last three are None if each sample is one row.
     """
 
     id: Index
@@ -319,6 +324,9 @@ class Suspect(Record):
     label: Index | None = None
     predicted: Index | None = None
     thumbnail: str | None = None
+    tokens: Count | None = None
+    negative_share: float | None = Field(default=None, ge=0, le=1)
+    lowest_tenth: float | None = Field(default=None, ge=-1, le=1)
 
     @field_validator("thumbnail")
     @classmethod
@@ -345,18 +353,31 @@ class SuspectsRecord(TimedRecord):
     suspects: tuple[Suspect, ...]
 
     COLUMNS: ClassVar = ("id", "mean_score", "times_seen", "label", "predicted")
+    DOCUMENT_COLUMNS: ClassVar = ("tokens", "negative_share", "lowest_tenth")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of the table's columns: `COLUMNS`, and `DOCUMENT_COLUMNS` if any suspect is a document."""
+        has_documents = any(suspect.tokens is not None for suspect in self.suspects)
+        return (*self.COLUMNS, *self.DOCUMENT_COLUMNS) if has_documents else self.COLUMNS
 
     def rows(self) -> list[list[float | int | None]]:
-        """The table of suspects, with one row of `COLUMNS` each; whole numbers as int."""
+        """The table of suspects, one row each with the values of `columns`; numbers of times seen as int if they are whole."""
+        further = self.columns[3:]
         return [
-            [s.id, s.mean_score, int(s.times_seen) if s.times_seen.is_integer() else s.times_seen, s.label, s.predicted]
+            [
+                s.id,
+                s.mean_score,
+                int(s.times_seen) if s.times_seen.is_integer() else s.times_seen,
+                *(getattr(s, name) for name in further),
+            ]
             for s in self.suspects
         ]
 
     def csv(self) -> str:
         """The table as CSV with a header line; unknown values are empty."""
         lines = [",".join("" if value is None else str(value) for value in row) for row in self.rows()]
-        return "\n".join([",".join(self.COLUMNS), *lines, ""])
+        return "\n".join([",".join(self.columns), *lines, ""])
 
 
 AnyRecord = RunRecord | IntervalRecord | EpochReport | StopAlert | AlertWithdrawal | SuspectsRecord | CloseRecord

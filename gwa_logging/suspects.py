@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gwa_logging.class_pairs import concentration
+from gwa_logging.document_details import unpack
 from gwa_logging.errors import InvalidInputError
 from gwa_logging.exports import SuspectsTable
 from gwa_logging.faults import Faults
@@ -101,7 +102,8 @@ class SuspectFinder:
             mean_score=ledger.means,
             times_seen=np.asarray(ledger.seen, np.float64),
             label=labels.astype(np.int64),
-            predicted=np.asarray(ledger.predicted, np.int64),
+            predicted=np.full(len(labels), UNKNOWN) if ledger.predicted is None else ledger.predicted.astype(np.int64),
+            **({} if ledger.details is None else unpack(ledger.details)._asdict()),
         )
 
     def caveats(self) -> tuple[str, ...]:
@@ -119,7 +121,7 @@ class SuspectFinder:
         return [self._suspect(ledger, int(sample), images) for sample in lowest(ledger.means, k)]
 
     def _suspect(self, ledger: Ledger, sample: int, images: Any) -> Suspect:
-        predicted = int(ledger.predicted[sample])
+        predicted = UNKNOWN if ledger.predicted is None else int(ledger.predicted[sample])
         return Suspect(
             id=sample,
             mean_score=float(ledger.sums[sample]) / float(ledger.seen[sample]),
@@ -127,6 +129,7 @@ class SuspectFinder:
             label=None if self._labels is None else int(self._labels[sample]),
             predicted=None if predicted == UNKNOWN else predicted,
             thumbnail=None if images is None else self._thumbnail(images, sample),
+            **_details(ledger, sample),
         )
 
     def _thumbnail(self, images: Any, sample: int) -> str | None:
@@ -137,9 +140,16 @@ class SuspectFinder:
             return None
 
 
+def _details(ledger: Ledger, sample: int) -> dict[str, Any]:
+    """The fields of a Suspect that describe a document; empty if the sample is one row."""
+    if ledger.details is None or not ledger.details[sample]:
+        return {}
+    return {name: column.item() for name, column in unpack(ledger.details[sample : sample + 1])._asdict().items()}
+
+
 def _collapse(ledger: Ledger, labels: npt.NDArray[np.integer[Any]] | None) -> str | None:
     """Returns a sentence if the model predicts one class for nearly all samples; None if not, or if their labels agree."""
-    known = ledger.predicted[ledger.predicted != UNKNOWN]
+    known = np.empty(0) if ledger.predicted is None else ledger.predicted[ledger.predicted != UNKNOWN]
     if not known.size:
         return None
     classes, counts = np.unique(known, return_counts=True)

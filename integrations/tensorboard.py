@@ -203,5 +203,5 @@ def _log_directory(run: object) -> str:
 
 
 def _markdown_table(suspects: SuspectsRecord) -> str:
-    rows = [suspects.COLUMNS, ["---"] * len(suspects.COLUMNS), *suspects.rows()]
+    rows = [suspects.columns, ["---"] * len(suspects.columns), *suspects.rows()]
     return "\n".join(f"| {' | '.join('' if cell is None else str(cell) for cell in row)} |" for row in rows)

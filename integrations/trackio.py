@@ -130,7 +130,7 @@ class TrackioBackend(Tracker):
 
     def on_suspects(self, suspects: SuspectsRecord) -> None:
         """Logs a table."""
-        table = trackio.Table(columns=list(suspects.COLUMNS), data=suspects.rows())
+        table = trackio.Table(columns=list(suspects.columns), data=suspects.rows())
         self._log(suspects.step, {"suspects": table, "stats/suspects_of": suspects.samples})
 
     def on_close(self, end: CloseRecord) -> None:

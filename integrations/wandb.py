@@ -267,7 +267,7 @@ def _picture_series() -> "PictureSeries | None":
 
 def _table(suspects: SuspectsRecord) -> wandb.Table:
     """The suspects as a table, with pictures if there are any and Pillow is installed."""
-    columns, rows = list(suspects.COLUMNS), suspects.rows()
+    columns, rows = list(suspects.columns), suspects.rows()
     if any(suspect.thumbnail for suspect in suspects.suspects) and find_spec("PIL"):
         from PIL import Image
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -73,6 +74,35 @@ def test_the_csv_has_every_sample_and_leaves_unknown_values_empty(tmp_path):
         ["2", "", "0.0", "1", ""],
         ["3", "0.1", "2.5", "", ""],
     ]
+
+
+def test_the_columns_of_documents_are_there_only_if_there_are_documents(tmp_path):
+    table = replace(
+        TABLE,
+        tokens=np.array([3, 70, 0, 0]),
+        negative_share=np.array([0.0, 0.5, np.nan, np.nan]),
+        lowest_tenth=np.array([0.25, -0.5, np.nan, np.nan]),
+    )
+    table.write_csv(tmp_path / "samples.csv")
+    with (tmp_path / "samples.csv").open(newline="") as file:
+        head, *rows = csv.reader(file)
+    assert head[5:] == ["tokens", "negative_share", "lowest_tenth"]
+    assert [row[5:] for row in rows] == [["3", "0.0", "0.25"], ["70", "0.5", "-0.5"], [""] * 3, [""] * 3]
+    pytest.importorskip("pandas")
+    assert list(table.to_pandas().columns) == head
+
+
+def test_the_table_of_a_run_with_documents_has_their_details(tmp_path):
+    training = Training()
+    with training.watch(tmp_path, num_samples=6) as monitor:
+        monitor.update(torch.tensor([[-0.5, 0.25, -0.5], [0.25, -0.75, torch.nan]]), torch.tensor([4, 2]))
+        table, suspects = monitor.suspects_table(), monitor.suspects(2)
+    assert table.tokens.tolist() == [0, 0, 2, 0, 3, 0]
+    assert (table.predicted == -1).all()
+    for s in suspects:
+        row = (table.tokens[s.id], table.negative_share[s.id], table.lowest_tenth[s.id])
+        assert row == (s.tokens, s.negative_share, s.lowest_tenth)
+    assert np.isnan(table.lowest_tenth[[0, 1, 3, 5]]).all()
 
 
 def test_the_most_suspect_come_first_and_samples_never_seen_are_left_out():

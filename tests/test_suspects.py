@@ -20,7 +20,7 @@ import gwa_logging
 from gwa_logging import EarlyStop, InvalidInputError, Monitor
 from gwa_logging.class_pairs import class_pairs, concentration
 from gwa_logging.journal import read_journal
-from gwa_logging.records import SuspectsRecord
+from gwa_logging.records import RECORDS, SuspectsRecord
 from gwa_logging.replay import replay
 from gwa_logging.report.page import write_report
 from gwa_logging.thumbnail import thumbnail
@@ -41,6 +41,7 @@ from tests.trackers import (
 
 N = BATCH * BATCHES
 COLUMNS = ["id", "mean_score", "times_seen", "label", "predicted"]
+ALL_COLUMNS = [*COLUMNS, "tokens", "negative_share", "lowest_tenth"]
 IMAGES = np.random.default_rng(0).integers(0, 256, (N, 12, 10, 3), dtype=np.uint8)
 
 
@@ -145,7 +146,7 @@ def test_a_closed_monitor_writes_no_suspects(tmp_path):
 def in_mlflow(tracker: OnMlflow, run: str) -> list[list[str]]:
     path = tracker.client.download_artifacts(run, "gwa/suspects.csv")
     head, *rows = csv.reader(io.StringIO(Path(path).read_text()))
-    assert head == COLUMNS
+    assert head == ALL_COLUMNS
     return rows
 
 
@@ -154,8 +155,8 @@ def in_wandb(tracker: OnWandb, run: str) -> list[list[str]]:
     for folder in sorted(folders, reverse=True):
         for found in read_back(str(folder)).column("gwa/suspects.path"):
             table = json.loads((folder / "files" / found).read_text())
-            assert table["columns"][:5] == COLUMNS
-            return [["" if cell is None else str(cell) for cell in row[:5]] for row in table["data"]]
+            assert table["columns"][:8] == ALL_COLUMNS
+            return [["" if cell is None else str(cell) for cell in row[:8]] for row in table["data"]]
     raise AssertionError("no table")
 
 
@@ -163,7 +164,7 @@ def in_tensorboard(tracker: OnTensorBoard, run: str) -> list[list[str]]:
     (event,) = read_events(Path(run) / "gwa").Tensors("gwa/suspects")
     lines = event.tensor_proto.string_val[0].decode().splitlines()
     head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert head == COLUMNS
+    assert head == ALL_COLUMNS
     return rows
 
 
@@ -171,7 +172,7 @@ def in_trackio(tracker: OnTrackio, run: str) -> list[list[str]]:
     project, _, name = run.partition("/")
     (found,) = (other for other in trackio.Api().runs(project) if other.name == name)
     (table,) = (row["gwa/suspects"] for row in rows_of(found) if "gwa/suspects" in row)
-    return [[str(row[column]) for column in COLUMNS] for row in table["_value"]]
+    return [["" if row[name] is None else str(row[name]) for name in ALL_COLUMNS] for row in table["_value"]]
 
 
 TRACKERS = {
@@ -193,9 +194,11 @@ def test_the_table_is_in_the_tracker_and_a_replay_sends_it_once(name: str, tmp_p
     monitor = watch(training, tmp_path, backend=tracker.backend)
     run = monitor._deliveries[0].backend.run_ref.run
     epoch(training, monitor)
+    monitor.update(torch.tensor([[-0.5, 0.25, -0.5], [0.25, -0.75, -0.25]]), torch.arange(2))  # two documents
     monitor.close()
     assert monitor.faults == {}
-    expected = [[str(cell) for cell in row] for row in lists(monitor)[0].rows()]
+    expected = [["" if cell is None else str(cell) for cell in row] for row in lists(monitor)[0].rows()]
+    assert [row[5] for row in expected].count("3") == 2
     assert len(expected) == N
     assert read(tracker, run) == expected
 
@@ -321,6 +324,36 @@ def test_the_report_leaves_out_unknown_labels_and_says_in_which_epoch_the_list_w
     assert "Which class is taken for which" not in section
     assert f"in epoch 1 (step {BATCHES})" in section
     assert "20 rows; scroll the table to see all." in section
+
+
+def test_the_report_and_the_csv_describe_documents(tmp_path):
+    training = Training()
+    with training.watch(tmp_path, num_samples=N) as monitor:
+        monitor.update(torch.tensor([[-0.5, 0.25, -0.5], [0.25, -0.75, torch.nan]]), torch.tensor([4, 2]))
+        monitor.log_suspects(5)
+        page = write_report(monitor.journal.parent).read_text(encoding="utf-8")
+        rows = (monitor.journal.parent / "suspects.csv").read_text().splitlines()
+    section = page[page.index("Samples that are probably mislabelled") :].partition("</section>")[0]
+    section = section.replace("\N{MINUS SIGN}", "-")
+    assert '<th scope="col">tokens<th scope="col">negative<th scope="col">lowest tenth' in section
+    assert '<th scope="row">2<td>-0.2500<td>1<td>2<td>50%<td>-0.76<' in section
+    assert '<th scope="row">4<td>-0.2500<td>1<td>3<td>67%<td>-0.5<' in section
+    assert rows[0] == ",".join(ALL_COLUMNS)
+    assert [row.split(",")[:6] for row in rows[1:]] == [
+        ["2", "-0.25", "1", "", "", "2"],
+        ["4", "-0.25", "1", "", "", "3"],
+    ]
+
+
+def test_a_journal_that_was_written_before_documents_had_details_is_read():
+    line = (
+        '{"kind":"suspects","step":3,"epoch":0,"samples":7,"suspects":[{"id":4,"mean_score":-0.5,"times_seen":2.0,'
+        '"label":1,"predicted":null,"thumbnail":null}],"time":1.0}'
+    )
+    record = RECORDS.validate_json(line)
+    assert record.columns == tuple(COLUMNS)
+    assert record.rows() == [[4, -0.5, 2, 1, None]]
+    assert record.suspects[0].tokens is None
 
 
 def suspects_of(*pairs: tuple[int | None, int | None]) -> list[gwa_logging.Suspect]:

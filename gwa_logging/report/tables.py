@@ -91,13 +91,19 @@ def _pairs(suspects: Sequence[Suspect]) -> str:
 
 def _list(record: SuspectsRecord, places: int) -> str:
     """Returns the table of the suspects. Columns without any value are left out."""
-    names = ["sample", "mean score", "times seen", "label", "predicted"]
+    names = ["sample", "mean score", "times seen", "label", "predicted", "tokens", "negative", "lowest tenth"]
     columns = [
         [str(suspect.id) for suspect in record.suspects],
         [format_number(suspect.mean_score, places) for suspect in record.suspects],
         [f"{suspect.times_seen:,.4g}" for suspect in record.suspects],
         ["" if suspect.label is None else str(suspect.label) for suspect in record.suspects],
         ["" if suspect.predicted is None else str(suspect.predicted) for suspect in record.suspects],
+        ["" if suspect.tokens is None else f"{suspect.tokens:,}" for suspect in record.suspects],
+        ["" if suspect.negative_share is None else f"{suspect.negative_share:.0%}" for suspect in record.suspects],
+        [
+            "" if suspect.lowest_tenth is None else f"{suspect.lowest_tenth:.2g}".replace("-", "\N{MINUS SIGN}")
+            for suspect in record.suspects
+        ],
     ]
     shown = [(name, column) for name, column in zip(names, columns, strict=True) if any(column)]
     rows = [

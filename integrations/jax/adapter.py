@@ -223,7 +223,7 @@ class JaxAdapter:
             found = f"{scores.dtype} of shape {scores.shape}" if is_array else type(scores).__name__
             raise InvalidInputError(f"scores: expected a floating-point array [batch], found {found}")
         if samples is not None:
-            samples.check(scores.size, self._num_samples)
+            samples.check(scores.shape, self._num_samples)
             samples = TaggedBatch(*map(_narrow_ids, samples))
         elif self._num_samples is not None:
             self._untagged += scores.size
@@ -237,8 +237,7 @@ class JaxAdapter:
             return
         with self._auto_mesh_context():
             if samples is not None:
-                ledger = self._device_ledger()
-                ledger = ledger if samples.predicted is None else ledger.with_predictions()
+                ledger = self._device_ledger().prepared_for(samples, scores.shape)
                 self._ledger = add_to_ledger(ledger, samples, scores)
             self._state = update_state(self._state or AlignmentState.empty(), scores)
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gwa_logging.faults import Faults
-from gwa_logging.ledger import Ledger
+from gwa_logging.ledger import UNKNOWN, Ledger
 from gwa_logging.ranks import Attendance, Identity, select_ranks
 from gwa_logging.summary import AlignmentSummary
 
@@ -112,11 +112,17 @@ class Processes:
     def merge_ledgers(self, ledger: Ledger) -> Ledger:
         """The ledger over all processes, given that of this one."""
         problems = self._attendance.problems()
-        gathered = None if problems else self._gather(ledger)
+        # All processes must gather the same arrays, so they agree first on which of them any process has.
+        own = np.array([ledger.predicted is not None, ledger.details is not None], np.int32)
+        known = None if problems else self._gather(own)
+        gathered = None if known is None else self._gather(_with_columns(ledger, known))
         if gathered is None:
             self._faults.record_once(problems or self._lost)
             return ledger
-        ledgers = [Ledger(*(np.asarray(array)[rank] for array in gathered)) for rank in range(jax.process_count())]
+        ledgers = [
+            Ledger(*(None if array is None else np.asarray(array)[rank] for array in gathered))  # type: ignore[arg-type]
+            for rank in range(jax.process_count())
+        ]
         merged = reduce(Ledger.merge, ledgers)
         return merged._replace(invalid_ids=int(merged.invalid_ids), untagged=int(merged.untagged))
 
@@ -132,3 +138,13 @@ class Processes:
                 LOST: f"another process no longer answers ({reason}); from now on each process reports its own samples only"
             }
             return None
+
+
+def _with_columns(ledger: Ledger, known: Any) -> Ledger:
+    """The ledger with predictions and details, unknown if need be, if any process has them: int [processes, 2]."""
+    has_predicted, has_details = (bool(column.any()) for column in np.asarray(known).T)
+    if has_predicted and ledger.predicted is None:
+        ledger = ledger._replace(predicted=np.full(ledger.sums.shape, UNKNOWN, np.int32))
+    if has_details and ledger.details is None:
+        ledger = ledger._replace(details=np.zeros(ledger.sums.shape, np.int32))
+    return ledger

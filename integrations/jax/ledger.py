@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from gwa_logging.integrations.jax.documents import Documents, by_input, by_position
 from gwa_logging.integrations.jax.scores import classify_scores
-from gwa_logging.ledger import UNKNOWN, Ledger, TaggedBatch
+from gwa_logging.ledger import UNKNOWN, Ledger, TaggedBatch, details_or_none
 
 
 class DeviceLedger(NamedTuple):
@@ -19,45 +20,54 @@ class DeviceLedger(NamedTuple):
         sums: float32, sum of the scores of each sample.
         seen: float32, how often each sample had a score.
         predicted: int32, the last predicted class; None until a prediction is given.
+        details: int32, see `gwa_logging.document_details`; None until a sample has several rows.
     """
 
     sums: Array
     seen: Array
     predicted: Array | None = None
+    details: Array | None = None
 
     @classmethod
     def empty(cls, num_samples: int) -> Self:
         """The ledger before the first step."""
         return cls(jnp.zeros(num_samples + 1, jnp.float32), jnp.zeros(num_samples + 1, jnp.float32))
 
-    def with_predictions(self) -> "DeviceLedger":
-        """The same ledger with predictions, unknown so far."""
-        if self.predicted is not None:
-            return self
-        return self._replace(predicted=jnp.full(self.sums.shape, UNKNOWN, jnp.int32))
+    def prepared_for(self, samples: TaggedBatch, scores: tuple[int, ...]) -> "DeviceLedger":
+        """The same ledger with all arrays that a batch needs, unknown so far.
+
+        Args:
+            samples: the batch.
+            scores: shape of its scores.
+        """
+        ledger = self
+        if samples.predicted is not None and ledger.predicted is None:
+            ledger = ledger._replace(predicted=jnp.full(self.sums.shape, UNKNOWN, jnp.int32))
+        if _has_documents(samples, scores) and samples.weights is None and ledger.details is None:
+            ledger = ledger._replace(details=jnp.zeros(self.sums.shape, jnp.int32))
+        return ledger
 
     @classmethod
     def from_host(cls, ledger: Ledger) -> Self:
         """The inverse of `to_host`."""
-        has_predictions = bool((ledger.predicted != UNKNOWN).any())
         return cls(
             _with_last(ledger.sums, 0.0),
             _with_last(ledger.seen, ledger.invalid_ids),
-            _with_last(ledger.predicted, UNKNOWN) if has_predictions else None,
+            None if ledger.predicted is None else _with_last(ledger.predicted, UNKNOWN),
+            None if ledger.details is None else _with_last(ledger.details, 0),
         )
 
     def to_host(self, untagged: int) -> Ledger:
         """The ledger on the host, with the number of samples that had no id; blocks on the device."""
-        sums, seen, predicted = jax.device_get(self)
-        if predicted is None:
-            predicted = np.full(sums.shape, UNKNOWN, np.int32)
+        sums, seen, predicted, details = jax.device_get(self)
         # copies, because JAX's arrays can be read-only
         return Ledger(
             sums[:-1].copy(),
             seen[:-1].copy(),
-            predicted[:-1].copy(),
+            None if predicted is None else predicted[:-1].copy(),
             invalid_ids=round(float(seen[-1])),
             untagged=untagged,
+            details=None if details is None else details_or_none(details[:-1].copy()),
         )
 
 
@@ -65,16 +75,30 @@ def _with_last(array: np.ndarray, last: float) -> Array:
     return jnp.asarray(np.append(array, last).astype(array.dtype))
 
 
+def _has_documents(samples: TaggedBatch, scores: tuple[int, ...]) -> bool:
+    """Returns True if several scores may belong to one id."""
+    return samples.is_by_position or samples.ids.shape[0] != np.prod(scores)
+
+
 @partial(jax.jit, donate_argnums=0)
 def add_to_ledger(ledger: DeviceLedger, samples: TaggedBatch, scores: Array) -> DeviceLedger:
-    """The ledger after another batch."""
-    sums, seen, predicted = ledger
+    """The ledger after another batch. It must be `prepared_for` the batch."""
+    sums, seen, predicted, details = ledger
     size = sums.shape[0] - 1
-    ids, x = samples.ids, scores.astype(jnp.float32).ravel()
+    ids = samples.ids
     ids = ids.astype(jnp.int32) if ids.dtype.itemsize < 4 else ids  # the size may be too large for a narrower type
+    documents: Documents | None = None
+    if samples.is_by_position:
+        documents = by_position(scores, ids)
+    elif _has_documents(samples, scores.shape):
+        documents = by_input(scores, ids)
+    if documents is None:
+        x = scores.astype(jnp.float32).ravel()
+        counted = classify_scores(x)[0]
+        x = jnp.where(counted, x, 0)
+    else:
+        ids, x, counted = documents.ids, documents.means, documents.counts > 0
     is_invalid = (ids < 0) | (ids >= size)
-    counted = classify_scores(x)[0]
-    x = jnp.where(counted, x, 0)
     shares = counted.astype(jnp.float32)
     if samples.weights is not None:
         weights = jnp.broadcast_to(jnp.asarray(samples.weights, jnp.float32), ids.shape)
@@ -82,7 +106,11 @@ def add_to_ledger(ledger: DeviceLedger, samples: TaggedBatch, scores: Array) -> 
         shares = jnp.where(counted[:, None], jnp.where(is_invalid, 1.0, weights), 0.0)
         x = x[:, None]
     ids = jnp.where(is_invalid, size, ids)
-    # A mixed input has no single class.
-    if samples.predicted is not None and predicted is not None and ids.ndim == 1:
-        predicted = predicted.at[jnp.where(counted, ids, size)].set(samples.predicted.astype(jnp.int32))
-    return DeviceLedger(sums.at[ids].add(shares * x), seen.at[ids].add(shares), predicted)
+    # A mixed input has no single class, and its rows belong to no single sample.
+    if samples.weights is None:
+        targets = jnp.where(counted, ids, size)
+        if samples.predicted is not None and predicted is not None:
+            predicted = predicted.at[targets].set(samples.predicted.astype(jnp.int32))
+        if documents is not None and details is not None:
+            details = details.at[targets].set(documents.details())
+    return DeviceLedger(sums.at[ids].add(shares * x), seen.at[ids].add(shares), predicted, details)

@@ -5,6 +5,7 @@ from gwa_logging.integrations.torch.find_head import Head, describe, find_head
 from gwa_logging.integrations.torch.find_head import inside_adapters as subject
 from gwa_logging.integrations.torch.fused_losses import FusedLossPatch, patch_fused_loss
 from gwa_logging.integrations.torch.linear_cross_entropy import linear_cross_entropy
+from gwa_logging.integrations.torch.packing import document_ids
 
 SEVERAL_HEADS = True
 """True: `head=` accepts a list."""
@@ -15,6 +16,7 @@ __all__ = [
     "TorchAdapter",
     "attach",
     "describe",
+    "document_ids",
     "find_head",
     "linear_cross_entropy",
     "patch_fused_loss",

@@ -26,10 +26,11 @@ from gwa_logging.integrations.torch.rows import (
     decode_rows,
     drop_idle_rows,
     first_rows,
+    sort_by_document,
 )
 from gwa_logging.integrations.torch.scores import PADDING, Terms, alignment_scores
 from gwa_logging.integrations.torch.tags import Tags
-from gwa_logging.ledger import SAMPLE_IDS, Ledger, TaggedBatch, record_invalid_ids
+from gwa_logging.ledger import SAMPLE_IDS, Ledger, TaggedBatch, mismatch, record_invalid_ids
 from gwa_logging.ranks import Attendance
 from gwa_logging.summary import SUMMARY_NUMBERS, AlignmentSummary
 
@@ -62,14 +63,28 @@ class _Batch(NamedTuple):
     def is_grouped(self) -> bool:
         """Returns True if several rows may belong to one id."""
         has_starts = _are_encoded(self.values) and self.values.shape[1] > FIRST
-        return self.samples is not None and (has_starts or self.inputs > 0)
+        return self.samples is not None and (has_starts or self.inputs > 0 or self.samples.is_by_position)
 
-    def starts(self, scores: Tensor) -> Tensor:
-        """bool [rows]: True in the first row of each input; in every row unless several belong to one id."""
+    def grouped(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Brings the rows of each document together.
+
+        Args:
+            scores: float32 [rows], the decoded scores of this pass.
+
+        Returns:
+            The scores; bool [rows], True in the first row of each input or document, and in every row unless several belong to
+            one id; int64 [rows], the ids of rows that were sorted by document, or None.
+        """
+        if self.samples is not None and self.samples.is_by_position:
+            rows, inputs = torch.ones_like(scores, dtype=torch.bool), None
+            if _are_encoded(self.values):
+                rows = self.values[:, VALID] > 0
+                inputs = (self.values[:, FIRST] > 0).sum() if self.values.shape[1] > FIRST else None
+            return sort_by_document(scores, rows, moved(self.samples.ids, scores.device), inputs)
         if self.samples is not None and _are_encoded(self.values) and self.is_grouped:
             rows, starts = self.values[:, VALID] > 0, self.values[:, FIRST] > 0
-            return torch.where(rows.sum() == self.samples.ids.shape[0], rows, starts)
-        return first_rows(scores, self.inputs)
+            return scores, torch.where(rows.sum() == self.samples.ids.shape[0], rows, starts), None
+        return scores, first_rows(scores, self.inputs), None
 
 
 class Accumulator:
@@ -103,7 +118,7 @@ class Accumulator:
 
         Args:
             terms: of the rows.
-            samples: their ids, if known: as many as there are rows, or inputs.
+            samples: their ids, if known: for each row, each input, or each position; see `gwa_logging.ledger.mismatch`.
             inputs: number of inputs, in order and with the same number of rows each; 0 if unknown.
         """
         if is_split(terms.product):
@@ -112,13 +127,8 @@ class Accumulator:
                 return
             terms = Terms(*complete)
         rows = terms.product.numel()
-        if samples is None or (given := samples.ids.shape[0]) == rows:
-            self._add(terms, rows, samples)
-        elif given == inputs:
-            self._add(terms, rows, samples, inputs)
-        else:
-            self._record_mismatch(given, rows)
-            self._add(terms, rows, None, mismatched=True)
+        fitting = self._fitting(samples, rows, inputs)
+        self._add(terms, rows, fitting, inputs if _is_by_input(fitting, rows) else 0, mismatched=fitting is not samples)
 
     def add_rows(self, rows: Tensor, samples: TaggedBatch | None) -> None:
         """Adds the encoded rows of a compiled backward pass. They may be overwritten after this call."""
@@ -128,7 +138,7 @@ class Accumulator:
                 return
             rows = complete[0][:, :COLUMNS]  # no rank has all logits, so the largest is unknown
         rows = rows.clone()
-        if samples is not None and rows.shape[1] > PREDICTED:
+        if samples is not None and rows.shape[1] > PREDICTED and not samples.is_by_position:
             samples = samples._replace(predicted=rows[:, PREDICTED])
         self._add(rows, rows.shape[0], samples)
 
@@ -139,7 +149,28 @@ class Accumulator:
             if complete is None:
                 return
             (scores,) = complete
-        self._add(scores.flatten().clone(), scores.numel(), samples)
+        rows = scores.numel()
+        inputs = scores.shape[0] if _is_by_input(samples, rows) else 0
+        self._add(scores.flatten().clone(), rows, samples, inputs)
+
+    def _fitting(self, samples: TaggedBatch | None, rows: int, inputs: int) -> TaggedBatch | None:
+        """The samples if their ids fit the rows; otherwise None, and the ids are counted as lost."""
+        if samples is None:
+            return None
+        shape = (inputs, rows // inputs) if inputs else (rows,)
+        problem = mismatch(tuple(samples.ids.shape), shape, mixed=samples.weights is not None)
+        if problem is None:
+            return samples
+        ids = samples.ids.numel() if samples.is_by_position else samples.ids.shape[0]
+        lost = min(ids, rows)
+        self._ledger.mismatched += lost
+        self._faults.record(
+            SAMPLE_IDS,
+            f"{lost} ids were left out: a forward pass was tagged with {ids} ids, but the head saw {rows} rows in it: "
+            f"{problem}",
+            lost,
+        )
+        return None
 
     def _complete(self, *parts: Tensor) -> tuple[Tensor, ...] | None:
         """The whole tensors of which every rank has a part (a collective); None if this rank does not count them."""
@@ -147,15 +178,6 @@ class Accumulator:
             return None
         whole = tuple(map(full_tensor, parts))
         return whole if is_first_owner(parts[0]) else None
-
-    def _record_mismatch(self, ids: int, rows: int) -> None:
-        lost = min(ids, rows)
-        self._ledger.mismatched += lost
-        self._faults.record(
-            SAMPLE_IDS,
-            f"{lost} ids were left out: a forward pass was tagged with {ids} ids, but the head saw {rows} rows in it",
-            lost,
-        )
 
     def _add(
         self,
@@ -207,10 +229,11 @@ class Accumulator:
         group.sort(key=lambda batch: batch.values.ndim if isinstance(batch.values, Tensor) else 0)
         scores, encoded = _joined_scores(group)
         sizes = [batch.rows for batch in group]
-        starts: list[Tensor] = []
+        grouped: list[tuple[Tensor, Tensor, Tensor | None]] = []
         if any(batch.is_grouped for batch in group):
-            starts = [batch.starts(piece) for batch, piece in zip(group, scores.split(sizes), strict=True)]
-            scores = drop_idle_rows(scores, torch.cat(starts))
+            grouped = [batch.grouped(piece) for batch, piece in zip(group, scores.split(sizes), strict=True)]
+            scores = torch.cat([piece for piece, _, _ in grouped])
+            scores = drop_idle_rows(scores, torch.cat([starts for _, starts, _ in grouped]))
         vector = fold(scores, self._edges_on(device))
         if self.keeps_samples:
             untagged = [batch.values for batch in group if batch.samples is None and _are_encoded(batch.values)]
@@ -218,7 +241,7 @@ class Accumulator:
                 self._ledger.add_untagged((torch.cat([rows[:, VALID] for rows in untagged]) > 0).sum())
             self._ledger.add(
                 [
-                    TaggedScores(batch.samples, piece, starts[index] if batch.is_grouped else None)
+                    TaggedScores(batch.samples, piece, *(grouped[index][1:] if batch.is_grouped else (None, None)))
                     for index, (batch, piece) in enumerate(zip(group, scores.split(sizes), strict=True))
                     if batch.samples is not None
                 ]
@@ -248,6 +271,11 @@ class Accumulator:
         """Restores what `ledger` returned."""
         with self._lock:
             self._ledger.load(ledger, device)
+
+
+def _is_by_input(samples: TaggedBatch | None, rows: int) -> bool:
+    """Returns True if there is an id for each input, and inputs have several rows."""
+    return samples is not None and not samples.is_by_position and samples.ids.shape[0] != rows
 
 
 def _are_encoded(values: Terms | Tensor) -> TypeGuard[Tensor]:

@@ -263,7 +263,7 @@ class TorchAdapter:
             )
             raise InvalidInputError(f"scores: expected a floating-point tensor [batch], found {found}")
         if samples is not None:
-            samples = self._checked(samples, scores.numel())
+            samples = self._checked(samples, tuple(scores.shape))
         self._accumulator.add_scores(scores.detach(), samples)
         self._on_observed()
 
@@ -281,8 +281,8 @@ class TorchAdapter:
         if isinstance(self._watching, HeadProbe):
             self._watching.swap_slots()
 
-    def _checked(self, samples: TaggedBatch, count: int | None) -> TaggedBatch:
-        samples.check(count, self._num_samples)
+    def _checked(self, samples: TaggedBatch, scores: tuple[int, ...] | None) -> TaggedBatch:
+        samples.check(scores, self._num_samples)
         # Cloned, because a buffer may be filled with the next batch before these ids are added to the ledger.
         tensors = TaggedBatch(*(None if array is None else torch.as_tensor(array).clone() for array in samples))
         if tensors.ids.device.type == "meta":

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, distributed, nn
 
@@ -177,27 +178,49 @@ def merged_over_ranks(summary: AlignmentSummary, identity: Identity) -> tuple[Al
 def ledger_over_ranks(ledger: Ledger, identity: Identity) -> tuple[Ledger, RankSelection]:
     """The ledger of all ranks that count, the same on each rank (a collective).
 
-    The predicted class of a sample is that of the highest rank that has seen it.
+    The predicted class of a sample, and the details of a document, are those of the highest rank that has seen it.
     """
-    gathered = _gathered(np.concatenate([[ledger.invalid_ids, ledger.untagged], identity.to_vector()]))
-    found = select_ranks([Identity.from_vector(vector[2:]) for vector in gathered])
+    columns = (ledger.predicted, ledger.details)
+    counts = [ledger.invalid_ids, ledger.untagged, *(column is not None for column in columns)]
+    gathered = _gathered(np.concatenate([counts, identity.to_vector()]))
+    found = select_ranks([Identity.from_vector(vector[len(counts) :]) for vector in gathered])
     if rank() not in found.ranks:
         ledger = empty_like(ledger)
+        columns = (None, None)
     device = _exchange_device()
     sums, seen = torch.from_numpy(ledger.sums).to(device), torch.from_numpy(ledger.seen).to(device)
-    predicted = torch.from_numpy(ledger.predicted).to(device, torch.int64)
-    ranked = torch.where(predicted < 0, -1, (rank() << 32) + predicted)  # the highest rank wins
     for tensor in (sums, seen):
         distributed.all_reduce(tensor)
-    distributed.all_reduce(ranked, op=distributed.ReduceOp.MAX)
-    predicted = torch.where(ranked < 0, -1, ranked & 0xFFFFFFFF).to(torch.int32)
+    size = len(ledger.sums)
+    predicted, details = (
+        _of_highest_rank(column, size, unknown, device) if any(vector[place] for vector in gathered) else None
+        for place, column, unknown in zip((2, 3), columns, (UNKNOWN, 0), strict=True)
+    )
     invalid_ids, untagged = (int(sum(gathered[number][i] for number in found.ranks)) for i in range(2))
-    return Ledger(sums.cpu().numpy(), seen.cpu().numpy(), predicted.cpu().numpy(), invalid_ids, untagged), found
+    return Ledger(sums.cpu().numpy(), seen.cpu().numpy(), predicted, invalid_ids, untagged, details), found
+
+
+def _of_highest_rank(
+    own: npt.NDArray[np.int32] | None, size: int, unknown: int, device: torch.device
+) -> npt.NDArray[np.int32]:
+    """int32 [size]: each element of the highest rank that knows it (a collective).
+
+    Args:
+        own: this rank's elements, or None if it knows none.
+        size: number of elements.
+        unknown: the value of elements that are not known.
+        device: where the ranks can exchange tensors.
+    """
+    values = torch.full((size,), unknown, dtype=torch.int32) if own is None else torch.from_numpy(own)
+    values = values.to(device, torch.int64)
+    ranked = torch.where(values == unknown, -1, (rank() << 32) + (values & 0xFFFFFFFF))
+    distributed.all_reduce(ranked, op=distributed.ReduceOp.MAX)
+    return torch.where(ranked < 0, unknown, ranked & 0xFFFFFFFF).cpu().numpy().astype(np.uint32).view(np.int32)
 
 
 def empty_like(ledger: Ledger) -> Ledger:
     """An empty ledger of the same size."""
-    return Ledger(np.zeros_like(ledger.sums), np.zeros_like(ledger.seen), np.full_like(ledger.predicted, UNKNOWN))
+    return Ledger(np.zeros_like(ledger.sums), np.zeros_like(ledger.seen))
 
 
 def _gathered(own: np.ndarray) -> list[np.ndarray]:

@@ -30,7 +30,8 @@ class FusedPass:
         self.inputs = inputs_of(hidden)
         # The ranks that share a weight all have the scores of the same rows: the first of them counts.
         self.is_counted = not is_split(weight) or is_first_owner(weight)
-        self.needs_predicted = self.samples is not None and not is_split(weight)
+        # Of an input with several rows no class is predicted.
+        self.needs_predicted = self.samples is not None and not self.inputs and not is_split(weight)
         self.weight_node: Any = None
 
     def arrived(self, terms: Terms, predicted: Tensor) -> None:

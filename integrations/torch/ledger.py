@@ -9,17 +9,24 @@ import torch
 from torch import Tensor
 
 from gwa_logging.alignment import SCORE_TOLERANCE
-from gwa_logging.integrations.torch.rows import mean_by_input
+from gwa_logging.integrations.torch.rows import LOST, group_by_input, owners
 from gwa_logging.integrations.torch.scores import PADDING
-from gwa_logging.ledger import UNKNOWN, Ledger, TaggedBatch
+from gwa_logging.ledger import NO_DOCUMENT, UNKNOWN, Ledger, TaggedBatch, details_or_none
 
 
 class _Arrays(NamedTuple):
-    """float32, float32 and int32 [num_samples + 1]; the last element collects the invalid ids."""
+    """Arrays [num_samples + 1]; the last element collects the invalid ids.
+
+    Attributes:
+        sums, seen: float32.
+        predicted: int32; None until a prediction is given.
+        details: int32, see `gwa_logging.document_details`; None until a sample may have several rows.
+    """
 
     sums: Tensor
     seen: Tensor
-    predicted: Tensor
+    predicted: Tensor | None
+    details: Tensor | None
 
 
 class TaggedScores(NamedTuple):
@@ -28,16 +35,20 @@ class TaggedScores(NamedTuple):
     Attributes:
         samples: the ids.
         scores: float32 [rows], with markers.
-        starts: bool [rows], True in the first row of each input; None if each row is an input.
+        starts: bool [rows], True in the first row of each input or document; None if each row is an input.
+        row_ids: int64 [rows], the ids of rows that `sort_by_document` has sorted; None if the ids belong to inputs.
     """
 
     samples: TaggedBatch
     scores: Tensor
     starts: Tensor | None
+    row_ids: Tensor | None = None
 
 
 class DeviceLedger:
     """The ledger, on the device of the first scores.
+
+    It takes 8 bytes per sample, and 4 more each for predictions and for the details of documents, once there are any.
 
     Attributes:
         untagged: rows without ids, as far as the host knows their number.
@@ -63,48 +74,49 @@ class DeviceLedger:
 
     def _scatter_add(self, batches: Sequence[TaggedScores]) -> None:
         """Adds n batches of the same shapes and dtypes in one operation."""
-        sums, seen, predicted = self._arrays_on(batches[0].scores.device)
-        device, size = sums.device, self._size
-        samples, all_scores, all_starts = zip(*batches, strict=True)
-        ids, weights, classes = (_stacked(column, device) for column in zip(*samples, strict=True))
-        scores = _stacked(all_scores, device)  # [n, rows]
-        starts = _stacked(all_starts, device)
-        assert ids is not None
-        assert scores is not None
-        ids = ids.to(torch.int64)  # before it is compared with a size that a narrower type may not hold
-        if starts is not None:
-            scores, classes = mean_by_input(scores, starts, classes)
-        is_row = scores != PADDING
-        mismatched = is_row.sum(1, keepdim=True) != ids.shape[1]
-        invalid = (ids < 0) | (ids >= size) | mismatched.reshape(-1, *[1] * (ids.ndim - 1))
-        rows = min(scores.shape[1], ids.shape[1])
-        ids, scores, invalid, is_row = (tensor[:, :rows] for tensor in (ids, scores, invalid, is_row))
+        device, size = self._arrays_on(batches[0].scores.device).sums.device, self._size
+        ids, weights, scores, classes, details, lost = _assigned(batches, device)
         counted = scores.abs() <= 1 + SCORE_TOLERANCE
         scores = torch.where(counted, scores, 0.0)
-        counted |= mismatched & is_row  # these ids are lost, with a score or without
+        counted |= lost  # these ids are lost, with a score or without
+        invalid = (ids < 0) | (ids >= size) | lost.reshape(*lost.shape, *[1] * (ids.ndim - 2))
         if weights is None:
             shares = counted.float()
         else:
-            weights = (weights[:, None] if weights.ndim == 2 else weights[:, :rows]).float().expand(ids.shape)
+            weights = (weights[:, None] if weights.ndim == 2 else weights[:, : ids.shape[1]]).float().expand(ids.shape)
             invalid |= ~(weights >= 0) | torch.isinf(weights)
             shares = torch.where(counted[..., None], torch.where(invalid, 1.0, weights), 0.0)
             scores = scores[..., None]
         ids = torch.where(invalid, size, ids)
+        sums, seen, predicted, known_details = self._arrays_on(
+            device, has_predictions=classes is not None, has_details=details is not None
+        )
         sums.index_add_(0, ids.flatten(), (shares * scores).flatten())
         seen.index_add_(0, ids.flatten(), shares.flatten())
-        if classes is not None and ids.ndim == 2:  # the prediction for a mixed input belongs to no single sample
-            targets, order = _keep_last_write(torch.where(counted, ids, size).flatten(), size)
-            predicted.index_copy_(0, targets, classes[:, :rows].flatten()[order].to(torch.int32))
+        if classes is None and details is None:
+            return
+        targets, order = _keep_last_write(torch.where(counted, ids, size).flatten(), size)
+        for array, values in ((predicted, classes), (known_details, details)):
+            if array is not None and values is not None:
+                array.index_copy_(0, targets, values.flatten()[order].to(torch.int32))
 
-    def _arrays_on(self, device: torch.device) -> _Arrays:
-        if self._arrays is None:
-            size = self._size + 1
-            self._arrays = _Arrays(
-                torch.zeros(size, device=device),
-                torch.zeros(size, device=device),
-                torch.full((size,), UNKNOWN, dtype=torch.int32, device=device),
-            )
-        return self._arrays
+    def _arrays_on(self, device: torch.device, *, has_predictions: bool = False, has_details: bool = False) -> _Arrays:
+        """The arrays; they are created on `device`, each when it is needed."""
+        size, arrays = self._size + 1, self._arrays
+        if arrays is None:
+            arrays = _Arrays(torch.zeros(size, device=device), torch.zeros(size, device=device), None, None)
+        if has_predictions and arrays.predicted is None:
+            unknown = torch.full((size,), UNKNOWN, dtype=torch.int32, device=arrays.sums.device)
+            arrays = arrays._replace(predicted=unknown)
+        if has_details and arrays.details is None:
+            arrays = arrays._replace(details=torch.zeros(size, dtype=torch.int32, device=arrays.sums.device))
+        self._arrays = arrays
+        return arrays
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device."""
+        return sum(array.nbytes for array in self._arrays or () if array is not None)
 
     def invalid_ids(self, like: Tensor) -> Tensor:
         """[1], of the dtype and on the device of `like`: the number of invalid ids so far."""
@@ -113,16 +125,77 @@ class DeviceLedger:
 
     def to_host(self) -> Ledger:
         """Returns the ledger on the host. Blocks on the device."""
-        sums, seen, predicted = (array.cpu().numpy().copy() for array in self._arrays_on(torch.device("cpu")))
-        invalid_ids = round(float(seen[-1])) + self.mismatched
-        return Ledger(sums[:-1], seen[:-1], predicted[:-1], invalid_ids, self.untagged + int(self._untagged_on_device))
+        sums, seen, predicted, details = (
+            None if array is None else array.cpu().numpy().copy() for array in self._arrays_on(torch.device("cpu"))
+        )
+        assert sums is not None
+        assert seen is not None
+        return Ledger(
+            sums[:-1],
+            seen[:-1],
+            None if predicted is None else predicted[:-1],
+            round(float(seen[-1])) + self.mismatched,
+            self.untagged + int(self._untagged_on_device),
+            None if details is None else details_or_none(details[:-1]),
+        )
 
     def load(self, ledger: Ledger, device: torch.device) -> None:
         """Restores what `to_host` returned."""
-        last = (0.0, ledger.invalid_ids, UNKNOWN)
-        arrays = (np.append(array, end).astype(array.dtype) for array, end in zip(ledger[:3], last, strict=True))
-        self._arrays = _Arrays(*(torch.from_numpy(array).to(device) for array in arrays))
+
+        def restored(array: np.ndarray | None, last: float) -> Tensor | None:
+            return None if array is None else torch.from_numpy(np.append(array, last).astype(array.dtype)).to(device)
+
+        sums, seen = restored(ledger.sums, 0.0), restored(ledger.seen, ledger.invalid_ids)
+        assert sums is not None
+        assert seen is not None
+        self._arrays = _Arrays(sums, seen, restored(ledger.predicted, UNKNOWN), restored(ledger.details, 0))
         self.untagged, self._untagged_on_device, self.mismatched = ledger.untagged, 0, 0
+
+
+class _Assigned(NamedTuple):
+    """n batches after each score has got its id: a score is that of a row, an input or a document.
+
+    Attributes:
+        ids: int64 [n, scores], or [n, scores, m] of mixed samples.
+        weights: as in `TaggedBatch`, with n batches in the first dimension.
+        scores: float32 [n, scores], with markers.
+        predicted: [n, scores]; None if unknown.
+        details: int32 [n, scores]; None if each score is that of a row.
+        lost: bool [n, scores], True for ids that could not be assigned.
+    """
+
+    ids: Tensor
+    weights: Tensor | None
+    scores: Tensor
+    predicted: Tensor | None
+    details: Tensor | None
+    lost: Tensor
+
+
+def _assigned(batches: Sequence[TaggedScores], device: torch.device) -> _Assigned:
+    """Stacks batches of the same form on a device, and adds up the rows that belong to the same id."""
+    samples, all_scores, all_starts, all_row_ids = zip(*batches, strict=True)
+    ids, weights, predicted = (_stacked(column, device) for column in zip(*samples, strict=True))
+    scores, starts, row_ids = (_stacked(column, device) for column in (all_scores, all_starts, all_row_ids))
+    assert ids is not None
+    assert scores is not None
+    details = None
+    if starts is not None and row_ids is not None:
+        ids = torch.full_like(row_ids, NO_DOCUMENT).scatter_(1, owners(starts), row_ids)
+        scores, _, details = group_by_input(scores, starts, None)
+        scores = torch.where(ids == NO_DOCUMENT, PADDING, scores)
+        return _Assigned(ids, None, scores, None, details, ids == LOST)
+    if starts is not None:
+        scores, predicted, details = group_by_input(scores, starts, predicted)
+    is_row = scores != PADDING
+    lost = is_row & (is_row.sum(1, keepdim=True) != ids.shape[1])
+    count = min(scores.shape[1], ids.shape[1])
+    if weights is not None:  # the prediction for a mixed input, and its rows, belong to no single sample
+        predicted = details = None
+    predicted, details = (None if values is None else values[:, :count] for values in (predicted, details))
+    # An integer type that is too narrow for the size could not be compared with it.
+    wide_ids = ids[:, :count].to(torch.int64)
+    return _Assigned(wide_ids, weights, scores[:, :count], predicted, details, lost[:, :count])
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
@@ -132,7 +205,7 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
 
 def _form(batch: TaggedScores) -> object:
     """What batches must have in common to be added together."""
-    tensors = (*batch.samples, batch.scores, batch.starts)
+    tensors = (*batch.samples, *batch[1:])
     return [None if tensor is None else (tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
 
 

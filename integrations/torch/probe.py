@@ -289,7 +289,8 @@ class _Pass:
         self.groups = probe.groups(logits)
         if self.samples is not None:
             self.inputs = inputs_of(logits)
-            if not is_split(logits) and not (self.groups and probe.unit.pools):
+            is_pooled = self.groups and probe.unit.pools
+            if not is_split(logits) and not is_pooled and not self.samples.is_by_position:
                 self.samples = self.samples._replace(predicted=probe.layer.predicted(logits))
 
     def keep(self, module: nn.Module, logits: Tensor) -> None:

@@ -61,8 +61,8 @@ def modules_in(folder: str) -> list[Path]:
 
 
 LAYERS = (
-    "errors redact faults dataset forks alignment histogram settings statistic ledger thumbnail report report.notebook "
-    "_closer _run_folder",
+    "errors redact faults dataset forks alignment histogram settings statistic document_details ledger thumbnail report "
+    "report.notebook _closer _run_folder",
     "_record_base",
     "records",
     "summary _epoch_bar _announce",
@@ -238,7 +238,7 @@ FIELDS = {
     gwa_logging.EpochReport: "time kind epoch step count excluded mean std skewness excess_kurtosis gwa stable_gwa separation "
     "negative_fraction quantiles histogram gwa_defined is_best stop notes",
     gwa_logging.StopAlert: "time kind epoch best_epoch statistic value best_value reason message caveats",
-    gwa_logging.Suspect: "id mean_score times_seen label predicted thumbnail",
+    gwa_logging.Suspect: "id mean_score times_seen label predicted thumbnail tokens negative_share lowest_tenth",
 }
 
 

@@ -144,8 +144,11 @@ DAMAGED: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     "a class below unknown": (("ledger", "predicted"), torch.full((SAMPLES,), -7), "ledger: seen or predicted"),
     "a ledger in two dimensions": (("ledger", "seen"), torch.zeros(SAMPLES, 1), r"ledger\.seen: .*shape \(12, 1\)"),
     "invalid_ids that are text": (("ledger", "invalid_ids"), "many", r"ledger\.invalid_ids: expected an integer"),
-    "a ledger without predictions": (("ledger", "predicted"), None, r"ledger\.predicted: "),
-    "a version that is text": (("version",), "3", "expected version 3, found '3'"),
+    "a ledger without sums": (("ledger", "sums"), None, r"ledger\.sums: "),
+    "predictions that are text": (("ledger", "predicted"), "x", r"ledger\.predicted: "),
+    "details of other samples": (("ledger", "details"), torch.zeros(3), "expected arrays of one length"),
+    "a version that is text": (("version",), "4", "expected version 4, found '4'"),
+    "a version that is too old": (("version",), 2, "expected version 4, found 2"),
 }
 
 

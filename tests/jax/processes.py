@@ -87,6 +87,17 @@ def with_windows_of_samples() -> str | None:
     return None
 
 
+def with_documents() -> dict:
+    """The first process has documents, the second one predictions; a sample of each is also in the other."""
+    with gwa_logging.watch(model, num_samples=8) as monitor:
+        if number:
+            monitor.update(jnp.array([0.25, -0.5]), np.array([3, 7]), predicted=np.array([1, 2]))
+        else:
+            monitor.update(jnp.array([[0.5, -0.25, 0.5], [0.25, 0.75, -0.5]]), np.array([[3, 3, 2], [3, 2, -1]]))
+        suspects = monitor.suspects(8)
+    return {"faults": monitor.faults, "suspects": [suspect.model_dump() for suspect in suspects]}
+
+
 def watched_by_the_first() -> dict | None:
     """The second process never calls watch()."""
     ranks.WATCHED_WITHIN = 0.5
@@ -131,6 +142,7 @@ out = {
     "global": trained(with_global_arrays),
     "own": trained(with_own_arrays),
     "heads": with_different_heads(),
+    "documents": with_documents(),
     "first": watched_by_the_first(),
     "windows": with_windows_of_samples(),
 }

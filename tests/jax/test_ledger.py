@@ -122,7 +122,11 @@ def test_update_with_ids_does_not_block_on_the_scores():
 @pytest.mark.parametrize(
     ("ids", "options", "said"),
     [
-        (np.zeros((6, 2), np.int64), {}, r"\[batch, m\] and weights"),
+        (
+            np.zeros((6, 2), np.int64),
+            {},
+            r"expected \[6\], one for each score.*found \[6, 2\]; if .* pass their weights",
+        ),
         (np.arange(6), {"weights": (0.5, 0.5)}, r"\[batch, m\] with weights"),
         (np.zeros((6, 2), np.int64), {"weights": (1.0,)}, r"weights: expected \(2,\)"),
         (np.arange(6), {"predicted": np.zeros((6, 3))}, r"predicted: expected integers \(6,\)"),

@@ -77,6 +77,23 @@ def test_only_the_first_head_is_reported_if_processes_have_different_heads(resul
     assert "rank 0 watches '' (8 features, 5 classes), rank 1 watches" in "".join(first["notes"])
 
 
+def test_documents_of_one_process_and_predictions_of_another_are_merged(results):
+    first, second = (result["documents"] for result in results)
+    assert first == second
+    assert first["faults"] == {}
+    found = {s["id"]: s for s in first["suspects"]}
+    assert {i: (s["times_seen"], s["predicted"], s["tokens"]) for i, s in found.items()} == {
+        2: (1, None, 2),
+        3: (2, 1, 3),
+        7: (1, 2, None),
+    }
+    assert {i: s["mean_score"] for i, s in found.items()} == pytest.approx(
+        {2: 0.625, 3: (0.25 + 0.5 / 3) / 2, 7: -0.5}, abs=1e-6
+    )
+    assert found[3]["negative_share"] == pytest.approx(1 / 3, abs=0.005)
+    assert found[3]["lowest_tenth"] == pytest.approx(-0.25, rel=0.04)
+
+
 def test_a_process_that_never_called_watch_is_named_and_does_not_block_the_other(results):
     first, _ = (result["first"] for result in results)
     assert first["count"] == first["suspects"] == 32

@@ -153,6 +153,15 @@ def test_invalid_ids_and_ids_of_another_number_than_the_samples_are_left_out_cou
     )
 
 
+def test_ids_of_mixed_samples_without_their_weights_are_left_out_with_the_remedy(caplog):
+    model, (x, y) = net(), samples()
+    with gwa_logging.watch(model, num_samples=N) as monitor:
+        step(model, monitor, x, y, torch.zeros(N, 2, dtype=torch.int64))
+        assert by_id(monitor) == {}
+        assert monitor.faults == {"sample ids": N}
+    assert "if these are the ids of mixed samples, [batch, m], pass their weights" in caplog.text
+
+
 def test_weights_that_are_negative_or_nan_are_left_out_and_counted():
     model, (x, y) = net(), samples()
     ids = torch.tensor([[0, 1], [2, 3]])
@@ -206,9 +215,9 @@ def test_an_epoch_of_one_sample_is_counted():
 
 
 REFUSED = {
-    "mixed without weights": (
-        (torch.zeros(4, 2, dtype=torch.int64),),
-        r"sample_ids: expected an integer array .*\[batch, m\]",
+    "three dimensions": (
+        (torch.zeros(4, 2, 2, dtype=torch.int64),),
+        r"sample_ids: expected an integer array \[batch\]; \[batch, positions\] .* \[batch, m\] and weights",
     ),
     "weights without mixing": (
         (torch.arange(4), torch.ones(4)),

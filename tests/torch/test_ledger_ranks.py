@@ -130,7 +130,33 @@ def own_scores() -> tuple[Any, list[Any]]:
         return monitor.end_epoch(), monitor.suspects(N)
 
 
-WORLD = {function.__name__: function for function in (whole, resumed, invalid_ids, after_the_epochs, split, own_scores)}
+def documents_and_predictions() -> tuple[list[Any], list[Any], dict[str, int]]:
+    """The first rank has documents, the second one predictions; document 3 is in both. Then the state is loaded again."""
+    model = net()
+    with gwa_logging.watch(model, **OPTIONS) as monitor:
+        if torch.distributed.get_rank() == 0:
+            scores = torch.tensor([[0.5, -0.25, 0.5], [0.25, 0.75, -0.5]])
+            monitor.update(scores, torch.tensor([[3, 3, 2], [3, 2, -1]]))
+        else:
+            monitor.update(torch.tensor([0.25, -0.5]), torch.tensor([3, 7]), predicted=torch.tensor([1, 2]))
+        suspects, state = monitor.suspects(N), monitor.state_dict()
+    with gwa_logging.watch(model, **OPTIONS) as other:
+        other.load_state_dict(state)
+        return suspects, other.suspects(N), other.faults
+
+
+WORLD = {
+    function.__name__: function
+    for function in (
+        whole,
+        resumed,
+        invalid_ids,
+        after_the_epochs,
+        split,
+        own_scores,
+        documents_and_predictions,
+    )
+}
 
 
 def test_every_sample_is_counted_as_often_as_the_sampler_gave_it_to_either_rank(two_ranks: World) -> None:
@@ -198,6 +224,25 @@ def test_scores_of_a_split_head_count_once_and_its_predicted_class_is_unknown(tw
     for suspects, faults in two_ranks["split"]:
         assert {s.id: (s.mean_score, s.times_seen, s.predicted) for s in suspects} == want
         assert faults == {}
+
+
+def test_documents_of_one_rank_and_predictions_of_another_are_merged_and_restored(two_ranks: World) -> None:
+    first, second = two_ranks["documents_and_predictions"]
+    assert first == second
+    suspects, restored, faults = first
+    assert restored == suspects
+    assert faults == {}
+    found = {s.id: s for s in suspects}
+    assert {i: (s.times_seen, s.predicted, s.tokens) for i, s in found.items()} == {
+        2: (1, None, 2),
+        3: (2, 1, 3),
+        7: (1, 2, None),
+    }
+    assert {i: s.mean_score for i, s in found.items()} == pytest.approx(
+        {2: 0.625, 3: (0.25 + 0.5 / 3) / 2, 7: -0.5}, abs=1e-6
+    )
+    assert found[3].negative_share == pytest.approx(1 / 3, abs=0.005)
+    assert found[3].lowest_tenth == pytest.approx(-0.25, rel=0.04)
 
 
 def test_the_users_own_scores_that_are_split_over_ranks_count_once(two_ranks: World) -> None:
