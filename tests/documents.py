@@ -17,19 +17,25 @@ class Expected(NamedTuple):
     lowest_tenth: float
 
 
-def documents(scores: np.ndarray, ids: np.ndarray) -> dict[int, Expected]:
+def documents(scores: np.ndarray, ids: np.ndarray, lengths: np.ndarray | None = None) -> dict[int, Expected]:
     """The documents of one pass.
 
     Args:
         scores: float [...], not finite where there is no score.
         ids: int, of the same shape; negative where there is no document.
+        lengths: float, of the same shape, the norms of the tokens' gradients; None if they are not known.
     """
+    lengths = np.ones(scores.shape) if lengths is None else lengths
     found = {}
     for document in np.unique(ids[ids >= 0]):
-        own = np.sort(scores[(ids == document) & np.isfinite(scores)].astype(np.float64))
+        is_own = (ids == document) & np.isfinite(scores)
+        own = np.sort(scores[is_own].astype(np.float64))
         if own.size:
             found[int(document)] = Expected(
-                own.mean(), own.size, float((own < 0).mean()), own[int(np.ceil(own.size / 10)) - 1]
+                np.average(scores[is_own].astype(np.float64), weights=lengths[is_own]),
+                own.size,
+                float((own < 0).mean()),
+                own[int(np.ceil(own.size / 10)) - 1],
             )
     return found
 

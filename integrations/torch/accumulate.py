@@ -12,27 +12,29 @@ from typing import NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
-from gwa_logging.alignment import DEAD, SCORE_TOLERANCE
 from gwa_logging.faults import Faults
-from gwa_logging.histogram import BINS, EDGES
+from gwa_logging.histogram import EDGES
 from gwa_logging.integrations.torch.distributed import full_tensor, is_first_owner, is_split
+from gwa_logging.integrations.torch.fold import fold, fold_device
 from gwa_logging.integrations.torch.ledger import DeviceLedger, TaggedScores, moved
 from gwa_logging.integrations.torch.rows import (
     COLUMNS,
     FIRST,
+    LENGTH,
     PASSES,
     PREDICTED,
     VALID,
     decode_rows,
     drop_idle_rows,
     first_rows,
+    gradient_lengths,
     sort_by_document,
 )
-from gwa_logging.integrations.torch.scores import PADDING, Terms, alignment_scores
+from gwa_logging.integrations.torch.scores import Terms, alignment_scores
 from gwa_logging.integrations.torch.tags import Tags
 from gwa_logging.ledger import SAMPLE_IDS, Ledger, TaggedBatch, mismatch, record_invalid_ids
 from gwa_logging.ranks import Attendance
-from gwa_logging.summary import SUMMARY_NUMBERS, AlignmentSummary
+from gwa_logging.summary import AlignmentSummary
 
 FOLD_AT = 65_536
 """Number of rows at which they are folded: 768 KB at most are kept on the device."""
@@ -65,7 +67,7 @@ class _Batch(NamedTuple):
         has_starts = _are_encoded(self.values) and self.values.shape[1] > FIRST
         return self.samples is not None and (has_starts or self.inputs > 0 or self.samples.is_by_position)
 
-    def grouped(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def grouped(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Brings the rows of each document together.
 
         Args:
@@ -73,18 +75,30 @@ class _Batch(NamedTuple):
 
         Returns:
             The scores; bool [rows], True in the first row of each input or document, and in every row unless several belong to
-            one id; int64 [rows], the ids of rows that were sorted by document, or None.
+            one id; float32 [rows], the lengths of the rows' gradients; int64 [rows], the ids of rows that were sorted by
+            document, or None.
         """
+        lengths = self._lengths(scores)
         if self.samples is not None and self.samples.is_by_position:
             rows, inputs = torch.ones_like(scores, dtype=torch.bool), None
             if _are_encoded(self.values):
                 rows = self.values[:, VALID] > 0
                 inputs = (self.values[:, FIRST] > 0).sum() if self.values.shape[1] > FIRST else None
-            return sort_by_document(scores, rows, moved(self.samples.ids, scores.device), inputs)
+            return sort_by_document(scores, lengths, rows, moved(self.samples.ids, scores.device), inputs)
         if self.samples is not None and _are_encoded(self.values) and self.is_grouped:
             rows, starts = self.values[:, VALID] > 0, self.values[:, FIRST] > 0
-            return scores, torch.where(rows.sum() == self.samples.ids.shape[0], rows, starts), None
-        return scores, first_rows(scores, self.inputs), None
+            return scores, torch.where(rows.sum() == self.samples.ids.shape[0], rows, starts), lengths, None
+        return scores, first_rows(scores, self.inputs), lengths, None
+
+    def _lengths(self, scores: Tensor) -> Tensor:
+        """float32 [rows]: the lengths of the rows' gradients; ones where they are not known."""
+        if isinstance(self.values, Terms):
+            return gradient_lengths(self.values)
+        return (
+            self.values[:, LENGTH]
+            if self.values.ndim == 2 and self.values.shape[1] > LENGTH
+            else torch.ones_like(scores)
+        )
 
 
 class Accumulator:
@@ -229,11 +243,11 @@ class Accumulator:
         group.sort(key=lambda batch: batch.values.ndim if isinstance(batch.values, Tensor) else 0)
         scores, encoded = _joined_scores(group)
         sizes = [batch.rows for batch in group]
-        grouped: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        grouped: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
         if any(batch.is_grouped for batch in group):
             grouped = [batch.grouped(piece) for batch, piece in zip(group, scores.split(sizes), strict=True)]
-            scores = torch.cat([piece for piece, _, _ in grouped])
-            scores = drop_idle_rows(scores, torch.cat([starts for _, starts, _ in grouped]))
+            scores = torch.cat([piece for piece, *_ in grouped])
+            scores = drop_idle_rows(scores, torch.cat([starts for _, starts, *_ in grouped]))
         vector = fold(scores, self._edges_on(device))
         if self.keeps_samples:
             untagged = [batch.values for batch in group if batch.samples is None and _are_encoded(batch.values)]
@@ -241,7 +255,9 @@ class Accumulator:
                 self._ledger.add_untagged((torch.cat([rows[:, VALID] for rows in untagged]) > 0).sum())
             self._ledger.add(
                 [
-                    TaggedScores(batch.samples, piece, *(grouped[index][1:] if batch.is_grouped else (None, None)))
+                    TaggedScores(
+                        batch.samples, piece, *(grouped[index][1:] if batch.is_grouped else (None, None, None))
+                    )
                     for index, (batch, piece) in enumerate(zip(group, scores.split(sizes), strict=True))
                     if batch.samples is not None
                 ]
@@ -258,7 +274,7 @@ class Accumulator:
 
     def _edges_on(self, device: torch.device) -> Tensor:
         if device not in self._edges:
-            self._edges[device] = torch.from_numpy(EDGES.copy()).to(_fold_device(device))
+            self._edges[device] = torch.from_numpy(EDGES.copy()).to(fold_device(device))
         return self._edges[device]
 
     def ledger(self) -> Ledger:
@@ -302,49 +318,6 @@ def _joined_terms(batches: list[Terms]) -> Terms:
     products, delta_norms, embedding_norms, weight_norms = zip(*batches, strict=True)
     weight_norms = tuple(map(torch.Tensor.expand_as, weight_norms, products))
     return Terms(*map(torch.cat, (products, delta_norms, embedding_norms, weight_norms)))
-
-
-def _fold_device(device: torch.device) -> torch.device:
-    """Where to fold: on the device if it supports float64."""
-    return device if device.type in ("cpu", "cuda") else torch.device("cpu")
-
-
-def fold(scores: Tensor, edges: Tensor) -> Tensor:
-    """Summarises scores on their device, without waiting for it.
-
-    Args:
-        scores: float32 [rows], with markers.
-        edges: float32 [513], the edges of the histogram.
-
-    Returns:
-        float64 [522], in the order of `AlignmentSummary.to_vector`.
-    """
-    scores = scores.to(edges.device)
-    x = scores.double()
-    valid = x.abs() <= 1 + SCORE_TOLERANCE  # False for NaN
-    count = valid.sum().double()
-    mean = torch.where(valid, x, 0.0).sum() / count.clamp(min=1)
-    centred = torch.where(valid, x - mean, 0.0)
-    correction = centred.sum() / count.clamp(min=1)
-    centred = torch.where(valid, centred - correction, 0.0)
-    square = centred * centred
-    no_gradient, dead = torch.isnan(x), x == DEAD
-    numbers = {
-        "count": count,
-        "mean": mean + correction,
-        "m2": square.sum(),
-        "m3": (square * centred).sum(),
-        "m4": (square * square).sum(),
-        "minimum": torch.where(valid, x, torch.inf).min(),
-        "maximum": torch.where(valid, x, -torch.inf).max(),
-        "no_gradient": no_gradient.sum().double(),
-        "dead": dead.sum().double(),
-        "not_finite": (~(valid | (x == PADDING) | no_gradient | dead)).sum().double(),
-    }
-    index = (torch.searchsorted(edges, scores, right=True) - 1).clamp(0, BINS - 1)
-    bins = torch.zeros(BINS + 1, dtype=torch.float64, device=edges.device)
-    bins.index_add_(0, torch.where(valid, index, BINS), torch.ones_like(x))
-    return torch.cat([torch.stack([numbers[name] for name in SUMMARY_NUMBERS]), bins[:BINS]])
 
 
 class TorchSnapshot:

@@ -36,12 +36,14 @@ class TaggedScores(NamedTuple):
         samples: the ids.
         scores: float32 [rows], with markers.
         starts: bool [rows], True in the first row of each input or document; None if each row is an input.
+        lengths: float32 [rows], of the rows' gradients; None if each row is an input.
         row_ids: int64 [rows], the ids of rows that `sort_by_document` has sorted; None if the ids belong to inputs.
     """
 
     samples: TaggedBatch
     scores: Tensor
     starts: Tensor | None
+    lengths: Tensor | None = None
     row_ids: Tensor | None = None
 
 
@@ -174,19 +176,19 @@ class _Assigned(NamedTuple):
 
 def _assigned(batches: Sequence[TaggedScores], device: torch.device) -> _Assigned:
     """Stacks batches of the same form on a device, and adds up the rows that belong to the same id."""
-    samples, all_scores, all_starts, all_row_ids = zip(*batches, strict=True)
+    samples, *rest = zip(*batches, strict=True)
     ids, weights, predicted = (_stacked(column, device) for column in zip(*samples, strict=True))
-    scores, starts, row_ids = (_stacked(column, device) for column in (all_scores, all_starts, all_row_ids))
+    scores, starts, lengths, row_ids = (_stacked(column, device) for column in rest)
     assert ids is not None
     assert scores is not None
     details = None
-    if starts is not None and row_ids is not None:
+    if starts is not None and lengths is not None and row_ids is not None:
         ids = torch.full_like(row_ids, NO_DOCUMENT).scatter_(1, owners(starts), row_ids)
-        scores, _, details = group_by_input(scores, starts, None)
+        scores, _, details = group_by_input(scores, starts, lengths, None)
         scores = torch.where(ids == NO_DOCUMENT, PADDING, scores)
         return _Assigned(ids, None, scores, None, details, ids == LOST)
-    if starts is not None:
-        scores, predicted, details = group_by_input(scores, starts, predicted)
+    if starts is not None and lengths is not None:
+        scores, predicted, details = group_by_input(scores, starts, lengths, predicted)
     is_row = scores != PADDING
     lost = is_row & (is_row.sum(1, keepdim=True) != ids.shape[1])
     count = min(scores.shape[1], ids.shape[1])

@@ -5,6 +5,7 @@ only one tensor, the gradient of a leaf, so it encodes what is known of its rows
 
     VALID        1 in a row, 0 in the padding after the rows, more where several passes were added up
     PREDICTED    the predicted class, `UNKNOWN` where not known      (only for a ledger)
+    LENGTH       |delta| |h|, the norm of the row's gradient         (only for a ledger)
     FIRST        1 in the first row of each input                    (only for a ledger)
 """
 
@@ -26,8 +27,8 @@ from gwa_logging.document_details import (
 from gwa_logging.integrations.torch.scores import PADDING, Terms, alignment_scores, decode_scores, encode_scores
 from gwa_logging.ledger import NO_DOCUMENT, UNKNOWN, cut_ids
 
-SCORE, VALID, PREDICTED, FIRST = range(4)
-COLUMNS, COLUMNS_FOR_LEDGER = 2, 4
+SCORE, VALID, PREDICTED, LENGTH, FIRST = range(5)
+COLUMNS, COLUMNS_FOR_LEDGER = 2, 5
 
 PASSES = 32
 """How many compiled forward passes may wait for one backward pass. The rows of further ones are added up, and lost."""
@@ -46,8 +47,15 @@ def encode_rows(terms: Terms, predicted: Tensor | None, columns: int, inputs: in
     encoded = [scores, torch.ones_like(scores)]
     if columns == COLUMNS_FOR_LEDGER:
         encoded.append(torch.full_like(scores, UNKNOWN) if predicted is None else predicted.float())
+        lengths = gradient_lengths(terms)
+        encoded.append(torch.where(lengths.isfinite(), lengths, 0.0))
         encoded.append(first_rows(scores, inputs).float())
     return torch.stack(encoded, dim=-1)
+
+
+def gradient_lengths(terms: Terms) -> Tensor:
+    """float32 [rows]: |delta| |h|, the norm of each row's gradient."""
+    return (terms.delta_norms * terms.embedding_norms).float()
 
 
 def decode_rows(rows: Tensor) -> Tensor:
@@ -84,7 +92,8 @@ class Inputs(NamedTuple):
     """What is known of the inputs of several batches: element i of each row belongs to input i of that batch.
 
     Attributes:
-        scores: float32 [batches, rows], mean score of each input's rows; padding after the last input.
+        scores: float32 [batches, rows], mean score of each input's rows, weighted by the lengths of their gradients; padding
+            after the last input.
         predicted: [batches, rows], the predicted class of inputs of which only one row has a score; None if unknown.
         details: int32 [batches, rows], see `gwa_logging.document_details`.
     """
@@ -94,12 +103,16 @@ class Inputs(NamedTuple):
     details: Tensor
 
 
-def group_by_input(scores: Tensor, starts: Tensor, predicted: Tensor | None) -> Inputs:
+def group_by_input(scores: Tensor, starts: Tensor, lengths: Tensor, predicted: Tensor | None) -> Inputs:
     """Summarises the rows of each input.
+
+    The mean is weighted, because a document has many tokens that are learned already, whose gradients are short. In a plain
+    mean they would hide the few that are not.
 
     Args:
         scores: float32 [batches, rows].
         starts: bool [batches, rows], True in the first row of each input.
+        lengths: float32 [batches, rows], of the rows' gradients; any positive multiple of them within an input.
         predicted: [batches, rows] of the rows, or None.
     """
     is_scored = scores.abs() <= 1 + SCORE_TOLERANCE
@@ -109,7 +122,9 @@ def group_by_input(scores: Tensor, starts: Tensor, predicted: Tensor | None) -> 
         return torch.zeros_like(values).scatter_add_(1, owner, values)
 
     counts = total(is_scored.to(torch.int64))
-    means = torch.where(counts > 0, total(torch.where(is_scored, scores, 0.0)) / counts, NO_GRADIENT)
+    largest = torch.zeros_like(lengths).scatter_reduce_(1, owner, torch.where(is_scored, lengths, 0.0), "amax")
+    weights = torch.where(is_scored, lengths / largest.gather(1, owner), 0.0)  # at most 1: no sum over- or underflows
+    means = torch.where(counts > 0, total(torch.where(is_scored, scores, 0.0) * weights) / total(weights), NO_GRADIENT)
     negatives = total((is_scored & (scores < 0)).to(torch.int64))
     details = pack_details(counts, negatives, _lowest_tenths(scores, is_scored, owner, counts))
     inputs = torch.arange(scores.shape[1], device=scores.device) < starts.sum(1, keepdim=True)
@@ -153,21 +168,23 @@ LOST = -2
 
 
 def sort_by_document(
-    scores: Tensor, is_row: Tensor, ids: Tensor, inputs: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    scores: Tensor, lengths: Tensor, is_row: Tensor, ids: Tensor, inputs: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Brings the rows of each document together.
 
     Rows without a gradient and without a document become padding, so that they are not counted as samples without a score.
 
     Args:
         scores: float32 [rows], with markers.
+        lengths: float32 [rows], of the rows' gradients.
         is_row: bool [rows], False in the padding after the rows.
         ids: int [batch, positions], see `gwa_logging.ledger.mismatch` for the numbers of rows that fit.
         inputs: int [], number of inputs that the rows belong to; None if the rows do not show it.
 
     Returns:
-        float32 [rows]: the sorted scores; bool [rows]: True in the first row of each document; int64 [rows]: the sorted ids,
-        `NO_DOCUMENT` in padding and `LOST` in as many rows as there are ids if the numbers do not fit.
+        float32 [rows]: the sorted scores; bool [rows]: True in the first row of each document; float32 [rows]: the sorted
+        lengths; int64 [rows]: the sorted ids, `NO_DOCUMENT` in padding and `LOST` in as many rows as there are ids if the
+        numbers do not fit.
     """
     ids, count = ids.to(torch.int64), is_row.sum()
     rows, whole, cut = scores.shape[0], ids.flatten(), ids[:, : cut_ids(tuple(ids.shape))[1]].flatten()
@@ -184,7 +201,7 @@ def sort_by_document(
     of_rows, order = torch.sort(of_rows, stable=True)
     starts = torch.ones_like(is_row)
     starts[1:] = (of_rows[1:] != of_rows[:-1]) | (of_rows[1:] == LOST)
-    return scores[order], starts, of_rows
+    return scores[order], starts, lengths[order], of_rows
 
 
 def _resized(ids: Tensor, rows: int) -> Tensor:

@@ -62,14 +62,15 @@ def batch(number: int, rows: int = B, positions: int = T) -> tuple[Tensor, Tenso
     return torch.randn(rows, positions, 8, generator=generator), y
 
 
-def scores_of(model: Tokens, x: Tensor, y: Tensor) -> np.ndarray:
-    """The oracle, [rows, positions]: the score of each token from its own gradient, in float64; NaN where ignored."""
+def scores_of(model: Tokens, x: Tensor, y: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """The oracle, [rows, positions] each: the score of each token from its own gradient, in float64, and the gradient's norm."""
     h = model.body(x).detach()
     h = (h[:, :-1] if model.cut else h).double()
     weight = model.head.weight.detach().double()
     logits = (h @ weight.T + model.head.bias.detach().double()).requires_grad_()
     loss_of(logits, y).backward()
-    return alignment_scores(logits.grad.numpy(), h.numpy(), weight.numpy())
+    scores = alignment_scores(logits.grad.numpy(), h.numpy(), weight.numpy())
+    return scores, (logits.grad.norm(dim=-1) * h.norm(dim=-1)).numpy()
 
 
 def compiled_if(how: str, model: nn.Module) -> nn.Module:
@@ -83,12 +84,12 @@ def run(model: Tokens, how: str, ids: Tensor, passes: int = 2, size: int = N, **
     for number in range(passes):
         x, y = batch(number, **sizes)
         y = y[:, :-1] if model.cut else y
-        scores = scores_of(model, x, y)
+        scores, lengths = scores_of(model, x, y)
         if ids.ndim == 2:
             of_positions = ids[:, : scores.shape[1]].numpy()
         else:
             of_positions = np.broadcast_to(ids.numpy()[:, None], scores.shape)
-        expected.append(documents(scores, of_positions))
+        expected.append(documents(scores, of_positions, lengths))
         monitor.tag(ids)
         loss_of(step(x), y).backward()
     return monitor, expected
@@ -156,9 +157,10 @@ def test_the_report_counts_trained_tokens_and_excludes_only_documents_without_an
         monitor.tag(ids)
         loss_of(compiled_if(how, model)(x), y).backward()
         report = monitor.end_epoch()
-        expected = documents(scores_of(model, x, y), ids.numpy())
+        scores, lengths = scores_of(model, x, y)
+        expected = documents(scores, ids.numpy(), lengths)
         assert (report.count, report.excluded) == ((y != -100).sum(), 7 - len(expected))
-        assert report.mean == pytest.approx(np.nanmean(scores_of(model, x, y)), abs=1e-6)
+        assert report.mean == pytest.approx(np.nanmean(scores), abs=1e-6)
         assert 0 not in {s.id for s in monitor.suspects(N)}
         check_documents(monitor, [expected])
         assert monitor.faults == {}
@@ -186,7 +188,8 @@ def test_a_document_in_two_passes_of_an_accumulated_step_is_seen_twice():
             monitor.tag(ids)
             losses.append(loss_of(model(x), y))
             of_positions = ids.numpy() if ids.ndim == 2 else np.repeat(ids.numpy()[:, None], T, 1)
-            expected.append(documents(scores_of(model, x, y), of_positions))
+            scores, lengths = scores_of(model, x, y)
+            expected.append(documents(scores, of_positions, lengths))
         for loss in losses:
             loss.backward()
         check_documents(monitor, expected)
@@ -233,11 +236,12 @@ def test_a_language_model_of_transformers_has_the_documents_of_its_shifted_label
     delta = torch.softmax(h @ weight.T, -1) - F.one_hot(labels[:, 1:].clamp(min=0), 40)
     delta[labels[:, 1:] == -100] = 0
     scores = alignment_scores(delta.numpy(), h.numpy(), weight.numpy())
+    lengths = (delta.norm(dim=-1) * h.norm(dim=-1)).numpy()
     of_positions = ids[:, :-1].numpy() if packed_rows else np.repeat(ids.numpy()[:, None], 9, 1)
     with gwa_logging.watch(model, num_samples=N) as monitor:
         monitor.tag(ids)
         model(tokens, position_ids=positions, labels=labels).loss.backward()
-        check_documents(monitor, [documents(scores, of_positions)], tolerance=1e-5)
+        check_documents(monitor, [documents(scores, of_positions, lengths)], tolerance=1e-5)
         assert monitor.end_epoch().count == (labels[:, 1:] != -100).sum()
         assert monitor.faults == {}
 
@@ -270,7 +274,8 @@ def test_an_id_that_is_out_of_range_is_counted_once_for_each_document_and_pass(h
     with gwa_logging.watch(model, num_samples=N, head="head") as monitor:
         monitor.tag(ids)
         loss_of(compiled_if(how, model)(x), y).backward()
-        check_documents(monitor, [documents(scores_of(model, x, y)[2:3], ids[2:3].numpy())])
+        scores, lengths = scores_of(model, x, y)
+        check_documents(monitor, [documents(scores[2:3], ids[2:3].numpy(), lengths[2:3])])
         assert monitor.faults == {"sample ids": 3}
     assert "3 ids were not in [0, 40)" in caplog.text
 
@@ -350,7 +355,7 @@ def test_a_document_takes_12_bytes_and_16_with_predictions():
     ledger = DeviceLedger(size)
     ledger.add([TaggedScores(TaggedBatch(torch.arange(64)), scores, None)])
     assert ledger.nbytes == 8 * (size + 1)
-    ledger.add([TaggedScores(documents_, scores, starts, torch.zeros(64, dtype=torch.int64))])
+    ledger.add([TaggedScores(documents_, scores, starts, torch.ones(64), torch.zeros(64, dtype=torch.int64))])
     assert ledger.nbytes == 12 * (size + 1)  # 120 MB for ten million documents
     ledger.add([TaggedScores(TaggedBatch(torch.arange(64), None, torch.zeros(64)), scores, None)])
     assert ledger.nbytes == 16 * (size + 1)

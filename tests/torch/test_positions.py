@@ -38,17 +38,29 @@ def data(tokens: int = T) -> tuple[Tensor, Tensor]:
     return torch.randn(B, tokens, 8, generator=generator), torch.randint(0, 5, (B,), generator=generator)
 
 
-def rows_of(model: Net, x: Tensor, y: Tensor) -> np.ndarray:
-    """The oracle, [B, T]: the score of each row by its own gradient, in float64; NaN where it has none."""
+def rows_and_lengths(model: Net, x: Tensor, y: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """[B, T]: the score of each row by its own gradient, in float64, NaN where it has none; and the gradients' norms."""
     h = model.body(x).detach().double()
     head = model.head.double()
     logits = head(h)
     logits.retain_grad()
     F.cross_entropy(model.after(logits), y).backward()
     scores = alignment_scores(logits.grad.numpy(), h.numpy(), head.weight.detach().numpy())
+    lengths = (logits.grad.norm(dim=-1) * h.norm(dim=-1)).numpy()
     model.zero_grad()
     model.float()
-    return scores
+    return scores, lengths
+
+
+def rows_of(model: Net, x: Tensor, y: Tensor) -> np.ndarray:
+    """[B, T]: the scores alone."""
+    return rows_and_lengths(model, x, y)[0]
+
+
+def weighted(model: Net, x: Tensor, y: Tensor) -> np.ndarray:
+    """[B]: the mean of each input's scores, weighted by the gradients' norms."""
+    scores, lengths = rows_and_lengths(model, x, y)
+    return np.average(scores, axis=1, weights=lengths)
 
 
 def compiled_if(how: str, model: nn.Module) -> nn.Module:
@@ -204,7 +216,7 @@ def test_rows_with_a_loss_of_their_own_are_samples(classes, caplog):
         report, found = monitor.end_epoch(), by_id(monitor)
         assert monitor.faults == {}
     assert (report.count, report.mean) == (2 * B * T, pytest.approx(want.mean(), abs=1e-6))
-    assert found == {i: (pytest.approx(score, abs=1e-5), 2.0) for i, score in enumerate(want.mean(1))}
+    assert found == {i: (pytest.approx(score, abs=1e-5), 2.0) for i, score in enumerate(weighted(model, x, y))}
     assert sum("Each row with a gradient" in message for message in caplog.messages) == 1
 
 
@@ -230,7 +242,6 @@ def test_unit_sample_scores_inputs_however_the_loss_uses_the_rows(width, how, po
 def test_unit_position_scores_rows_whose_mean_is_the_ids_score(width, how):
     model = Net(width, lambda z: z.mean(1))
     x, y = data()
-    want = rows_of(model, x, y)
     with gwa_logging.watch(model, num_samples=B, head="head", unit="position") as monitor:
         run = compiled_if(how, model)
         for _ in range(2):
@@ -240,7 +251,7 @@ def test_unit_position_scores_rows_whose_mean_is_the_ids_score(width, how):
         assert monitor.faults == {}
     assert report.count == 2 * B * T
     assert not any("rows" in note for note in report.notes)
-    assert found == {i: (pytest.approx(score, abs=1e-5), 2.0) for i, score in enumerate(want.mean(1))}
+    assert found == {i: (pytest.approx(score, abs=1e-5), 2.0) for i, score in enumerate(weighted(model, x, y))}
 
 
 def test_a_compiled_model_scores_rows_and_names_the_remedy(caplog):
