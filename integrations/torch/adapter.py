@@ -31,6 +31,7 @@ from gwa_logging.integrations.torch.head_layers import layer_of
 from gwa_logging.integrations.torch.head_location import HeadLocation
 from gwa_logging.integrations.torch.probe import HeadProbe
 from gwa_logging.integrations.torch.step_watchdog import StepWatchdog
+from gwa_logging.integrations.torch.trl_head import FusedHead, watch_fused_head
 from gwa_logging.ledger import Ledger, TaggedBatch
 from gwa_logging.ranks import Attendance, Identity, check_windows, first_scores
 from gwa_logging.settings import WatchSettings
@@ -84,6 +85,7 @@ class TorchAdapter:
         self._faults = faults
         self._on_step: Callable[[], None] = lambda: None
         self._watching: HeadProbe | FirstPass | None = None
+        self._fused: FusedHead | None = None
         self._watchdog: StepWatchdog | None = None
         self._location: HeadLocation | None = None
         self._copies: list[weakref.ref[nn.Module]] = []
@@ -168,7 +170,17 @@ class TorchAdapter:
             self._location = HeadLocation(model, head.path, head.module)
         if wrapped is not None:
             tracker = ForwardTracker(wrapped, accumulator.tags, self._faults, keeps_samples=accumulator.keeps_samples)
-        return HeadProbe(layer_of(head.module), accumulator, self._on_observed, self._faults, tracker, self._on_copied)
+        probe = HeadProbe(layer_of(head.module), accumulator, self._on_observed, self._faults, tracker, self._on_copied)
+        self._watch_fused_head(probe, tracker)
+        return probe
+
+    def _watch_fused_head(self, probe: HeadProbe, tracker: ForwardTracker | None = None) -> bool:
+        """Observes the head also where TRL has fused it with the loss. Returns True if it does so from now on."""
+        wrapped = self._wrapped()
+        if self._fused is not None:
+            self._fused.close()
+        self._fused = None if wrapped is None else watch_fused_head(wrapped, probe, tracker, self._faults)
+        return self._fused is not None
 
     def _on_observed(self) -> None:
         self.passes += 1
@@ -212,7 +224,7 @@ class TorchAdapter:
         try:
             change = location.check(model)
             if change is None:
-                return False
+                return bool(steps) and self._check_fused_head(steps)
             if self._watching is not None:
                 self._watching.close()
             self._watching = None
@@ -232,6 +244,19 @@ class TorchAdapter:
             self.on_error(error)
             return False
         return change.module is not None
+
+    def _check_fused_head(self, steps: int) -> bool:
+        """Observes TRL's fused head if it was added after watch(). Returns True if so."""
+        if self._fused is not None or not isinstance(self._watching, HeadProbe):
+            return False
+        if not self._watch_fused_head(self._watching):
+            return False
+        self._faults.record(
+            "head",
+            "TRL has fused the head with the loss after watch(); the fused head is observed from now on. "
+            f"{steps} optimizer steps before this were not observed: call watch() after the trainer is made",
+        )
+        return True
 
     @property
     def is_paused(self) -> bool:
@@ -328,6 +353,9 @@ class TorchAdapter:
         if self._watchdog is not None:
             self._watchdog.cancel()
         self._location = None
+        if self._fused is not None:
+            self._fused.close()
+            self._fused = None
         if self._watching is not None:
             self._watching.close()
             self._watching = None
