@@ -11,9 +11,12 @@ can also return log(sum_c p_c^2), which we request, and
 
     |p - e_y|^2 = (1 - p_y)^2 + (sum_c p_c^2 - p_y^2)
 
-In float32 the second term is lost where p_y is almost 1. So the rows with p_y above `CONFIDENT` are projected again, in tiles
-and without a graph. So are all rows of a model that caps its logits, z = k tanh(c (W h + b) / k) / T, whose derivative differs
-from class to class.
+In float32 the second term is lost where p_y is almost 1, and so is the gradient that TRL computes. So the rows with p_y above
+`CONFIDENT` are projected again, in tiles and without a graph, and their terms are sums over the other classes only:
+
+    |p - e_y|^2 = sum_{c != y} p_c^2 + (sum_{c != y} p_c)^2        (p - e_y) . W h = sum_{c != y} p_c (w_c - w_y) . h
+
+So are all rows of a model that caps its logits, z = k tanh(c (W h + b) / k) / T, whose derivative differs between classes.
 """
 
 import weakref
@@ -32,8 +35,8 @@ from gwa_logging.integrations.torch.probe import HeadProbe
 from gwa_logging.integrations.torch.scores import at_least_float32, flat, frobenius_norm, terms_by_embeddings
 
 CONFIDENT = 0.9
-"""Probability of the label from which |p - e_y| is computed from the logits of the row. At 0.9 the shorter formula has a
-relative error of about 1e-5 in float32; at 0.999 it would be 10 %."""
+"""Probability of the label from which the terms are computed from the logits of the row. At 0.9 the formula with the sum of
+squares has a relative error of about 1e-5 in float32; at 0.999 it would be 10 %."""
 
 _SUM_OF_SQUARES = "log_sum_sq_probs"
 _TILE = 512, 16384  # rows and classes that are projected at once: 32 MB of float32
@@ -109,7 +112,6 @@ class FusedHead:
     ) -> None:
         self.probe = probe
         self.faults = faults
-        self.factor = fused.value("logit_scale", 1.0) / fused.value("temperature", 1.0)
         self._temperature = fused.value("temperature", 1.0)
         self._logit_scale = fused.value("logit_scale", 1.0)
         self._cap = fused.value("final_logit_softcapping")
@@ -185,70 +187,98 @@ class FusedHead:
                 "the head's weight is not gathered in the forward pass of TRL's fused head, as under DeepSpeed ZeRO-3"
             )
         weight, bias = full_tensor(own), head.bias
-        norms = self._delta_norms(
-            hidden.detach(), weight, None if bias is None else full_tensor(bias.detach()), output, kwargs
-        )
+        bias = None if head.bias is None else full_tensor(head.bias.detach())
+        norms, products = self._unit_terms(hidden.detach(), weight, bias, output, kwargs)
         node = get_gradient_edge(head.weight).node if head.weight.requires_grad else None
-        return _FusedPass(self, hidden, norms * abs(self.factor), frobenius_norm(weight), node)
+        scale = self._logit_scale / self._temperature
+        return _FusedPass(self, hidden, _Unit(norms * abs(scale), products * scale, frobenius_norm(weight)), node)
 
-    def _delta_norms(
+    def _unit_terms(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, output: Any, kwargs: dict[str, Any]
-    ) -> Tensor:
-        """float32 [B, rows]: |p - e_y| of the rows with a label; any number elsewhere."""
+    ) -> tuple[Tensor, Tensor]:
+        """Two float32 [B, rows]: |p - e_y| of the rows with a label, and (p - e_y) . W h of those that were projected.
+
+        The products of other rows are NaN. Both include the slopes of capped logits.
+        """
         mask, log_probs = output.label_mask, at_least_float32(output.log_probs.detach())
-        squares = output.log_sum_sq_probs
-        missing = -torch.expm1(log_probs)  # 1 - p_y
+        squares, missing = output.log_sum_sq_probs, -torch.expm1(log_probs)  # 1 - p_y
+        norms, products, is_projected = missing, torch.full_like(missing, torch.nan), mask
         if self._cap is None and squares is not None:
-            rest = (squares.exp() - (2 * log_probs).exp()).clamp(min=0)
-            norms = (missing**2 + torch.minimum(rest, missing**2)).sqrt()
-            exact = mask & (missing < 1 - CONFIDENT)
-        else:
-            norms, exact = missing, mask
-        rows = exact.flatten().nonzero().flatten()
+            others = (squares.exp() - (2 * log_probs).exp()).clamp(min=0)
+            norms = (missing**2 + torch.minimum(others, missing**2)).sqrt()
+            is_projected = mask & (missing < 1 - CONFIDENT)
+        rows = is_projected.flatten().nonzero().flatten()
         if rows.numel():
-            target = _aligned_labels(kwargs, mask)
-            states = hidden[:, : mask.shape[1]].reshape(-1, hidden.shape[-1])[rows]
-            norms = norms.flatten().index_put(
-                (rows,), self._projected(states, weight, bias, target.flatten()[rows], log_probs.flatten()[rows])
+            target, log_p = _aligned_labels(kwargs, mask).flatten()[rows], log_probs.flatten()[rows]
+            states = hidden[:, : mask.shape[1]].reshape(-1, hidden.shape[-1])[rows.to(hidden.device)]
+            found = self._projected(states.to(weight.device), weight, bias, target, log_p)
+            norms, products = (
+                each.flatten().index_put((rows,), values).reshape(mask.shape)
+                for each, values in zip((norms, products), found, strict=True)
             )
-        return norms.reshape(mask.shape)
+        return norms, products
 
     def _projected(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, log_probs: Tensor
-    ) -> Tensor:
-        """float32 [rows]: |p - e_y| from the logits of the rows, in tiles. If they are capped, times the slope of the cap."""
+    ) -> tuple[Tensor, Tensor]:
+        """Two float32 [rows]: |p - e_y| and (p - e_y) . W h from the logits of the rows, in tiles.
+
+        Args:
+            hidden: float [rows, D].
+            weight, bias: [V, D] and [V].
+            target: int64 [rows], the labels.
+            log_probs: float32 [rows], their log-probabilities.
+        """
         dtype = torch.float32 if self._casts else self._dtype or hidden.dtype
         height, width = _TILE
-        norms = []
+        terms = []
         for states, labels, log_p in zip(
-            hidden.split(height), target.split(height), log_probs.split(height), strict=True
+            hidden.to(dtype).split(height), target.split(height), log_probs.split(height), strict=True
         ):
-            states = states.to(weight.device, dtype)
-            own = torch.linalg.vecdot(at_least_float32(states), at_least_float32(weight[labels].to(dtype)))
-            own, own_slope = self._logits((own if bias is None else own + bias[labels]).to(dtype))
-            others, squares = torch.zeros_like(log_p), torch.zeros_like(log_p)
+            of_label = torch.linalg.vecdot(at_least_float32(states), at_least_float32(weight[labels].to(dtype)))
+            label_logits, label_slopes = self._logits(of_label.to(dtype), None if bias is None else bias[labels])
+            others, squares, products = (torch.zeros_like(log_p) for _ in range(3))
             for start in range(0, weight.shape[0], width):
                 part = weight[start : start + width].to(dtype)
-                logits = states @ part.T
-                logits, slope = self._logits(logits if bias is None else logits + bias[start : start + width].to(dtype))
-                p = (logits - (own - log_p)[:, None]).exp_()
+                outputs = states @ part.T
+                logits, slopes = self._logits(outputs, None if bias is None else bias[start : start + width])
+                p = (logits - (label_logits - log_p)[:, None]).exp()
                 column = labels[:, None] - start
                 is_inside = (column >= 0) & (column < part.shape[0])
                 column = column.clamp(0, part.shape[0] - 1)
                 p.scatter_(1, column, p.gather(1, column).masked_fill(is_inside, 0.0))
+                sloped = p * slopes
                 others += p.sum(1)
-                squares += ((p if slope is None else p * slope) ** 2).sum(1)
-            own_term = others if own_slope is None else others * own_slope
-            norms.append((squares + own_term**2).sqrt())
-        return torch.cat(norms)
+                squares += (sloped**2).sum(1)
+                products += (sloped * outputs - p * (label_slopes * of_label)[:, None]).sum(1)
+            terms.append(((squares + (others * label_slopes) ** 2).sqrt(), products))
+        norms, all_products = zip(*terms, strict=True)
+        return torch.cat(norms), torch.cat(all_products)
 
-    def _logits(self, outputs: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The logits of the loss from W h + b, and the factor by which a cap changes their derivative; None without a cap."""
-        scaled, slope = at_least_float32(outputs) * self._logit_scale, None
+    def _logits(self, outputs: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The logits of the loss from W h and b, and the slopes of their cap; 1 without a cap."""
+        if bias is not None:
+            outputs = outputs + bias.to(outputs.dtype)
+        scaled = at_least_float32(outputs) * self._logit_scale
+        slopes = scaled.new_ones(())
         if self._cap is not None:
             bent = torch.tanh(scaled / self._cap)
-            scaled, slope = bent * self._cap, 1 - bent**2
-        return scaled / self._temperature, slope
+            scaled, slopes = bent * self._cap, 1 - bent**2
+        return scaled / self._temperature, slopes
+
+
+class _Unit(NamedTuple):
+    """The terms of a pass for a gradient of 1 at each log-probability.
+
+    Attributes:
+        norms: float32 [B, rows], the norms of the logit gradients.
+        products: float32 [B, rows], their products with W h; NaN where the gradient of the hidden state gives them.
+        weight_norm: float32 [].
+    """
+
+    norms: Tensor
+    products: Tensor
+    weight_norm: Tensor
 
 
 def _aligned_labels(kwargs: dict[str, Any], mask: Tensor) -> Tensor:
@@ -273,26 +303,22 @@ class _FusedPass:
     """
 
     __slots__ = (
-        "delta_norms",
         "factors",
         "has_entropy",
         "head",
         "hidden",
         "inputs",
         "tag",
+        "unit",
         "version",
         "weight_node",
-        "weight_norm",
     )
 
-    def __init__(
-        self, head: FusedHead, hidden: Tensor, delta_norms: Tensor, weight_norm: Tensor, weight_node: Any
-    ) -> None:
+    def __init__(self, head: FusedHead, hidden: Tensor, unit: _Unit, weight_node: Any) -> None:
         self.head = head
         self.hidden = hidden.detach()
         self.version = self.hidden._version
-        self.delta_norms = delta_norms
-        self.weight_norm = weight_norm
+        self.unit = unit
         self.weight_node = weight_node
         self.factors: Tensor | None = None
         self.has_entropy = False
@@ -338,9 +364,15 @@ class _FusedPass:
             )
         if samples is not None:
             probe.tags.use(self.tag)
-        norms = (factors.abs() * self.delta_norms).to(gradient.device)
-        norms = nn.functional.pad(norms, (0, self.hidden.shape[1] - norms.shape[1]))  # the last position has no label
-        terms = terms_by_embeddings(flat(norms), gradient, self.hidden, self.weight_norm.to(gradient.device))
+        # The gradient of a probability that rises is negative, so a factor of -1 belongs to a usual loss.
+        after = self.hidden.shape[1] - factors.shape[1]  # 1: the last position has no label
+        norms, products = (
+            nn.functional.pad(each.to(gradient.device), (0, after))
+            for each in (factors.abs() * self.unit.norms, -factors * self.unit.products)
+        )
+        terms = terms_by_embeddings(flat(norms), gradient, self.hidden, self.unit.weight_norm.to(gradient.device))
+        products = flat(products)
+        terms = terms._replace(product=torch.where(products.isnan() | (norms == 0).flatten(), terms.product, products))
         probe.accumulator.add_terms(terms, samples, self.inputs)
         probe.on_step()
 

@@ -1,0 +1,478 @@
+"""TRL's trainers on a tiny Llama: their head is fused with the loss, and its scores equal those of float64 logits.
+
+The oracle runs a float64 copy of the model on the batches that the trainer made, one logit gradient per token. The learning
+rate is 0, so that the model stays the one that the oracle knows; one test compares real trainings instead.
+"""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl import SFTConfig, SFTTrainer
+
+import gwa_logging
+from gwa_logging import InvalidInputError, with_ids
+from gwa_logging.integrations.torch.trl_head import find_fused_forward
+from gwa_logging.integrations.transformers import GWACallback, IdCollator
+
+VOCABULARY, WIDTH, ROWS = 48, 16, 12
+
+
+def llama(seed: int = 0, *, kind: type = LlamaForCausalLM, spread: float = 0.3, **more: Any) -> Any:
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    tokens = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    return kind(LlamaConfig(**sizes, **heads, **tokens, initializer_range=spread, **more))
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w3"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1", bos_token="w2")
+
+
+def documents(rows: int = ROWS) -> Dataset:
+    """Documents of 3 to 9 tokens; the first two tokens are a prompt, which is not trained."""
+    rng = np.random.default_rng(1)
+    tokens = [rng.integers(3, VOCABULARY, rng.integers(3, 10)).tolist() for _ in range(rows)]
+    labels = [[-100, -100, *row[2:]] for row in tokens]
+    return with_ids(Dataset.from_dict({"input_ids": tokens, "labels": labels, "text": ["a column"] * rows}))
+
+
+def sft(model: Any, *callbacks: Any, data: Any = None, **arguments: Any) -> SFTTrainer:
+    peft, loss = arguments.pop("peft_config", None), arguments.pop("compute_loss_func", None)
+    settings = {
+        "output_dir": "out",
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.0,
+        "optim": "sgd",
+        "max_length": 16,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+    }
+    return SFTTrainer(
+        model,
+        args=SFTConfig(**settings | arguments),
+        train_dataset=documents() if data is None else data,
+        processing_class=tokenizer(),
+        callbacks=list(callbacks),
+        peft_config=peft,
+        compute_loss_func=loss,
+    )
+
+
+def recorded(model: nn.Module) -> list[dict[str, Any]]:
+    """A list that gets the arguments of every training pass of the model."""
+    batches: list[dict[str, Any]] = []
+
+    def record(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if module.training:
+            batches.append({key: value.clone() if hasattr(value, "clone") else value for key, value in kwargs.items()})
+
+    model.register_forward_pre_hook(record, with_kwargs=True)
+    return batches
+
+
+def oracle(model: Any, batches: list[dict[str, Any]], logits_of: Any = None) -> tuple[np.ndarray, dict[int, float]]:
+    """The scores of all trained tokens, and each document's mean, from float64 logits."""
+    model = model.double().eval()
+    head = model.get_output_embeddings()
+    scores, by_document = [], {}
+    for batch in batches:
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
+        with torch.no_grad():
+            hidden = model.base_model(**inputs).last_hidden_state
+        labels = batch.get("shift_labels")
+        if labels is None:
+            labels = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+        ids = batch.get("sample_id", torch.full(labels.shape, -1))
+        ids = ids if ids.ndim == 2 else ids[:, None].expand(labels.shape)
+        for row, token in (labels != -100).nonzero().tolist():
+            logits = head(hidden[row, token]).detach().requires_grad_()
+            final = logits if logits_of is None else logits_of(logits)
+            (delta,) = torch.autograd.grad(nn.functional.cross_entropy(final, labels[row, token]), logits)
+            weight = head.weight.detach().numpy()
+            score = gwa_logging.alignment_scores(delta.numpy()[None], hidden[row, token].numpy()[None], weight)[0]
+            scores.append(score)
+            by_document.setdefault(int(ids[row, token]), []).append(score)
+    return np.array(scores), {key: float(np.mean(values)) for key, values in by_document.items()}
+
+
+def assert_scores(callback: GWACallback, scores: np.ndarray, within: float = 1e-6) -> None:
+    (report,) = callback.monitor.history
+    assert report.count == len(scores)
+    assert report.mean == pytest.approx(scores.mean(), abs=within)
+    assert report.std == pytest.approx(scores.std(), abs=within)
+    assert report.negative_fraction == pytest.approx((scores < 0).mean(), abs=1.5 / len(scores))
+    assert callback.monitor.faults == {}
+
+
+def assert_documents(callback: GWACallback, means: dict[int, float], within: float = 1e-6) -> None:
+    found = {suspect.id: suspect.mean_score for suspect in callback.monitor.suspects(len(means) + 1)}
+    assert found == pytest.approx(means, abs=within)
+
+
+def watching(**arguments: Any) -> GWACallback:
+    return GWACallback(num_samples=ROWS, sample_ids="sample_id", **arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"gradient_accumulation_steps": 3},
+        {"remove_unused_columns": False},
+        {"loss_type": "dft"},
+        {"gradient_checkpointing": True},
+    ],
+    ids=str,
+)
+def test_tokens_and_documents_of_the_default_trainer_equal_the_oracle(arguments):
+    callback, model = watching(), llama()
+    trainer = sft(model, callback, **arguments)
+    batches = recorded(trainer.model)
+    trainer.train()
+    scores, means = oracle(model, batches)
+    assert len(means) == ROWS
+    assert_scores(callback, scores)
+    assert_documents(callback, means)
+
+
+def knowing(model: Any, strength: float = 0.85) -> Any:
+    """Makes a model know that token i + 1 follows token i, mostly with a probability above 0.9."""
+    with torch.no_grad():
+        model.lm_head.weight.copy_(torch.randn(VOCABULARY, WIDTH) * strength)
+        model.model.embed_tokens.weight.copy_(model.lm_head.weight.roll(-1, 0))
+    return model
+
+
+def counting(rows: int = ROWS) -> Dataset:
+    """Documents that count upwards; every fourth is wrong in the middle."""
+    tokens = [[3 + (start + i) % 40 for i in range(7)] for start in range(rows)]
+    for wrong in tokens[::4]:
+        wrong[3] = 47
+    return with_ids(Dataset.from_dict({"input_ids": tokens, "labels": tokens}))
+
+
+def test_tokens_that_the_model_is_sure_of_are_scored_exactly():
+    """Where p_y is 0.999, the sum of the squares has lost the other classes in float32: the norm would be wrong by 10 %."""
+    callback, model = watching(), knowing(llama(spread=0.02))
+    trainer = sft(model, callback, data=counting())
+    batches = recorded(model)
+    trainer.train()
+    scores, means = oracle(model, batches)
+    with torch.no_grad():
+        last = model(batches[0]["input_ids"]).logits[:, :-1].softmax(-1)
+    sure = last.gather(-1, batches[0]["input_ids"][:, 1:, None])
+    assert (sure > 0.999).float().mean() > 0.2
+    assert_scores(callback, scores, within=2e-6)
+    assert_documents(callback, means, within=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("padding-free", {"padding_free": True, "max_length": None}),
+        ("padded to a multiple", {"pad_to_multiple_of": 8}),
+        ("packed", {"packing": True, "max_length": 24}),
+    ],
+    ids=str,
+)
+def test_padding_free_and_packed_rows_count_each_trained_token(kind, more):
+    callback, model = GWACallback(), llama()
+    trainer = sft(model, callback, **more)
+    batches = recorded(model)
+    trainer.train()
+    scores, _ = oracle(model, batches)
+    assert_scores(callback, scores)
+
+
+@pytest.mark.parametrize("adapted", [["q_proj"], ["q_proj", "lm_head saved"]], ids=["frozen head", "trained head"])
+def test_lora_scores_the_gradient_of_the_head_whether_it_is_trained_or_frozen(adapted):
+    from peft import LoraConfig
+
+    config = LoraConfig(
+        r=2,
+        lora_alpha=4,
+        target_modules=["q_proj"],
+        init_lora_weights=False,
+        modules_to_save=["lm_head"] if len(adapted) > 1 else None,
+        task_type="CAUSAL_LM",
+    )
+    callback = watching()
+    trainer = sft(llama(), callback, peft_config=config)
+    batches = recorded(trainer.model)
+    trainer.train()
+    scores, means = oracle(trainer.model.get_base_model(), batches)
+    assert_scores(callback, scores)
+    assert_documents(callback, means)
+
+
+def test_a_learned_prompt_shifts_the_labels():
+    from peft import PromptTuningConfig
+
+    callback = watching()
+    trainer = sft(
+        knowing(llama(spread=0.02)),
+        callback,
+        data=counting(),
+        peft_config=PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    )
+    trainer.train()
+    (report,) = callback.monitor.history
+    assert callback.monitor.faults == {}
+    assert report.count == sum(
+        len(row) for row in counting()["input_ids"]
+    )  # the first token too: the prompt precedes it
+
+
+def test_bfloat16_scores_are_those_of_float64_up_to_rounding():
+    callback, model = watching(), llama()
+    trainer = sft(model, callback, bf16=True)
+    batches = recorded(model)
+    trainer.train()
+    scores, means = oracle(model, batches)
+    assert_scores(callback, scores, within=3e-3)
+    assert_documents(callback, means, within=1e-2)
+
+
+def test_shifted_labels_belong_to_their_own_position():
+    model = llama()
+    trainer = sft(model)  # adds the fused head
+    tokens = torch.arange(3, 23).reshape(2, 10)
+    batch = {"input_ids": tokens, "shift_labels": tokens.flip(1).clone()}
+    batch["shift_labels"][0, :4] = -100
+    with gwa_logging.watch(model, num_samples=2) as monitor:
+        model.train()
+        monitor.tag(torch.tensor([1, 0]))
+        model(**batch, fused_lm_head=True).loss.backward()
+        report = monitor.end_epoch()
+        means = {suspect.id: suspect.mean_score for suspect in monitor.suspects(2)}
+    scores, _ = oracle(model, [batch])
+    assert report.count == 16
+    assert report.mean == pytest.approx(scores.mean(), abs=1e-6)
+    assert means == pytest.approx({1: scores[:6].mean(), 0: scores[6:].mean()}, abs=1e-6)
+    assert monitor.faults == {}
+    del trainer
+
+
+@pytest.mark.parametrize(
+    ("config", "logits_of"),
+    [
+        ({"final_logit_softcapping": 2.0}, lambda z: 2.0 * torch.tanh(z / 2.0)),
+        ({"logit_scale": -0.5}, lambda z: -0.5 * z),
+        ({"logit_scale": 3.0, "final_logit_softcapping": 4.0}, lambda z: 4.0 * torch.tanh(3.0 * z / 4.0)),
+    ],
+    ids=str,
+)
+def test_capped_and_scaled_logits_are_scored_exactly(config, logits_of):
+    callback, model = watching(), llama()
+    for name, value in config.items():
+        setattr(model.config, name, value)
+    trainer = sft(model, callback)
+    batches = recorded(model)
+    trainer.train()
+    scores, means = oracle(model, batches, logits_of)
+    assert_scores(callback, scores)
+    assert_documents(callback, means)
+
+
+def test_a_bias_of_the_head_is_not_part_of_the_weight():
+    callback, model = watching(), knowing(llama(spread=0.02))
+    model.lm_head = nn.Linear(WIDTH, VOCABULARY)
+    knowing(model)
+    trainer = sft(model, callback, data=counting())
+    batches = recorded(model)
+    trainer.train()
+    scores, means = oracle(model, batches)
+    assert_scores(callback, scores, within=2e-6)
+    assert_documents(callback, means, within=1e-5)
+
+
+def test_a_vocabulary_of_several_tiles_is_scored_exactly(monkeypatch):
+    monkeypatch.setattr("gwa_logging.integrations.torch.trl_head._TILE", (5, 7))
+    test_tokens_that_the_model_is_sure_of_are_scored_exactly()
+
+
+def full_logits(output: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+    logits, labels = output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    return nn.functional.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
+
+
+def test_a_training_equals_one_with_full_logits():
+    def run(**more: Any) -> tuple[list[Any], torch.Tensor, dict[str, int]]:
+        callback, model = GWACallback(), llama()
+        sft(model, callback, num_train_epochs=3, learning_rate=0.3, **more).train()
+        return callback.monitor.history, model.lm_head.weight.detach(), callback.monitor.faults
+
+    (fused, weight, faults), (full, full_weight, _) = run(), run(compute_loss_func=full_logits)
+    assert torch.allclose(weight, full_weight, atol=1e-5)
+    assert [report.count for report in fused] == [report.count for report in full]
+    assert [report.excluded for report in fused] == [report.excluded for report in full]
+    for ours, theirs in zip(fused, full, strict=True):
+        assert ours.mean == pytest.approx(theirs.mean, abs=1e-5)
+        assert ours.std == pytest.approx(theirs.std, abs=1e-5)
+    assert faults == {}
+
+
+def test_label_smoothing_goes_through_the_full_logits_and_counts_each_token_once():
+    callback, model = GWACallback(), llama()
+    trainer = sft(model, callback, label_smoothing_factor=0.1)
+    batches = recorded(model)
+    trainer.train()
+    (report,) = callback.monitor.history
+    assert report.count == sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches if "labels" in batch)
+
+
+def test_watching_changes_neither_the_training_nor_the_model():
+    def run(*callbacks: Any) -> tuple[torch.Tensor, list[dict[str, float]]]:
+        model = llama()
+        trainer = sft(model, *callbacks, learning_rate=0.3, logging_steps=1, eval_strategy="no")
+        before = find_fused_forward(model).value("outputs")
+        trainer.train()
+        assert find_fused_forward(model).value("outputs") == before
+        rows = [
+            {k: v for k, v in row.items() if "runtime" not in k and "per_second" not in k}
+            for row in trainer.state.log_history
+        ]
+        return model.lm_head.weight.detach(), rows
+
+    (weight, rows), (bare_weight, bare_rows) = run(watching()), run()
+    assert torch.equal(weight, bare_weight)
+    assert rows == bare_rows
+
+
+def test_evaluation_and_paused_passes_are_not_counted():
+    model = llama()
+    trainer = sft(model)
+    batch = {"input_ids": torch.arange(3, 13)[None], "labels": torch.arange(3, 13)[None]}
+    with gwa_logging.watch(model) as monitor:
+        model.eval()
+        model(**batch, fused_lm_head=True).loss.backward()
+        model.train()
+        with torch.no_grad():
+            model(**batch, fused_lm_head=True)
+        with monitor.paused():
+            model(**batch, fused_lm_head=True).loss.backward()
+        output = model(**batch, fused_lm_head=True)
+        torch.autograd.grad(output.loss, model.model.embed_tokens.weight)  # reaches no weight of the head
+        model(**batch, fused_lm_head=True).loss.backward()
+        assert monitor.end_epoch().count == 9
+        assert monitor.faults == {}
+    del trainer
+
+
+def test_a_loss_with_the_entropy_is_reported_and_not_scored():
+    model = llama()
+    trainer = sft(model)
+    batch = {"input_ids": torch.arange(3, 13)[None], "labels": torch.arange(3, 13)[None]}
+    with gwa_logging.watch(model) as monitor:
+        model.train()
+        output = model(**batch, fused_lm_head=True)
+        (output.loss - 0.1 * output.entropy.mean()).backward()
+        assert monitor.faults == {"entropy": 1}
+        model(**batch, fused_lm_head=True).loss.backward()
+        assert monitor.end_epoch().count == 9
+    del trainer
+
+
+def test_a_watch_before_the_trainer_finds_the_fused_head_and_says_what_it_missed(caplog):
+    model = llama()
+    with gwa_logging.watch(model) as monitor:
+        sft(model, learning_rate=0.1, per_device_train_batch_size=1).train()
+        assert "5 optimizer steps before this were not observed: call watch() after the trainer is made" in caplog.text
+        assert monitor.end_epoch().count > 0
+        assert "silence" not in monitor.faults
+
+
+def test_all_labels_ignored_and_empty_documents_count_nothing():
+    data = documents().to_dict()
+    data["labels"][3] = [-100] * len(data["labels"][3])
+    data["labels"][5] = [
+        data["input_ids"][5][0],
+        *[-100] * (len(data["labels"][5]) - 1),
+    ]  # no position predicts the first
+    callback, model = watching(), llama()
+    trainer = sft(
+        model,
+        callback,
+        data=Dataset.from_dict(data),
+        dataset_kwargs={"skip_prepare_dataset": True},
+        per_device_train_batch_size=1,
+    )
+    batches = recorded(model)
+    trainer.train()
+    scores, means = oracle(model, batches)
+    assert len(means) == ROWS - 2
+    assert_scores(callback, scores)
+    assert_documents(callback, means)
+
+
+def test_text_is_tokenized_with_its_ids():
+    rng = np.random.default_rng(0)
+    texts = [" ".join(f"w{i}" for i in rng.integers(3, VOCABULARY, 6)) for _ in range(ROWS)]
+    words = tokenizer()
+    words.backend_tokenizer.pre_tokenizer = WhitespaceSplit()
+    callback, model = watching(), llama()
+    trainer = sft(model, callback, data=with_ids(Dataset.from_dict({"text": texts})))
+    batches = recorded(model)
+    trainer.train()
+    _, means = oracle(model, batches)
+    assert sorted(means) == list(range(ROWS))
+    assert_documents(callback, means)
+
+
+def test_packing_that_drops_the_ids_is_refused_when_training_starts():
+    with pytest.raises(InvalidInputError, match="TRL's packing drops it: pack the data set before"):
+        sft(llama(), watching(), packing=True).train()
+
+
+def test_ids_per_token_are_placed_like_the_tokens():
+    rows = [{"input_ids": [5, 6, 7], "id": [0, 0, 1]}, {"input_ids": [8], "id": [2]}]
+
+    def right(features: list[Any]) -> dict[str, torch.Tensor]:
+        assert all("id" not in feature for feature in features)
+        return {"input_ids": torch.tensor([[5, 6, 7], [8, 0, 0]])}
+
+    def left(features: list[Any]) -> dict[str, torch.Tensor]:
+        return {
+            "input_ids": torch.tensor([[5, 6, 7], [0, 0, 8]]),
+            "attention_mask": torch.tensor([[1, 1, 1], [0, 0, 1]]),
+        }
+
+    def joined(features: list[Any]) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.tensor([[5, 6, 7, 8, 0]])}
+
+    def ids(collate: Any, features: Any = rows) -> Any:
+        return IdCollator(collate, "id", is_hidden=True)(features)["id"].tolist()
+
+    assert ids(right) == [[0, 0, 1], [2, -1, -1]]
+    assert ids(left) == [[0, 0, 1], [-1, -1, 2]]
+    assert ids(joined) == [[0, 0, 1, 2, -1]]
+    whole = [{**row, "id": number} for number, row in enumerate(rows)]
+    assert ids(right, whole) == [0, 1]
+    assert ids(joined, whole) == [[0, 0, 0, 1, -1]]
+    with pytest.raises(
+        InvalidInputError, match=r"expected one id per row, or per token, which are \[3, 1\], found \[2, 1\]"
+    ):
+        ids(right, [{**rows[0], "id": [0, 1]}, rows[1]])
+    with pytest.raises(InvalidInputError, match="cannot be assigned"):
+        ids(right, [*rows, {"input_ids": [9], "id": [3]}])
+
+
+def test_ids_of_a_data_set_survive_what_datasets_do_to_it():
+    data = with_ids(Dataset.from_dict({"x": [5, 6, 7]}))
+    assert data.shuffle(seed=0).filter(lambda row: row["x"] != 6).sort("x")["sample_id"][:] == [0, 2]
+    with pytest.raises(InvalidInputError, match="it has a column 'sample_id' already"):
+        with_ids(data)
