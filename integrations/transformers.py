@@ -138,8 +138,8 @@ def _keep_ids(trainer: Any, name: str) -> None:
     kind = next((base for base in type(trainer).__mro__ if base.__module__.startswith("trl.")), None)
     if kind is not None and not any(base.__name__ == "SFTTrainer" for base in type(trainer).__mro__):
         raise InvalidInputError(
-            f"sample_ids={name!r}: TRL's {kind.__name__} makes several rows of a batch from one row of the data set, so the ids "
-            "would not match; leave out sample_ids and num_samples, or use the SFTTrainer"
+            f"sample_ids={name!r}: TRL's {kind.__name__} makes several rows of a batch from one row of the data set, so the "
+            "ids would not match; leave out sample_ids and num_samples, or use the SFTTrainer"
         )
     make_loader = trainer.get_train_dataloader
 

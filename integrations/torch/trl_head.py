@@ -125,9 +125,11 @@ class FusedHead:
         if self._outputs is not None and _SUM_OF_SQUARES not in self._outputs.cell_contents:
             self._before = self._outputs.cell_contents
             self._outputs.cell_contents = (*self._before, _SUM_OF_SQUARES)
+        # A compiled model's graph ends before each hook. The hooks need the autograd graph, which the compiler does not show.
+        after_backbone, after_forward = map(torch.compiler.disable, (self._after_backbone, self._after_forward))
         self._patches = [
-            weakref.ref(ModulePatch(fused.backbone, after=self._after_backbone)),
-            weakref.ref(ModulePatch(model, after=self._after_forward)),
+            weakref.ref(ModulePatch(fused.backbone, after=after_backbone)),
+            weakref.ref(ModulePatch(model, after=after_forward)),
         ]
 
     def close(self) -> None:
@@ -143,8 +145,6 @@ class FusedHead:
 
     def _after_backbone(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Keeps the last hidden state of a training pass."""
-        if torch.compiler.is_compiling():
-            return
         hidden = getattr(output, "last_hidden_state", None)
         if isinstance(hidden, Tensor) and hidden.requires_grad:
             kind = hidden.device.type
@@ -153,8 +153,6 @@ class FusedHead:
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Registers hooks on the gradients of one fused pass."""
-        if torch.compiler.is_compiling():
-            return
         hidden, self._hidden = self._hidden, None
         log_probs, mask = getattr(output, "log_probs", None), getattr(output, "label_mask", None)
         if hidden is None or not isinstance(log_probs, Tensor) or mask is None or not log_probs.requires_grad:
@@ -330,8 +328,11 @@ class _FusedPass:
         self.factors = gradient.detach()
 
     def entropy_arrived(self, gradient: Tensor) -> None:
-        """Notes that the loss depends on the entropy as well, which changes the gradient of the logits."""
-        self.has_entropy = True
+        """Notes that the loss depends on the entropy as well, which changes the gradient of the logits.
+
+        Compiled passes give a gradient of zeros to an entropy that no loss uses.
+        """
+        self.has_entropy = bool(gradient.any())
 
     def hidden_arrived(self, gradient: Tensor) -> None:
         """Takes the gradient of the hidden state, the last missing term."""

@@ -387,6 +387,19 @@ def test_a_loss_with_the_entropy_is_reported_and_not_scored():
     del trainer
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_training_is_scored_exactly(backend):
+    callback, model = watching(), llama()
+    trainer = sft(model, callback, torch_compile=True, torch_compile_backend=backend)
+    batches = recorded(model)
+    trainer.train()
+    torch.compiler.reset()
+    scores, means = oracle(model, batches)
+    assert_scores(callback, scores)
+    assert_documents(callback, means)
+
+
 def test_a_watch_before_the_trainer_finds_the_fused_head_and_says_what_it_missed(caplog):
     model = llama()
     with gwa_logging.watch(model) as monitor:
