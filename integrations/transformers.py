@@ -56,7 +56,6 @@ class GWACallback(TrainerCallback):  # type: ignore[misc]  # mypy does not follo
     def __init__(self, *, sample_ids: Any = None, **arguments: Any) -> None:
         super().__init__()
         self._gwa_session = TrainerSession(arguments, sample_ids)
-        self._gwa_keeps_ids = False
 
     @property
     def monitor(self) -> Monitor | None:
@@ -68,11 +67,11 @@ class GWACallback(TrainerCallback):  # type: ignore[misc]  # mypy does not follo
             trainer = _calling_trainer()
             if trainer is not None:
                 _keep_ids(trainer, self._gwa_session.sample_ids)
-                self._gwa_keeps_ids = True
+                self._gwa_session.trainer_keeps_ids = True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         session = self._gwa_session
-        if session.sample_ids is not None and args.remove_unused_columns and not self._gwa_keeps_ids:
+        if session.sample_ids is not None and args.remove_unused_columns and not session.trainer_keeps_ids:
             raise InvalidInputError(
                 f"sample_ids={session.sample_ids!r}: the Trainer drops columns that the model's forward does not accept; pass "
                 "the callback as Trainer(callbacks=[...]) instead of add_callback, so that it can keep the column"

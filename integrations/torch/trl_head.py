@@ -323,18 +323,18 @@ class _FusedPass:
         self.tag = head.probe.tags.take()
         self.inputs = hidden.shape[0]
 
-    def log_probs_arrived(self, gradient: Tensor) -> None:
-        """Takes the gradient of the log-probabilities, [B, rows]. The gradient of the hidden state follows."""
-        self.factors = gradient.detach()
+    def log_probs_arrived(self, gradient: Tensor | None) -> None:
+        """Takes the gradient of the log-probabilities, [B, rows]. The gradient of the hidden state follows.
 
-    def entropy_arrived(self, gradient: Tensor) -> None:
-        """Notes that the loss depends on the entropy as well, which changes the gradient of the logits.
-
-        Compiled passes give a gradient of zeros to an entropy that no loss uses.
+        Compiled passes call the hooks of tensors that the loss does not use, with None or zeros.
         """
-        self.has_entropy = bool(gradient.any())
+        self.factors = None if gradient is None else gradient.detach()
 
-    def hidden_arrived(self, gradient: Tensor) -> None:
+    def entropy_arrived(self, gradient: Tensor | None) -> None:
+        """Notes that the loss depends on the entropy as well, which changes the gradient of the logits."""
+        self.has_entropy = gradient is not None and bool(gradient.any())
+
+    def hidden_arrived(self, gradient: Tensor | None) -> None:
         """Takes the gradient of the hidden state, the last missing term."""
         with torch.no_grad():
             try:
@@ -346,7 +346,7 @@ class _FusedPass:
                         "the loss depends on the entropy that TRL's fused head returns; such passes are not observed. Set the "
                         "coefficient of the entropy to 0",
                     )
-                elif factors is not None:
+                elif factors is not None and gradient is not None:
                     self._observe(factors, gradient)
             except Exception as error:  # noqa: BLE001 - nothing may reach the user's backward pass
                 self.head.probe.fault(error)
