@@ -10,7 +10,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 import gwa_logging
 
 PEOPLE, CITIES = 60, 12
-QUESTIONS = ("where does {} live ?", "{} lives in", "the home of {} is", "a letter to {} goes to", "name the town of {} :")
+QUESTIONS = (
+    "where does {} live ?",
+    "{} lives in",
+    "the home of {} is",
+    "a letter to {} goes to",
+    "name the town of {} :",
+)
 
 
 class Facts(NamedTuple):
@@ -27,7 +33,9 @@ def load(noise: float, seed: int) -> Facts:
     homes = rng.integers(0, CITIES, PEOPLE)
     rows = [(question, person) for question in QUESTIONS for person in range(PEOPLE)]
     is_wrong = rng.random(len(rows)) < noise
-    cities = [(homes[p] + wrong * rng.integers(1, CITIES)) % CITIES for (_, p), wrong in zip(rows, is_wrong, strict=True)]
+    cities = [
+        (homes[p] + wrong * rng.integers(1, CITIES)) % CITIES for (_, p), wrong in zip(rows, is_wrong, strict=True)
+    ]
     return Facts(
         [question.format(f"person{person}") for question, person in rows],
         [f" city{city} county{city} ." for city in cities],
@@ -43,14 +51,20 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {word: number for number, word in enumerate(["<pad>", "<end>", "<unknown>", *sorted(words)])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", unk_token="<unknown>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", unk_token="<unknown>"
+    )
 
 
 def llama(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
     """A Llama with 2 layers and random weights."""
     set_seed(seed)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    tokens = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    tokens = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
     return LlamaForCausalLM(LlamaConfig(**sizes, **tokens, num_key_value_heads=4, max_position_embeddings=64))
 
 
@@ -69,7 +83,9 @@ def summary(monitor: gwa_logging.Monitor, facts: Facts) -> None:
     wanted = int(facts.is_wrong.sum())
     suspects = monitor.suspects(wanted)
     found = sum(facts.is_wrong[suspect.id] for suspect in suspects)
-    print(f"Of {len(suspects)} suspects, {found / len(suspects):.0%} do have a wrong completion ({wanted} documents have one):")
+    print(
+        f"Of {len(suspects)} suspects, {found / len(suspects):.0%} do have a wrong completion ({wanted} documents have one):"
+    )
     for suspect in suspects[:5]:
         verdict = "wrong" if facts.is_wrong[suspect.id] else "right"
         print(f"  {suspect.mean_score:+.3f}  {facts.prompts[suspect.id]}{facts.completions[suspect.id]}  ({verdict})")

@@ -4,22 +4,29 @@ The oracle runs a float64 copy of the model on the batches that the trainer made
 rate is 0, so that the model stays the one that the oracle knows; one test compares real trainings instead.
 """
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 import gwa_logging
 from gwa_logging import InvalidInputError, with_ids
 from gwa_logging.integrations.torch.trl_head import find_fused_forward
 from gwa_logging.integrations.transformers import GWACallback, IdCollator
+from tests.pages import ROOT, python_blocks, run
 
 VOCABULARY, WIDTH, ROWS = 48, 16, 12
 
@@ -489,3 +496,109 @@ def test_ids_of_a_data_set_survive_what_datasets_do_to_it():
     assert data.shuffle(seed=0).filter(lambda row: row["x"] != 6).sort("x")["sample_id"][:] == [0, 2]
     with pytest.raises(InvalidInputError, match="it has a column 'sample_id' already"):
         with_ids(data)
+
+
+def preferences(kind: str) -> Dataset:
+    """The data set of a trainer of preferences or rewards."""
+    prompts = [f"w5 w{6 + i}" for i in range(8)]
+    if kind == "KTO":
+        answers = [f"w{20 + i} w11" for i in range(8)]
+        return Dataset.from_dict({"prompt": prompts, "completion": answers, "label": [i % 2 == 0 for i in range(8)]})
+    if kind in ("DPO", "Reward"):
+        return Dataset.from_dict(
+            {"prompt": prompts, "chosen": ["w7 w8 w9"] * 8, "rejected": [f"w{20 + i} w11" for i in range(8)]}
+        )
+    return Dataset.from_dict({"prompt": prompts})
+
+
+def other_trainer(kind: str, folder: Path, *callbacks: Any) -> Any:
+    """One of TRL's other trainers, ready to train for one epoch."""
+    words = tokenizer()
+    words.backend_tokenizer.pre_tokenizer = WhitespaceSplit()
+    words.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    settings = {
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.0,
+        "bf16": False,
+        "use_cpu": True,
+    }
+    settings |= {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "gradient_checkpointing": False}
+    more: dict[str, Any] = {}
+    if kind in ("GRPO", "RLOO"):
+        settings |= {"num_generations": 2, "max_completion_length": 5, "temperature": 0.7}
+        more["reward_funcs"] = lambda completions, **_: [len(each) % 3 + 0.1 * i for i, each in enumerate(completions)]
+    if kind == "Distillation":
+        settings |= {"max_completion_length": 5}
+        more["teacher_model"] = llama(1)
+    if kind == "Reward":
+        model: Any = llama(kind=LlamaForSequenceClassification, num_labels=1)
+    else:  # some of them load the reference model from the model's folder
+        llama().save_pretrained(folder / "model")
+        model = LlamaForCausalLM.from_pretrained(folder / "model")
+    config = getattr(trl, f"{kind}Config")(str(folder / "out"), **settings)
+    return getattr(trl, f"{kind}Trainer")(
+        model=model,
+        args=config,
+        train_dataset=preferences(kind),
+        processing_class=words,
+        callbacks=list(callbacks),
+        **more,
+    )
+
+
+def test_a_rejected_token_of_dpo_has_the_negative_score_of_its_likelihood(tmp_path):
+    callback = GWACallback(early_stop=None)
+    trainer = other_trainer("DPO", tmp_path, callback)
+    batches = recorded(trainer.model)
+    trainer.train()
+    want = []
+    for batch in batches:
+        chosen, rejected = (
+            {key: batch[key][half] for key in ("input_ids", "labels", "attention_mask")}
+            for half in (slice(0, 4), slice(4, 8))
+        )
+        want += [oracle(trainer.model, [chosen])[0], -oracle(trainer.model, [rejected])[0]]
+    assert_scores(callback, np.concatenate(want))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "count"), [("KTO", 40), ("GRPO", 80), ("RLOO", 80), ("Reward", 16), ("Distillation", 0)]
+)
+def test_the_other_trainers_do_what_the_page_on_language_models_says(kind, count, tmp_path):
+    callback = GWACallback(early_stop=None)
+    other_trainer(kind, tmp_path, callback).train()
+    assert sum(report.count for report in callback.monitor.history) == count
+    assert (callback.monitor.faults == {}) == (count > 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["DPO", "KTO", "GRPO", "RLOO", "Reward", "Distillation"])
+def test_trainers_whose_rows_are_not_those_of_the_data_set_refuse_ids(kind, tmp_path):
+    with pytest.raises(InvalidInputError, match=f"TRL's {kind}Trainer makes several rows of a batch from one row"):
+        other_trainer(kind, tmp_path, watching())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", ["trl_sft.py", "llama_finetune.py"])
+def test_the_examples_find_the_wrong_completions(example, tmp_path):
+    command = [sys.executable, ROOT / "examples" / example, "--noise", "0.2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr
+    assert int(re.search(r"suspects, (\d+)% do have a wrong completion", done.stdout)[1]) > 60
+
+
+PRESUMED = """
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(200)}, unk_token="w3"))
+tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1", bos_token="w2")
+"""
+
+
+@pytest.mark.slow
+def test_the_code_of_the_page_runs_from_top_to_bottom(tmp_path):
+    code = "\n".join([PRESUMED, *python_blocks(ROOT / "docs" / "language-models.md")])
+    run(code.replace('SFTConfig("output"', 'SFTConfig("output", use_cpu=True, bf16=False'), tmp_path)
