@@ -146,8 +146,8 @@ def _keep_ids(trainer: Any, name: str) -> None:
         columns = getattr(trainer.train_dataset, "column_names", None)
         if isinstance(columns, list) and name not in columns:
             raise InvalidInputError(
-                f"sample_ids={name!r}: the training set does not have this column; it has {columns}. Add one with with_ids(dataset). "
-                "TRL's packing drops it: pack the data set before, as docs/language-models.md shows"
+                f"sample_ids={name!r}: the training set does not have this column; it has {columns}. Add one with "
+                "with_ids(dataset). TRL's packing drops it: pack the data set before, as docs/language-models.md shows"
             )
         drops_columns = trainer.args.remove_unused_columns
         collator, kept = trainer.data_collator, None

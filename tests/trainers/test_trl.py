@@ -4,10 +4,15 @@ The oracle runs a float64 copy of the model on the batches that the trainer made
 rate is 0, so that the model stays the one that the oracle knows; one test compares real trainings instead.
 """
 
+import copy
+import gc
+import json
 import os
 import re
 import subprocess
 import sys
+import weakref
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +21,8 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
@@ -23,6 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from trl import SFTConfig, SFTTrainer
 
 import gwa_logging
+import gwa_logging.integrations.torch as torch_integration
 from gwa_logging import InvalidInputError, with_ids
 from gwa_logging.integrations.torch.trl_head import find_fused_forward
 from gwa_logging.integrations.transformers import GWACallback, IdCollator
@@ -139,9 +147,9 @@ def watching(**arguments: Any) -> GWACallback:
     [
         {},
         {"gradient_accumulation_steps": 3},
-        {"remove_unused_columns": False},
         {"loss_type": "dft"},
-        {"gradient_checkpointing": True},
+        pytest.param({"remove_unused_columns": False}, marks=pytest.mark.slow),
+        pytest.param({"gradient_checkpointing": True}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -394,6 +402,31 @@ def test_a_loss_with_the_entropy_is_reported_and_not_scored():
     del trainer
 
 
+def train_on_this_rank(folder: str) -> None:
+    """What each of two processes runs."""
+    os.chdir(folder)
+    callback = watching()
+    sft(llama(), callback, per_device_train_batch_size=2).train()
+    suspects = callback.monitor.suspects(ROWS)  # every rank must ask
+    (report,) = callback.monitor.history
+    if os.environ["RANK"] == "0":
+        found = {"count": report.count, "mean": report.mean, "faults": callback.monitor.faults}
+        Path("found.json").write_text(json.dumps(found | {"means": {each.id: each.mean_score for each in suspects}}))
+
+
+@pytest.mark.slow
+def test_two_processes_count_each_token_once(two_processes, tmp_path):
+    two_processes("tests.trainers.test_trl", "train_on_this_rank", tmp_path)
+    found = json.loads((tmp_path / "found.json").read_text())
+    rows = documents()
+    batches = [{name: torch.tensor([row[name]]) for name in ("input_ids", "labels", "sample_id")} for row in rows]
+    scores, means = oracle(llama(), batches)
+    assert found["faults"] == {}
+    assert found["count"] == len(scores)
+    assert found["mean"] == pytest.approx(scores.mean(), abs=1e-6)
+    assert {int(key): mean for key, mean in found["means"].items()} == pytest.approx(means, abs=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_training_is_scored_exactly(backend):
@@ -405,6 +438,65 @@ def test_compiled_training_is_scored_exactly(backend):
     scores, means = oracle(model, batches)
     assert_scores(callback, scores)
     assert_documents(callback, means)
+
+
+@settings(max_examples=15)
+@given(
+    rows=st.integers(1, 4),
+    length=st.integers(2, 9),
+    seed=st.integers(0, 99),
+    ignored=st.sampled_from([0.0, 0.4, 1.0]),
+    factor=st.sampled_from([-65536.0, -1e-4, 1.0, 1024.0]),
+)
+def test_any_batch_and_any_factor_of_the_loss_gives_the_scores_of_the_oracle(rows, length, seed, ignored, factor):
+    model, monitor = _fused_llama(), _fused_monitor()
+    torch.manual_seed(seed)
+    tokens = torch.randint(3, VOCABULARY, (rows, length))
+    labels = tokens.masked_fill(torch.rand(rows, length) < ignored, -100)
+    model.zero_grad()
+    (model(input_ids=tokens, labels=labels, fused_lm_head=True).loss * factor).backward()
+    scores, _ = oracle(copy.deepcopy(model), [{"input_ids": tokens, "labels": labels}])
+    monitor.update(torch.zeros(1))  # an epoch needs one observation
+    report = monitor.end_epoch()
+    assert report.count == len(scores) + 1
+    assert report.count * report.mean == pytest.approx(np.sign(factor) * scores.sum(), abs=1e-5)
+    assert monitor.faults == {}
+
+
+@cache
+def _fused_llama() -> Any:
+    model = llama()
+    trl.trainer.utils.add_fused_lm_head(model, outputs=("log_probs",))
+    return model.train()
+
+
+@cache
+def _fused_monitor() -> gwa_logging.Monitor:
+    return gwa_logging.watch(_fused_llama(), early_stop=None)
+
+
+def test_a_pass_keeps_nothing_alive_and_a_watch_not_the_model():
+    model = llama()
+    trainer = sft(model)
+    monitor = gwa_logging.watch(model)
+    gc.collect()
+    gc.disable()
+    try:
+        model.train()
+        batch = {"input_ids": torch.arange(3, 13)[None], "labels": torch.arange(3, 13)[None]}
+        output = model(**batch, fused_lm_head=True)
+        node = weakref.ref(output.log_probs)
+        del output
+        assert node() is None
+        model(**batch, fused_lm_head=True).loss.backward()
+        assert monitor.end_epoch().count == 9
+    finally:
+        gc.enable()
+    watched = weakref.ref(model)
+    del model, trainer
+    gc.collect()
+    assert watched() is None
+    monitor.close()
 
 
 def test_a_watch_before_the_trainer_finds_the_fused_head_and_says_what_it_missed(caplog):
@@ -602,3 +694,26 @@ tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_
 def test_the_code_of_the_page_runs_from_top_to_bottom(tmp_path):
     code = "\n".join([PRESUMED, *python_blocks(ROOT / "docs" / "language-models.md")])
     run(code.replace('SFTConfig("output"', 'SFTConfig("output", use_cpu=True, bf16=False'), tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(torch_integration, "document_ids"), reason="needs ids for each position")
+@pytest.mark.parametrize("strategy", ["padding-free", "bfd", "bfd_split", "wrapped"])
+def test_documents_of_packed_rows_equal_the_oracle(strategy):
+    data, more = documents(), {"padding_free": True, "max_length": None}
+    if strategy != "padding-free":
+        whole = data.map(lambda row: {"sample_id": [row["sample_id"]] * len(row["input_ids"])})
+        data = trl.pack_dataset(
+            whole.select_columns(["input_ids", "labels", "sample_id"]), seq_length=20, strategy=strategy
+        )
+        more["dataset_kwargs"] = {"skip_prepare_dataset": True}
+    callback, model = watching(), llama()
+    trainer = sft(model, callback, data=data, per_device_train_batch_size=2, **more)
+    batches = recorded(model)
+    trainer.train()
+    scores, _ = oracle(model, batches)
+    assert_scores(callback, scores)
+    sums: dict[int, list[float]] = {}
+    for batch in batches:  # the mean of a document within each batch, and over the batches that it is in
+        for key, mean in oracle(model, [batch])[1].items():
+            sums.setdefault(key, []).append(mean)
+    assert_documents(callback, {key: float(np.mean(means)) for key, means in sums.items()})
