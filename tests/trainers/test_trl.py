@@ -440,6 +440,38 @@ def test_compiled_training_is_scored_exactly(backend):
     assert_documents(callback, means)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [{"temperature": 0.7}, {"cast_lm_head_to_fp32": True}, {"outputs": ("log_probs", "log_sum_sq_probs")}],
+    ids=str,
+)
+def test_any_options_of_the_fused_head_are_scored_exactly(more):
+    model = llama()
+    trl.trainer.utils.add_fused_lm_head(model, **more)
+    tokens = torch.randint(3, VOCABULARY, (3, 8))
+    before = find_fused_forward(model).value("outputs")
+    with gwa_logging.watch(model) as monitor:
+        model.train()
+        model(input_ids=tokens, labels=tokens, fused_lm_head=True).loss.backward()
+        report = monitor.end_epoch()
+        assert monitor.faults == {}
+    scores, _ = oracle(model, [{"input_ids": tokens, "labels": tokens}], lambda z: z / more.get("temperature", 1.0))
+    assert report.count == len(scores)
+    assert report.mean == pytest.approx(scores.mean(), abs=1e-6)
+    assert find_fused_forward(model).value("outputs") == before
+
+
+def test_the_rows_with_a_label_alone_are_projected_as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr("trl.trainer.utils._use_triton", lambda device: True)
+    callback, model = watching(), llama()
+    trainer = sft(model, callback)
+    batches = recorded(model)
+    trainer.train()
+    scores, means = oracle(model, batches)
+    assert_scores(callback, scores)
+    assert_documents(callback, means)
+
+
 @settings(max_examples=15)
 @given(
     rows=st.integers(1, 4),
