@@ -402,6 +402,29 @@ def test_a_loss_with_the_entropy_is_reported_and_not_scored():
     del trainer
 
 
+@pytest.mark.slow
+def test_a_resumed_training_continues_tokens_and_documents(tmp_path):
+    def run(folder: str, *, resumes: bool = False) -> GWACallback:
+        callback = watching(early_stop=None)
+        trainer = sft(
+            llama(),
+            callback,
+            output_dir=str(tmp_path / folder),
+            num_train_epochs=3,
+            learning_rate=0.1,
+            save_strategy="epoch",
+        )
+        trainer.train(resume_from_checkpoint=str(tmp_path / folder / "checkpoint-3") if resumes else None)
+        return callback
+
+    whole, resumed = run("out"), run("out", resumes=True)
+    assert [report.count for report in resumed.monitor.history] == [report.count for report in whole.monitor.history]
+    for ours, theirs in zip(resumed.monitor.history, whole.monitor.history, strict=True):
+        assert ours.mean == pytest.approx(theirs.mean, abs=1e-6)
+    assert resumed.monitor.suspects(ROWS) == whole.monitor.suspects(ROWS)
+    assert resumed.monitor.faults == {}
+
+
 def train_on_this_rank(folder: str) -> None:
     """What each of two processes runs."""
     os.chdir(folder)
