@@ -143,13 +143,21 @@ class FusedHead:
             outputs.cell_contents = before
         self._before = self._hidden = None
 
-    def _after_backbone(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """Keeps the last hidden state of a training pass."""
-        hidden = getattr(output, "last_hidden_state", None)
-        if isinstance(hidden, Tensor) and hidden.requires_grad:
-            kind = hidden.device.type
-            self._hidden = hidden
-            self._dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    def _after_backbone(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Keeps the last hidden state of a training pass. If the backbone is frozen, replaces it by one with a gradient."""
+        hidden, owner = getattr(output, "last_hidden_state", None), self._owner()
+        if not isinstance(hidden, Tensor) or not torch.is_grad_enabled() or owner is None or not self.probe.enabled:
+            return None
+        is_frozen = not hidden.requires_grad
+        if is_frozen:
+            head = owner.get_output_embeddings()
+            if not (head.training and head.weight.requires_grad and hidden.is_floating_point()):
+                return None
+            hidden = output.last_hidden_state = hidden.detach().requires_grad_()
+        kind = hidden.device.type
+        self._hidden = hidden
+        self._dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return output if is_frozen else None
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Registers hooks on the gradients of one fused pass."""

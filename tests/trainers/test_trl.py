@@ -234,6 +234,17 @@ def test_lora_scores_the_gradient_of_the_head_whether_it_is_trained_or_frozen(ad
     assert_documents(callback, means)
 
 
+def test_a_head_on_a_frozen_backbone_is_scored_exactly():
+    callback, model = watching(), llama()
+    model.model.requires_grad_(requires_grad=False)
+    trainer = sft(model, callback)
+    batches = recorded(model)
+    trainer.train()
+    scores, means = oracle(model, batches)
+    assert_scores(callback, scores)
+    assert_documents(callback, means)
+
+
 def test_a_learned_prompt_shifts_the_labels():
     from peft import PromptTuningConfig
 
