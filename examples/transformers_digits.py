@@ -35,7 +35,7 @@ def main() -> None:
         early_stop=EarlyStop(action="stop" if args.stop else "alert"),
         log_every_n_steps=5,
         num_samples=len(data.y),
-        sample_ids="id",  # the column with the ids
+        sample_ids="id",  # the column with the ids, which the trainer keeps
     )
     training = TrainingArguments(
         "transformers_output",
@@ -48,7 +48,6 @@ def main() -> None:
         save_strategy="no",
         report_to="none",
         use_cpu=True,
-        remove_unused_columns=False,  # keeps the column with the ids
     )
     trainer = Trainer(
         model,

@@ -5,8 +5,11 @@ from typing import Any
 
 from gwa_logging.errors import InvalidInputError
 
+ID_COLUMN = "sample_id"
+"""Name of the ids in items that are dicts, and in a `datasets.Dataset`."""
 
-def with_ids(dataset: Any) -> "WithIds":
+
+def with_ids(dataset: Any) -> Any:
     """Wraps a data set so that each item includes its sample id: its index in this data set.
 
     >>> with_ids([("a", 0), ("b", 1)])[1]
@@ -17,14 +20,22 @@ def with_ids(dataset: Any) -> "WithIds":
 
     Args:
         dataset: an object with `__getitem__`, for indices from 0, and `__len__`. The id is appended to items that are tuples
-            or lists and added to dicts as "sample_id"; any other item becomes a pair of the item and the id.
+            or lists and added to dicts as "sample_id"; any other item becomes a pair of the item and the id. A
+            `datasets.Dataset` gets a column "sample_id", which `map`, `filter` and `shuffle` keep.
 
     Returns:
-        A data set of the same length, with the attributes of the wrapped one. It can be pickled if the wrapped one can.
+        A data set of the same length, with the attributes of the wrapped one. It can be pickled if the wrapped one can. A
+        `datasets.Dataset` for one.
 
     Raises:
         InvalidInputError: the data set has no index, since it can only be iterated over, or it has ids already.
     """
+    if any(
+        base.__module__ == "datasets.arrow_dataset" and base.__name__ == "Dataset" for base in type(dataset).__mro__
+    ):
+        if ID_COLUMN in dataset.column_names:
+            raise InvalidInputError(f"dataset: it has a column {ID_COLUMN!r} already; rename it, or use its ids")
+        return dataset.add_column(ID_COLUMN, list(range(len(dataset))))
     streams = [base.__name__ for base in type(dataset).__mro__ if base.__name__.startswith("Iter")]
     if streams or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise InvalidInputError(
@@ -83,7 +94,7 @@ class WithIds:
 
 def _with_id(item: Any, sample: int) -> Any:
     if isinstance(item, Mapping):
-        return {**item, "sample_id": sample}
+        return {**item, ID_COLUMN: sample}
     if isinstance(item, list):
         return [*item, sample]
     return (*item, sample) if isinstance(item, tuple) else (item, sample)

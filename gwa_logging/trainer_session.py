@@ -32,6 +32,7 @@ class TrainerSession:
     Attributes:
         settings: the validated arguments of `watch`.
         sample_ids: key or index of the sample ids in a batch; None without a ledger.
+        trainer_keeps_ids: True if the trainer has been made to keep the sample ids in its batches.
         monitor: the Monitor of the current or last training; None before the first.
         epoch: the trainer's current epoch.
         cleanup: callbacks that `end` runs, for what a training has to undo.
@@ -50,6 +51,7 @@ class TrainerSession:
                 f"sample_ids={sample_ids!r}: the ledger is off; add num_samples=<size of the training set>"
             )
         self.sample_ids = sample_ids
+        self.trainer_keeps_ids = False
         self.monitor: Monitor | None = None
         self.epoch = -1
         self.cleanup = ExitStack()

@@ -17,8 +17,8 @@ PRESUMED = {
 }
 """Code that the blocks of a page presume."""
 
-TESTED_ELSEWHERE = {"backends.md", "trainers.md"}
-"""Pages whose code is run by test_backends.py, and below block by block."""
+TESTED_ELSEWHERE = {"backends.md", "trainers.md", "language-models.md"}
+"""Pages whose code is run by test_backends.py, below block by block, and by trainers/test_trl.py."""
 
 
 def anchors(page: Path) -> set[str]:

@@ -32,6 +32,7 @@ from gwa_logging.integrations.torch.head_layers import layer_of
 from gwa_logging.integrations.torch.head_location import HeadLocation
 from gwa_logging.integrations.torch.probe import HeadProbe
 from gwa_logging.integrations.torch.step_watchdog import StepWatchdog
+from gwa_logging.integrations.torch.trl_head import FusedHead, watch_fused_head
 from gwa_logging.integrations.torch.units import Unit
 from gwa_logging.ledger import Ledger, TaggedBatch
 from gwa_logging.ranks import Attendance, Identity, check_windows, first_scores
@@ -87,6 +88,7 @@ class TorchAdapter:
         self._faults = faults
         self._on_step: Callable[[], None] = lambda: None
         self._watching: HeadProbe | FirstPass | None = None
+        self._fused: FusedHead | None = None
         self._watchdog: StepWatchdog | None = None
         self._location: HeadLocation | None = None
         self._copies: list[weakref.ref[nn.Module]] = []
@@ -183,7 +185,19 @@ class TorchAdapter:
         layer = layer_of(head.module)
         if self._unit.pools:
             layer.pool_rows()
-        return HeadProbe(layer, accumulator, self._on_observed, self._faults, self._unit, tracker, self._on_copied)
+        probe = HeadProbe(layer, accumulator, self._on_observed, self._faults, self._unit, tracker, self._on_copied)
+        self._watch_fused_head(probe, tracker)
+        return probe
+
+    def _watch_fused_head(self, probe: HeadProbe, tracker: ForwardTracker | None = None) -> bool:
+        """Observes the head also where TRL has fused it with the loss. Returns True if it does so from now on."""
+        wrapped = self._wrapped()
+        if self._fused is not None:
+            self._fused.close()
+        self._fused = None if wrapped is None else watch_fused_head(wrapped, probe, tracker, self._faults)
+        if self._fused is not None and self._unit.pools:
+            self._unit.note_fused()
+        return self._fused is not None
 
     def _on_observed(self) -> None:
         self.passes += 1
@@ -227,7 +241,7 @@ class TorchAdapter:
         try:
             change = location.check(model)
             if change is None:
-                return False
+                return bool(steps) and self._check_fused_head(steps)
             if self._watching is not None:
                 self._watching.close()
             self._watching = None
@@ -247,6 +261,19 @@ class TorchAdapter:
             self.on_error(error)
             return False
         return change.module is not None
+
+    def _check_fused_head(self, steps: int) -> bool:
+        """Observes TRL's fused head if it was added after watch(). Returns True if so."""
+        if self._fused is not None or not isinstance(self._watching, HeadProbe):
+            return False
+        if not self._watch_fused_head(self._watching):
+            return False
+        self._faults.record(
+            "head",
+            "TRL has fused the head with the loss after watch(); the fused head is observed from now on. "
+            f"{steps} optimizer steps before this were not observed: call watch() after the trainer is made",
+        )
+        return True
 
     @property
     def is_paused(self) -> bool:
@@ -351,6 +378,9 @@ class TorchAdapter:
         if self._watchdog is not None:
             self._watchdog.cancel()
         self._location = None
+        if self._fused is not None:
+            self._fused.close()
+            self._fused = None
         if self._watching is not None:
             self._watching.close()
             self._watching = None

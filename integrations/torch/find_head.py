@@ -210,13 +210,21 @@ def _by_library(model: nn.Module, declared: _Declared | None) -> Head | None:
     if declared is None:
         return None
     found: list[Producer] = []
-    for part in declared.parts:
+    for part in map(_trained_copy, declared.parts):
         inside = [*candidates(part).values(), *(module for module in part.modules() if is_adapter(module))]
         inside = [layer for layer in inside if declared.classes is None or outputs_of(layer) == declared.classes]
         if len(inside) != 1:
             return None
         found += inside
     return choose_head(found, model, f"declared by the model's {declared.by}")
+
+
+def _trained_copy(part: nn.Module) -> nn.Module:
+    """The copy that PEFT trains (`modules_to_save`) where it keeps the original beside it; any other module unchanged."""
+    copies: Any = getattr(part, "modules_to_save", None)
+    names: Any = getattr(part, "active_adapters", None)
+    is_copied = type(part).__module__.startswith("peft.") and isinstance(copies, nn.ModuleDict) and names
+    return copies[names[0]] if is_copied and names[0] in copies else part
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ class Unit:
     def note_fused(self) -> None:
         """Notes that a loss without logits cannot score inputs."""
         self._faults.note(
-            "unit='sample': linear_cross_entropy has a loss for each row, so each row with a gradient counts as a sample"
+            "unit='sample': a fused loss has a term for each row, so each row with a gradient counts as a sample"
         )
 
     def _tell(self, rows: int, inputs: int) -> None:

@@ -63,7 +63,7 @@ def batch(number: int, rows: int = B, positions: int = T) -> tuple[Tensor, Tenso
 
 
 def scores_of(model: Tokens, x: Tensor, y: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """The oracle, [rows, positions] each: the float64 score of each token by its own gradient, and the norm of that gradient."""
+    """The oracle, [rows, positions] each: the float64 score of each token by its own gradient, and that gradient's norm."""
     h = model.body(x).detach()
     h = (h[:, :-1] if model.cut else h).double()
     weight = model.head.weight.detach().double()

@@ -260,9 +260,24 @@ def test_two_callbacks_in_one_trainer_are_refused_until_one_is_removed():
     training.train()
 
 
-def test_ids_that_the_trainer_would_drop_are_refused():
-    with pytest.raises(InvalidInputError, match="remove_unused_columns=False"):
-        trainer(GWACallback(**LEDGER)).train()
+def test_a_callback_that_was_added_too_late_to_keep_the_ids_is_refused():
+    training = trainer()
+    training.add_callback(GWACallback(**LEDGER))
+    with pytest.raises(
+        InvalidInputError, match=r"pass the callback as Trainer\(callbacks=\[...\]\) instead of add_callback"
+    ):
+        training.train()
+
+
+def test_the_trainer_keeps_the_column_of_ids_and_drops_others_as_before():
+    kept, dropping = GWACallback(**LEDGER), GWACallback(**LEDGER)
+    trainer(kept, remove_unused_columns=False).train()
+    training = trainer(dropping, names=("x", "labels", "id"))
+    training.train()
+    assert dropping.monitor.suspects(SAMPLES) == kept.monitor.suspects(SAMPLES)
+    assert set(next(iter(training.get_eval_dataloader()))) == {"x", "labels"}
+    training.evaluate()
+    assert training._signature_columns is None or "id" not in training._signature_columns
 
 
 def test_ids_missing_from_the_batch_are_refused_at_the_first_batch():
