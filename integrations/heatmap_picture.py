@@ -5,7 +5,8 @@ NumPy colours the pixels and Pillow draws the text. This takes a few millisecond
 are those of the report.
 """
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from time import monotonic
 from typing import NamedTuple
 
@@ -17,8 +18,8 @@ from gwa_logging.histogram import Histogram
 from gwa_logging.records import EpochReport, IntervalRecord, StopAlert
 from gwa_logging.report.heatmap import Heatmap, Timeline
 
-SIZE = (640, 480)
-"""Width and height in pixels. Trackers show it at about this size, or smaller."""
+SIZE = (640, 420)
+"""Width and height in pixels. Trackers show it at about this size, or smaller, and in lower tiles than wide ones."""
 
 COLUMNS = 400
 FIRST_COLUMNS = 20
@@ -35,7 +36,7 @@ PICTURE_KEY = "picture"
 PAUSE = 10.0
 """Minimum seconds between two pictures: a tracker needs 30 ms to encode one, and some trackers store all of them for ever."""
 
-_LEFT, _TOP, _RIGHT, _BOTTOM = 112, 52, 622, 396
+_LEFT, _TOP, _RIGHT, _BOTTOM = 112, 52, 622, 336
 """The pixels around the heatmap."""
 
 _TICK = 6  # pixels
@@ -168,6 +169,13 @@ class PictureSeries:
             step: the last step to draw; None for all.
             in_series: False if the picture does not count as one of the series.
         """
+        return self.snapshot(step, in_series=in_series)()
+
+    def snapshot(self, step: int | None = None, *, in_series: bool = True) -> Callable[[], Image.Image]:
+        """Returns a function that does what `draw` does now, and that another thread may call, in microseconds.
+
+        The picture counts as drawn, even if the function is never called.
+        """
         until = self.last_step if step is None else step
         if until == self.last_step:
             self._new_intervals, self._drawn = 0, monotonic()
@@ -175,8 +183,15 @@ class PictureSeries:
             self._drawn_steps.append(until)
         epochs = [epoch for begin, epoch in self._intervals_by_step if begin <= until]
         title = f"epoch {epochs[0]}" if epochs[0] == epochs[-1] else f"epochs {epochs[0]} to {epochs[-1]}"
-        bests, alerts = ([m for m in markers if m.step <= until] for markers in (self._bests, self._alerts))
-        return draw(self._timeline.heatmap(until=until), title, *(m[-1] if m else None for m in (bests, alerts)))
+        bests, alerts = ([m for m in known if m.step <= until] for known in (self._bests, self._alerts))
+        markers = [found[-1] if found else None for found in (bests, alerts)]
+        return partial(_draw_timeline, self._timeline.copy(), until, title, *markers)
+
+
+def _draw_timeline(
+    timeline: Timeline, until: int, title: str, best: Marker | None, alert: Marker | None
+) -> Image.Image:
+    return draw(timeline.heatmap(until=until), title, best, alert)
 
 
 def _gap_before(interval: IntervalRecord, steps: int) -> IntervalRecord:
@@ -236,7 +251,7 @@ def _background() -> Image.Image:
     pen.rectangle((_LEFT - 1, _TOP - 1, _RIGHT, _BOTTOM), outline=_INK)
     for x in (_RIGHT - 1, _RIGHT):  # twice, because there is no bold font
         pen.text((x, _TOP - 14), "median", fill=_MEDIAN, font=_font(_BIG), anchor="rs")
-    pen.text(((_LEFT + _RIGHT) / 2, 470), "training step", fill=_INK, font=_font(_BIG), anchor="ms")
+    pen.text(((_LEFT + _RIGHT) / 2, SIZE[1] - 10), "training step", fill=_INK, font=_font(_BIG), anchor="ms")
     _text_upwards(image, "alignment score", _BIG, 24)
     return image
 
