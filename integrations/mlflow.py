@@ -249,8 +249,8 @@ class MlflowBackend(Tracker):
     def _draw(self, record: TimedRecord, step: int, positions: Sequence[int]) -> None:
         """Draws the run up to `step`, and adds it at some positions of the slider.
 
-        MLflow's slider opens at position 0, so that is where the newest picture is. Of several at one position, MLflow shows
-        the one with the latest timestamp. The newest picture is also a file with a fixed name.
+        MLflow's slider opens at position 0, so that is where the newest picture is. If there are several at a position, MLflow
+        shows the one with the latest timestamp. The newest picture is also a file with a fixed name.
 
         Does not raise, because files are often not allowed where metrics are, and must not delay them.
         """
