@@ -180,9 +180,10 @@ class TrackioBackend(Tracker):
         """
         try:
             if drawing := self._drawing.take():
-                # Trackio copies the file.
-                self._log(drawing.step, {PICTURE_KEY: trackio.Image(drawing.path)})
-                drawing.path.unlink(missing_ok=True)
+                try:
+                    self._log(drawing.step, {PICTURE_KEY: trackio.Image(drawing.path)})  # copies the file
+                finally:
+                    drawing.path.unlink(missing_ok=True)
         except Exception as error:  # noqa: BLE001 - whatever Pillow, the disk or trackio raises
             self._draws = False
             logger.warning(
