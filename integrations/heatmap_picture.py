@@ -92,6 +92,7 @@ class PictureSeries:
         self._first_step = self.last_step = 0
         self._bests: list[Marker] = []
         self._alerts: list[Marker] = []
+        self._markers_drawn = 0  # in the last picture
         self._epoch_end = Marker(0, 0)
 
     @property
@@ -148,7 +149,10 @@ class PictureSeries:
         self._alerts.append(Marker(alert.epoch, self._epoch_end.step))
 
     def missing_steps(self) -> list[int]:
-        """Returns the steps of the pictures to add to those of a finished run, for `PICTURES` at equal distances."""
+        """Returns the steps of the pictures to add to those of a finished run, for `PICTURES` at equal distances.
+
+        The last step is among them again if its picture lacks a marker, because the alert comes after the epoch.
+        """
         if len(self._timeline) < 2:
             return []
         distance = (self.last_step - self._first_step + 1) / PICTURES
@@ -156,6 +160,8 @@ class PictureSeries:
         targets = [self._first_step - 1 + (i + 1) * distance for i in range(PICTURES)]
         wanted = {min(ends, key=lambda end: abs(end - target)) for target in targets}
         near = self._drawn_steps
+        if self._markers_drawn < len(self._bests) + len(self._alerts):
+            near = [step for step in near if step != self.last_step]
         return sorted(
             step
             for step in wanted
@@ -179,6 +185,7 @@ class PictureSeries:
         until = self.last_step if step is None else step
         if until == self.last_step:
             self._new_intervals, self._drawn = 0, monotonic()
+            self._markers_drawn = len(self._bests) + len(self._alerts)
         if in_series:
             self._drawn_steps.append(until)
         epochs = [epoch for begin, epoch in self._intervals_by_step if begin <= until]

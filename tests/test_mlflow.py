@@ -551,6 +551,20 @@ def test_an_earlier_picture_shows_only_what_was_known_then() -> None:
     assert marks == [(True, True), (True, False), (False, False)]
 
 
+def test_the_last_picture_is_drawn_again_if_it_lacks_the_alert() -> None:
+    pictures = PictureSeries()
+    for step in range(PICTURES):
+        pictures.add(interval(step))
+    pictures.add_epoch(epoch_report(0, step=PICTURES - 1))
+    for step in pictures.missing_steps():
+        pictures.draw(step)
+    assert pictures.missing_steps() == []
+    pictures.add_alert(stop_alert(epoch=0))
+    assert pictures.missing_steps() == [PICTURES - 1]
+    pictures.draw()
+    assert pictures.missing_steps() == []
+
+
 def test_steps_that_the_tracker_already_has_are_white_in_the_picture() -> None:
     pictures = PictureSeries()
     for step in (19, 29, 79, 9, 89):  # the fourth one is late
