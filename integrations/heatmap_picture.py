@@ -5,7 +5,8 @@ NumPy colours the pixels and Pillow draws the text. This takes a few millisecond
 are those of the report.
 """
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from time import monotonic
 from typing import NamedTuple
 
@@ -17,8 +18,8 @@ from gwa_logging.histogram import Histogram
 from gwa_logging.records import EpochReport, IntervalRecord, StopAlert
 from gwa_logging.report.heatmap import Heatmap, Timeline
 
-SIZE = (640, 480)
-"""Width and height in pixels. Trackers show it at about this size, or smaller."""
+SIZE = (640, 420)
+"""Width and height in pixels. Trackers show it at about this size, or smaller, and in lower tiles than wide ones."""
 
 COLUMNS = 400
 FIRST_COLUMNS = 20
@@ -35,7 +36,7 @@ PICTURE_KEY = "picture"
 PAUSE = 10.0
 """Minimum seconds between two pictures: a tracker needs 30 ms to encode one, and some trackers store all of them for ever."""
 
-_LEFT, _TOP, _RIGHT, _BOTTOM = 112, 52, 622, 396
+_LEFT, _TOP, _RIGHT, _BOTTOM = 112, 52, 622, 336
 """The pixels around the heatmap."""
 
 _TICK = 6  # pixels
@@ -91,6 +92,7 @@ class PictureSeries:
         self._first_step = self.last_step = 0
         self._bests: list[Marker] = []
         self._alerts: list[Marker] = []
+        self._markers_drawn = 0  # in the last picture
         self._epoch_end = Marker(0, 0)
 
     @property
@@ -147,7 +149,10 @@ class PictureSeries:
         self._alerts.append(Marker(alert.epoch, self._epoch_end.step))
 
     def missing_steps(self) -> list[int]:
-        """Returns the steps of the pictures to add to those of a finished run, for `PICTURES` at equal distances."""
+        """Returns the steps of the pictures to add to those of a finished run, for `PICTURES` at equal distances.
+
+        The last step is among them again if its picture lacks a marker, because the alert comes after the epoch.
+        """
         if len(self._timeline) < 2:
             return []
         distance = (self.last_step - self._first_step + 1) / PICTURES
@@ -155,6 +160,8 @@ class PictureSeries:
         targets = [self._first_step - 1 + (i + 1) * distance for i in range(PICTURES)]
         wanted = {min(ends, key=lambda end: abs(end - target)) for target in targets}
         near = self._drawn_steps
+        if self._markers_drawn < len(self._bests) + len(self._alerts):
+            near = [step for step in near if step != self.last_step]
         return sorted(
             step
             for step in wanted
@@ -168,15 +175,30 @@ class PictureSeries:
             step: the last step to draw; None for all.
             in_series: False if the picture does not count as one of the series.
         """
+        return self.snapshot(step, in_series=in_series)()
+
+    def snapshot(self, step: int | None = None, *, in_series: bool = True) -> Callable[[], Image.Image]:
+        """Returns a function that does what `draw` does now, and that another thread may call, in microseconds.
+
+        The picture counts as drawn, even if the function is never called.
+        """
         until = self.last_step if step is None else step
         if until == self.last_step:
             self._new_intervals, self._drawn = 0, monotonic()
+            self._markers_drawn = len(self._bests) + len(self._alerts)
         if in_series:
             self._drawn_steps.append(until)
         epochs = [epoch for begin, epoch in self._intervals_by_step if begin <= until]
         title = f"epoch {epochs[0]}" if epochs[0] == epochs[-1] else f"epochs {epochs[0]} to {epochs[-1]}"
-        bests, alerts = ([m for m in markers if m.step <= until] for markers in (self._bests, self._alerts))
-        return draw(self._timeline.heatmap(until=until), title, *(m[-1] if m else None for m in (bests, alerts)))
+        bests, alerts = ([m for m in known if m.step <= until] for known in (self._bests, self._alerts))
+        markers = [found[-1] if found else None for found in (bests, alerts)]
+        return partial(_draw_timeline, self._timeline.copy(), until, title, *markers)
+
+
+def _draw_timeline(
+    timeline: Timeline, until: int, title: str, best: Marker | None, alert: Marker | None
+) -> Image.Image:
+    return draw(timeline.heatmap(until=until), title, best, alert)
 
 
 def _gap_before(interval: IntervalRecord, steps: int) -> IntervalRecord:
@@ -236,7 +258,7 @@ def _background() -> Image.Image:
     pen.rectangle((_LEFT - 1, _TOP - 1, _RIGHT, _BOTTOM), outline=_INK)
     for x in (_RIGHT - 1, _RIGHT):  # twice, because there is no bold font
         pen.text((x, _TOP - 14), "median", fill=_MEDIAN, font=_font(_BIG), anchor="rs")
-    pen.text(((_LEFT + _RIGHT) / 2, 470), "training step", fill=_INK, font=_font(_BIG), anchor="ms")
+    pen.text(((_LEFT + _RIGHT) / 2, SIZE[1] - 10), "training step", fill=_INK, font=_font(_BIG), anchor="ms")
     _text_upwards(image, "alignment score", _BIG, 24)
     return image
 

@@ -115,7 +115,6 @@ class MlflowBackend(Tracker):
         self._begun = False
         self._pictures = PictureSeries()
         self._picture_tries = PICTURE_TRIES
-        self._has_picture = False
         # What the records of the current call add to the run. Files come last.
         self._metrics: list[Metric] = []
         self._tags: dict[str, str] = {}
@@ -157,9 +156,7 @@ class MlflowBackend(Tracker):
     def on_interval(self, interval: IntervalRecord) -> None:
         """Logs the metrics; adds a picture if it is time for one."""
         self._add_metrics(interval, interval.step, interval.metrics)
-        self._add_files.append(
-            lambda: self._draw(interval, self._pictures.last_step) if self._pictures.add(interval) else None
-        )
+        self._add_files.append(lambda: self._draw_due(interval) if self._pictures.add(interval) else None)
 
     def on_epoch(self, report: EpochReport) -> None:
         """Logs the metrics; updates the newest picture, and adds one to the series if it is due."""
@@ -234,34 +231,40 @@ class MlflowBackend(Tracker):
 
     def _draw_epoch(self, report: EpochReport) -> None:
         if self._pictures.add_epoch(report):
-            self._draw(report, self._pictures.last_step)
+            self._draw_due(report)
         elif self._pictures.rested and self._pictures.has_news:
-            self._draw(report, self._pictures.last_step, in_series=False)
+            self._draw(report, self._pictures.last_step, ())
+
+    def _draw_due(self, record: TimedRecord) -> None:
+        """Adds a picture to the series."""
+        self._draw(record, self._pictures.last_step, (self._pictures.last_step, 0))
 
     def _draw_missing(self, end: CloseRecord) -> None:
-        """Adds the pictures that the series lacks. The last of them is the newest one, with all markers."""
+        """Adds the pictures that the series lacks, and the newest one with all markers."""
         for step in self._pictures.missing_steps():
-            self._draw(end, step)
-        self._draw(end, self._pictures.last_step, in_series=False)
+            self._draw(end, step, (step,))
+        self._draw(end, self._pictures.last_step, (0,))
 
-    def _draw(self, record: TimedRecord, step: int, *, in_series: bool = True) -> None:
-        """Draws the run up to `step` for the series, and as the newest picture.
+    def _draw(self, record: TimedRecord, step: int, positions: Sequence[int]) -> None:
+        """Draws the run up to `step`, and adds it at some positions of the slider.
+
+        MLflow's slider opens at position 0, so that is where the newest picture is. If there are several at a position, MLflow
+        shows the one with the latest timestamp. The newest picture is also a file with a fixed name.
 
         Does not raise, because files are often not allowed where metrics are, and must not delay them.
         """
         if not self._picture_tries or not self._pictures.has_columns:
             return
+        pause = 0.0 if isinstance(record, CloseRecord) else YIELD  # at the end, training has nothing to wait for
+        key, timestamp = f"{self.prefix}/{PICTURE_KEY}", int(1000 * record.time)
         try:
-            sleep(YIELD)
-            image = self._pictures.draw(step, in_series=in_series)
-            sleep(YIELD)
-            if in_series:
-                key, timestamp = f"{self.prefix}/{PICTURE_KEY}", int(1000 * record.time)
-                # MLflow's slider opens at step 0, so the first picture is there too.
-                for at in (step,) if self._has_picture else (step, 0):
-                    self._client.log_image(self.run, image, key=key, step=at, timestamp=timestamp, synchronous=True)
-                self._has_picture = True
-            if not isinstance(record, CloseRecord) or not in_series:
+            sleep(pause)
+            image = self._pictures.draw(step, in_series=step in positions)
+            for at in positions:
+                sleep(pause)
+                self._client.log_image(self.run, image, key=key, step=at, timestamp=timestamp, synchronous=True)
+            if 0 in positions or not positions:
+                sleep(pause)
                 self._client.log_image(self.run, image, artifact_file=f"{self.prefix}/scores.png")
             self._picture_tries = PICTURE_TRIES
         except Exception as error:  # noqa: BLE001 - whatever an artifact store raises

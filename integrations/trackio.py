@@ -8,6 +8,7 @@ Trackio queues rows and alerts, and its thread stores them half a second later. 
 journal has them. The run itself is stored with its first row. If the process is killed before, a replay must start a new run.
 """
 
+import logging
 import os
 from collections.abc import Mapping
 from contextvars import copy_context
@@ -22,8 +23,10 @@ from trackio.utils import TRACKIO_DIR
 
 from gwa_logging.errors import BackendError
 from gwa_logging.histogram import DISPLAY_BINS
+from gwa_logging.integrations._drawing_thread import DrawingThread
 from gwa_logging.integrations._reachable import check_reachable
 from gwa_logging.integrations._tracker import Tracker, invalid_run
+from gwa_logging.integrations.heatmap_picture import PICTURE_KEY, PictureSeries
 from gwa_logging.protocols import RunContext, TrackerContents, samples_by_epoch
 from gwa_logging.records import (
     CloseRecord,
@@ -34,7 +37,12 @@ from gwa_logging.records import (
     SuspectsRecord,
     TrackerRunRef,
 )
-from gwa_logging.redact import has_secret
+from gwa_logging.redact import has_secret, redact_urls
+
+logger = logging.getLogger("gwa_logging")
+
+LAST_PICTURE = 2.0
+"""Seconds for which `close` waits for a picture that is being drawn."""
 
 _RUN_IS_MISSING = (
     " and contains this run (a run that was killed within half a second is never stored: "
@@ -80,6 +88,7 @@ class TrackioBackend(Tracker):
     """Writes to one run. A write takes 0.2 ms, since Trackio queues it.
 
     The training thread waits meanwhile: in another thread the user's `log` could come between the row and the restored step.
+    So pictures are drawn in a thread, and logged with the next record.
     """
 
     name = "trackio"
@@ -91,6 +100,9 @@ class TrackioBackend(Tracker):
         self.run: Run = run
         self.run_ref = _reference_to(run)
         self._owned = owned
+        self._pictures = PictureSeries()
+        self._drawing = DrawingThread()
+        self._draws = True
 
     def contents(self) -> TrackerContents:
         """Reads which records Trackio's folder contains; none if the run is on a server."""
@@ -116,17 +128,24 @@ class TrackioBackend(Tracker):
             self.run.config[self.prefix] = {"head": run.head, **run.settings}
 
     def on_interval(self, interval: IntervalRecord) -> None:
-        """Logs the histogram and its numbers."""
+        """Logs the histogram and its numbers; starts to draw a picture if one is due."""
         histogram = interval.histogram.to_display(DISPLAY_BINS, interval.display_limit)
         self._log(interval.step, {"scores": trackio.Histogram(np_histogram=histogram), **interval.metrics})
+        self._log_drawing()
+        if self._pictures.add(interval):
+            self._draw()
 
     def on_epoch(self, report: EpochReport) -> None:
-        """Logs the numbers."""
+        """Logs the numbers; starts to draw a picture if one is due."""
         self._log(report.epoch, report.metrics)
+        self._log_drawing()
+        if self._pictures.add_epoch(report):
+            self._draw()
 
     def on_alert(self, alert: StopAlert) -> None:
         """Sends an alert."""
         self.run.alert(title=alert.TITLE, text=alert.text, level=trackio.AlertLevel.WARN, step=alert.epoch)
+        self._pictures.add_alert(alert)
 
     def on_suspects(self, suspects: SuspectsRecord) -> None:
         """Logs a table."""
@@ -134,14 +153,42 @@ class TrackioBackend(Tracker):
         self._log(suspects.step, {"suspects": table, "stats/suspects_of": suspects.samples})
 
     def on_close(self, end: CloseRecord) -> None:
-        """Logs the best epoch as a text, which Trackio does not plot."""
+        """Logs the best epoch as a text, which Trackio does not plot, and the pictures that the series lacks."""
         if end.best_epoch is not None:
             self._log(end.epochs - 1, {"best": f"epoch {end.best_epoch}: {end.best_value:.6g}"})
+        self._drawing.wait(LAST_PICTURE)
+        self._log_drawing()
+        for step in self._pictures.missing_steps():
+            self._draw(step)
+            self._drawing.wait(LAST_PICTURE)
+            self._log_drawing()
 
     def close(self) -> None:
         """Finishes the run if this library started it, which stores what is still in Trackio's queue."""
         if self._owned:
             self.run.finish()  # type: ignore[no-untyped-call]
+
+    def _draw(self, step: int | None = None) -> None:
+        if self._draws and self._drawing.is_free:
+            draw = self._pictures.snapshot(step)
+            self._drawing.start(self._pictures.last_step if step is None else step, draw)
+
+    def _log_drawing(self) -> None:
+        """Logs the picture that was drawn, if there is one.
+
+        Does not raise, because a record that fails is written again, but its numbers are in the run already.
+        """
+        try:
+            if drawing := self._drawing.take():
+                try:
+                    self._log(drawing.step, {PICTURE_KEY: trackio.Image(drawing.path)})  # copies the file
+                finally:
+                    drawing.path.unlink(missing_ok=True)
+        except Exception as error:  # noqa: BLE001 - whatever Pillow, the disk or trackio raises
+            self._draws = False
+            logger.warning(
+                "gwa_logging: backend trackio: no picture (%s); no more will be tried", redact_urls(repr(error))
+            )
 
     def _log(self, step: int, values: Mapping[str, Any]) -> None:
         users_step = self.run._next_step  # there is no public name for it

@@ -106,7 +106,7 @@ def picture_steps(client: MlflowClient, run_id: str, key: str = "gwa~picture") -
     """The steps of a picture's slider, read from the file names as MLflow's page does."""
     names = [Path(file.path).name for file in client.list_artifacts(run_id, "images")]
     found = [re.match(rf"{re.escape(key)}\+step\+(\d+)\+timestamp\+\d+\+[-0-9a-f]+\.png", name) for name in names]
-    return sorted(int(match[1]) for match in found if match)
+    return sorted({int(match[1]) for match in found if match})
 
 
 # --- one training in the user's active run ----------------------------------------------------------------------------
@@ -169,6 +169,18 @@ def test_the_newest_picture_is_a_file_of_a_fixed_name(trained: Trained, tmp_path
     with Image.open(path) as picture:
         found = {colour for _, colour in picture.getcolors(1 << 20) or []}
     assert found >= set(colours)  # the best epoch and the alert are marked
+
+
+def test_the_slider_opens_at_the_newest_picture(trained: Trained, tmp_path: Path) -> None:
+    """MLflow's page opens at step 0, and of several pictures of one step it shows the last one by file name."""
+    names = [f.path for f in trained.client.list_artifacts(trained.run_id, "images") if "+step+0+" in f.path]
+    (shown, newest) = (
+        Path(trained.client.download_artifacts(trained.run_id, path, str(tmp_path)))
+        for path in (max(name for name in names if name.endswith(".png")), "gwa/scores.png")
+    )
+    assert len(names) > 2
+    with Image.open(shown) as first, Image.open(newest) as second:
+        assert np.array_equal(np.asarray(first), np.asarray(second))
 
 
 def test_a_picture_can_be_downloaded_and_shows_something(trained: Trained, tmp_path: Path) -> None:
@@ -538,6 +550,20 @@ def test_an_earlier_picture_shows_only_what_was_known_then() -> None:
     late, early, before = pictures.draw(), pictures.draw(19), pictures.draw(5)
     marks = [(has(p, heatmap_picture._BEST), has(p, heatmap_picture._ALERT)) for p in (late, early, before)]
     assert marks == [(True, True), (True, False), (False, False)]
+
+
+def test_the_last_picture_is_drawn_again_if_it_lacks_the_alert() -> None:
+    pictures = PictureSeries()
+    for step in range(PICTURES):
+        pictures.add(interval(step))
+    pictures.add_epoch(epoch_report(0, step=PICTURES - 1))
+    for step in pictures.missing_steps():
+        pictures.draw(step)
+    assert pictures.missing_steps() == []
+    pictures.add_alert(stop_alert(epoch=0))
+    assert pictures.missing_steps() == [PICTURES - 1]
+    pictures.draw()
+    assert pictures.missing_steps() == []
 
 
 def test_steps_that_the_tracker_already_has_are_white_in_the_picture() -> None:

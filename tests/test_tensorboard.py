@@ -192,11 +192,21 @@ def test_a_run_has_pictures_of_its_scores(tmp_path: Path) -> None:
         training.epoch(monitor)
     monitor.close()
     assert monitor.faults == {}
-    pictures = read_events(monitor.journal.parent / "gwa").Images("gwa/picture")
+    pictures = read_events(monitor.journal.parent / "gwa").Images("gwa/distribution")
     assert len(pictures) == 4  # the reader keeps a sample of four
     assert max(event.step for event in pictures) == 3 * BATCHES - 1
     assert {(event.width, event.height) for event in pictures} == {SIZE}
     assert all(event.encoded_image_string.startswith(b"\x89PNG") for event in pictures)
+
+
+def test_the_picture_is_the_first_card(tmp_path: Path) -> None:
+    training = Training()
+    monitor = training.watch(tmp_path, backend="tensorboard")
+    training.epoch(monitor)
+    monitor.close()
+    tags = read_events(monitor.journal.parent / "gwa").Tags()
+    cards = sorted([*tags["images"], *tags["scalars"], *tags["histograms"]])  # TensorBoard's order, for lower case
+    assert cards[:2] == ["gwa/distribution", "gwa/gwa"]
 
 
 def test_the_head_is_logged_as_a_text(tmp_path: Path) -> None:

@@ -4,19 +4,22 @@ import math
 import subprocess
 import sys
 from pathlib import Path
-from threading import Thread
+from threading import Thread, current_thread
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from tests.records import stop_alert
+from tests.records import interval_record, stop_alert
 from tests.trackers import BATCH, BATCHES, Training, rows_of, run_of, start_trackio_run, trackio
 
 # isort: split
 # After the imports above, which set Trackio's folder: Trackio reads it when it is imported.
 from trackio.context_vars import current_run
+from trackio.utils import MEDIA_DIR
 
 from gwa_logging import AlignmentSummary, BackendError, EarlyStop, InvalidInputError
+from gwa_logging.integrations import heatmap_picture
 from gwa_logging.integrations.trackio import TrackioBackend, open_backend
 from gwa_logging.protocols import RunContext, TrackerContents
 from gwa_logging.records import CloseRecord, TrackerRunRef
@@ -221,3 +224,70 @@ def test_a_run_without_a_best_epoch_adds_no_row() -> None:
     backend.write(CloseRecord(epochs=0, steps=0, best_epoch=None, best_value=math.nan, faults={}))
     users.finish()
     assert rows_of(users) == []
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def pictures_of(run: Any) -> dict[int, Image.Image]:
+    """The pictures of a run by step, as Trackio's page reads them."""
+    found = column(run, "gwa/picture")
+    assert {value["_type"] for _, value in found} <= {"trackio.image"}
+    assert len({step for step, _ in found}) == len(found)
+    return {step: Image.open(MEDIA_DIR / value["file_path"]) for step, value in found}
+
+
+def test_a_run_has_pictures_of_its_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heatmap_picture, "PAUSE", 0.0)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    users, training = start_trackio_run("pictures"), Training(lr=0.0)
+    monitor = training.watch(tmp_path, backend="trackio", run=users, early_stop=EarlyStop(patience=1, warmup=0, drop=0))
+    for _ in range(4):
+        training.epoch(monitor)
+    monitor.close()
+    users.finish()
+    assert monitor.faults == {}
+    pictures = pictures_of(users)
+    assert len(pictures) >= 5
+    assert max(pictures) == 4 * BATCHES - 1
+    assert {picture.size for picture in pictures.values()} == {heatmap_picture.SIZE}
+    newest = {colour[:3] for _, colour in pictures[max(pictures)].getcolors(1 << 20) or []}
+    assert newest >= {heatmap_picture._BEST, heatmap_picture._ALERT, heatmap_picture._MEDIAN}
+    assert not list(tmp_path.glob("*.png"))  # the temporary files are removed
+
+
+def test_a_picture_is_not_drawn_on_the_thread_that_writes() -> None:
+    users, threads = start_trackio_run("threads of pictures"), set()
+    backend = TrackioBackend(users, "gwa", owned=False)
+    real = backend._pictures.snapshot
+
+    def snapshot(step: int | None = None) -> Any:
+        draw = real(step)
+        return lambda: threads.add(current_thread().name) or draw()
+
+    backend._pictures.snapshot = snapshot
+    for step in range(heatmap_picture.FIRST_COLUMNS):
+        backend.write(interval_record(step))
+    backend._drawing.wait(60)
+    backend.write(interval_record(step + 1))  # logs the picture
+    users.finish()
+    assert threads == {"gwa_logging picture"}
+    assert list(pictures_of(users)) == [step]
+
+
+def test_a_picture_that_fails_costs_no_record_and_is_reported_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(heatmap_picture, "PAUSE", 0.0)
+    monkeypatch.setattr(heatmap_picture, "draw", lambda *arguments: 1 / 0)
+    users = start_trackio_run("no pictures")
+    backend = TrackioBackend(users, "gwa", owned=False)
+    for step in range(60):
+        backend.write(interval_record(step))
+        backend._drawing.wait(60)
+    backend.write(CloseRecord(epochs=1, steps=60, best_epoch=None, best_value=math.nan, faults={}))
+    users.finish()
+    assert len(column(users, "gwa/steps/mean")) == 60
+    assert [r.message for r in caplog.records if "picture" in r.message] == [
+        "gwa_logging: backend trackio: no picture (ZeroDivisionError('division by zero')); no more will be tried"
+    ]

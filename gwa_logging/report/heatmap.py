@@ -40,6 +40,13 @@ class Timeline:
     def __len__(self) -> int:
         return len(self._intervals)
 
+    def copy(self) -> "Timeline":
+        """Returns a timeline with the same intervals, to which nothing is added when this one grows."""
+        other = Timeline(self._columns)
+        other._intervals = self._intervals.copy()  # the intervals themselves never change
+        other._merged, other._merged_in_last = self._merged, self._merged_in_last
+        return other
+
     def add(self, interval: IntervalRecord) -> None:
         """Adds the next interval."""
         if self._intervals and self._merged_in_last < self._merged:

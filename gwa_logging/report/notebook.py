@@ -20,7 +20,7 @@ WIDTH = 520
 """Width of the output in pixels; less if the notebook is narrower."""
 
 _BAR_HEIGHT, _LABEL_HEIGHT = 90, 16
-_NEGATIVE, _POSITIVE, _ALERT = "#d2693c", "#4a86c8", "#dd4b4b"
+_NEGATIVE, _POSITIVE, _ALERT = "#b0451f", "#3f7fc1", "#c22a2a"  # --negative, --heat-3 and --alert of page.css
 
 # Characters that XML cannot represent even if escaped: control characters, and lone surrogates (possible in file names).
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")

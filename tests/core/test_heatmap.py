@@ -32,3 +32,19 @@ def test_the_median_equals_that_of_the_scores():
 
 def test_an_empty_timeline_has_an_empty_heatmap():
     assert Timeline().heatmap().shares.shape == (64, 0)
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 40])
+def test_a_copy_does_not_change_when_the_original_grows(n):
+    timeline = Timeline(columns=8)
+    for step in range(n):
+        timeline.add(interval_record(step))
+    copy, before = timeline.copy(), timeline.heatmap()
+    for step in range(n, 3 * n):
+        timeline.add(interval_record(step))
+    for expected, found in zip(before, copy.heatmap(), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    for step in range(n, 3 * n):
+        copy.add(interval_record(step))
+    for expected, found in zip(timeline.heatmap(), copy.heatmap(), strict=True):
+        np.testing.assert_array_equal(found, expected)
