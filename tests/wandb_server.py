@@ -400,7 +400,7 @@ class OnWandbServer(Tracker):
             OnWandbServer.shared = WandbServer()
             OnWandbServer.shared.start()
         OnWandb().set_up(folder, patch)
-        patch.setenv("WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL", "0.05")  # seconds; the default is 15
+        patch.setenv("WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL", "1")  # whole seconds; the default is 15
         patch.setenv("WANDB_X_DISABLE_STATS", "true")
         online = {
             "MODE": "online",
