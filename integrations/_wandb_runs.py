@@ -69,8 +69,8 @@ def resume(wanted: str) -> wandb.Run:
         if not folders:  # W&B would accept any id
             raise LookupError(f"run={wanted!r} is not in {settings.wandb_dir}")
         _wait_for_free_folder_name(folders[-1].name.removesuffix(f"-{options['id']}"))
-        if "project" not in options and (project := project_of(folders[-1])):
-            projects = [{"project": project}]
+        if "project" not in options and (of_folder := project_of(folders[-1])):
+            projects = [{"project": of_folder}]
     elif "project" not in options and not settings.project:
         projects = [{"project": PROJECT}, {}]
     for project in projects[:-1]:

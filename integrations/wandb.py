@@ -64,13 +64,14 @@ def open_backend(context: RunContext) -> "WandbBackend":
         BackendError: no run can be started or resumed, or the active run does not respond.
     """
     wanted = wandb.run if context.run is None else context.run
-    resume_id = parse_path(wanted)["id"] if isinstance(wanted, str) else None
-    run = None if resume_id or wanted is None else check_run(wanted)
-    owned = run is None
-    if run is None:
+    owned = wanted is None or isinstance(wanted, str)
+    if isinstance(wanted, str):
+        parse_path(wanted)
+    if owned:
         check_server()
+    run = None if owned else check_run(wanted)
     try:
-        if run is None and isinstance(wanted, str):
+        if isinstance(wanted, str):
             run = resume(wanted)
         elif run is None:
             # A plain init() would return any active run, and `close` would finish it.
