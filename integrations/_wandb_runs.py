@@ -63,24 +63,28 @@ def resume(wanted: str) -> wandb.Run:
         Exception: whatever wandb raises if the server does not have the run.
     """
     options, settings = parse_path(wanted), wandb.setup().settings
-    projects: list[dict[str, Any]] = [{}]
+    project: str | None = None
     if settings._offline:
         folders = _offline_folders(options["id"])
         if not folders:  # W&B would accept any id
             raise LookupError(f"run={wanted!r} is not in {settings.wandb_dir}")
         _wait_for_free_folder_name(folders[-1].name.removesuffix(f"-{options['id']}"))
-        if "project" not in options and (of_folder := project_of(folders[-1])):
-            projects = [{"project": of_folder}]
-    elif "project" not in options and not settings.project:
-        projects = [{"project": PROJECT}, {}]
-    for project in projects[:-1]:
-        try:
-            return wandb.init(reinit="create_new", resume="must", **options, **project)
-        except wandb.errors.UsageError as error:
-            logger.info(
-                "gwa_logging: backend wandb: run %s is not in %s (%s)", wanted, project, redact_urls(repr(error))
-            )
-    return wandb.init(reinit="create_new", resume="must", **options, **projects[-1])
+        project = project_of(folders[-1])
+    elif not settings.project and "project" not in options and _is_in_project(options["id"]):
+        project = PROJECT
+    return wandb.init(reinit="create_new", resume="must", **({"project": project} if project else {}) | options)
+
+
+def _is_in_project(run_id: str) -> bool:
+    """Returns True if W&B has this run in `PROJECT`. Asks, because after a failed `init` W&B takes the id to be in use."""
+    try:
+        wandb.Api().run(f"{PROJECT}/{run_id}")
+    except Exception as error:  # noqa: BLE001 - wandb raises different ones; `init` reports what prevents it from resuming
+        logger.info(
+            "gwa_logging: backend wandb: no run %s in project %s (%s)", run_id, PROJECT, redact_urls(repr(error))
+        )
+        return False
+    return True
 
 
 def _offline_folders(run_id: str) -> list[Path]:

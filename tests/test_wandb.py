@@ -782,7 +782,7 @@ def test_a_run_id_resumes_the_run_and_close_finishes_it(tmp_path: Path, monkeypa
         monitor = Training().watch(tmp_path, run=wanted, backend="wandb")
         again = run_of(monitor, "wandb")
         monitor.close()
-        assert again.id == first.id
+        assert (again.id, again.project) == (first.id, "digits")
         assert again._is_finished
     wandb.teardown()
 

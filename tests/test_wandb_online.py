@@ -119,6 +119,45 @@ def test_a_run_that_is_resumed_by_its_id_continues_its_rows_and_repeats_none(
     assert set(steps.values()) == {1}
 
 
+def test_a_run_id_of_the_default_project_is_found_and_the_users_run_accepts_the_folder_as_an_artifact(
+    online: OnWandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The two lines of docs/backends.md for users who started the run themselves."""
+    monkeypatch.delenv("WANDB_PROJECT")
+    run, training = online.start(), Training()
+    monitor = training.watch(tmp_path, backend="wandb", run=run)
+    training.epoch(monitor)
+    monitor.close()
+    run.log_artifact(str(monitor.journal.parent), name="gwa", type="gwa")
+    run.finish()
+    (stored,) = online.server.artifacts
+    assert stored.files["journal.jsonl"] == monitor.journal.read_bytes()
+    resumed = training.watch(tmp_path, backend="wandb", run=run.id)
+    training.epoch(resumed)
+    resumed.close()
+    assert resumed.faults == {}
+    epochs = [row["gwa/epoch"] for row in only_run(online.server).history if "gwa/epoch" in row]
+    assert epochs == [0, 0]
+
+
+def test_a_run_whose_artifact_fails_is_finished(
+    online: OnWandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError("disk full")
+
+    training = Training()
+    monitor = training.watch(tmp_path, backend="wandb")
+    training.epoch(monitor)
+    monkeypatch.setattr(wandb.Run, "log_artifact", refuse)
+    with caplog.at_level("WARNING", "gwa_logging"):
+        monitor.close()
+    assert "no artifact (OSError('disk full'))" in caplog.text
+    assert only_run(online.server).is_finished
+    assert online.server.artifacts == []
+    assert monitor.faults == {}
+
+
 # --- a server that fails ----------------------------------------------------------------------------------------------
 
 

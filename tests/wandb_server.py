@@ -369,7 +369,7 @@ class WandbServer:
                 return {"project": {"run": {"sampledHistory": [[*rows]]}}}
             case "MarkRunFilesUploaded":
                 return {"markRunFilesUploaded": {"success": True}}
-        if bucket and "project(" in query:
+        if "project(" in query and name and "artifact" not in query.lower():
             return {"project": {**project, "internalId": "1", "run": bucket}}
         return None
 
