@@ -243,7 +243,7 @@ class WandbBackend(Tracker):
             return {}
 
     def _log_picture(self, values: dict[str, Any]) -> None:
-        """Logs a picture in a call of its own. Does not raise, as `_draw`."""
+        """Logs a picture in a separate call. Does not raise, as `_draw`."""
         if values:
             try:
                 self.run.log(values, commit=self._user_run is None)

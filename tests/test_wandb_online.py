@@ -165,7 +165,7 @@ def test_a_run_whose_artifact_fails_is_finished(
 def outage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, online: OnWandbServer, request: pytest.FixtureRequest
 ) -> Iterator[Outage]:
-    """A trainer in a process of its own, which logs to the stand-in."""
+    """A trainer in a separate process, which logs to the stand-in."""
     monkeypatch.setenv("WANDB_X_FILE_STREAM_RETRY_WAIT_MAX_SECONDS", "2")
     monkeypatch.setenv("WANDB_X_FILE_STREAM_RETRY_WAIT_MIN_SECONDS", "1")
     outage = Outage(online, tmp_path, None)
