@@ -48,6 +48,16 @@ def run_folders(run: wandb.Run) -> list[Path]:
     return sorted(Path(run.settings.wandb_dir).glob(f"*run-*-{run.id}"))
 
 
+def project_of(folder: Path) -> str | None:
+    """Returns the project that an offline run belongs to; None if its folder does not name one.
+
+    Raises:
+        BackendError: the run's file is damaged.
+    """
+    records = (record for record in offline_records(folder) if record.HasField("run"))
+    return next((record.run.project for record in records if record.run.project), None)
+
+
 class StepRanges:
     """A set of steps, stored as ranges, so that a long run needs little memory."""
 

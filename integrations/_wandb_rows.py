@@ -22,6 +22,7 @@ user has moved past that step, and it is made again for the open row.
 """
 
 from collections import deque
+from pathlib import Path
 from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -79,11 +80,13 @@ class RunWriters:
     Attributes:
         lock: a backend holds it while it looks at the run's step and logs.
         prefixes: prefixes of their keys.
+        folders: the folders of their journals and reports, by prefix.
     """
 
     def __init__(self) -> None:
         self.lock = Lock()
         self.prefixes: set[str] = set()
+        self.folders: dict[str, Path] = {}
 
     def wrote(self, key: str) -> bool:
         """Returns True if one of these backends, or W&B itself, wrote this key of the run's summary."""

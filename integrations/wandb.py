@@ -6,25 +6,31 @@ In a run that the user started, records are added to the user's rows: see `_wand
 
 import json
 from base64 import b64decode
-from collections.abc import Mapping
-from datetime import datetime
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from inspect import signature
 from io import BytesIO
 from pathlib import Path
-from shutil import rmtree
-from time import sleep
 from typing import TYPE_CHECKING, Any
 
 import wandb
 
 from gwa_logging import __version__
-from gwa_logging.errors import BackendError, InvalidInputError
+from gwa_logging.errors import BackendError
 from gwa_logging.faults import logger
-from gwa_logging.integrations._reachable import check_reachable
-from gwa_logging.integrations._tracker import Tracker, invalid_run
-from gwa_logging.integrations._wandb_contents import read_contents, run_folders
+from gwa_logging.integrations._tracker import Tracker
+from gwa_logging.integrations._wandb_contents import read_contents
+from gwa_logging.integrations._wandb_pictures import PictureThread
 from gwa_logging.integrations._wandb_rows import RunWriters, UserRunWriter, define_metrics, row_of, writers_of
+from gwa_logging.integrations._wandb_runs import (
+    check_run,
+    check_server,
+    is_finished,
+    new_run_options,
+    parse_path,
+    resume,
+)
+from gwa_logging.journal import FILE_NAME
 from gwa_logging.protocols import RunContext, TrackerContents
 from gwa_logging.records import (
     AnyRecord,
@@ -37,9 +43,12 @@ from gwa_logging.records import (
     TrackerRunRef,
 )
 from gwa_logging.redact import has_secret, redact_urls
+from gwa_logging.report.page import REPORT_NAME
 
 if TYPE_CHECKING:
     from gwa_logging.integrations.heatmap_picture import PictureSeries
+
+ARTIFACT_TYPE = "gwa"
 
 UPLOAD_FAILURE = b"filestream: fatal error"
 """W&B writes this to its log when it stops uploading a run."""
@@ -55,21 +64,18 @@ def open_backend(context: RunContext) -> "WandbBackend":
         BackendError: no run can be started or resumed, or the active run does not respond.
     """
     wanted = wandb.run if context.run is None else context.run
-    resume_options: dict[str, Any] = _resume_options(wanted) if isinstance(wanted, str) else {}
-    run = None if resume_options or wanted is None else _check_run(wanted)
-    owned = run is None
-    if run is None:
-        _check_reachable()
+    owned = wanted is None or isinstance(wanted, str)
+    if isinstance(wanted, str):
+        parse_path(wanted)
+    if owned:
+        check_server()
+    run = None if owned else check_run(wanted)
     try:
-        if run is None:
-            if resume_options:
-                _wait_for_free_folder_name(resume_options["id"])
+        if isinstance(wanted, str):
+            run = resume(wanted)
+        elif run is None:
             # A plain init() would return any active run, and `close` would finish it.
-            run = wandb.init(reinit="create_new", **resume_options or _new_run_options(context.directory))
-        if resume_options and run.offline and len(run_folders(run)) < 2:  # offline, W&B accepts any id
-            run.finish()
-            rmtree(run.settings.sync_dir)
-            raise LookupError(f"run={wanted!r} is not in {run.settings.wandb_dir}")
+            run = wandb.init(reinit="create_new", **new_run_options(context.directory))
         define_metrics(run, context.name)
         _import_pandas()
     except Exception as error:  # noqa: BLE001 - whatever wandb raises: logging would be impossible
@@ -77,7 +83,7 @@ def open_backend(context: RunContext) -> "WandbBackend":
             f"backend='wandb': there is no run to log to ({type(error).__name__}: {error}). Run `wandb login` or set "
             "WANDB_API_KEY; or set WANDB_MODE=offline to keep the run on disk; or pass run=wandb.init(...)"
         ) from (None if has_secret(error) else error)
-    return WandbBackend(run, context.name, owned=owned)
+    return WandbBackend(run, context.name, owned=owned, directory=context.directory)
 
 
 def locate(context: RunContext) -> TrackerRunRef:
@@ -86,7 +92,7 @@ def locate(context: RunContext) -> TrackerRunRef:
     if isinstance(wanted, str):
         known = [run.path for run in writers_of if f"/{run.path}".endswith(f"/{wanted.strip('/')}")]
         return TrackerRunRef(run=known[0] if known else wanted)
-    return TrackerRunRef() if wanted is None else _reference_to(_check_run(wanted))
+    return TrackerRunRef() if wanted is None else _reference_to(check_run(wanted))
 
 
 class WandbBackend(Tracker):
@@ -94,14 +100,24 @@ class WandbBackend(Tracker):
 
     name = "wandb"
 
-    def __init__(self, run: wandb.Run, prefix: str, *, owned: bool) -> None:
-        """Writes to `run` under `prefix`. `owned` means that this library started the run and finishes it."""
+    def __init__(self, run: wandb.Run, prefix: str, *, owned: bool, directory: Path | None = None) -> None:
+        """Opens a backend.
+
+        Args:
+            run: the run to write to.
+            prefix: of the metric keys.
+            owned: this library started the run and finishes it.
+            directory: the folder of the journal and the report, which become an artifact of an owned run.
+        """
         super().__init__(prefix)
         self.run: wandb.Run = run
         self.run_ref = _reference_to(run)
         self._owned = owned
         writers = writers_of.setdefault(run, RunWriters())
         writers.prefixes.add(prefix)
+        self._folders = writers.folders
+        if directory is not None:
+            self._folders[prefix] = directory
         self._lock = writers.lock
         self._log_position = 0  # bytes of W&B's internal log that were read
         has_no_steps = run.settings.mode == "shared" or run.disabled
@@ -109,6 +125,7 @@ class WandbBackend(Tracker):
         # If the user logs between the look at the step and the log call, W&B prints a warning, and the row is made again.
         self.threaded = self._user_run is None
         self._pictures = None if run.disabled else _picture_series()
+        self._picture_thread = PictureThread(self._draw)
 
     def contents(self) -> TrackerContents:
         """Reads which records the run contains: from the server, or from disk if the run is offline."""
@@ -121,7 +138,7 @@ class WandbBackend(Tracker):
             BackendError: the run is finished.
         """
         with self._lock:
-            if _is_finished(self.run):
+            if is_finished(self.run):
                 raise BackendError("the W&B run was finished before monitor.close(): close the monitor first")
             super().write(record)
 
@@ -133,16 +150,21 @@ class WandbBackend(Tracker):
 
     def on_interval(self, interval: IntervalRecord) -> None:
         """Logs the histogram and its numbers, and a picture if it is time for one."""
-        self._log(interval, picture=self._pictures is not None and self._pictures.add(interval))
+        with self._picture_thread.lock:
+            due = self._pictures is not None and self._pictures.add(interval)
+        self._log(interval, picture=due)
 
     def on_epoch(self, report: EpochReport) -> None:
         """Logs the numbers, and a picture if it is time for one."""
-        self._log(report, picture=self._pictures is not None and self._pictures.add_epoch(report))
+        with self._picture_thread.lock:
+            due = self._pictures is not None and self._pictures.add_epoch(report)
+        self._log(report, picture=due)
 
     def on_alert(self, alert: StopAlert) -> None:
         """Sends an alert, notes it in the summary, and marks it in later pictures."""
         if self._pictures is not None:
-            self._pictures.add_alert(alert)
+            with self._picture_thread.lock:
+                self._pictures.add_alert(alert)
         self._summarise({**alert.metrics, **self._with_entry("stop_epochs", alert.epoch)})
         # Last, because a record that fails is written again, and W&B does not drop the second of two equal alerts.
         self.run.alert(title=alert.TITLE, text=alert.text, level="WARN")
@@ -155,7 +177,8 @@ class WandbBackend(Tracker):
     def on_close(self, end: CloseRecord) -> None:
         """Adds the best epoch to the summary, and logs the last picture."""
         self._summarise(end.metrics)
-        self._log_picture()
+        self._log_picture(self._picture_thread.take(wait=True))
+        self._log_picture(self._draw())
 
     def refusal(self) -> str | None:
         """Returns why W&B has stopped uploading this run, or None.
@@ -181,13 +204,17 @@ class WandbBackend(Tracker):
         return None
 
     def close(self) -> None:
-        """Writes what is left, and finishes the run if this library started it. Does nothing if the run is already finished."""
+        """Writes what is left, and finishes the run if this library started it. Does nothing if the run is already finished.
+
+        Before it finishes the run, adds the journals and the reports to it as an artifact.
+        """
         with self._lock:
-            if _is_finished(self.run):
+            if is_finished(self.run):
                 return
             if self._user_run:
                 self._user_run.drain()
             if self._owned:
+                self._log_files()
                 self.run.finish()
 
     def _log(self, record: IntervalRecord | EpochReport, *, picture: bool) -> None:
@@ -195,8 +222,9 @@ class WandbBackend(Tracker):
             self.run.log(row_of(self.prefix, record) | (self._draw() if picture else {}), commit=True)
             return
         self._user_run.log(record)
+        self._log_picture(self._picture_thread.take())
         if picture:
-            self._log_picture()
+            self._picture_thread.start()
 
     def _draw(self) -> dict[str, Any]:
         """A picture of the scores so far, by its key; empty if there is nothing new, or if it cannot be drawn.
@@ -204,21 +232,39 @@ class WandbBackend(Tracker):
         W&B shows histograms on a run's page, but not in a project's workspace, where people compare runs. Does not raise,
         because a record that fails is written again, but its numbers may be in the run already.
         """
-        if self._pictures is None or not (self._pictures.has_news and self._pictures.has_columns):
-            return {}
         try:
-            return self.keyed({"picture": wandb.Image(self._pictures.draw())})
+            with self._picture_thread.lock:
+                if self._pictures is None or not (self._pictures.has_news and self._pictures.has_columns):
+                    return {}
+                picture = self._pictures.draw()
+            return self.keyed({"picture": wandb.Image(picture)})
         except Exception as error:  # noqa: BLE001 - whatever Pillow or the disk raises
             logger.warning("gwa_logging: backend wandb: no picture (%s)", redact_urls(repr(error)))
             return {}
 
-    def _log_picture(self) -> None:
-        """Logs a picture in a call of its own. Does not raise, as `_draw`."""
-        if values := self._draw():
+    def _log_picture(self, values: dict[str, Any]) -> None:
+        """Logs a picture in a separate call. Does not raise, as `_draw`."""
+        if values:
             try:
                 self.run.log(values, commit=self._user_run is None)
             except Exception as error:  # noqa: BLE001 - whatever wandb raises
                 logger.warning("gwa_logging: backend wandb: no picture (%s)", redact_urls(repr(error)))
+
+    def _log_files(self) -> None:
+        """Adds the journals and the reports of all heads to the run, as the artifact `<prefix>-<run id>`.
+
+        Does not raise, because the run must be finished in any case.
+        """
+        files = dict(_files_of(self._folders))
+        if self.run.disabled or not files:
+            return
+        try:
+            artifact = wandb.Artifact(f"{self.prefix.partition('/')[0]}-{self.run.id}", type=ARTIFACT_TYPE)
+            for name, path in files.items():  # "immutable": W&B uploads the file instead of a copy in its cache
+                artifact.add_file(str(path), name=name, policy="immutable", skip_cache=True)
+            self.run.log_artifact(artifact)
+        except Exception as error:  # noqa: BLE001 - whatever wandb or the disk raises
+            logger.warning("gwa_logging: backend wandb: no artifact (%s)", redact_urls(repr(error)))
 
     def _with_entry(self, key: str, entry: int) -> dict[str, list[int]]:
         """A list in the run's summary, with one more entry."""
@@ -230,30 +276,12 @@ class WandbBackend(Tracker):
             self.run.summary.update(self.keyed(values))
 
 
-def _check_reachable() -> None:
-    """Checks that the server responds; W&B itself would retry for 90 seconds.
-
-    Raises:
-        BackendError: the server does not respond.
-    """
-    settings = wandb.setup().settings
-    has_proxy = settings.http_proxy or settings.https_proxy or settings.x_proxies
-    if settings.mode not in ("online", "run", "shared") or has_proxy:
-        return
-    try:
-        check_reachable(settings.base_url)
-    except (OSError, ValueError) as error:
-        raise BackendError(
-            f"backend='wandb': nothing answers at {settings.base_url} ({error}). Check the network and WANDB_BASE_URL; or set "
-            "WANDB_MODE=offline to keep the run on disk; or use backend='local' and replay the journal later"
-        ) from error
-
-
-def _new_run_options(directory: Path) -> dict[str, Any]:
-    """The project and the name of a run that this library starts, unless the user has set them for W&B."""
-    settings = wandb.setup().settings
-    options = {"project": settings.project or "gwa", "name": settings.run_name or directory.name}
-    return {key: value for key, value in options.items() if value}
+def _files_of(folders: Mapping[str, Path]) -> Iterator[tuple[str, Path]]:
+    """Yields the journal and the report in each folder, with the path in the artifact: `<prefix>/<file>`."""
+    for prefix, folder in folders.items():
+        for name in (FILE_NAME, REPORT_NAME):
+            if (path := folder / name).is_file():
+                yield f"{prefix}/{name}", path
 
 
 def _picture_series() -> "PictureSeries | None":
@@ -290,35 +318,3 @@ def _reference_to(run: wandb.Run) -> TrackerRunRef:
     if run.disabled:
         return TrackerRunRef()
     return TrackerRunRef(run=run.path, url=str(run.settings.sync_dir) if run.offline else run.url)
-
-
-def _check_run(run: object) -> wandb.Run:
-    if not isinstance(run, wandb.Run):
-        raise invalid_run(run, "a wandb.Run, as wandb.init() returns it (Lightning: logger.experiment)")
-    if _is_finished(run):
-        raise InvalidInputError(f"run={run.id!r}: this run is finished; pass an unfinished one, or none")
-    return run
-
-
-def _resume_options(run: str) -> dict[str, Any]:
-    """The arguments of `wandb.init` that resume the run with this id or path."""
-    parts = run.strip("/").split("/")
-    if len(parts) > 3 or not all(parts):
-        raise InvalidInputError(f"run={run!r}: expected a run id, or [entity/]project/id")
-    return dict(zip(("id", "project", "entity"), reversed(parts), strict=False)) | {"resume": "must"}
-
-
-def _wait_for_free_folder_name(run: str) -> None:
-    """Waits until W&B gives an offline run another folder than before.
-
-    W&B names the folder by the current second, and would overwrite the files of a run that was started in the same second.
-    """
-    folders = sorted(Path(wandb.setup().settings.wandb_dir).glob(f"offline-run-*-{run}"))
-    taken = folders[-1].name.removesuffix(f"-{run}")[-2:] if folders else None
-    while datetime.now().astimezone().strftime("%S") == taken:
-        sleep(0.02)
-
-
-def _is_finished(run: wandb.Run) -> bool:
-    """Returns True if the run is finished. Does not ask W&B: most calls on a finished run block for 30 seconds."""
-    return bool(getattr(run, "_is_finished", False))  # there is no public name for it

@@ -35,6 +35,7 @@ from tests.trackers import (
     run_of,
     totals_in,
 )
+from tests.wandb_server import OnWandbServer
 
 EPOCHS = 3
 ALERT_AT_ONCE = EarlyStop(warmup=0, patience=1, min_delta=1e9, drop=0)  # no epoch can exceed the first one by this much
@@ -43,10 +44,12 @@ TRACKERS = {
     "MLflow": OnMlflow,
     "MLflow server": OnMlflowServer,
     "W&B": OnWandb,
+    "W&B online": OnWandbServer,
     "TensorBoard": OnTensorBoard,
     "Trackio": OnTrackio,
 }
 SLOW = {"MLflow server": pytest.mark.slow}
+ONE_OF_EACH = ("MLflow", "W&B", "TensorBoard", "Trackio")
 
 
 def of(*names: str) -> list[Any]:
@@ -54,9 +57,9 @@ def of(*names: str) -> list[Any]:
     return [pytest.param(name, marks=SLOW.get(name, ())) for name in names]
 
 
-WITH_HISTOGRAMS = ("W&B", "TensorBoard", "Trackio")
+WITH_HISTOGRAMS = ("W&B", "W&B online", "TensorBoard", "Trackio")
 WITH_ROWS_OF_ANY_STEP = ("MLflow", "MLflow server", "TensorBoard", "Trackio")
-WITH_RUNS_THAT_END = ("MLflow", "MLflow server", "W&B", "Trackio")
+WITH_RUNS_THAT_END = ("MLflow", "MLflow server", "W&B", "W&B online", "Trackio")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,6 +69,7 @@ def _clean() -> Iterator[None]:
         yield
     wandb.teardown()
     OnMlflowServer.stop()
+    OnWandbServer.stop()
 
 
 def until(true: Callable[[], bool], within: float = 60.0) -> bool:
@@ -99,7 +103,7 @@ class Trained(NamedTuple):
 # --- two models in one run --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in TRACKERS if name != "MLflow server"])
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_a_second_model_in_the_same_run_needs_another_name(name: str, tmp_path: Path, monkeypatch: Any) -> None:
     tracker = TRACKERS[name]()
     tracker.set_up(tmp_path, monkeypatch)
@@ -251,9 +255,9 @@ def test_no_sample_is_missing_in_the_users_run(visits, name: str) -> None:
 # --- flush, and a run that several backends share ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", of(*WITH_ROWS_OF_ANY_STEP))
+@pytest.mark.parametrize("name", of(*WITH_ROWS_OF_ANY_STEP, "W&B online"))
 def test_after_flush_everything_so_far_is_in_the_tracker(name: str, tmp_path: Path, monkeypatch) -> None:
-    """Trackio stores its queue within half a second. W&B is missing here, because it stores at the end of the run."""
+    """Trackio and W&B store their queues a moment later. Offline, W&B stores at the end of the run."""
     tracker, training = TRACKERS[name](), Training()
     tracker.set_up(tmp_path, monkeypatch)
     monitor = training.watch(tmp_path, backend=tracker.backend)
@@ -271,11 +275,11 @@ def test_after_flush_everything_so_far_is_in_the_tracker(name: str, tmp_path: Pa
         return {key: [step for step, _ in numbers.get(key, [])] for key in expected}
 
     wanted = {key: [step for step, _ in values] for key, values in expected.items()}
-    assert until(lambda: steps_held() == wanted) if name == "Trackio" else steps_held() == wanted
+    assert until(lambda: steps_held() == wanted) if name in ("Trackio", "W&B online") else steps_held() == wanted
     monitor.close()
 
 
-@pytest.mark.parametrize("name", ["MLflow", "W&B", "TensorBoard", "Trackio"])
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_a_second_backend_can_share_the_run_of_the_first_and_does_not_end_it(
     name: str, tmp_path: Path, monkeypatch
 ) -> None:
@@ -297,7 +301,7 @@ def test_a_second_backend_can_share_the_run_of_the_first_and_does_not_end_it(
 def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
     """One training with all trackers at once."""
     folder, training = tmp_path_factory.mktemp("together"), Training()
-    trackers = {name: TRACKERS[name]() for name in TRACKERS if name != "MLflow server"}
+    trackers = {name: TRACKERS[name]() for name in ONE_OF_EACH}
     with pytest.MonkeyPatch.context() as patch:
         for tracker in trackers.values():
             tracker.set_up(folder, patch)
@@ -313,7 +317,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
         }
 
 
-@pytest.mark.parametrize("name", ["MLflow", "W&B", "TensorBoard", "Trackio"])
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_each_of_several_backends_receives_all_numbers(together, name: str) -> None:
     trained = together[name]
     expected = trained.expected()

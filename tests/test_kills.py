@@ -20,8 +20,8 @@ from gwa_logging.integrations.wandb import WandbBackend
 from gwa_logging.journal import read_journal
 from gwa_logging.records import EPOCH_KEYS
 from tests.resumed_trainer import STEPS, die_after_sending, train, uninterrupted
-from tests.trackers import INTERVAL_KEYS, OnMlflow, OnTensorBoard, OnWandb, Tracker, TrackerContents, numbers_in
-from tests.wandb_server import ENTITY, PROJECT, WandbServer
+from tests.trackers import INTERVAL_KEYS, OnMlflow, OnTensorBoard, OnWandb, Tracker, numbers_in
+from tests.wandb_server import OnWandbServer, WandbServer
 
 pytestmark = pytest.mark.slow
 
@@ -172,43 +172,6 @@ def test_a_kill_right_after_the_tracker_received_a_report_causes_no_duplicate(
     lives.check()
     held = tracker.read_again(lives.run)
     assert len(held.alerts) == 1
-
-
-class OnWandbServer(Tracker):
-    """W&B online, with a stand-in for its server."""
-
-    backend = "wandb"
-
-    def __init__(self, server: WandbServer) -> None:
-        self.server = server
-
-    def set_up(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
-        OnWandb().set_up(folder, patch)
-        patch.setenv("WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL", "0.05")  # seconds; the default is 15
-        online = {"MODE": "online", "BASE_URL": self.server.address, "API_KEY": "0" * 40, "CACHE_DIR": str(folder)}
-        for key, value in {**online, "ENTITY": ENTITY, "PROJECT": PROJECT}.items():
-            patch.setenv(f"WANDB_{key}", value)
-
-    def start(self) -> wandb.Run:
-        return wandb.init()
-
-    def log(self, run: wandb.Run, value: float) -> None:
-        run.log({"user/loss": value})
-
-    def end(self, run: wandb.Run) -> None:
-        run.finish()
-
-    def read_again(self, run: str) -> TrackerContents:
-        stored = self.server.runs[run.rpartition("/")[2]]
-        axes = {"gwa/step": INTERVAL_KEYS, "gwa/epoch": tuple(EPOCH_KEYS)}
-        of = {
-            key: [(row[axis], row[f"gwa/{key}"]) for row in stored.history if axis in row]
-            for axis, keys in axes.items()
-            for key in keys
-        }
-        return TrackerContents(
-            of, [], stored.alerts, [(row["_step"], row["user/loss"]) for row in stored.history if "user/loss" in row]
-        )
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import json
 import logging
 import socket
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import wandb
 
@@ -31,8 +33,10 @@ from gwa_logging.records import (
     EpochReport,
     IntervalRecord,
     StopAlert,
+    Suspect,
     SuspectsRecord,
 )
+from gwa_logging.thumbnail import thumbnail
 from tests import trackers
 from tests.records import close_record, epoch_report, interval_record, stop_alert
 from tests.trackers import BATCH, BATCHES, OnDisk, OnWandb, folder_of, inspect_by_wandb, read_back, run_of, start_run
@@ -477,6 +481,62 @@ def test_a_picture_that_fails_costs_no_record_and_counts_none_twice(
     )  # these are in the record's own row
 
 
+def test_a_picture_in_the_users_run_is_drawn_in_a_thread_and_logged_with_a_later_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start_run(tmp_path)
+    backend = WandbBackend(run, "gwa", owned=False)
+    drawing, go_on, encode = Event(), Event(), wandb.Image
+
+    def encode_slowly(*arguments: Any, **options: Any) -> wandb.Image:
+        drawing.set()
+        assert go_on.wait(60)
+        return encode(*arguments, **options)
+
+    monkeypatch.setattr(wandb, "Image", encode_slowly)
+    for step in range(3):
+        backend.write(interval_record(step, [0.1, 0.2], epoch=step))
+        backend.write(epoch_report(epoch=step, step=step, count=2))
+    assert drawing.wait(60)
+    run.log({"user/loss": 1.0})
+    assert "gwa/picture" not in dict(run.summary)
+    go_on.set()
+    thread = backend._picture_thread._thread
+    assert thread is not None
+    thread.join(60)
+    backend.write(interval_record(3, [0.1, 0.2], epoch=3))
+    run.log({"user/loss": 2.0})
+    assert run.summary["gwa/picture"]["_type"] == "image-file"
+    backend.write(close_record(epochs=3))
+    backend.close()
+    run.finish()
+    disk = read_back(folder_of(run))
+    assert [row["_step"] for row in disk.history if "gwa/picture.path" in row] == [3, 4]
+    assert disk.column("gwa/epoch") == [0, 1, 2]
+    assert samples_in(disk.history) == 8
+
+
+def test_without_pillow_everything_but_pictures_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    png = thumbnail(np.zeros((4, 4)))
+    monkeypatch.setitem(sys.modules, "PIL", None)  # then importing it raises ImportError
+    run, training = start_run(tmp_path), Training()
+    monitor = training.watch(tmp_path, run=run)
+    for _ in range(2):
+        training.epoch(monitor)
+    monitor.close()
+    backend = WandbBackend(run, "other", owned=False)
+    suspect = Suspect(id=7, mean_score=-0.5, times_seen=2, label=1, predicted=0, thumbnail=png)
+    backend.write(SuspectsRecord(step=14, epoch=1, samples=56, suspects=(suspect,)))
+    backend.close()
+    run.finish()
+    disk = read_back(folder_of(run))
+    assert monitor.faults == {}
+    assert disk.column("gwa/epoch") == [0, 1]
+    assert "picture" not in str(disk.history)
+    (table,) = (json.loads(path.read_text()) for path in Path(folder_of(run)).glob("files/media/table/**/*.json"))
+    assert table["data"] == [[7, -0.5, 2, 1, 0]]
+
+
 def _refuse(*args: Any, **kwargs: Any) -> None:
     raise ConnectionResetError
 
@@ -722,7 +782,7 @@ def test_a_run_id_resumes_the_run_and_close_finishes_it(tmp_path: Path, monkeypa
         monitor = Training().watch(tmp_path, run=wanted, backend="wandb")
         again = run_of(monitor, "wandb")
         monitor.close()
-        assert again.id == first.id
+        assert (again.id, again.project) == (first.id, "digits")
         assert again._is_finished
     wandb.teardown()
 
