@@ -91,6 +91,7 @@ def watch(
     num_samples: int | None = None,
     labels: Any = None,
     unit: Literal["sample", "position"] | None = None,
+    look: Any = None,
     notify: str | Sequence[str] | None = None,
     directory: str | PathLike[str] = "gwa_runs",
     name: str = "gwa",
@@ -124,6 +125,11 @@ def watch(
         unit: what a score belongs to where the head sees several rows of one input (tokens, views, clips). "sample": the input;
             its gradient is the sum over its rows. "position": each row. None finds out in the first backward passes: the
             input if the loss pools its rows after the head, else each row; in a compiled model and in JAX each row.
+        look: training inputs, a few hundred, on which the model is evaluated at the end of each epoch (PyTorch): a batch (a
+            tensor, a tuple of positional arguments, a dict of keyword arguments), a list of batches, or a function that returns
+            one of these, the same inputs each time. Gives `EpochReport.consensus` and the metric `gwa/consensus`, and makes
+            `EarlyStop(statistic="consensus")` possible. Neither the model nor the random numbers change by it. In JAX, call
+            `Monitor.look` instead.
         notify: where to send each StopAlert and its withdrawal: an Apprise URL such as "slack://..." or "mailto://...", or a
             list of them (extra `notify`). Only the scheme of a URL is logged or stored.
         directory: folder for journals and reports; each run has its own folder in it.
@@ -151,6 +157,7 @@ def watch(
         num_samples=num_samples,
         labels=labels,
         unit=unit,
+        look=look,
         notify=notify,
         directory=directory,  # type: ignore[arg-type]  # converted by WatchSettings
         name=name,

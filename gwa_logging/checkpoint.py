@@ -15,6 +15,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from gwa_logging.alignment import SCORE_TOLERANCE
+from gwa_logging.consensus import Consensus
 from gwa_logging.early_stop import StopState
 from gwa_logging.errors import InvalidInputError
 from gwa_logging.histogram import BINS
@@ -24,9 +25,9 @@ from gwa_logging.records import EpochReport, StopAlert
 from gwa_logging.settings import shortened
 from gwa_logging.summary import SUMMARY_NUMBERS, AlignmentSummary
 
-STATE_VERSION = 4
-READABLE_VERSIONS = (3, 4)
-"""Version 3 has no details of documents in its ledger."""
+STATE_VERSION = 5
+READABLE_VERSIONS = (3, 4, 5)
+"""Version 3 has no details of documents in its ledger, and version 4 no looks."""
 
 
 class HeadShape(NamedTuple):
@@ -73,6 +74,7 @@ class MonitorState(NamedTuple):
         epoch: summary of the epoch in progress, over all processes.
         interval: summary of the interval in progress.
         ledger: the ledger over all processes; None if there is none.
+        look: `Consensus.state`, with arrays in the framework's form; None before the first look.
         heads: the states of the further heads by path, as `to_dict` returns them.
     """
 
@@ -89,6 +91,7 @@ class MonitorState(NamedTuple):
     interval: AlignmentSummary
     ledger: Ledger | None
     heads: dict[str, Any]
+    look: dict[str, Any] | None = None
 
     def to_dict(self, adapter: Adapter) -> dict[str, Any]:
         """Converts the state to plain data."""
@@ -150,6 +153,7 @@ class MonitorState(NamedTuple):
             interval=read.interval,
             ledger=None if read.ledger is None else Ledger(**dict(read.ledger)),
             heads=read.heads,
+            look=read.look,
         )
 
     def check(self, adapter: Adapter, num_samples: int | None, heads: set[str]) -> None:
@@ -275,7 +279,6 @@ _Finite = Annotated[float, BeforeValidator(_real), Field(allow_inf_nan=False)]
 _Flag = Annotated[bool, BeforeValidator(_flag)]
 _Floats = Annotated[Any, BeforeValidator(lambda value: _array(value, "f").astype(np.float32))]
 
-
 _Integers = Annotated[
     Any, BeforeValidator(lambda value: None if value is None else _array(value, "iuf").astype(np.int32))
 ]
@@ -378,6 +381,7 @@ class _Saved(_Part):
     interval: Annotated[Any, BeforeValidator(_summary)]
     ledger: _Ledger | None
     heads: dict[str, Any]
+    look: Annotated[Any, BeforeValidator(lambda value: Consensus.from_state(value).state())] = None
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -125,26 +125,38 @@ class StopRule:
         self.planned: int | None = None
 
     def judge(
-        self, report: EpochReport, history: Sequence[EpochReport] = ()
+        self, report: EpochReport, history: Sequence[EpochReport] = (), consensus: Estimate | None = None
     ) -> tuple[EpochReport, StopAlert | None, bool]:
         """Applies the rule to the next epoch.
 
         Args:
             report: the report of this epoch.
             history: the reports of the epochs before, which the text of an alert refers to.
+            consensus: the statistic "consensus" of this epoch; None if it is undefined. An epoch without it says nothing about
+                the model, so a rule that watches it ignores the epoch.
 
         Returns:
-            The report with `is_best` set; an alert if the rule fires, else None; True if this epoch withdraws an alert.
+            The report with `consensus` and `is_best` set; an alert if the rule fires, else None; True if this epoch withdraws
+            an alert.
         """
         fired = self.state.fired
+        if consensus is not None:
+            report = report.model_copy(update={"consensus": consensus.value})
         value = self._estimate(report)
+        if self.settings.statistic == "consensus":
+            if consensus is None:
+                self.state = self.state._replace(epochs=self.state.epochs + 1)
+                return report, None, False
+            value = consensus
         self.state, decision = step(self.settings, self.state, value.value, value.standard_error, self.planned)
         report = report.model_copy(update={"is_best": decision is Decision.IMPROVED})
         alert = self._alert(report, value, history) if decision is Decision.STOP else None
         return report, alert, fired and not self.state.fired
 
     def _estimate(self, report: EpochReport) -> Estimate:
-        """Returns the watched statistic: the value of the report, with a standard error from the histogram."""
+        """Returns the watched statistic: the value of the report, with the standard error that the histogram gives."""
+        if self.settings.statistic == "consensus":
+            return Estimate(math.nan if report.consensus is None else report.consensus, 0.0)
         names = {"separation": "separation", "stable": "stable_gwa", "gwa": "gwa", "mean": "mean"}
         error = estimate(self.settings.statistic, report.histogram).standard_error
         return Estimate(getattr(report, names[self.settings.statistic]), error if math.isfinite(error) else 0.0)

@@ -16,9 +16,9 @@ import numpy.typing as npt
 from gwa_logging import _all_heads
 from gwa_logging._closer import closer
 from gwa_logging._epoch_bar import EpochBar
+from gwa_logging._look_calls import LookCalls
 from gwa_logging.errors import InvalidInputError
 from gwa_logging.exports import SuspectsTable
-from gwa_logging.forks import Owned
 from gwa_logging.ledger import TaggedBatch
 from gwa_logging.recording import Recording
 from gwa_logging.records import EpochReport, StopAlert, Suspect
@@ -27,7 +27,7 @@ from gwa_logging.summary import AlignmentSummary
 from gwa_logging.suspects import SUSPECTS
 
 
-class Monitor(Owned):
+class Monitor(LookCalls):
     """Watches one model. Created by `gwa_logging.watch`.
 
     A monitor belongs to the process that created it. A copy in a forked process can be read (`history`, `alert`, `journal`,

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import numpy.typing as npt
 
 from gwa_logging.faults import Faults
@@ -107,6 +108,18 @@ class Adapter(Protocol):
 
     def load_ledger(self, ledger: Ledger) -> None:
         """Restores what `ledger` returned, so that the sum over processes is unchanged."""
+        ...
+
+    def evaluate(self, inputs: Any) -> npt.NDArray[np.float32] | None:
+        """The model's logits for the inputs of `watch(look=)`, float32 [inputs, classes], on the host.
+
+        In evaluation mode, without gradients; neither the model nor the streams of random numbers change. In a distributed
+        run every process must call this; all get the logits of the first one, or None if it failed in another process.
+
+        Raises:
+            InvalidInputError: the model's output has no logits.
+            Exception: any that the model raises.
+        """
         ...
 
     def to_checkpoint_array(self, array: npt.NDArray[Any]) -> Any:

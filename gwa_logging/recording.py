@@ -10,12 +10,14 @@ from gwa_logging._announce import announce
 from gwa_logging._closing_report import ClosingReport
 from gwa_logging._run_folder import RunFolder
 from gwa_logging.checkpoint import HeadShape, MonitorState
+from gwa_logging.consensus import Consensus
 from gwa_logging.delivery import Delivery, DeliveryGroup
 from gwa_logging.early_stop import StopRule
 from gwa_logging.errors import InvalidInputError, NoObservationsError
 from gwa_logging.faults import Faults
 from gwa_logging.interval_recorder import IntervalRecorder
 from gwa_logging.journal import Journal
+from gwa_logging.look import EpochLook
 from gwa_logging.protocols import Adapter, Backend
 from gwa_logging.records import (
     AlertWithdrawal,
@@ -51,6 +53,7 @@ class Recording:
         rule: the stop rule and its state.
         intervals: turns steps into interval records.
         suspects: reads the ledger.
+        look: computes the consensus statistic of each epoch.
         lock: held while a step or a call of the user changes anything.
         is_closed: True after `finish`.
         closing_report: the report to write after `finish`; None if the run has no epoch, or another process writes.
@@ -84,6 +87,7 @@ class Recording:
         grow = settings.samples_per_epoch is None
         self.intervals = IntervalRecorder(adapter, settings.log_every_n_steps, self.write, faults, grow=grow)
         self.suspects = SuspectFinder(adapter, settings.num_samples, settings.labels, faults)
+        self.look = EpochLook(adapter, settings, faults)
         self.lock = RLock()
         self.is_closed = False
         self.closing_report: ClosingReport | None = None
@@ -196,7 +200,8 @@ class Recording:
         report = report.model_copy(update={"notes": (*report.notes, *self.faults.take_notes(), *notes)})
         alert, withdrawn = None, False
         if not partial:
-            report, alert, withdrawn = self.rule.judge(report, self.history)
+            consensus = self.look.end_epoch(self.pause, self.resume)
+            report, alert, withdrawn = self.rule.judge(report, self.history, consensus)
         alert = alert if self.settings.early_stop else None
         stop = not withdrawn and (alert or self.alert) is not None
         report = report.model_copy(update={"stop": stop})
@@ -277,6 +282,7 @@ class Recording:
             alert=self.alert,
             epoch=self.adapter.reduce(epoch) if self.intervals.in_epoch else epoch,
             interval=interval,
+            look=self.look.consensus.state(self.adapter.to_checkpoint_array),
             ledger=self.adapter.ledger() if self.suspects.has_ledger else None,
             heads=heads,
         ).to_dict(self.adapter)
@@ -299,6 +305,7 @@ class Recording:
                 self.adapter.load_ledger(state.ledger)
             self.history, self.alert = state.history, state.alert
             self.rule.state, self.rule.planned = state.stop, state.planned
+            self.look.consensus = Consensus.from_state(state.look)
             self._restored_head, self._awaits_first_step = state.head, True
             self.intervals.restore(
                 steps=state.step,

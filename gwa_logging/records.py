@@ -32,7 +32,8 @@ QUANTILE_KEYS = {f"steps/{name}": name for name in QUANTILES}
 EPOCH_KEYS = {"gwa": "gwa", "separation": "separation", "stable": "stable_gwa", "stop": "stop"} | {
     f"stats/{name}": name for name in ("mean", "std", "excess_kurtosis", "excluded", "count")
 }
-"""The metrics of an IntervalRecord, its quantiles, and the metrics of an EpochReport: metric key to attribute.
+LOOK_KEYS = {"consensus": "consensus"}
+"""The metrics of an IntervalRecord, its quantiles, the metrics of an EpochReport, and those that need a look: key to attribute.
 
 Trackers sort keys by name, in a section for each folder: the most important keys have no folder, so they come first.
 """
@@ -171,6 +172,8 @@ class EpochReport(TimedRecord):
         quantiles: the quantiles q05, q25, q50, q75 and q95 of the scores, accurate to one bin of the histogram.
         histogram: distribution of the scores.
         gwa_defined: False where the denominator of `gwa` is not clearly positive; then `gwa` is meaningless.
+        consensus: agreement of the checkpoint with the model's own early predictions for the inputs of the look, in [0, 1]; see
+            `gwa_logging.consensus`. None without a look, in the first epoch, and if the look failed.
         is_best: True if this is the best epoch so far by the statistic that the stop alert watches.
         stop: True if a stop alert stands after this epoch: from the epoch in which it fires until one that withdraws it.
         notes: sentences about what is unusual in this epoch.
@@ -192,6 +195,7 @@ class EpochReport(TimedRecord):
     quantiles: dict[str, Number]
     histogram: Histogram
     gwa_defined: bool
+    consensus: Annotated[float, Field(ge=0, le=1)] | None = None
     is_best: bool = False
     stop: bool = False
     notes: tuple[str, ...] = ()
@@ -199,7 +203,8 @@ class EpochReport(TimedRecord):
     @property
     def metrics(self) -> dict[str, float]:
         """The numbers that trackers show, by metric key without the prefix."""
-        return {key: float(getattr(self, name)) for key, name in EPOCH_KEYS.items()}
+        values = {key: getattr(self, name) for key, name in (EPOCH_KEYS | LOOK_KEYS).items()}
+        return {key: float(value) for key, value in values.items() if value is not None}
 
     def __str__(self) -> str:
         """The most important numbers in one line."""
@@ -233,7 +238,7 @@ class StopAlert(TimedRecord):
     Attributes:
         epoch: the epoch after which the alert fired, from 0.
         best_epoch: the epoch whose checkpoint to use; -1 if no epoch had a defined value.
-        statistic: the watched statistic: "separation", "stable", "gwa" or "mean".
+        statistic: the watched statistic: "separation", "stable", "gwa", "mean" or "consensus".
         value, best_value: the statistic at `epoch` and at `best_epoch`.
         reason: why the alert fired.
         message: the advice in one sentence.

@@ -5,7 +5,7 @@ Every message has the form `field=value: expected ...`; an unknown argument is a
 
 import operator
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -99,7 +99,8 @@ class EarlyStop(Settings):
 
     Attributes:
         statistic: what to watch: "separation" (how well the scores fall into two groups; it predicted the best epoch best, see
-            `docs/study.md`), "stable" (mean / (excess kurtosis + 3)), "gwa" (as published) or "mean".
+            `docs/study.md`), "stable" (mean / (excess kurtosis + 3)), "gwa" (as published), "mean", or "consensus" (how well
+            the checkpoint agrees with the model's early predictions: needs a look, and has other defaults: warmup=2, drop=0).
         regime: "scratch" looks for the maximum; "finetune" for the maximum after the first minimum.
         warmup: epochs to skip at the start: below 1 a share of the epochs planned by `Monitor.epochs` or `Monitor.plan`, else
             a number of epochs. A share of an unknown plan counts as one epoch. Small data sets are memorised within a few
@@ -111,8 +112,8 @@ class EarlyStop(Settings):
         action: "alert" notifies you; "stop" also ends `Monitor.epochs`.
     """
 
-    statistic: Literal["separation", "stable", "gwa", "mean"] = Field(
-        default="separation", description="'separation', 'stable', 'gwa' or 'mean'"
+    statistic: Literal["separation", "stable", "gwa", "mean", "consensus"] = Field(
+        default="separation", description="'separation', 'stable', 'gwa', 'mean' or 'consensus'"
     )
     regime: Literal["scratch", "finetune"] = Field(default="scratch", description="'scratch' or 'finetune'")
     warmup: Number = Field(
@@ -122,6 +123,11 @@ class EarlyStop(Settings):
     drop: Number = Field(default=0.05, ge=0, lt=1, description="a number in [0, 1)")
     min_delta: Number = Field(default=0.0, ge=0, description="a number of at least 0")
     action: Literal["alert", "stop"] = Field(default="alert", description="'alert' or 'stop'")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _set_defaults_of_consensus(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {"warmup": 2, "drop": 0, **values} if values.get("statistic") == "consensus" else values
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
         """Only what differs from the defaults, so that the signature of `watch` shows `EarlyStop()`."""
@@ -144,6 +150,7 @@ class WatchSettings(Settings):
         default=None, ge=1, lt=2**31, validate_default=True, description="an integer from 1 to 2**31 - 1, or None"
     )
     unit: Literal["sample", "position"] | None = Field(default=None, description="'sample', 'position' or None")
+    look: Any = Field(default=None, repr=False)
     notify: Any = Field(default=(), repr=False, validate_default=True)
     directory: Annotated[Path, _checked(_path)] = Field(default=Path("gwa_runs"), description="a path")
     name: str = Field(
@@ -174,6 +181,24 @@ class WatchSettings(Settings):
         if not isinstance(urls, list | tuple) or not all(isinstance(url, str) for url in urls):
             raise ValueError("expected a URL of Apprise, such as 'slack://...', a list of URLs, or None")
         return tuple(urls)
+
+    @field_validator("look")
+    @classmethod
+    def _check_look(cls, value: Any, info: ValidationInfo) -> Any:
+        batches = value if isinstance(value, list) else [value]
+        are_batches = [isinstance(batch, tuple | Mapping) or getattr(batch, "shape", ()) != () for batch in batches]
+        if value is not None and not callable(value) and not (batches and all(are_batches)):
+            raise ValueError(
+                f"expected inputs as the model is called with them (a tensor, a tuple of positional arguments, or a dict of "
+                f"keyword arguments), a list of such batches, or a function that returns one of these; found "
+                f"{type(value).__name__}. From a DataLoader, collect batches in a list first"
+            )
+        if value is not None and info.data.get("samples_per_epoch") is not None:
+            raise ValueError(
+                "the model can only be evaluated between two steps, and samples_per_epoch closes an epoch inside one; call "
+                "end_epoch() in your loop instead"
+            )
+        return value
 
     @field_validator("labels")
     @classmethod
@@ -238,7 +263,7 @@ class WatchSettings(Settings):
 
     def for_other_head(self, head: Any, runs: dict[str, Any]) -> "WatchSettings":
         """The settings for a further head, which shares the runs and the epochs of the first."""
-        alone = {"early_stop": None, "on_alert": None, "notify": (), "samples_per_epoch": None}
+        alone = {"early_stop": None, "on_alert": None, "notify": (), "samples_per_epoch": None, "look": None}
         return self.model_copy(update={"head": head, "run": runs, **alone})
 
     def run_of(self, backend: Any) -> Any:
@@ -255,6 +280,7 @@ class WatchSettings(Settings):
             "samples_per_epoch": self.samples_per_epoch,
             "num_samples": self.num_samples,
             "unit": self.unit,
+            "look": self.look is not None,
         }
 
 
@@ -268,8 +294,8 @@ def shortened(value: object) -> str:
 
 
 def _found(field: object, value: object) -> str:
-    """The start of a message. Labels may be long, and the URLs of `notify` contain secrets: their values are left out."""
-    if field in ("labels", "notify"):
+    """The start of a message. Labels and looks may be long, and `notify` contains secrets: their values are left out."""
+    if field in ("labels", "notify", "look"):
         return f"{field}: "
     return f"{field}={shortened(value)}: " if field else ""
 

@@ -8,6 +8,7 @@ A session can be used for several trainings, one after the other. The trainer's 
 """
 
 import base64
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -171,6 +172,8 @@ class TrainerSession:
         """The values for the trainer's progress bar, by key."""
         name = self.settings.name
         values = {"gwa": report.gwa, "stable": report.stable_gwa, "separation": report.separation}
+        if self.settings.look is not None:
+            values["consensus"] = math.nan if report.consensus is None else report.consensus
         return {f"{name}/{key}": value for key, value in values.items()}
 
     def end(self) -> None:

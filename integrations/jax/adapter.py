@@ -50,6 +50,10 @@ def attach(model: Any, settings: WatchSettings, faults: Faults) -> "JaxAdapter":
         raise InvalidInputError(
             f"head={settings.head!r}: expected a dotted path such as 'head', found {type(settings.head).__name__}"
         )
+    if settings.look is not None:
+        raise InvalidInputError(
+            "look: in JAX the monitor does not have the parameters; call monitor.look(logits) before monitor.end_epoch()"
+        )
     check_windows(settings.samples_per_epoch, jax.process_count())
     return JaxAdapter(model, settings, faults, Attendance(settings.name, shared_store))
 
@@ -291,6 +295,10 @@ class JaxAdapter:
             self._ledger, self._untagged = DeviceLedger.from_host(ledger), ledger.untagged
         else:
             self._ledger, self._untagged = None, 0
+
+    def evaluate(self, inputs: Any) -> np.ndarray | None:
+        """Refuses: `attach` has refused `watch(look=)` already."""
+        raise InvalidInputError("look: in JAX call monitor.look(logits)")
 
     def to_checkpoint_array(self, array: np.ndarray) -> np.ndarray:
         """Returns the array unchanged."""

@@ -30,6 +30,7 @@ from gwa_logging.integrations.torch.forward_tracker import ForwardTracker
 from gwa_logging.integrations.torch.fused_losses import culprit, silent_loss
 from gwa_logging.integrations.torch.head_layers import layer_of
 from gwa_logging.integrations.torch.head_location import HeadLocation
+from gwa_logging.integrations.torch.look import ModelLook, check_look
 from gwa_logging.integrations.torch.probe import HeadProbe
 from gwa_logging.integrations.torch.step_watchdog import StepWatchdog
 from gwa_logging.integrations.torch.trl_head import FusedHead, watch_fused_head
@@ -53,6 +54,7 @@ def attach(model: nn.Module, settings: WatchSettings, faults: Faults) -> "TorchA
         InvalidInputError: `samples_per_epoch` was given in a distributed run, or the head has no parameters.
     """
     check_windows(settings.samples_per_epoch, ranks())
+    check_look(settings)
     head = find_head(model, settings.head)
     if head is not None:
         _check_parameters(head)
@@ -79,6 +81,7 @@ class TorchAdapter:
         self._wrapped = weakref.ref(unwrapped(model))
         self._found = head  # only until `start`: it keeps the head of a model alive
         self._num_samples = settings.num_samples
+        self._look = ModelLook(model)
         self._attendance = attendance
         self._accumulator = Accumulator(settings.num_samples, faults, attendance)
         self._unit = Unit(settings.unit, faults)
@@ -342,6 +345,10 @@ class TorchAdapter:
         model = self._model()
         parameter = next(iter(model.parameters()), None) if model is not None else None
         self._accumulator.load_ledger(ledger, parameter.device if parameter is not None else torch.device("cpu"))
+
+    def evaluate(self, inputs: Any) -> np.ndarray | None:
+        """The logits of rank 0 for the inputs of a look (a collective: every rank must call it)."""
+        return self._look.evaluate(inputs, self._attendance.problems() if is_distributed() else {})
 
     def to_checkpoint_array(self, array: np.ndarray) -> Tensor:
         """Converts an array to a tensor, since `torch.load` refuses NumPy arrays."""

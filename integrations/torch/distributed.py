@@ -25,17 +25,19 @@ from gwa_logging.ledger import UNKNOWN, Ledger
 from gwa_logging.ranks import Identity, RankSelection, select_ranks
 from gwa_logging.summary import AlignmentSummary
 
-WRAPPERS: tuple[type[Any], ...] = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-"""Modules that wrap the user's model, as their attribute `module`."""
+REPLICATED: tuple[type[Any], ...] = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+WRAPPERS = REPLICATED
+"""Modules that wrap the user's model, as their attribute `module`. In those of `REPLICATED` it can be called alone."""
 
 _SPLIT: tuple[type, ...] = ()
 _SHARDED: tuple[type, ...] = ()
+_FLAT: tuple[type, ...] = ()
 if distributed.is_available():  # some builds of PyTorch lack it
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
 
     WRAPPERS += (FullyShardedDataParallel,)
-    _SPLIT, _SHARDED = (DTensor,), (FSDPModule,)
+    _SPLIT, _SHARDED, _FLAT = (DTensor,), (FSDPModule,), (FullyShardedDataParallel,)
 
 
 def rank() -> int:
@@ -144,6 +146,20 @@ def _sharded_in(model: nn.Module, head: nn.Module) -> Any:
     return owners[-1] if owners else None
 
 
+def needs_all_ranks(model: nn.Module) -> bool:
+    """Returns True if a pass of the model needs all ranks, because its parameters are split."""
+    if any(isinstance(part, (*_SHARDED, *_FLAT)) for part in model.modules()):
+        return True
+    return any(is_split(parameter) for parameter in model.parameters())
+
+
+def reshard(model: nn.Module) -> None:
+    """Frees the parameters that fully_shard keeps after a forward pass without a backward pass."""
+    for part in model.modules():
+        if isinstance(part, _SHARDED):
+            part.reshard()  # type: ignore[operator]
+
+
 def replica_group(model: nn.Module) -> int:
     """The lowest of the ranks that see the same samples as this one, as far as the model's layout tells.
 
@@ -169,7 +185,7 @@ def merged_over_ranks(summary: AlignmentSummary, identity: Identity) -> tuple[Al
     """The summary of all ranks that count, the same on each rank (a collective)."""
     packed = summary.to_vector()
     size = packed.size
-    gathered = _gathered(np.concatenate([packed, identity.to_vector()]))
+    gathered = gather_vectors(np.concatenate([packed, identity.to_vector()]))
     summaries = [AlignmentSummary.from_vector(vector[:size]) for vector in gathered]
     found = select_ranks([Identity.from_vector(vector[size:]) for vector in gathered], summaries)
     return AlignmentSummary.merge_all(summaries[number] for number in found.ranks), found
@@ -182,7 +198,7 @@ def ledger_over_ranks(ledger: Ledger, identity: Identity) -> tuple[Ledger, RankS
     """
     columns = (ledger.predicted, ledger.details)
     counts = [ledger.invalid_ids, ledger.untagged, *(column is not None for column in columns)]
-    gathered = _gathered(np.concatenate([counts, identity.to_vector()]))
+    gathered = gather_vectors(np.concatenate([counts, identity.to_vector()]))
     found = select_ranks([Identity.from_vector(vector[len(counts) :]) for vector in gathered])
     if rank() not in found.ranks:
         ledger = empty_like(ledger)
@@ -223,7 +239,27 @@ def empty_like(ledger: Ledger) -> Ledger:
     return Ledger(np.zeros_like(ledger.sums), np.zeros_like(ledger.seen))
 
 
-def _gathered(own: np.ndarray) -> list[np.ndarray]:
+def broadcast_array(array: npt.NDArray[np.float32] | None) -> npt.NDArray[np.float32] | None:
+    """The array of rank 0, or None if it has none (a collective).
+
+    Args:
+        array: float32 [N] or [N, M] on rank 0; ignored on the others.
+    """
+    shape = () if array is None else array.shape
+    # -1: no array; a second number of 0: it has one dimension
+    header = torch.tensor([*shape, 0, 0][:2] if shape else [-1, 0], device=_exchange_device())
+    distributed.broadcast(header, 0)
+    rows, columns = header.tolist()
+    if rows < 0:
+        return None
+    own = array if array is not None and rank() == 0 else np.empty((rows, columns) if columns else rows, np.float32)
+    tensor = torch.from_numpy(np.ascontiguousarray(own)).to(_exchange_device())
+    distributed.broadcast(tensor, 0)
+    shared: npt.NDArray[np.float32] = tensor.cpu().numpy()
+    return shared
+
+
+def gather_vectors(own: np.ndarray) -> list[np.ndarray]:
     """The vectors of all ranks, float64 of the same length (a collective)."""
     vector = torch.from_numpy(own).to(_exchange_device())
     gathered = [torch.empty_like(vector) for _ in range(distributed.get_world_size())]

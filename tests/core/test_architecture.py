@@ -61,8 +61,8 @@ def modules_in(folder: str) -> list[Path]:
 
 
 LAYERS = (
-    "errors redact faults dataset forks alignment histogram settings statistic document_details ledger thumbnail report "
-    "report.notebook _closer _run_folder",
+    "errors redact faults dataset forks alignment histogram settings statistic consensus document_details ledger thumbnail "
+    "report report.notebook _closer _run_folder",
     "_record_base",
     "records",
     "summary _epoch_bar _announce",
@@ -70,9 +70,9 @@ LAYERS = (
     "protocols class_pairs exports",
     "registry interval_recorder delivery checkpoint suspects report.heatmap report.run_history report.figures report.tables "
     "report.page replay",
-    "_closing_report",
+    "_closing_report look",
     "recording",
-    "_all_heads",
+    "_all_heads _look_calls",
     "monitor",
     "_watch",
     "trainer_session",
@@ -212,7 +212,7 @@ def test_the_wheel_holds_every_module_and_works_from_elsewhere(tmp_path):
 
 WATCH = (
     "model backend='local' run=None head=None early_stop=EarlyStop() on_alert=None log_every_n_steps=50 samples_per_epoch=None "
-    "num_samples=None labels=None unit=None notify=None directory='gwa_runs' name='gwa'"
+    "num_samples=None labels=None unit=None look=None notify=None directory='gwa_runs' name='gwa'"
 )
 MONITOR = {
     "update": "scores sample_ids=None weights=None predicted=None",
@@ -221,6 +221,7 @@ MONITOR = {
     "value_and_grad": "fun argnums=0 has_aux=False options",
     "grad": "fun argnums=0 has_aux=False options",
     "end_epoch": "",
+    "look": "logits ids=None",
     "plan": "n",
     "epochs": "n",
     "suspects": "k=100",
@@ -236,7 +237,7 @@ MONITOR_ATTRIBUTES = {"journal", "history", "alert", "heads", "faults", "should_
 FIELDS = {
     gwa_logging.EarlyStop: "statistic regime warmup patience drop min_delta action",
     gwa_logging.EpochReport: "time kind epoch step count excluded mean std skewness excess_kurtosis gwa stable_gwa separation "
-    "negative_fraction quantiles histogram gwa_defined is_best stop notes",
+    "negative_fraction quantiles histogram gwa_defined consensus is_best stop notes",
     gwa_logging.StopAlert: "time kind epoch best_epoch statistic value best_value reason message caveats",
     gwa_logging.Suspect: "id mean_score times_seen label predicted thumbnail tokens negative_share lowest_tenth",
 }
@@ -259,7 +260,7 @@ def test_the_public_names_are_these():
 def test_watch_and_monitor_have_these_parameters():
     assert parameters_of(gwa_logging.watch) == WATCH
     kinds = [p.kind.name for p in inspect.signature(gwa_logging.watch).parameters.values()]
-    assert kinds == ["POSITIONAL_OR_KEYWORD"] * 2 + ["KEYWORD_ONLY"] * 12
+    assert kinds == ["POSITIONAL_OR_KEYWORD"] * 2 + ["KEYWORD_ONLY"] * 13
     public = {name for name in dir(gwa_logging.Monitor) if not name.startswith("_")}
     assert public | {"heads", "is_copy"} == MONITOR.keys() | MONITOR_ATTRIBUTES
     assert {name: parameters_of(getattr(gwa_logging.Monitor, name)) for name in MONITOR} == MONITOR

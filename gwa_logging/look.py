@@ -1,0 +1,132 @@
+"""The look at the model after each epoch: evaluates it on some training inputs, or takes the logits that users pass."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gwa_logging.consensus import LARGEST_ID, Consensus, LookRows, read_logits
+from gwa_logging.errors import InvalidInputError
+from gwa_logging.faults import Faults
+from gwa_logging.protocols import Adapter
+from gwa_logging.settings import WatchSettings, shortened
+from gwa_logging.statistic import Estimate
+
+FAULT = "look"
+
+
+class EpochLook:
+    """Computes the consensus statistic of each epoch.
+
+    Attributes:
+        consensus: what the earlier looks have seen.
+    """
+
+    def __init__(self, adapter: Adapter, settings: WatchSettings, faults: Faults) -> None:
+        """Evaluates nothing yet. If the stop rule watches the statistic, an epoch without a look is a fault."""
+        self.consensus = Consensus()
+        self._adapter, self._inputs, self._faults = adapter, settings.look, faults
+        self._is_needed = settings.early_stop is not None and settings.early_stop.statistic == "consensus"
+        self._given: list[tuple[npt.NDArray[np.float32], npt.NDArray[np.int64] | None]] = []
+
+    def give(self, logits: Any, ids: Any) -> None:
+        """Takes logits for the epoch in progress. See `Monitor.look`."""
+        if self._inputs is not None:
+            raise InvalidInputError(
+                "look(): this monitor evaluates the model itself, on watch(look=); leave that argument out to pass logits"
+            )
+        array = _logits(logits)
+        numbers = None if ids is None else _ids(ids, len(array))
+        if self._given and (self._given[-1][1] is None) != (numbers is None):
+            raise InvalidInputError("look(): pass ids with all logits of an epoch, or with none")
+        self._given.append((array, numbers))
+
+    def end_epoch(self, pause: Callable[[], None], resume: Callable[[], None]) -> Estimate | None:
+        """The statistic of the epoch that ends; None if there was no look, it failed, or there is no consensus yet.
+
+        Never raises: a look that fails is a fault. In a distributed run every process must call this.
+
+        Args:
+            pause, resume: called before and after, so that the passes do not count.
+        """
+        pause()
+        try:
+            rows = self._take_rows()
+            return None if rows is None else self.consensus.add(rows)
+        except Exception as error:  # noqa: BLE001 - training must continue
+            self._faults.record(FAULT, f"{type(error).__name__}: {error}")
+            return None
+        finally:
+            resume()
+            self._given.clear()
+
+    def _take_rows(self) -> LookRows | None:
+        if self._inputs is not None:
+            logits = self._adapter.evaluate(self._inputs)
+            if logits is None:
+                return None
+            given: list[tuple[npt.NDArray[np.float32], npt.NDArray[np.int64] | None]] = [(logits, None)]
+        elif self._given:
+            given = self._given
+        elif self._is_needed:
+            raise InvalidInputError(
+                "no look in this epoch, and EarlyStop(statistic='consensus') needs one: call monitor.look(logits) before "
+                "monitor.end_epoch()"
+            )
+        else:
+            return None
+        if len({array.shape[1:] for array, _ in given}) > 1:
+            raise InvalidInputError(f"the logits have the shapes {', '.join(str(a.shape) for a, _ in given)}")
+        logits = np.concatenate([array for array, _ in given])
+        shape = self._adapter.shape
+        classes = 1 if logits.ndim == 1 else logits.shape[1]
+        if shape is not None and classes != shape[1]:
+            raise InvalidInputError(f"expected logits [inputs, {shape[1]}], as the head has them, found {logits.shape}")
+        numbers = [ids for _, ids in given if ids is not None]
+        if numbers:
+            ids = np.concatenate(numbers)
+            if len(np.unique(ids)) != len(ids):
+                raise InvalidInputError("ids: the same id occurs twice in this epoch")
+        else:
+            if self.consensus.inputs not in (0, len(logits)):
+                raise InvalidInputError(
+                    f"expected {self.consensus.inputs} inputs, as in the first look, found {len(logits)}: without ids, "
+                    "every look must have the same inputs in the same order"
+                )
+            self.consensus.inputs, ids = len(logits), np.arange(len(logits))
+        return read_logits(logits, ids)
+
+
+def _logits(logits: Any) -> npt.NDArray[np.float32]:
+    """float32 [rows, classes] or [rows] on the host.
+
+    Raises:
+        InvalidInputError: it is something else.
+    """
+    found = f"{getattr(logits, 'dtype', type(logits).__name__)} of shape {tuple(getattr(logits, 'shape', ()))}"
+    try:
+        if hasattr(logits, "detach") and hasattr(logits, "cpu"):
+            logits = logits.detach().cpu().float()
+        array = np.asarray(logits)
+        array = array if array.dtype.kind in "OUSmMiubc" else array.astype(np.float32)
+    except Exception as error:  # a tracer, a ragged list, an array of which other processes have parts
+        raise InvalidInputError(
+            f"logits: expected float [rows, classes], found {found}, which cannot be copied to the host: call it outside "
+            f"jit, with logits that are replicated over all processes ({str(error).partition(chr(10))[0]})"
+        ) from error
+    if array.ndim not in (1, 2) or not array.size or array.dtype != np.float32:
+        raise InvalidInputError(f"logits: expected float [rows, classes], found {found}")
+    return array
+
+
+def _ids(ids: Any, rows: int) -> npt.NDArray[np.int64]:
+    array = np.asarray(ids.detach().cpu() if hasattr(ids, "detach") and hasattr(ids, "cpu") else ids)
+    if array.shape != (rows,) or array.dtype.kind not in "iu":
+        raise InvalidInputError(f"ids: expected int [{rows}], as many as logits, found {array.dtype} {array.shape}")
+    if (array < 0).any() or (array > LARGEST_ID).any():
+        wrong = array[(array < 0) | (array > LARGEST_ID)]
+        raise InvalidInputError(f"ids: expected numbers from 0 to 2**31 - 1, found {shortened(wrong[:3].tolist())}")
+    if len(np.unique(array)) != rows:
+        raise InvalidInputError("ids: expected different ids, found one twice")
+    return array.astype(np.int64)
