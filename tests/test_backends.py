@@ -169,6 +169,21 @@ def test_every_number_arrives_once_in_order_and_at_its_step(alone, name: str) ->
     assert trained.monitor.faults == {}
 
 
+@pytest.mark.parametrize("name", of(*TRACKERS))
+def test_the_consensus_of_a_look_arrives_from_the_second_epoch_on(name: str, tmp_path: Path, monkeypatch: Any) -> None:
+    tracker = TRACKERS[name]()
+    tracker.set_up(tmp_path, monkeypatch)
+    training = Training()
+    monitor = training.watch(tmp_path, backend=tracker.backend, look=training.batches[0][0])
+    run = run_of(monitor, tracker.backend)
+    for _ in range(3):
+        training.epoch(monitor)
+    monitor.close()
+    expected = [(r.epoch, float(tracker.precision(r.consensus))) for r in monitor.history[1:]]
+    assert tracker.read(run).numbers["consensus"] == expected
+    assert monitor.faults == {}
+
+
 @pytest.mark.parametrize("name", WITH_HISTOGRAMS)
 def test_every_histogram_contains_all_samples_of_its_interval(alone, name: str) -> None:
     trained = alone(name)

@@ -238,7 +238,7 @@ def changed(**changes: Any) -> Callable[[dict[str, Any]], Any]:
 
 
 WRONG = {
-    "version": (changed(version=2), "state: expected version 4, found 2"),
+    "version": (changed(version=2), "state: expected version 5, found 2"),
     "no state": (lambda state: {}, "not a state_dict"),
     "nothing": (lambda state: None, "not a state_dict"),
     "history": (changed(history="x"), "not a state_dict"),

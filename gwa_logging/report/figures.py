@@ -53,6 +53,8 @@ _PANELS = (
     _Panel("excess kurtosis", "excess_kurtosis", "--mean", ".4~g"),
     _Panel("negative", "negative_fraction", "--negative", ".1%"),
 )
+_CONSENSUS = _Panel("consensus", "consensus", "--separation", ".1%")
+_PANEL_HEIGHT = 136  # pixels, with the gap below it
 
 
 # --- markers of single epochs -------------------------------------------------------------------------------------------
@@ -182,23 +184,24 @@ def _tick_spacing(epochs: int) -> int:
 def epoch_figure(history: RunHistory) -> dict[str, Any]:
     """Returns a panel for each statistic of the epochs, one below the other, over the same x axis."""
     epochs = history.epochs
+    panels = (*_PANELS, _CONSENSUS) if any(r.consensus is not None for r in epochs) else _PANELS
     x = [r.epoch for r in epochs]
     first, last = x[0] - 0.5, x[-1] + 0.5
     lines = _marker_lines([(m, m.report.epoch) for m in epoch_markers(history)], (first + last) / 2, shift=6)
-    layout = _layout(920, 62, hovermode="x unified", hoversubplots="axis", **lines)
-    layout["xaxis"] = {**_count_axis("epoch", first, last), "anchor": f"y{len(_PANELS)}"}
+    layout = _layout(104 + _PANEL_HEIGHT * len(panels), 62, hovermode="x unified", hoversubplots="axis", **lines)
+    layout["xaxis"] = {**_count_axis("epoch", first, last), "anchor": f"y{len(panels)}"}
     layout["xaxis"]["unifiedhovertitle"] = {"text": "epoch %{x}"}
     marker_size = 5 if len(epochs) <= 60 else 3
     data: list[dict[str, Any]] = []
-    for i, panel in enumerate(_PANELS):
-        values = [getattr(r, panel.attribute) for r in epochs]
+    for i, panel in enumerate(panels):
+        values = [defined_number(r, panel.attribute) for r in epochs]
         if panel.attribute == "gwa":
             values = [r.gwa if r.gwa_defined else math.nan for r in epochs]
         trace: dict[str, Any] = {"mode": "lines+markers", "x": x, "y": [_json_number(v) for v in values]}
         trace |= {"yaxis": f"y{i + 1}", "line": {"color": panel.colour}, "marker": {"size": marker_size}}
         data.append({**trace, "hovertemplate": f"{panel.title} <b>%{{y:{panel.number_format}}}</b><extra></extra>"})
-        top = 1 - i * 1.04 / len(_PANELS)
-        axis = {"title": {"text": panel.title}, "domain": [max(top - 0.88 / len(_PANELS), 0), top], "nticks": 5}
+        top = 1 - i * 1.04 / len(panels)
+        axis = {"title": {"text": panel.title}, "domain": [max(top - 0.88 / len(panels), 0), top], "nticks": 5}
         layout[f"yaxis{i + 1}"] = axis | ({"tickformat": ".0%"} if "%" in panel.number_format else {})
     # An undefined GWA can have any magnitude: the range fits the defined values, and the others are drawn at its edge.
     defined = [y for y in data[0]["y"] if y is not None] or [0.0]
@@ -242,6 +245,12 @@ def _count_axis(title: str, low: float, high: float) -> dict[str, Any]:
     """Returns an axis of whole numbers."""
     every_number = {"dtick": 1} if high - low <= 12 else {}
     return {"title": {"text": title}, "range": [low, high], "tickformat": ",d", "tickangle": 0, **every_number}
+
+
+def defined_number(report: EpochReport, attribute: str) -> float:
+    """Returns a number of a report; NaN if it is None."""
+    value: float | None = getattr(report, attribute)
+    return math.nan if value is None else value
 
 
 def _json_number(value: float) -> float | None:

@@ -84,6 +84,7 @@ def _report(report: "EpochReport") -> str:
         "stable GWA": _format(report.stable_gwa),
         "mean": _format(report.mean),
         "negative": f"{negative} %" if math.isfinite(report.negative_fraction) else negative,
+        **({} if report.consensus is None else {"consensus": _format(report.consensus)}),
         "samples": f"{report.count:,}" + (f" (and {report.excluded:,} excluded)" if report.excluded else ""),
     }
     statistics = " ".join(

@@ -22,7 +22,7 @@ from typing import Any
 
 from gwa_logging.errors import InvalidInputError, MissingDependencyError
 from gwa_logging.journal import FILE_NAME
-from gwa_logging.report.figures import epoch_figure, epoch_markers, format_number, score_figure
+from gwa_logging.report.figures import defined_number, epoch_figure, epoch_markers, format_number, score_figure
 from gwa_logging.report.run_history import RunHistory, read_run_history
 from gwa_logging.report.tables import decimals, html_table, suspects_section
 
@@ -199,11 +199,13 @@ aria-label="GWA, separation, stable GWA, mean score, excess kurtosis and share o
 
 
 def _epoch_table(history: RunHistory) -> str:
-    digits = {name: decimals(getattr(r, name) for r in history.epochs) for name in _EPOCH_COLUMNS.values()}
+    has_look = any(r.consensus is not None for r in history.epochs)
+    columns = _EPOCH_COLUMNS | ({"consensus": "consensus"} if has_look else {})
+    digits = {name: decimals(defined_number(r, name) for r in history.epochs) for name in columns.values()}
     labels = {m.report.epoch: f'<b style="color:var({m.colour})">{m.label}</b> ' for m in epoch_markers(history)}
     rows = []
     for r in history.epochs:
-        cells = [format_number(getattr(r, name), places) for name, places in digits.items()]
+        cells = [format_number(defined_number(r, name), places) for name, places in digits.items()]
         if not r.gwa_defined:
             cells[0] = f'<i title="undefined">({cells[0]})</i>'
         share = f"{format_number(100 * r.negative_fraction, 1)} %" if r.count else format_number(math.nan, 0)
@@ -212,7 +214,7 @@ def _epoch_table(history: RunHistory) -> str:
         last = f'<td class="notes" tabindex="0" title="{notes}"><div>{labels.get(r.epoch, "")}{notes}</div>'
         rows.append(f'<tr><th scope="row">{r.epoch}{numbers}{last}')
     return html_table(
-        ["epoch", *_EPOCH_COLUMNS, "negative", "samples", "excluded"], rows, '<th scope="col" class="notes">notes'
+        ["epoch", *columns, "negative", "samples", "excluded"], rows, '<th scope="col" class="notes">notes'
     )
 
 

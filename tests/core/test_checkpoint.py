@@ -147,8 +147,8 @@ DAMAGED: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     "a ledger without sums": (("ledger", "sums"), None, r"ledger\.sums: "),
     "predictions that are text": (("ledger", "predicted"), "x", r"ledger\.predicted: "),
     "details of other samples": (("ledger", "details"), torch.zeros(3), "expected arrays of one length"),
-    "a version that is text": (("version",), "4", "expected version 4, found '4'"),
-    "a version that is too old": (("version",), 2, "expected version 4, found 2"),
+    "a version that is text": (("version",), "5", "expected version 5, found '5'"),
+    "a version that is too old": (("version",), 2, "expected version 5, found 2"),
 }
 
 

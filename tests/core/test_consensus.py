@@ -149,7 +149,7 @@ def damaged_states() -> dict[str, object]:
 
 @pytest.mark.parametrize("damaged", damaged_states().values(), ids=damaged_states())
 def test_a_damaged_state_is_refused(damaged):
-    with pytest.raises(ValueError, match="expected|do not fit together|out of range"):
+    with pytest.raises(ValueError, match=r"expected|do not fit together|out of range"):
         Consensus.from_state(damaged)
 
 

@@ -86,7 +86,7 @@ def test_no_wrong_value_of_any_field_is_answered_in_the_words_of_the_validation_
         except InvalidInputError as error:
             refused += 1
             message = str(error)
-            assert message.startswith((f"{field}=", "labels: ", "notify: ")), message
+            assert message.startswith((f"{field}=", "labels: ", "notify: ", "look: ")), message
             assert not [phrase for phrase in PHRASES_OF_PYDANTIC if phrase in message], message
             assert len(message) < 400
     assert refused or field in ("run", "head")
@@ -105,7 +105,7 @@ def test_numpy_integers_and_paths_as_text_are_accepted():
         ({"warmup": -0.1}, "warmup=-0.1: expected a number of at least 0"),
         ({"warmup": "1"}, "warmup='1': expected a number of at least 0"),
         ({"min_delta": -1}, "min_delta=-1"),
-        ({"statistic": "median"}, "statistic='median': expected 'separation', 'stable', 'gwa' or 'mean'"),
+        ({"statistic": "median"}, "statistic='median': expected 'separation', 'stable', 'gwa', 'mean' or 'consensus'"),
         ({"patienc": 3}, "unknown argument 'patienc'; did you mean 'patience'?"),
     ],
 )

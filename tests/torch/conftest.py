@@ -54,4 +54,5 @@ def two_ranks(shared_world: Callable[..., World]) -> World:
     return shared_world(
         *("two ranks", 2),
         *("tests.torch.test_distributed:WORLD_OF_TWO", "tests.torch.test_ledger_ranks:WORLD"),
+        *("tests.torch.test_look_ranks:WORLD",),
     )

@@ -378,7 +378,7 @@ def test_details_survive_a_checkpoint_and_a_state_of_version_3_is_read():
     model = Tokens()
     monitor, expected = run(model, "eager", packed())
     state, suspects = monitor.state_dict(), monitor.suspects(N)
-    assert state["version"] == 4
+    assert state["version"] == 5
     assert state["ledger"]["predicted"] is None
     other = gwa_logging.watch(model, num_samples=N, head="head")
     other.load_state_dict(state)

@@ -1,0 +1,157 @@
+"""The look of two ranks: both have the consensus of the whole model, training does not change, and no rank blocks another."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gwa_logging
+from tests.core.test_consensus import expected
+from tests.torch.ranks import World
+from tests.torch.test_distributed import Net, batches, by_classes, compiled, ddp, fsdp, fsdp_1, fsdp_by_parts, rank
+from tests.torch.test_distributed import world_size as size
+
+EPOCHS = 3
+WRAPS: dict[str, Callable[[Net], Any]] = {
+    "DDP": ddp,
+    "DDP, compiled": compiled(ddp),
+    "FSDP2": fsdp,
+    "FSDP2, the head by itself": fsdp_by_parts,
+    "FSDP": fsdp_1,
+    "split by classes": by_classes,
+}
+
+
+class Outcome(NamedTuple):
+    """What one rank has seen."""
+
+    consensus: list[float | None]
+    outputs: list[list[list[float]]]
+    """Of a model without a look, in evaluation mode, after each epoch."""
+    is_unchanged: bool
+    """True if both models have the same parameters after each epoch, to the last bit."""
+    faults: dict[str, int]
+
+
+def inputs(n: int = 30) -> Tensor:
+    return torch.randn(n, 8, generator=torch.Generator().manual_seed(5))
+
+
+def own_parameters(model: nn.Module) -> list[Tensor]:
+    """This rank's parts of the parameters."""
+    parts: list[Any] = list(model.parameters())
+    return [(part.to_local() if hasattr(part, "to_local") else part).detach().clone() for part in parts]
+
+
+def trained(wrap: Callable[[Net], Any], look: Any) -> Outcome:
+    """Trains two models alike; the monitor looks at one of them, and the scenario at the other."""
+    shares = 1 if wrap is by_classes else size()
+    models = [wrap(Net()) for _ in range(2)]
+    monitors = [gwa_logging.watch(models[0], look=look), gwa_logging.watch(models[1], name="other")]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.5) for model in models]
+    outputs, is_unchanged = [], True
+    for epoch in range(EPOCHS):
+        for x, y in batches(epoch):
+            share = slice(rank() if shares > 1 else 0, None, shares)
+            for model, optimizer in zip(models, optimizers, strict=True):
+                optimizer.zero_grad()
+                F.cross_entropy(model(x[share]), y[share]).backward()
+                optimizer.step()
+        for monitor in monitors:
+            monitor.end_epoch()
+        is_unchanged &= all(map(torch.equal, *map(own_parameters, models)))
+        models[1].eval()
+        with torch.no_grad():
+            outputs.append(models[1](inputs()).double().tolist())
+        models[1].train()
+    for monitor in monitors:
+        monitor.close()
+    return Outcome([r.consensus for r in monitors[0].history], outputs, is_unchanged, monitors[0].faults)
+
+
+def no_data() -> Tensor:
+    raise RuntimeError("no data on this rank")
+
+
+def fails_on(failing: int, wrap: Callable[[Net], Any]) -> Outcome:
+    return trained(wrap, no_data if rank() == failing else inputs())
+
+
+def other_shapes() -> Outcome:
+    return trained(fsdp, inputs(30 + rank()))
+
+
+def rejected(wrap: Callable[[Net], Any]) -> Outcome:
+    return trained(wrap, torch.zeros(3, 9))
+
+
+SCENARIOS: dict[str, Callable[[], Outcome]] = {
+    **{f"look, {name}": partial(trained, wrap, inputs()) for name, wrap in WRAPS.items()},
+    "a look fails on rank 0, DDP": partial(fails_on, 0, ddp),
+    "a look fails on rank 1, DDP": partial(fails_on, 1, ddp),
+    "a look fails on rank 0, FSDP2": partial(fails_on, 0, fsdp),
+    "a look fails on rank 1, FSDP2": partial(fails_on, 1, fsdp),
+    "looks of other shapes": other_shapes,
+    "a rejected look, DDP": partial(rejected, ddp),
+    "a rejected look, FSDP2": partial(rejected, fsdp),
+}
+FAST = ("look, DDP", "look, FSDP2", "a look fails on rank 0, DDP", "a look fails on rank 1, FSDP2")
+WORLD = {name: SCENARIOS[name] for name in FAST}
+MORE = {name: scenario for name, scenario in SCENARIOS.items() if name not in FAST}
+
+
+@pytest.fixture
+def ranks_of(request: pytest.FixtureRequest) -> Callable[[str], list[Outcome]]:
+    """What both ranks return in a scenario."""
+
+    def found(name: str) -> list[Outcome]:
+        if name in FAST:
+            return request.getfixturevalue("two_ranks")[name]
+        shared_world: Callable[..., World] = request.getfixturevalue("shared_world")
+        return shared_world("more looks of two ranks", 2, "tests.torch.test_look_ranks:MORE")[name]
+
+    return found
+
+
+def tiered(*names: str) -> list[Any]:
+    return [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", tiered(*(f"look, {name}" for name in WRAPS)))
+def test_all_ranks_have_the_consensus_of_the_whole_model_and_training_does_not_change(name, ranks_of):
+    ranks = ranks_of(name)
+    looks = [dict(enumerate(epoch)) for epoch in ranks[0].outputs]
+    want = [expected(looks[: number + 1]) for number in range(EPOCHS)]
+    for found in ranks:
+        assert found.is_unchanged
+        assert found.faults == {}
+        assert found.consensus == ranks[0].consensus
+        assert found.consensus[0] is None
+        assert found.consensus[1:] == pytest.approx(want[1:], abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "name",
+    tiered(
+        *("a look fails on rank 0, DDP", "a look fails on rank 0, FSDP2", "a look fails on rank 1, FSDP2"),
+        *("looks of other shapes", "a rejected look, DDP", "a rejected look, FSDP2"),
+    ),
+)
+def test_a_look_that_fails_on_one_rank_blocks_none(name, ranks_of):
+    first, second = ranks_of(name)
+    for found in (first, second):
+        assert found.is_unchanged
+        assert found.consensus == [None] * EPOCHS
+    assert first.faults == {"look": EPOCHS}
+    assert second.faults == ({} if "DDP" in name else {"look": EPOCHS})
+
+
+@pytest.mark.slow
+def test_where_every_rank_has_the_whole_model_only_rank_0_looks(ranks_of):
+    for found in ranks_of("a look fails on rank 1, DDP"):
+        assert found.faults == {}
+        assert None not in found.consensus[1:]
