@@ -76,6 +76,20 @@ def test_statistics_equal_those_of_the_plain_loop_and_nothing_else_changes(activ
     assert all(map(np.array_equal, model.get_weights(), bare.get_weights()))
 
 
+def test_the_consensus_equals_that_of_the_plain_loop_in_pytorch():
+    if BACKEND == "jax":
+        with pytest.raises(InvalidInputError, match="look: in JAX the monitor does not have the parameters"):
+            fit(make(), GWACallback(look=X))
+        return
+    callback, model = GWACallback(look=X), make()
+    expected = plain(copy_to_pytorch(model), look=X)[0]
+    fit(model, callback)
+    found = [report.consensus for report in callback.monitor.history]
+    assert found == pytest.approx([report.consensus for report in expected], abs=0.02)  # float32 in another order
+    assert found[0] is None
+    assert callback.monitor.faults == {}
+
+
 def test_the_callback_adds_nothing_but_its_session_and_monitor():
     assert_adds_only_its_session(GWACallback(), keras.callbacks.Callback)
 

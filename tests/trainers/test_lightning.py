@@ -85,6 +85,18 @@ def test_statistics_and_weights_equal_those_of_the_plain_loop():
     assert callback.monitor.faults == {}
 
 
+def test_the_consensus_equals_that_of_the_plain_loop_and_a_checkpoint_can_monitor_it(tmp_path):
+    look, bare = next(iter(loader()))[0], net()
+    callback = GWACallback(look=look)
+    best = ModelCheckpoint(tmp_path, monitor="gwa/consensus", mode="max", save_on_train_epoch_end=True)
+    module = Classifier()
+    trainer(callback, best, enable_checkpointing=True).fit(module, loader())
+    assert_equal(callback.monitor.history, plain(bare, look=look)[0])
+    assert torch.equal(weights(module.model), weights(bare))
+    assert best.best_model_score == max(report.consensus for report in callback.monitor.history[1:])
+    assert callback.monitor.faults == {}
+
+
 def test_modules_of_pytorch_lightning_are_accepted_too():
     import pytorch_lightning
 

@@ -87,6 +87,17 @@ def test_statistics_and_weights_equal_those_of_the_plain_loop():
     assert callback.monitor.faults == {}
 
 
+def test_the_consensus_equals_that_of_the_plain_loop():
+    look, bare = next(iter(loader()))[0], net()
+    callback = GWACallback(look={"x": look})
+    training = trainer(callback)
+    training.train()
+    assert_equal(callback.monitor.history, plain(bare, look=look)[0])
+    assert torch.equal(weights(training.model.model), weights(bare))
+    assert callback.monitor.history[1].consensus is not None
+    assert callback.monitor.faults == {}
+
+
 def test_the_callback_adds_nothing_but_its_session_and_monitor():
     assert_adds_only_its_session(GWACallback(), TrainerCallback)
 
