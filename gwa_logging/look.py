@@ -84,6 +84,10 @@ class EpochLook:
         if shape is not None and classes != shape[1]:
             raise InvalidInputError(f"expected logits [inputs, {shape[1]}], as the head has them, found {logits.shape}")
         numbers = [ids for _, ids in given if ids is not None]
+        if self.consensus.looks and bool(numbers) != (self.consensus.inputs == 0):
+            raise InvalidInputError(
+                "ids: pass them in every epoch or in none, since without ids the position of an input is its id"
+            )
         if numbers:
             ids = np.concatenate(numbers)
             if len(np.unique(ids)) != len(ids):

@@ -161,7 +161,7 @@ def _batches(inputs: Any, model: nn.Module) -> list[Batch]:
     """The batches of a look on the model's device, with floating-point numbers in the model's dtype."""
     inputs = inputs() if callable(inputs) else inputs
     parameters = list(model.parameters())
-    device = parameters[0].device if parameters else torch.device("cpu")
+    device = next((p.device for p in parameters if p.device.type != "meta"), torch.device("cpu"))
     dtype = next((p.dtype for p in parameters if p.is_floating_point() and p.element_size() > 1), None)
 
     def moved(value: Any) -> Any:
@@ -211,16 +211,25 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
         stack.callback(random.setstate, python)
         stack.enter_context(torch.random.fork_rng(devices=[]))
         for kind, indices in kinds.items():
-            stack.enter_context(torch.random.fork_rng(devices=sorted(indices), device_type=kind))
+            _keep_random_numbers(kind, indices, stack)
         stack.callback(_restore_modes, [(module, module.training) for module in model.modules()])
         stack.callback(_restore_buffers, _copies_of_buffers(model))
         for module in model.modules():
             module.training = False  # not by eval(), which some modules override to merge their weights
         stack.enter_context(torch.no_grad())
-        for kind in ("cpu", *kinds):
+        for kind in filter(torch.amp.is_autocast_available, ("cpu", *kinds)):
             stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
+
+
+def _keep_random_numbers(kind: str, indices: set[int], stack: ExitStack) -> None:
+    """Restores the random numbers of a kind of accelerator at the end."""
+    accelerator = getattr(torch, kind, None)
+    if kind == "mps":  # it has a single device, and its functions take no index
+        stack.callback(torch.mps.set_rng_state, torch.mps.get_rng_state())
+    elif hasattr(accelerator, "get_rng_state"):  # some third-party devices have no such function
+        stack.enter_context(torch.random.fork_rng(devices=sorted(indices), device_type=kind))
 
 
 def _restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:

@@ -359,6 +359,18 @@ def test_calls_that_contradict_each_other_are_refused(watch):
         monitor.look(torch.zeros(2, CLASSES))
 
 
+def test_ids_in_some_epochs_only_are_a_fault(watch, caplog):
+    model = Net()
+    monitor = watch(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for ids in (torch.arange(6), None, torch.arange(6), torch.tensor([9, 5])):
+        monitor.look(torch.eye(6 if ids is None else len(ids), CLASSES), ids)
+        train(model, monitor, optimizer)
+    assert [r.consensus for r in monitor.history] == [None, None, 1, 0]  # of input 5, the only one that was seen before
+    assert monitor.faults == {"look": 1}
+    assert "ids: pass them in every epoch or in none" in caplog.text
+
+
 # --- resuming -----------------------------------------------------------------------------------------------------------
 
 
