@@ -83,6 +83,11 @@ def test_the_ledger_benchmark_runs_with_few_samples():
 
 
 @pytest.mark.slow
+def test_the_benchmark_of_looks_runs_with_few_inputs():
+    output = run("-m", "benchmarks.look", "--inputs", "16", "--batch", "8", "--repeats", "1")
+    assert [line.split("|")[1].strip() for line in output.splitlines()[-2:]] == ["batches of 8", "one batch"]
+
+
 def test_the_benchmark_of_language_models_shows_that_the_fused_loss_needs_a_fraction_of_the_memory():
     size = ("--vocabulary", "20000", "--rows", "4096", "--width", "16", "--seconds", "0.1")
     lines = run("-m", "benchmarks.language_models", *size).splitlines()
