@@ -88,6 +88,7 @@ def test_the_benchmark_of_looks_runs_with_few_inputs():
     assert [line.split("|")[1].strip() for line in output.splitlines()[-2:]] == ["batches of 8", "one batch"]
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_language_models_shows_that_the_fused_loss_needs_a_fraction_of_the_memory():
     size = ("--vocabulary", "20000", "--rows", "4096", "--width", "16", "--seconds", "0.1")
     lines = run("-m", "benchmarks.language_models", *size).splitlines()

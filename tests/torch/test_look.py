@@ -116,9 +116,8 @@ def test_training_is_bit_identical_with_and_without_a_look(how, noise, tmp_path)
     assert all(0 <= value <= 1 for value in looked["consensus"][1:])
 
 
-def test_a_look_compiles_nothing(watch):
-    model = Net()
-    monitor = watch(model, look=data(3, 7)[0])
+@pytest.mark.parametrize("how", ["wrapped", "in place", "a part of it"])
+def test_a_look_compiles_nothing(how, watch):
     compiled = 0
 
     def counting(graph: Any, inputs: Any) -> Any:
@@ -126,13 +125,22 @@ def test_a_look_compiles_nothing(watch):
         compiled += 1
         return graph.forward
 
-    run = torch.compile(model, backend=counting)
+    model: Any = Net()
+    run = model
+    if how == "a part of it":
+        model.body = torch.compile(model.body, backend=counting)
+    monitor = watch(model, look=data(3, 7)[0])
+    if how == "wrapped":
+        run = torch.compile(model, backend=counting)
+    elif how == "in place":
+        model.compile(backend=counting)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    train(run, monitor, optimizer)
-    after_first = compiled
+    x, y = data()
+    F.cross_entropy(run(x), y).backward()
+    by_training = compiled
     for _ in range(3):
         train(run, monitor, optimizer)
-    assert compiled == after_first
+    assert compiled == by_training > 0
     assert monitor.faults == {}
 
 
@@ -207,15 +215,18 @@ def test_floating_point_inputs_get_the_models_dtype(watch):
     assert (report.consensus, monitor.faults) == (1, {})
 
 
-def test_autocast_around_the_end_of_the_epoch_keeps_no_weights_without_gradients(watch):
+def test_autocast_around_the_end_of_the_epoch_is_off_in_the_look_and_on_afterwards(watch):
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, CLASSES))
     x, y = data()
     monitor = watch(model, look=x)
     F.cross_entropy(model(x), y).backward()
+    dtypes = []
+    model.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         monitor.end_epoch()
         model.zero_grad()
         F.cross_entropy(model(x), y).backward()
+    assert dtypes == [torch.float32, torch.bfloat16]
     assert all(p.grad is not None for p in model.parameters())
 
 
