@@ -231,6 +231,20 @@ def test_panels_of_the_second_figure_are_stacked_in_order(run):
     assert f"#epochs {{ height:{layout['height']}px }}" in run[2].read_text(encoding="utf-8")
 
 
+def test_a_look_adds_a_panel_and_a_column(tmp_path):
+    reports = [epoch(0), *(epoch(i).model_copy(update={"consensus": value}) for i, value in ((1, 0.75), (2, 0.5)))]
+    page = page_of(tmp_path, RUN, *reports, closed())
+    figure = page.figures["epochs"]
+    (trace,) = [trace for trace in figure["data"] if trace.get("yaxis") == "y7"]
+    assert trace["y"] == [None, 0.75, 0.5]
+    assert figure["layout"]["yaxis7"]["title"]["text"] == "consensus"
+    assert figure["layout"]["xaxis"]["anchor"] == "y7"
+    assert page.rows[0][7] == "consensus"
+    assert [row[7] for row in page.rows[1:]] == ["\N{EN DASH}", "0.7500", "0.5000"]
+    without = page_of(tmp_path / "without", RUN, epoch(0), epoch(1), closed())
+    assert "consensus" not in without.rows[0]
+
+
 def test_undefined_gwa_is_hollow_in_brackets_and_explained(tmp_path):
     two_groups = np.repeat([-0.1, 0.2], [295, 705]) + np.random.default_rng(0).normal(0, 1e-3, 1000)
     page = page_of(tmp_path, RUN, epoch(0), epoch(1, two_groups), epoch(2), closed())

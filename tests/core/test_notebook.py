@@ -110,6 +110,11 @@ def test_numbers_are_those_of_the_report():
         assert text in text_of(html)
 
 
+def test_the_consensus_is_shown_if_there_is_one():
+    assert numbers_of(report_html(report(4, consensus=0.625)))["consensus"] == 0.625
+    assert "consensus" not in text_of(report_html(report(4)))
+
+
 def test_undefined_gwa_is_in_brackets_and_called_undefined():
     shown = report(scores=two_groups())
     assert not shown.gwa_defined
