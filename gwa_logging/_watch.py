@@ -18,6 +18,7 @@ from gwa_logging import _all_heads, registry
 from gwa_logging._announce import announce
 from gwa_logging._closer import closer
 from gwa_logging._run_folder import RunFolder
+from gwa_logging.best_weights import BestWeights
 from gwa_logging.delivery import DeliveryGroup
 from gwa_logging.errors import InvalidInputError
 from gwa_logging.faults import Faults
@@ -91,6 +92,7 @@ def watch(
     num_samples: int | None = None,
     labels: Any = None,
     unit: Literal["sample", "position"] | None = None,
+    keep_best: bool | Literal["averaged"] = False,
     notify: str | Sequence[str] | None = None,
     directory: str | PathLike[str] = "gwa_runs",
     name: str = "gwa",
@@ -124,6 +126,9 @@ def watch(
         unit: what a score belongs to where the head sees several rows of one input (tokens, views, clips). "sample": the input;
             its gradient is the sum over its rows. "position": each row. None finds out in the first backward passes: the
             input if the loss pools its rows after the head, else each row; in a compiled model and in JAX each row.
+        keep_best: True keeps the model's weights of the best epoch (`EpochReport.is_best`) in a file in the run's folder, for
+            `Monitor.best_weights` and `Monitor.restore_best`; "averaged" keeps their running average over about one epoch. In
+            JAX, pass the parameters: `end_epoch(params=params)`, or, averaged, `update(scores, params=params)`.
         notify: where to send each StopAlert and its withdrawal: an Apprise URL such as "slack://..." or "mailto://...", or a
             list of them (extra `notify`). Only the scheme of a URL is logged or stored.
         directory: folder for journals and reports; each run has its own folder in it.
@@ -151,6 +156,7 @@ def watch(
         num_samples=num_samples,
         labels=labels,
         unit=unit,
+        keep_best=keep_best,
         notify=notify,
         directory=directory,  # type: ignore[arg-type]  # converted by WatchSettings
         name=name,
@@ -201,6 +207,7 @@ def _open(
     adapter = framework.attach(model, settings, faults)
     with ExitStack() as undo:
         undo.callback(adapter.close)
+        weights = adapter.weights(averaged=settings.keep_best == "averaged") if settings.keep_best else None
         head = re.sub(r"[^\w.-]", "_", adapter.path)  # a module's name may contain any character, such as "/" or "%"
         name, path = (f"{settings.name}/{head}", path / head) if group else (settings.name, path)
         backends: list[Backend] = []
@@ -219,6 +226,10 @@ def _open(
                     _check_is_free(opened, opened.run_ref, name)
             backends += registry.open_notifiers(settings.notify, path)
             journal = Journal(path / FILE_NAME, faults)
+        best_weights = None
+        if weights is not None:
+            folder_of_weights = path if adapter.writes else None
+            best_weights = BestWeights(weights, folder_of_weights, faults, averaged=settings.keep_best == "averaged")
         undo.pop_all()  # from here on the monitor closes everything
     monitor = Monitor(
         Recording(
@@ -230,6 +241,7 @@ def _open(
             journal=journal,
             folder=folder,
             group=group,
+            best_weights=best_weights,
         )
     )
     try:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from gwa_logging.alignment import SCORE_TOLERANCE
+from gwa_logging.best_weights import BestWeightsFile
 from gwa_logging.early_stop import StopState
 from gwa_logging.errors import InvalidInputError
 from gwa_logging.histogram import BINS
@@ -74,6 +75,7 @@ class MonitorState(NamedTuple):
         interval: summary of the interval in progress.
         ledger: the ledger over all processes; None if there is none.
         heads: the states of the further heads by path, as `to_dict` returns them.
+        best_weights: the file with the weights of the best epoch, if they are kept.
     """
 
     head: HeadShape | None
@@ -89,6 +91,7 @@ class MonitorState(NamedTuple):
     interval: AlignmentSummary
     ledger: Ledger | None
     heads: dict[str, Any]
+    best_weights: BestWeightsFile | None = None
 
     def to_dict(self, adapter: Adapter) -> dict[str, Any]:
         """Converts the state to plain data."""
@@ -100,6 +103,7 @@ class MonitorState(NamedTuple):
             "stop": {name: _to_json(value) for name, value in self.stop._asdict().items()},
             "history": [report.model_dump(mode="json") for report in self.history],
             "alert": self.alert and self.alert.model_dump(mode="json"),
+            "best_weights": self.best_weights and self.best_weights.model_dump(),
             "epoch": [_to_json(number) for number in self.epoch.to_vector().tolist()],
             "interval": [_to_json(number) for number in self.interval.to_vector().tolist()],
             "ledger": ledger
@@ -150,6 +154,7 @@ class MonitorState(NamedTuple):
             interval=read.interval,
             ledger=None if read.ledger is None else Ledger(**dict(read.ledger)),
             heads=read.heads,
+            best_weights=read.best_weights,
         )
 
     def check(self, adapter: Adapter, num_samples: int | None, heads: set[str]) -> None:
@@ -274,8 +279,6 @@ _Real = Annotated[float, BeforeValidator(_real)]
 _Finite = Annotated[float, BeforeValidator(_real), Field(allow_inf_nan=False)]
 _Flag = Annotated[bool, BeforeValidator(_flag)]
 _Floats = Annotated[Any, BeforeValidator(lambda value: _array(value, "f").astype(np.float32))]
-
-
 _Integers = Annotated[
     Any, BeforeValidator(lambda value: None if value is None else _array(value, "iuf").astype(np.int32))
 ]
@@ -378,6 +381,7 @@ class _Saved(_Part):
     interval: Annotated[Any, BeforeValidator(_summary)]
     ledger: _Ledger | None
     heads: dict[str, Any]
+    best_weights: BestWeightsFile | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

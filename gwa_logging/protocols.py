@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy.typing as npt
 
+from gwa_logging.best_weights import ModelWeights
 from gwa_logging.faults import Faults
 from gwa_logging.ledger import Ledger, TaggedBatch
 from gwa_logging.records import (
@@ -107,6 +108,14 @@ class Adapter(Protocol):
 
     def load_ledger(self, ledger: Ledger) -> None:
         """Restores what `ledger` returned, so that the sum over processes is unchanged."""
+        ...
+
+    def weights(self, *, averaged: bool) -> ModelWeights:
+        """What copies the model's weights, or with `averaged` their running average. Called at most once, before `start`.
+
+        Raises:
+            InvalidInputError: those of this model cannot be kept, or not be averaged.
+        """
         ...
 
     def to_checkpoint_array(self, array: npt.NDArray[Any]) -> Any:

@@ -4,11 +4,13 @@ import logging
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from threading import RLock
+from time import monotonic
 from typing import Any
 
 from gwa_logging._announce import announce
 from gwa_logging._closing_report import ClosingReport
 from gwa_logging._run_folder import RunFolder
+from gwa_logging.best_weights import BestWeights
 from gwa_logging.checkpoint import HeadShape, MonitorState
 from gwa_logging.delivery import Delivery, DeliveryGroup
 from gwa_logging.early_stop import StopRule
@@ -51,6 +53,7 @@ class Recording:
         rule: the stop rule and its state.
         intervals: turns steps into interval records.
         suspects: reads the ledger.
+        best_weights: keeps the weights of the best epoch; None if they are not kept.
         lock: held while a step or a call of the user changes anything.
         is_closed: True after `finish`.
         closing_report: the report to write after `finish`; None if the run has no epoch, or another process writes.
@@ -67,6 +70,7 @@ class Recording:
         journal: Journal | None = None,
         folder: RunFolder | None = None,
         group: DeliveryGroup | None = None,
+        best_weights: BestWeights | None = None,
     ) -> None:
         """Takes over the adapter, which has not been started, the backends and the journal: `_all_heads.close` closes them.
 
@@ -75,6 +79,7 @@ class Recording:
             backends: where the journal is delivered.
             folder: the journal's folder.
             group: of the first head, if this is a further head of the same model.
+            best_weights: see the class.
         """
         self.settings, self.name, self.adapter, self.journal, self.faults = settings, name, adapter, journal, faults
         self.history: list[EpochReport] = []
@@ -84,6 +89,7 @@ class Recording:
         grow = settings.samples_per_epoch is None
         self.intervals = IntervalRecorder(adapter, settings.log_every_n_steps, self.write, faults, grow=grow)
         self.suspects = SuspectFinder(adapter, settings.num_samples, settings.labels, faults)
+        self.best_weights = best_weights
         self.lock = RLock()
         self.is_closed = False
         self.closing_report: ClosingReport | None = None
@@ -178,8 +184,10 @@ class Recording:
                 "with a regression loss"
             )
 
-    def end_epoch(self, *, partial: bool = False) -> EpochReport:
+    def end_epoch(self, *, partial: bool = False, params: Any = None) -> EpochReport:
         """Closes an epoch; with `partial` one that closing interrupts, in which no other process takes part.
+
+        `params` are the parameters to keep if it is the best epoch (JAX).
 
         Raises:
             NoObservationsError: it had no step.
@@ -203,6 +211,8 @@ class Recording:
         self.history.append(report)
         self.intervals.begin_epoch(len(self.history))
         self.write(report, sync=True)
+        if self.best_weights is not None and not partial:
+            self.best_weights.end_epoch(report.epoch, params, is_best=report.is_best)
         if withdrawn and self.alert:
             self._withdraw(self.alert, report)
         if alert:
@@ -225,6 +235,8 @@ class Recording:
                 alert = alert.model_copy(update={"caveats": (*alert.caveats, *self.suspects.caveats())})
             except Exception as error:  # noqa: BLE001 - the alert must be raised, and training must continue
                 self.faults.record("suspects", f"{type(error).__name__}: {error}")
+        if self.best_weights is not None and (place := self.best_weights.sentence(alert.best_epoch)):
+            alert = alert.model_copy(update={"message": alert.message + place})
         self.alert = alert
         logger.warning("gwa_logging: %s", alert.message)
         self.write(alert, sync=True)
@@ -279,6 +291,7 @@ class Recording:
             interval=interval,
             ledger=self.adapter.ledger() if self.suspects.has_ledger else None,
             heads=heads,
+            best_weights=self.best_weights.last_file() if self.best_weights else None,
         ).to_dict(self.adapter)
 
     def read_state(self, state: Any, heads: set[str]) -> MonitorState:
@@ -310,6 +323,8 @@ class Recording:
                 partial=state.interval,
                 in_epoch=bool(state.epoch.seen),
             )
+            if self.best_weights is not None:
+                self.best_weights.resume(state.best_weights)
             for delivery in self.deliveries:
                 delivery.resume()
 
@@ -371,13 +386,11 @@ class Recording:
         for delivery in self.deliveries:
             if shortfall := delivery.shortfall():
                 is_delivered = False
-                name, folder = delivery.backend.name, self.journal and self.journal.path.parent
-                remedy = f"To send what it lacks: gwa-logging replay {folder} --backend {name}"
-                if delivery.backend.is_notifier:
-                    remedy = f"An alert is in the journal. To send it: gwa-logging notify {folder} URL"
-                logger.warning("gwa_logging: backend %s %s. %s", name, shortfall, remedy)
+                logger.warning("gwa_logging: backend %s %s. %s", delivery.backend.name, shortfall, delivery.remedy)
         if self.closing_report is not None:
             self.closing_report.end(deadline)
+        if self.best_weights is not None:
+            self.best_weights.wait(max(0.0, deadline - monotonic()))
         self.group.remove(self.deliveries)
         if self.journal is not None:
             self.journal.close()

@@ -63,6 +63,12 @@ def _path(value: object) -> Path:
     return Path(os.fspath(value))  # type: ignore[call-overload]  # raises TypeError for everything else
 
 
+def _kept(value: object) -> object:
+    if not isinstance(value, bool | str) or value not in (False, True, "averaged"):
+        raise TypeError
+    return value
+
+
 def _checked(convert: Callable[[Any], Any]) -> BeforeValidator:
     """Validates with a function that raises TypeError, which pydantic would let through."""
 
@@ -144,6 +150,9 @@ class WatchSettings(Settings):
         default=None, ge=1, lt=2**31, validate_default=True, description="an integer from 1 to 2**31 - 1, or None"
     )
     unit: Literal["sample", "position"] | None = Field(default=None, description="'sample', 'position' or None")
+    keep_best: Annotated[bool | Literal["averaged"], _checked(_kept)] = Field(
+        default=False, description="False, True or 'averaged'"
+    )
     notify: Any = Field(default=(), repr=False, validate_default=True)
     directory: Annotated[Path, _checked(_path)] = Field(default=Path("gwa_runs"), description="a path")
     name: str = Field(
@@ -238,7 +247,7 @@ class WatchSettings(Settings):
 
     def for_other_head(self, head: Any, runs: dict[str, Any]) -> "WatchSettings":
         """The settings for a further head, which shares the runs and the epochs of the first."""
-        alone = {"early_stop": None, "on_alert": None, "notify": (), "samples_per_epoch": None}
+        alone = {"early_stop": None, "on_alert": None, "notify": (), "samples_per_epoch": None, "keep_best": False}
         return self.model_copy(update={"head": head, "run": runs, **alone})
 
     def run_of(self, backend: Any) -> Any:
@@ -255,6 +264,7 @@ class WatchSettings(Settings):
             "samples_per_epoch": self.samples_per_epoch,
             "num_samples": self.num_samples,
             "unit": self.unit,
+            "keep_best": self.keep_best,
         }
 
 

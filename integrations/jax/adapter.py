@@ -1,5 +1,6 @@
 """The JAX adapter: `value_and_grad` with scores, and what `update` accumulates."""
 
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, wraps
@@ -26,6 +27,7 @@ from gwa_logging.integrations.jax.find_head import find_head, library_of
 from gwa_logging.integrations.jax.ledger import DeviceLedger, add_to_ledger
 from gwa_logging.integrations.jax.probe import ProbeSession
 from gwa_logging.integrations.jax.sessions import LayerCall, fresh_trace
+from gwa_logging.integrations.jax.weights import JaxWeights
 from gwa_logging.ledger import Ledger, TaggedBatch
 from gwa_logging.ranks import Attendance, check_windows
 from gwa_logging.settings import WatchSettings
@@ -107,6 +109,7 @@ class JaxAdapter:
         self._attendance = attendance
         self._processes = Processes(attendance, faults)
         self._library = library_of(model)
+        self._model = weakref.ref(subject(model))
         self._wanted = head
         self._num_samples = settings.num_samples
         self._pools_rows = settings.unit == "sample"
@@ -291,6 +294,10 @@ class JaxAdapter:
             self._ledger, self._untagged = DeviceLedger.from_host(ledger), ledger.untagged
         else:
             self._ledger, self._untagged = None, 0
+
+    def weights(self, *, averaged: bool) -> JaxWeights:
+        """The parameters that users pass; see `protocols.Adapter`."""
+        return JaxWeights(self._model(), averaged=averaged)
 
     def to_checkpoint_array(self, array: np.ndarray) -> np.ndarray:
         """Returns the array unchanged."""

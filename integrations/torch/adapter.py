@@ -34,6 +34,7 @@ from gwa_logging.integrations.torch.probe import HeadProbe
 from gwa_logging.integrations.torch.step_watchdog import StepWatchdog
 from gwa_logging.integrations.torch.trl_head import FusedHead, watch_fused_head
 from gwa_logging.integrations.torch.units import Unit
+from gwa_logging.integrations.torch.weights import TorchWeights
 from gwa_logging.ledger import Ledger, TaggedBatch
 from gwa_logging.ranks import Attendance, Identity, check_windows, first_scores
 from gwa_logging.settings import WatchSettings
@@ -91,6 +92,7 @@ class TorchAdapter:
         self._fused: FusedHead | None = None
         self._watchdog: StepWatchdog | None = None
         self._location: HeadLocation | None = None
+        self._weights: TorchWeights | None = None
         self._copies: list[weakref.ref[nn.Module]] = []
         self._changes = ""  # a sentence about the last replacement of the head
         self.passes = 0
@@ -223,6 +225,11 @@ class TorchAdapter:
             "meanwhile. Copies are not observed: call watch(copy) after copy.deepcopy(model)",
         )
 
+    def after_step(self) -> None:
+        """Updates the average of the weights."""
+        if self._weights is not None:
+            self._weights.after_step()
+
     def copies(self) -> list[nn.Module]:
         """Deep copies of the model that still exist."""
         return [copied for reference in self._copies if (copied := reference()) is not None]
@@ -342,6 +349,11 @@ class TorchAdapter:
         model = self._model()
         parameter = next(iter(model.parameters()), None) if model is not None else None
         self._accumulator.load_ledger(ledger, parameter.device if parameter is not None else torch.device("cpu"))
+
+    def weights(self, *, averaged: bool) -> TorchWeights:
+        """The weights of the model; see `protocols.Adapter`."""
+        self._weights = TorchWeights(self._wrapped, self._attendance.missing, self._faults, averaged=averaged)
+        return self._weights
 
     def to_checkpoint_array(self, array: np.ndarray) -> Tensor:
         """Converts an array to a tensor, since `torch.load` refuses NumPy arrays."""
