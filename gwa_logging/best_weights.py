@@ -52,7 +52,7 @@ class ModelWeights(Protocol):
         """
         ...
 
-    def end_epoch(self) -> None:
+    def end_epoch(self, params: Any) -> None:
         """Called at the end of every epoch, before `snapshot`: the average learns how many steps an epoch has."""
         ...
 
@@ -145,7 +145,7 @@ class BestWeights:
     def end_epoch(self, epoch: int, params: Any, *, is_best: bool) -> None:
         """Keeps the weights if the epoch is the best one so far. Never raises. All processes must agree on `is_best`."""
         try:
-            self._weights.end_epoch()
+            self._weights.end_epoch(params)
             if is_best:
                 self._keep(epoch, params)
         except Exception as error:  # noqa: BLE001 - training must continue

@@ -20,6 +20,7 @@ from gwa_logging.integrations.jax.accumulate import (
     copy_state,
     global_update,
     merge_states,
+    transfers_allowed,
     update_state,
 )
 from gwa_logging.integrations.jax.distributed import Processes, shared_store
@@ -86,13 +87,7 @@ def _allows_transfers(
 
     @wraps(method)
     def allowed(self: "JaxAdapter", /, *args: P.args, **kwargs: P.kwargs) -> R:
-        config: Any = jax.config
-        guards = {
-            config.jax_transfer_guard_host_to_device,
-            config.jax_transfer_guard_device_to_device,
-            config.jax_transfer_guard_device_to_host,
-        }
-        with jax.transfer_guard("allow") if guards - {None, "allow"} else nullcontext():
+        with transfers_allowed():
             return method(self, *args, **kwargs)
 
     return allowed

@@ -19,6 +19,7 @@ import numpy as np
 
 from gwa_logging.best_weights import NO_KERAS_AVERAGE
 from gwa_logging.errors import InvalidInputError
+from gwa_logging.integrations.jax.accumulate import transfers_allowed
 
 DTYPES = "dtypes"
 """Name of the file's array with the dtype of each other array: NumPy's format does not know JAX's own, such as bfloat16."""
@@ -133,12 +134,15 @@ class JaxWeights:
         elif _shapes(tree) != _shapes(self._tree):
             raise InvalidInputError("params: their paths or shapes differ from those of the step before")
         else:
-            self._average = _moved(self._average, arrays, 1 / (self._horizon or self._steps + 1))
+            with transfers_allowed():
+                self._average = _moved(self._average, arrays, 1 / (self._horizon or self._steps + 1))
         self._steps += 1
         self._tree = ParameterTree(jax.tree.map(_emptied, params))
 
-    def end_epoch(self) -> None:
-        """Notes how many steps an epoch has."""
+    def end_epoch(self, params: Any) -> None:
+        """Notes how many steps an epoch has, and the structure of the parameters."""
+        if params is not None:
+            self._tree = ParameterTree(jax.tree.map(_emptied, params))
         if self._steps:
             self._horizon, self._steps = self._steps, 0
 
@@ -150,16 +154,15 @@ class JaxWeights:
         """
         if self._is_averaged and self._tree is not None:
             arrays = zip(self._tree.arrays.items(), self._average, strict=True)
-            found = {path: np.asarray(average.astype(like.dtype)) for (path, like), average in arrays}
+            with transfers_allowed():
+                found = {path: np.asarray(average.astype(like.dtype)) for (path, like), average in arrays}
         elif self._is_averaged:
             raise InvalidInputError("no parameters were passed: update(scores, params=params)")
         else:
             if params is None:
                 raise InvalidInputError("no parameters were passed: end_epoch(params=params)")
-            tree = ParameterTree(params)
-            # Copied, because the user's NumPy arrays may change while they are written.
-            found = {path: np.array(array) for path, array in tree.arrays.items()}
-            self._tree = ParameterTree(jax.tree.map(_emptied, params))
+            with transfers_allowed():  # copied, because the user's NumPy arrays may change while they are written
+                found = {path: np.array(array) for path, array in ParameterTree(params).arrays.items()}
         return found if jax.process_index() == 0 else None
 
     def write(self, snapshot: dict[str, np.ndarray], file: BinaryIO) -> None:

@@ -166,7 +166,7 @@ class TorchWeights:
             self._average.clear()
             self._faults.record(FAULT, f"their average starts again at the next step: {type(error).__name__}: {error}")
 
-    def end_epoch(self) -> None:
+    def end_epoch(self, params: Any) -> None:
         """Passes the end of an epoch on to the average."""
         model = self._model()
         if self._average is not None and model is not None:
