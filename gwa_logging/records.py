@@ -63,6 +63,7 @@ class RunRecord(Record):
         created: date and time in ISO 8601, UTC.
         settings: the arguments of `watch`.
         places: the trackers' runs, by the name of the backend.
+        classes: number of classes of the head; None if it is not known yet, as in JAX.
     """
 
     kind: Literal["run"] = "run"
@@ -72,6 +73,7 @@ class RunRecord(Record):
     created: str
     settings: dict[str, object]
     places: dict[str, TrackerRunRef] = Field(default_factory=dict)
+    classes: int | None = None
 
     @field_validator("name")
     @classmethod

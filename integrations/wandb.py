@@ -147,7 +147,7 @@ class WandbBackend(Tracker):
     def on_run(self, run: RunRecord) -> None:
         """Adds the settings to the config of a run that this library started."""
         if self._owned:
-            config = {**run.settings, "head": run.head, "version": __version__}
+            config = {**run.settings, "head": run.head, "classes": run.classes, "version": __version__}
             self.run.config.update({self.prefix: config}, allow_val_change=True)  # type: ignore[no-untyped-call]
 
     def on_interval(self, interval: IntervalRecord) -> None:

@@ -628,6 +628,7 @@ def test_a_run_that_watch_started_has_a_row_per_record_and_is_finished_by_close(
     assert config["log_every_n_steps"] == 3
     assert config["version"] == gwa_logging.__version__
     assert "Linear 8 -> 3" in config["head"]
+    assert config["classes"] == 3
     assert monitor.faults == {}
 
 
