@@ -137,7 +137,9 @@ def train(way: str, wrong: float, seed: int, data: dict[str, list[list[str]]]) -
         def after_epoch(sums: dict[str, np.ndarray], train_loss: float) -> None:
             report = monitor.end_epoch()
             loss, accuracy = held_out(model, test)
-            row = report.model_dump(include={"epoch", "count", "mean", "std", "excess_kurtosis", "negative_fraction", "gwa"})
+            row = report.model_dump(
+                include={"epoch", "count", "mean", "std", "excess_kurtosis", "negative_fraction", "gwa"}
+            )
             row |= {"separation": report.separation, "stable": report.stable_gwa, "alert": monitor.alert is not None}
             row |= {"train_loss": train_loss, "loss": loss, "accuracy": accuracy}
             if wrong:

@@ -18,7 +18,15 @@ def page(runs: list[Run]) -> str:
         wrong=round(100 * WRONG),
         epochs=EPOCHS,
         stopping=_table(
-            ["training", "wrong", "held-out loss lowest in epoch", "accuracy: best", "last", "alert in epoch", "at the alert"],
+            [
+                "training",
+                "wrong",
+                "held-out loss lowest in epoch",
+                "accuracy: best",
+                "last",
+                "alert in epoch",
+                "at the alert",
+            ],
             [_stopping(runs, way, wrong) for wrong in (WRONG, 0.0) for way in WAYS],
         ),
         auroc=_table(
@@ -27,7 +35,12 @@ def page(runs: list[Run]) -> str:
         ),
         statistics=_table(
             ["training", "wrong", "epoch", "tokens", "mean", "std", "excess kurtosis", "negative", "separation"],
-            [_statistics(runs, way, wrong, epoch) for way in WAYS for wrong in (WRONG, 0.0) for epoch in (0, EPOCHS - 1)],
+            [
+                _statistics(runs, way, wrong, epoch)
+                for way in WAYS
+                for wrong in (WRONG, 0.0)
+                for epoch in (0, EPOCHS - 1)
+            ],
         ),
     )
 
@@ -47,7 +60,9 @@ def _cells(runs: list[Run], way: str, wrong: float) -> list[Run]:
 def _spread(values: list[float], digits: int = 2) -> str:
     low, high = min(values), max(values)
     middle = f"{np.mean(values):.{digits}f}"
-    return middle if f"{low:.{digits}f}" == f"{high:.{digits}f}" else f"{middle} ({low:.{digits}f} to {high:.{digits}f})"
+    return (
+        middle if f"{low:.{digits}f}" == f"{high:.{digits}f}" else f"{middle} ({low:.{digits}f} to {high:.{digits}f})"
+    )
 
 
 def _stopping(runs: list[Run], way: str, wrong: float) -> list[str]:
