@@ -29,7 +29,7 @@ def main() -> None:
             for ids in torch.randperm(len(tokens), generator=generator).split(BATCH):
                 inputs = pad_sequence([tokens[i] for i in ids], batch_first=True)  # 0 is the padding
                 targets = pad_sequence([labels[i] for i in ids], batch_first=True, padding_value=-100)
-                monitor.tag(ids)  # one id per row: a document is the mean of its tokens
+                monitor.tag(ids)  # one id per row, which is a document
                 model(input_ids=inputs, attention_mask=(inputs != 0).long(), labels=targets).loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()

@@ -111,9 +111,9 @@ class Monitor(GradientCalls, WeightsCalls):
         `tag(torch.stack([ids, ids[order]], 1), weights=(lam, 1 - lam))`.
 
         All calls of the head in one forward pass of the model get these ids. If its logits are [batch, rows, classes], there
-        may be an id for each row or for each input. Rows without a gradient then count as no samples; of several rows with
-        one, the mean score is entered. Ids [batch, positions] name the document of each position, -1 for none: the mean of a
-        document's positions is entered.
+        may be an id for each row or for each input. Ids [batch, positions] name the document of each position, -1 for none.
+        Rows without a gradient then count as no samples. Of several rows of an input or document, the mean is entered,
+        weighted by the norms of their gradients.
 
         If the backward pass repeats the head's forward pass (reentrant checkpointing of the whole model), and several passes
         precede one backward, only the last keeps its ids.

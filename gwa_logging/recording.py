@@ -106,6 +106,7 @@ class Recording:
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
                 settings=settings.to_dict(),
                 places={backend.name: backend.run_ref for backend in backends if not backend.is_notifier},
+                classes=adapter.shape[1] if adapter.shape else None,
             )
         )
         if journal is not None:

@@ -28,7 +28,7 @@ from gwa_logging.integrations.torch.find_head import NOT_FOUND_YET, Head, find_h
 from gwa_logging.integrations.torch.first_pass import FirstPass, HeadCall
 from gwa_logging.integrations.torch.forward_tracker import ForwardTracker
 from gwa_logging.integrations.torch.fused_losses import culprit, silent_loss
-from gwa_logging.integrations.torch.head_layers import layer_of
+from gwa_logging.integrations.torch.head_layers import layer_of, sizes_of
 from gwa_logging.integrations.torch.head_location import HeadLocation
 from gwa_logging.integrations.torch.probe import HeadProbe
 from gwa_logging.integrations.torch.step_watchdog import StepWatchdog
@@ -116,7 +116,9 @@ class TorchAdapter:
     def shape(self) -> tuple[int, int] | None:
         """Number of features and of classes of the head; None until they are known."""
         watching = self._watching
-        return (watching.layer.features, watching.layer.classes) if isinstance(watching, HeadProbe) else None
+        if isinstance(watching, HeadProbe):
+            return watching.layer.features, watching.layer.classes
+        return None if self._found is None else sizes_of(self._found.module)
 
     def reduce(self, summary: AlignmentSummary) -> AlignmentSummary:
         """The summary of all ranks that count (a collective: every rank must call it)."""
