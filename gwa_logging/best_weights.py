@@ -22,11 +22,6 @@ WRITE_WITHIN = 60.0
 
 FAULT = "best weights"
 
-NO_KERAS_AVERAGE = (
-    "keep_best='averaged': Keras trains the model itself, so its steps cannot be averaged here. Let Keras average the weights: "
-    "keras.optimizers.Adam(use_ema=True, ema_overwrite_frequency=...), or use keep_best=True"
-)
-
 
 class ModelWeights(Protocol):
     """What an adapter provides for `BestWeights`."""

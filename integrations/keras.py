@@ -96,6 +96,11 @@ class GWACallback(keras.callbacks.Callback):  # type: ignore[misc]  # keras has 
                 f"Keras runs on {keras.backend.backend()!r}, where gwa_logging cannot access the gradient at the head. Set "
                 "KERAS_BACKEND=torch or KERAS_BACKEND=jax before you import keras"
             )
+        if session.settings.keep_best == "averaged":
+            raise InvalidInputError(
+                "keep_best='averaged': Keras's fit does not show its steps. Let Keras average the weights, "
+                "keras.optimizers.Adam(use_ema=True), or use keep_best=True"
+            )
         if session.settings.num_samples is not None:
             raise InvalidInputError(
                 f"num_samples={session.settings.num_samples}: Keras's fit does not reveal which samples a batch holds; for a "

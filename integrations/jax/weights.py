@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gwa_logging.best_weights import NO_KERAS_AVERAGE
 from gwa_logging.errors import InvalidInputError
 from gwa_logging.integrations.jax.accumulate import transfers_allowed
 
@@ -90,14 +89,8 @@ class JaxWeights:
     suffix = ".npz"
 
     def __init__(self, model: Any, *, averaged: bool) -> None:
-        """Copies nothing yet. Holds only a weak reference to the model.
-
-        Raises:
-            InvalidInputError: an average is wanted, but the model is Keras's.
-        """
+        """Copies nothing yet. Holds only a weak reference to the model."""
         self._keras = weakref.ref(model) if hasattr(model, "set_weights") else None
-        if averaged and self._keras is not None:
-            raise InvalidInputError(NO_KERAS_AVERAGE)
         self._is_averaged = averaged
         self._average: list[jax.Array] = []
         self._tree: ParameterTree | None = None  # of the last parameters

@@ -108,7 +108,7 @@ def is_split(tensor: Any) -> bool:
 
 def is_flattened(model: nn.Module) -> bool:
     """Returns True if FullyShardedDataParallel has replaced parameters of the model by parts of flat ones."""
-    return any(hasattr(module, "_fsdp_wrapped_module") or hasattr(module, "_flat_param") for module in model.modules())
+    return any(getattr(parameter, "_fsdp_flattened", False) for parameter in model.parameters())
 
 
 def is_first_owner(tensor: Any) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from gwa_logging.best_weights import FAULT, NO_KERAS_AVERAGE
+from gwa_logging.best_weights import FAULT
 from gwa_logging.errors import InvalidInputError
 from gwa_logging.faults import Faults
 from gwa_logging.integrations.torch.distributed import full_tensor, is_distributed, is_flattened, is_split, rank
@@ -73,6 +73,11 @@ class WeightAverage:
         """Starts again from the present weights, at the next step."""
         self._averages.clear()
         self._horizon, self.steps = None, 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Returns True before the first step."""
+        return not self._averages
 
     def of(self, tensor: Tensor) -> Tensor | None:
         """The average of a parameter or buffer, of its type and shape; None if it is not averaged."""
@@ -142,12 +147,12 @@ class TorchWeights:
             averaged: keeps the running average instead of the weights.
 
         Raises:
-            InvalidInputError: an average is wanted, but the model is Keras's, or FullyShardedDataParallel has flattened it.
+            InvalidInputError: FullyShardedDataParallel has flattened the model.
         """
         self._model, self._missing, self._faults = model, missing, faults
-        if averaged and any(base.__module__ == "keras.src.models.model" for base in type(self._existing()).__mro__):
-            raise InvalidInputError(NO_KERAS_AVERAGE)
         self._average = WeightAverage() if averaged else None
+        self._has_part: bool | None = None
+        self._existing()
 
     def check(self, params: Any) -> None:
         """Refuses parameters."""
@@ -158,13 +163,19 @@ class TorchWeights:
     def after_step(self) -> None:
         """Updates the average. Does not wait for the device. Never raises: it is called by the user's optimizer."""
         model = self._model()
-        if self._average is None or model is None:
+        if self._average is None or model is None or not self._is_needed(model):
             return
         try:
             self._average.update(model)
         except Exception as error:  # noqa: BLE001 - nothing may reach the optimizer
             self._average.clear()
             self._faults.record(FAULT, f"their average starts again at the next step: {type(error).__name__}: {error}")
+
+    def _is_needed(self, model: nn.Module) -> bool:
+        """Returns True on the rank that writes, and on all ranks if the model is sharded. Decided at the first step."""
+        if self._has_part is None:
+            self._has_part = rank() == 0 or any(is_split(parameter) for parameter in model.parameters())
+        return self._has_part
 
     def end_epoch(self, params: Any) -> None:
         """Passes the end of an epoch on to the average."""
@@ -181,26 +192,31 @@ class TorchWeights:
             InvalidInputError: the model is deleted, or cannot be copied.
         """
         model = self._existing()
-        is_shared = is_distributed() and not self._missing()
+        if not self._is_needed(model):
+            return None
+        if self._average is not None and self._average.is_empty:
+            raise InvalidInputError(
+                "keep_best='averaged': no step of a torch.optim optimizer has followed an observed backward pass"
+            )
         copies: dict[int, Tensor] = {}
         state: dict[str, Any] = {}
         with torch.no_grad():
             for name, value in model.state_dict(keep_vars=True).items():
-                if not isinstance(value, Tensor):
+                if isinstance(value, Tensor):
+                    if id(value) not in copies:
+                        copies[id(value)] = self._copied(value)
+                    state[name] = copies[id(value)]
+                else:
                     state[name] = copy.deepcopy(value)
-                    continue
-                if id(value) not in copies:
-                    if is_split(value) and is_distributed() and not is_shared:
-                        raise InvalidInputError(
-                            f"the weights are sharded, and ranks {list(self._missing())} have not called watch()"
-                        )
-                    average = self._average.of(value) if self._average is not None else None
-                    whole = full_tensor(value if average is None else average).detach()
-                    copies[id(value)] = whole.to("cpu", copy=True) if rank() == 0 else whole
-                    if rank() != 0:
-                        copies[id(value)] = whole.new_empty(0)
-                state[name] = copies[id(value)]
         return state if rank() == 0 else None
+
+    def _copied(self, tensor: Tensor) -> Tensor:
+        """The whole tensor, or its average, on the host on rank 0."""
+        average = self._average.of(tensor) if self._average is not None else None
+        if is_split(tensor) and (missing := self._missing()):
+            raise InvalidInputError(f"the weights are sharded, and ranks {list(missing)} have not called watch()")
+        whole = full_tensor(tensor if average is None else average).detach()
+        return whole.to("cpu", copy=True) if rank() == 0 else whole.new_empty(0)
 
     def write(self, snapshot: dict[str, Any], file: BinaryIO) -> None:
         """Writes a state_dict that `torch.load` reads."""

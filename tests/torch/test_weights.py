@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 import gwa_logging
 from gwa_logging import EarlyStop, InvalidInputError
@@ -368,3 +369,24 @@ def test_the_journal_records_the_setting():
     assert '"keep_best":"averaged"' in monitor.journal.read_text().replace(" ", "")
     monitor.close()
     assert np.all([not path.name.endswith(".new") for path in monitor.journal.parent.parent.rglob("*")])
+
+
+def test_without_a_step_of_an_optimizer_there_is_no_average_and_this_is_counted(caplog):
+    model = Net()
+    with gwa_logging.watch(model, keep_best="averaged", early_stop=EarlyStop(warmup=0)) as monitor:
+        x, y = batch(0)
+        F.cross_entropy(model(x), y).backward()
+        monitor.end_epoch()
+        assert monitor.faults == {"best weights": 1}
+        assert "no step of a torch.optim optimizer has followed" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching")
+def test_flattened_parameters_are_refused(tmp_path):
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        model = FullyShardedDataParallel(Net(), use_orig_params=True, device_id=torch.device("cpu"))
+        with pytest.raises(InvalidInputError, match="FullyShardedDataParallel is not supported; use fully_shard"):
+            gwa_logging.watch(model, keep_best=True)
+    finally:
+        torch.distributed.destroy_process_group()
