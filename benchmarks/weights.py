@@ -65,8 +65,8 @@ def measure(
     with tempfile.TemporaryDirectory() as folder, gwa_logging.watch(model, directory=folder, early_stop=None):
         step_ms = _milliseconds(step, repeats)
         average_ms = _milliseconds(weights.after_step, repeats)
-        copy_ms = _milliseconds(lambda: weights.snapshot(None), repeats)
-        snapshot = weights.snapshot(None)
+        copy_ms = _milliseconds(lambda: weights._snapshot(model), repeats)
+        snapshot = weights._snapshot(model)
         assert snapshot is not None
         path = Path(folder) / "weights.pt"
         file_ms = _milliseconds(lambda: write_atomically(path, lambda file: weights.write(snapshot, file)), repeats)

@@ -128,7 +128,7 @@ def watch(
             input if the loss pools its rows after the head, else each row; in a compiled model and in JAX each row.
         keep_best: True keeps the model's weights of the best epoch (`EpochReport.is_best`) in a file in the run's folder, for
             `Monitor.best_weights` and `Monitor.restore_best`; "averaged" keeps their running average over about one epoch. In
-            JAX, pass the parameters: `end_epoch(params=params)`, or, averaged, `update(scores, params=params)`.
+            JAX, pass the parameters: `update(scores, params=params)`.
         notify: where to send each StopAlert and its withdrawal: an Apprise URL such as "slack://..." or "mailto://...", or a
             list of them (extra `notify`). Only the scheme of a URL is logged or stored.
         directory: folder for journals and reports; each run has its own folder in it.

@@ -40,27 +40,27 @@ class ModelWeights(Protocol):
         ...
 
     def observe(self, params: Any) -> None:
-        """Adds the parameters after a step to the running average (JAX).
+        """Takes the parameters after a step (JAX).
 
         Raises:
-            InvalidInputError: no average is kept, or the parameters cannot be averaged.
+            InvalidInputError: they cannot be kept.
         """
         ...
 
-    def end_epoch(self, params: Any) -> None:
-        """Called at the end of every epoch, before `snapshot`: the average learns how many steps an epoch has."""
-        ...
+    def end_epoch(self, params: Any, *, is_best: bool) -> Any:
+        """Ends an epoch. If it is the best, copies the weights, or their average, to the host, and waits for the device.
 
-    def snapshot(self, params: Any) -> Any:
-        """Copies the weights, or their average, to the host.
-
-        If the weights are sharded, every process must call this. Waits for the device.
+        If the weights are sharded, every process must call this.
 
         Args:
             params: what the user passed to `Monitor.end_epoch`, or None.
+            is_best: False if nothing is to be copied.
 
         Returns:
-            The copy in the process that writes, None in the others.
+            The copy in the process that writes; None in the others, and if the epoch is not the best.
+
+        Raises:
+            InvalidInputError: there is nothing to copy.
         """
         ...
 
@@ -140,22 +140,20 @@ class BestWeights:
     def end_epoch(self, epoch: int, params: Any, *, is_best: bool) -> None:
         """Keeps the weights if the epoch is the best one so far. Never raises. All processes must agree on `is_best`."""
         try:
-            self._weights.end_epoch(params)
-            if is_best:
-                self._keep(epoch, params)
+            is_ready = self.wait(WRITE_WITHIN) if is_best else False
+            # By every process, even if this one cannot write.
+            snapshot = self._weights.end_epoch(params, is_best=is_best)
+            if is_best and self._folder is not None:
+                if not is_ready:
+                    raise TimeoutError(f"the file of the last best epoch is not written after {WRITE_WITHIN:.0f} s")
+                self._start_writing(epoch, snapshot, self._folder)
         except Exception as error:  # noqa: BLE001 - training must continue
             self._faults.record(FAULT, f"those of epoch {epoch} were not kept: {type(error).__name__}: {error}")
 
-    def _keep(self, epoch: int, params: Any) -> None:
-        is_ready = self.wait(WRITE_WITHIN)
-        snapshot = self._weights.snapshot(params)  # by every process, even if this one cannot write
-        if self._folder is None:
-            return
-        if not is_ready:
-            raise TimeoutError(f"those of the last best epoch are still being written after {WRITE_WITHIN:.0f} s")
+    def _start_writing(self, epoch: int, snapshot: Any, folder: Path) -> None:
         # Not a daemon: when the program ends, it waits until the file is complete.
         self._writer = Thread(
-            target=self._write, args=(epoch, snapshot, self._folder), name="gwa_logging weights", daemon=False
+            target=self._write, args=(epoch, snapshot, folder), name="gwa_logging weights", daemon=False
         )
         self._writer.start()
 
@@ -174,12 +172,10 @@ class BestWeights:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Waits until the file of the last best epoch is written. Returns False if it is not after `timeout` seconds."""
-        if self._writer is not None:
-            self._writer.join(timeout)
-            if self._writer.is_alive():
-                return False
-            self._writer = None
-        return True
+        writer = self._writer  # another thread may wait too
+        if writer is not None:
+            writer.join(timeout)
+        return writer is None or not writer.is_alive()
 
     def last_file(self) -> BestWeightsFile | None:
         """The file of the last best epoch, for a checkpoint; waits until it is written."""

@@ -91,8 +91,7 @@ class Monitor(GradientCalls, WeightsCalls):
             sample_ids: int [batch] into the ledger (`watch(num_samples=)`), or None; see `tag` for documents and mixed samples.
             weights: the shares of mixed samples, see `tag`.
             predicted: int [batch], the predicted classes for the list of suspects, for example from the loss's aux.
-            params: the parameters after this step, a pytree of arrays on the device, for the running average of
-                `watch(keep_best="averaged")` (JAX).
+            params: the parameters after this step, a pytree of arrays, for `watch(keep_best=)` (JAX).
 
         Raises:
             InvalidInputError: scores, ids or params have a wrong type, shape or dtype, or are tracers (call it outside jit).
@@ -168,8 +167,7 @@ class Monitor(GradientCalls, WeightsCalls):
         except that `step` is each process's own.
 
         Args:
-            params: the model's parameters, a pytree of arrays, for `watch(keep_best=True)` (JAX). They are copied to the host
-                if this is the best epoch so far.
+            params: the parameters, a pytree of arrays, for `watch(keep_best=True)`, if `update` does not receive them (JAX).
 
         Raises:
             NoObservationsError: no training step has passed the probe since the last epoch.

@@ -1,7 +1,7 @@
 """The parameters of a JAX model, or their running average, for `watch(keep_best=)`.
 
-In JAX the parameters are values that the user's loop holds, so it passes them: `Monitor.end_epoch(params=params)`, or for the
-average `Monitor.update(scores, params=params)` after each step. The callback for Keras's `fit` passes them itself.
+In JAX the parameters are values that the user's loop holds, so it passes them: `Monitor.update(scores, params=params)` after
+each step or, unless they are averaged, `Monitor.end_epoch(params=params)`. The callback for Keras's `fit` passes them itself.
 
 The average is an exponential moving average with a horizon of one epoch: at each step it moves by 1/N towards the parameters,
 where N is the number of steps of the epoch before. In the first epoch N is the number of steps so far, so the average is the
@@ -93,7 +93,9 @@ class JaxWeights:
         self._keras = weakref.ref(model) if hasattr(model, "set_weights") else None
         self._is_averaged = averaged
         self._average: list[jax.Array] = []
-        self._tree: ParameterTree | None = None  # of the last parameters
+        self._latest: Any = None  # of the last step in this epoch, if they are not averaged
+        self._tree: ParameterTree | None = None  # of the last parameters, without their memory
+        self._structure: Any = None  # of the parameters of the last step
         self._steps = 0  # in this epoch
         self._horizon: int | None = None  # steps of the last epoch; None in the first
 
@@ -110,53 +112,68 @@ class JaxWeights:
         ParameterTree(params).check()
 
     def observe(self, params: Any) -> None:
-        """Adds the parameters after a step to the average. Does not wait for the device.
+        """Takes the parameters after a step. Does not wait for the device.
 
         Raises:
-            InvalidInputError: see `ParameterTree.check`; no average is kept, or it is of other arrays.
+            InvalidInputError: see `ParameterTree.check`; or the average is of other arrays.
         """
-        if not self._is_averaged:
-            raise InvalidInputError(
-                "update(params=): only for keep_best='averaged'; with keep_best=True pass them to end_epoch(params=params)"
-            )
-        tree = ParameterTree(params)
-        tree.check()
-        arrays = list(tree.arrays.values())
-        if self._tree is None or not self._average:
+        leaves, structure = jax.tree.flatten(params)
+        is_new = self._structure is None or structure != self._structure
+        if is_new or any(map(_is_unusable, leaves)):
+            ParameterTree(params).check()  # takes milliseconds for hundreds of arrays
+        if self._is_averaged:
+            self._add([leaf for leaf in leaves if _is_array(leaf)])
+            if is_new:
+                self._tree = ParameterTree(jax.tree.map(_emptied, params))
+            self._steps += 1
+        else:
+            self._latest = params
+        self._structure = structure
+
+    def _add(self, arrays: list[Any]) -> None:
+        """Moves the average towards the parameters."""
+        if not self._average:
             self._average = [_copied(array) for array in arrays]
-        elif _shapes(tree) != _shapes(self._tree):
-            raise InvalidInputError("params: their paths or shapes differ from those of the step before")
+        elif [array.shape for array in arrays] != [array.shape for array in self._average]:
+            raise InvalidInputError("params: their number or shapes differ from those of the step before")
         else:
             with transfers_allowed():
                 self._average = _moved(self._average, arrays, 1 / (self._horizon or self._steps + 1))
-        self._steps += 1
-        self._tree = ParameterTree(jax.tree.map(_emptied, params))
 
-    def end_epoch(self, params: Any) -> None:
-        """Notes how many steps an epoch has, and the structure of the parameters."""
-        if params is not None:
-            self._tree = ParameterTree(jax.tree.map(_emptied, params))
-        if self._steps:
-            self._horizon, self._steps = self._steps, 0
-
-    def snapshot(self, params: Any) -> dict[str, np.ndarray] | None:
-        """The arrays by path, on the host, in the process that writes; None in the others. Waits for the device.
+    def end_epoch(self, params: Any, *, is_best: bool) -> dict[str, np.ndarray] | None:
+        """If the epoch is the best: the arrays by path, on the host, in the process that writes.
 
         Raises:
-            InvalidInputError: no parameters were passed.
+            InvalidInputError: no parameters were passed in this epoch, or they have been donated since.
         """
-        if self._is_averaged and self._tree is not None:
-            arrays = zip(self._tree.arrays.items(), self._average, strict=True)
-            with transfers_allowed():
-                found = {path: np.asarray(average.astype(like.dtype)) for (path, like), average in arrays}
-        elif self._is_averaged:
-            raise InvalidInputError("no parameters were passed: update(scores, params=params)")
+        steps = self._steps
+        if steps:
+            self._horizon, self._steps = steps, 0
+        params, self._latest = self._latest if params is None else params, None  # not kept: it would fill the device
+        if params is not None:
+            self._tree = ParameterTree(jax.tree.map(_emptied, params))
+        if not is_best:
+            return None
+        if self._is_averaged:
+            found = self._average_on_host(steps)
+        elif params is None:
+            raise InvalidInputError("no parameters were passed: end_epoch(params=params)")
         else:
-            if params is None:
-                raise InvalidInputError("no parameters were passed: end_epoch(params=params)")
+            tree = ParameterTree(params)
+            tree.check()
             with transfers_allowed():  # copied, because the user's NumPy arrays may change while they are written
-                found = {path: np.array(array) for path, array in ParameterTree(params).arrays.items()}
+                found = {path: np.array(array) for path, array in tree.arrays.items()}
         return found if jax.process_index() == 0 else None
+
+    def _average_on_host(self, steps: int) -> dict[str, np.ndarray]:
+        """The average in the dtypes of the parameters, after an epoch of so many steps with parameters."""
+        if self._tree is None or not steps:
+            raise InvalidInputError("no parameters were passed: update(scores, params=params)")
+        with transfers_allowed():
+            return {
+                path: np.asarray(average.astype(like.dtype))
+                for (path, like), average in zip(self._tree.arrays.items(), self._average, strict=True)
+            }
 
     def write(self, snapshot: dict[str, np.ndarray], file: BinaryIO) -> None:
         """Writes an archive that `numpy.load` reads: one array by path, and the names of their dtypes."""
@@ -219,5 +236,5 @@ def _emptied(leaf: Any) -> Any:
     return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) if _is_array(leaf) else leaf
 
 
-def _shapes(tree: ParameterTree) -> list[tuple[str, Any]]:
-    return [(path, array.shape) for path, array in tree.arrays.items()]
+def _is_unusable(leaf: Any) -> bool:
+    return isinstance(leaf, jax.core.Tracer) or (isinstance(leaf, jax.Array) and leaf.is_deleted())

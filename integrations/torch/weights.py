@@ -7,7 +7,7 @@ steps so far, so the average is the plain mean. Averages of weights of 16 bits o
 Batch normalisation's running mean and variance are averaged as the weights are. All other buffers, and parameters without
 gradients, are those at the end of the epoch.
 
-A sharded model (`fully_shard`) is averaged shard by shard, without communication. `snapshot` gathers one tensor at a time.
+A sharded model (`fully_shard`) is averaged shard by shard, without communication. Its tensors are gathered one at a time.
 """
 
 import copy
@@ -57,9 +57,12 @@ class WeightAverage:
                 source = reference()
                 if source is None:  # a replaced layer; `end_epoch` drops it
                     continue
+                if average.dtype != source.dtype:  # one at a time, because each needs a copy of this size
+                    get_ema_multi_avg_fn(decay)([average], [_local(source).to(average.dtype)], None)
+                    continue
                 averages, sources = groups.setdefault((average.device, average.dtype), ([], []))
                 averages.append(average)
-                sources.append(_local(source).to(average.dtype))
+                sources.append(_local(source))
             for averages, sources in groups.values():
                 get_ema_multi_avg_fn(decay)(averages, sources, None)
 
@@ -73,11 +76,6 @@ class WeightAverage:
         """Starts again from the present weights, at the next step."""
         self._averages.clear()
         self._horizon, self.steps = None, 0
-
-    @property
-    def is_empty(self) -> bool:
-        """Returns True before the first step."""
-        return not self._averages
 
     def of(self, tensor: Tensor) -> Tensor | None:
         """The average of a parameter or buffer, of its type and shape; None if it is not averaged."""
@@ -177,27 +175,26 @@ class TorchWeights:
             self._has_part = rank() == 0 or any(is_split(parameter) for parameter in model.parameters())
         return self._has_part
 
-    def end_epoch(self, params: Any) -> None:
-        """Passes the end of an epoch on to the average."""
-        model = self._model()
-        if self._average is not None and model is not None:
-            self._average.end_epoch(model)
-
-    def snapshot(self, params: Any) -> dict[str, Any] | None:
-        """The state_dict on the host, on rank 0; None on the others. If the model is sharded, every rank must call this.
-
-        Tensors that have several names are copied once.
+    def end_epoch(self, params: Any, *, is_best: bool) -> dict[str, Any] | None:
+        """If the epoch is the best: the state_dict on the host, on rank 0. If the model is sharded, every rank must call this.
 
         Raises:
-            InvalidInputError: the model is deleted, or cannot be copied.
+            InvalidInputError: the model was deleted or cannot be copied, or the epoch had no step to average.
         """
-        model = self._existing()
-        if not self._is_needed(model):
+        model = self._model() if not is_best else self._existing()
+        if model is None or not self._is_needed(model):
             return None
-        if self._average is not None and self._average.is_empty:
-            raise InvalidInputError(
-                "keep_best='averaged': no step of a torch.optim optimizer has followed an observed backward pass"
-            )
+        if self._average is not None:
+            steps = self._average.steps
+            self._average.end_epoch(model)
+            if not steps and is_best:
+                raise InvalidInputError(
+                    "keep_best='averaged': no step of a torch.optim optimizer has followed an observed backward pass"
+                )
+        return self._snapshot(model) if is_best else None
+
+    def _snapshot(self, model: nn.Module) -> dict[str, Any] | None:
+        """The state_dict on the host, on rank 0; None on the others. Tensors that have several names are copied once."""
         copies: dict[int, Tensor] = {}
         state: dict[str, Any] = {}
         with torch.no_grad():

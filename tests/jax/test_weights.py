@@ -66,13 +66,14 @@ def assert_trees_equal(found: Any, expected: Any) -> None:
         assert np.array_equal(a, b)
 
 
+@pytest.mark.parametrize("at", ["update", "end_epoch"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_the_parameters_are_those_of_the_best_epoch(dtype):
+def test_the_parameters_are_those_of_the_best_epoch(dtype, at):
     loop, kept = Loop(True, dtype, EarlyStop(warmup=0)), {}
     for epoch in range(6):
         for scores in loop.steps(epoch, 3):
-            loop.monitor.update(scores)
-        loop.monitor.end_epoch(params=loop.params)
+            loop.monitor.update(scores, params=loop.params if at == "update" else None)
+        loop.monitor.end_epoch(params=loop.params if at == "end_epoch" else None)
         kept[epoch] = on_host(loop.params)
     loop.monitor.close()
     best = [report.epoch for report in loop.monitor.history if report.is_best][-1]
@@ -196,12 +197,14 @@ def test_parameters_that_cannot_be_kept_are_refused_before_the_epoch_ends(keep_b
 
 def test_parameters_that_cannot_be_averaged_are_refused():
     scores = jnp.array([0.5, -0.25])
-    message = r"with keep_best=True pass them to end_epoch\(params=params\)"
-    with watched(True) as monitor, pytest.raises(InvalidInputError, match=message):
+    with (
+        watched(False) as monitor,
+        pytest.raises(InvalidInputError, match=r"update\(params=\): the weights are not kept"),
+    ):
         monitor.update(scores, params={"w": jnp.ones(2)})
     with watched("averaged") as monitor:
         monitor.update(scores, params={"w": jnp.ones(2)})
-        with pytest.raises(InvalidInputError, match="their paths or shapes differ"):
+        with pytest.raises(InvalidInputError, match="their number or shapes differ"):
             monitor.update(scores, params={"w": jnp.ones(3)})
 
         @jax.jit
@@ -236,3 +239,26 @@ def test_a_resumed_run_reads_the_file_once_it_knows_the_structure():
         resumed.end_epoch(params={"w": jnp.zeros(2)})
         assert not resumed.history[-1].is_best
         assert_trees_equal(resumed.best_weights(), expected)
+
+
+@pytest.mark.parametrize("keep_best", [True, "averaged"])
+def test_parameters_of_an_earlier_epoch_do_not_stand_for_a_later_one(keep_best):
+    with watched(keep_best) as monitor:
+        monitor.update(jnp.array([0.01, 0.01]), params={"w": jnp.ones(2)})
+        monitor.end_epoch()
+        monitor.update(jnp.array([0.5, -0.25, 0.125]))
+        monitor.end_epoch()
+        assert [report.is_best for report in monitor.history][-1]
+        assert monitor.faults == {"best weights": 1}
+        assert monitor._recording.best_weights.last_file() is None or monitor._recording.best_weights.file.epoch == 0
+
+
+def test_windows_keep_the_parameters_of_their_last_step():
+    with gwa_logging.watch(
+        MLP(), keep_best=True, early_stop=EVERY, samples_per_epoch=4, log_every_n_steps=1
+    ) as monitor:
+        for step in range(4):
+            monitor.update(jnp.array([0.1, 0.2]), params={"w": jnp.full(2, step)})
+        assert len(monitor.history) == 2
+        best = [report.epoch for report in monitor.history if report.is_best][-1]
+        assert monitor.best_weights()["w"][0] == 2 * best + 1

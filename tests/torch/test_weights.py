@@ -390,3 +390,28 @@ def test_flattened_parameters_are_refused(tmp_path):
             gwa_logging.watch(model, keep_best=True)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_an_epoch_without_an_optimizer_step_does_not_keep_the_average_of_another():
+    model = Net()
+    with gwa_logging.watch(model, keep_best="averaged", early_stop=EarlyStop(warmup=1)) as monitor:
+        train_epoch(model, 0)
+        monitor.end_epoch()
+        x, y = batch(0)
+        F.cross_entropy(model(x), y).backward()
+        monitor.end_epoch()
+        assert monitor.history[-1].is_best
+        assert monitor.faults == {"best weights": 1}
+
+
+def test_windows_keep_the_weights_at_their_end():
+    model, states = Net(), []
+    every = EarlyStop(warmup=0, statistic="mean")
+    with gwa_logging.watch(
+        model, keep_best=True, early_stop=every, samples_per_epoch=2 * BATCH, log_every_n_steps=1
+    ) as monitor:
+        model.head.register_full_backward_hook(lambda *_: states.append(copy.deepcopy(model.state_dict())))
+        train_epoch(model, 0, steps=4)
+        assert len(monitor.history) == 2
+        best = [report.epoch for report in monitor.history if report.is_best][-1]
+        assert_equal(monitor.best_weights(), states[2 * best + 1])
