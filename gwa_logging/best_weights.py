@@ -10,9 +10,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Annotated, Any, BinaryIO, NamedTuple, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from gwa_logging.errors import InvalidInputError
 from gwa_logging.faults import Faults
@@ -85,6 +85,14 @@ class ModelWeights(Protocol):
         ...
 
 
+def _unboxed(value: Any) -> Any:
+    """A number from an array with one element, into which some checkpoints turn it; anything else unchanged."""
+    try:
+        return value.item() if hasattr(value, "item") else value
+    except (TypeError, ValueError, RuntimeError):  # several elements; refused by the field
+        return value
+
+
 class BestWeightsFile(BaseModel):
     """Where the weights of the best epoch are.
 
@@ -96,9 +104,9 @@ class BestWeightsFile(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
-    epoch: int = Field(ge=0)
+    epoch: Annotated[int, BeforeValidator(_unboxed), Field(ge=0)]
     path: str
-    averaged: bool
+    averaged: Annotated[bool, BeforeValidator(_unboxed)]
 
 
 class _Found(NamedTuple):

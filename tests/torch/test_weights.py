@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import shutil
 from pathlib import Path
 from threading import Event
 
@@ -415,3 +416,62 @@ def test_windows_keep_the_weights_at_their_end():
         assert len(monitor.history) == 2
         best = [report.epoch for report in monitor.history if report.is_best][-1]
         assert_equal(monitor.best_weights(), states[2 * best + 1])
+
+
+def test_a_write_that_hangs_does_not_block_training_and_is_counted(monkeypatch):
+    model, may_write, original = Net(), Event(), TorchWeights.write
+    every = EarlyStop(warmup=0, statistic="mean")
+
+    def write(self, snapshot, file):
+        assert may_write.wait(60)
+        original(self, snapshot, file)
+
+    monkeypatch.setattr(TorchWeights, "write", write)
+    monkeypatch.setattr("gwa_logging.best_weights.WRITE_WITHIN", 0.01)
+    with gwa_logging.watch(model, keep_best=True, early_stop=every) as monitor:
+        epoch = 0
+        while not monitor.faults and epoch < 30:
+            train_epoch(model, epoch)
+            monitor.end_epoch()
+            epoch += 1
+        assert monitor.faults == {"best weights": 1}
+        may_write.set()
+        assert monitor.restore_best() == 0
+
+
+def test_a_folder_that_was_deleted_is_made_again():
+    model = Net()
+    with gwa_logging.watch(model, keep_best=True, early_stop=EarlyStop(warmup=0)) as monitor:
+        train_epoch(model, 0)
+        shutil.rmtree(monitor.journal.parent)
+        monitor.end_epoch()
+        assert_equal(monitor.best_weights(), model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epoch": np.array(3), "averaged": np.bool_(True)}, None),
+        ({"epoch": torch.tensor(3), "averaged": torch.tensor(False)}, None),
+        ({"epoch": -1}, r"best_weights\.epoch: expected a number of at least 0"),
+        ({"epoch": 1.5}, r"best_weights\.epoch: expected"),
+        ({"path": 3}, r"best_weights\.path: expected text"),
+        ({"averaged": "no"}, r"best_weights\.averaged: expected"),
+        ({"more": 1}, r"best_weights\.more: it is unknown"),
+    ],
+)
+def test_a_state_says_which_file_and_a_damaged_one_is_refused(change, message):
+    with gwa_logging.watch(nn.Linear(8, 5), keep_best=True) as monitor:
+        state = monitor.state_dict()
+        assert state["best_weights"] is None
+        state["best_weights"] = {"epoch": 0, "path": "/nowhere/best_weights_epoch_0.pt", "averaged": False} | change
+        if message is None:
+            monitor.load_state_dict(state)
+            assert monitor.state_dict()["best_weights"]["epoch"] == 3
+            with pytest.raises(
+                InvalidInputError, match=r"/nowhere/best_weights_epoch_0\.pt cannot be read: FileNotFoundError"
+            ):
+                monitor.restore_best()
+        else:
+            with pytest.raises(InvalidInputError, match=message):
+                monitor.load_state_dict(state)
