@@ -23,7 +23,7 @@ def main() -> None:
     model = llama(tokenizer, args.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(args.seed)
-    watching = {"backend": args.backend.split(","), "early_stop": None, "num_samples": len(tokens)}
+    watching = {"backend": args.backend.split(","), "num_samples": len(tokens)}
     with gwa_logging.watch(model, **watching) as monitor:
         for _ in monitor.epochs(args.epochs):
             for ids in torch.randperm(len(tokens), generator=generator).split(BATCH):

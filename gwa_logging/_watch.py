@@ -27,7 +27,7 @@ from gwa_logging.monitor import Monitor
 from gwa_logging.protocols import AdapterModule, Backend, BackendWriter, RunContext
 from gwa_logging.recording import Recording
 from gwa_logging.records import StopAlert, TrackerRunRef
-from gwa_logging.settings import EarlyStop, WatchSettings, unknown_name
+from gwa_logging.settings import DEFAULT_EARLY_STOP, EarlyStop, WatchSettings, unknown_name
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -85,7 +85,7 @@ def watch(
     *,
     run: object = None,
     head: Any = None,
-    early_stop: EarlyStop | None = EarlyStop(),  # noqa: B008 - it is frozen
+    early_stop: EarlyStop | None = DEFAULT_EARLY_STOP,
     on_alert: Callable[[StopAlert], object] | None = None,
     log_every_n_steps: int = 50,
     samples_per_epoch: int | None = None,
@@ -113,7 +113,8 @@ def watch(
             a dict of runs by backend. None uses the active run; if there is none, a run is started and finished on close.
         head: the classifier head: a dotted path, or the module itself. None finds it. With a list (PyTorch), the alert follows
             the first head; each of the others has its own keys, `gwa/<path>/...`, and its own monitor in `Monitor.heads`.
-        early_stop: the stop rule, or None for no alert.
+        early_stop: the stop rule, or None for no alert. By default a language model of transformers gets none, since the rule
+            was validated on classifiers.
         on_alert: called with each StopAlert. A second alert comes only after a clearly better epoch has withdrawn the first.
         log_every_n_steps: steps between two histograms; at least 1. After 10,000 histograms it doubles each time the run has
             become twice as long, which bounds the size of the journal; with samples_per_epoch it stays constant.
@@ -184,7 +185,9 @@ def watch(
     _register(framework.subject(model), monitor)
     if monitor.journal is not None:
         watched = "; ".join(recording.adapter.head for recording in monitor._recordings())
-        announce(f"watching {watched}; journal: {monitor.journal}")
+        has_rule = first.settings.early_stop is settings.early_stop
+        note = "" if has_rule else " (a language model: no stop alert unless you pass early_stop=EarlyStop())"
+        announce(f"watching {watched}; journal: {monitor.journal}{note}")
     return monitor
 
 
@@ -205,6 +208,8 @@ def _open(
     """
     faults = Faults()
     adapter = framework.attach(model, settings, faults)
+    if adapter.is_language_model:
+        settings = settings.for_language_model()
     with ExitStack() as undo:
         undo.callback(adapter.close)
         weights = adapter.weights(averaged=settings.keep_best == "averaged") if settings.keep_best else None

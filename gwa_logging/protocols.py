@@ -94,6 +94,11 @@ class Adapter(Protocol):
         """Stops counting training passes, or resumes."""
         ...
 
+    @property
+    def is_language_model(self) -> bool:
+        """Returns True if the head is known to predict tokens."""
+        ...
+
     def snapshot(self) -> Snapshot:
         """Returns what has accumulated on the device since the last snapshot, and starts an empty summary."""
         ...

@@ -135,13 +135,17 @@ class EarlyStop(Settings):
         return [(name, value) for name, value in super().__repr_args__() if name and value != fields[name].default]
 
 
+DEFAULT_EARLY_STOP = EarlyStop()
+"""The stop rule of `watch` unless the user passes one. A language model then gets no alert, see `for_language_model`."""
+
+
 class WatchSettings(Settings):
     """The keyword arguments of `gwa_logging.watch`, which documents them."""
 
     backend: Any = Field(default="local", validate_default=True)
     run: Any = None
     head: Any = None
-    early_stop: EarlyStop | None = Field(default=EarlyStop(), description="an EarlyStop(...) or None")
+    early_stop: EarlyStop | None = Field(default=DEFAULT_EARLY_STOP, description="an EarlyStop(...) or None")
     on_alert: Callable[..., Any] | None = Field(default=None, description="a function of the StopAlert, or None")
     log_every_n_steps: Integer = Field(default=50, ge=1, description="an integer of at least 1")
     samples_per_epoch: Integer | None = Field(default=None, ge=1, description="an integer of at least 1, or None")
@@ -240,6 +244,13 @@ class WatchSettings(Settings):
                 "head: with several heads, give the backends by name, because each head opens its own"
             )
         return heads
+
+    def for_language_model(self) -> "WatchSettings":
+        """The settings for a language model: without a stop alert, unless the user has passed a rule.
+
+        The rule was validated on classifiers. In a study of language models it stayed silent where it should not have.
+        """
+        return self.model_copy(update={"early_stop": None}) if self.early_stop is DEFAULT_EARLY_STOP else self
 
     def for_head(self, head: Any) -> "WatchSettings":
         """The settings for the head that the alert follows."""

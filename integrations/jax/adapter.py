@@ -101,6 +101,7 @@ class JaxAdapter:
         self.head = f"head {head!r}: named by head=" if head else "head: found when the loss is first traced"
         self.notes: tuple[str, ...] = ()
         self.is_detached = False  # scores come from the user, even if the model no longer exists
+        self.is_language_model = False  # not known
         self._attendance = attendance
         self._processes = Processes(attendance, faults)
         self._library = library_of(model)

@@ -24,7 +24,14 @@ from gwa_logging.integrations.torch.distributed import (
     shared_store,
     unsharded,
 )
-from gwa_logging.integrations.torch.find_head import NOT_FOUND_YET, Head, find_head, inside_adapters, unwrapped
+from gwa_logging.integrations.torch.find_head import (
+    NOT_FOUND_YET,
+    Head,
+    find_head,
+    inside_adapters,
+    predicts_tokens,
+    unwrapped,
+)
 from gwa_logging.integrations.torch.first_pass import FirstPass, HeadCall
 from gwa_logging.integrations.torch.forward_tracker import ForwardTracker
 from gwa_logging.integrations.torch.fused_losses import culprit, silent_loss
@@ -78,6 +85,7 @@ class TorchAdapter:
         self.path = head.path if head else ""
         self._model = weakref.ref(inside_adapters(model))
         self._wrapped = weakref.ref(unwrapped(model))
+        self.is_language_model = head is not None and predicts_tokens(model, head)
         self._found = head  # only until `start`: it keeps the head of a model alive
         self._num_samples = settings.num_samples
         self._attendance = attendance
