@@ -25,12 +25,19 @@ DTYPES = "dtypes"
 
 
 @partial(jax.jit, donate_argnums=0)
-def _moved(average: Any, params: Any, share: Any) -> Any:
-    """The average, moved by `share` towards the parameters. Both are lists of arrays."""
-    return [
-        a + (share * (p.astype(a.dtype) - a)).astype(a.dtype) if jnp.issubdtype(a.dtype, jnp.inexact) else jnp.copy(p)
-        for a, p in zip(average, params, strict=True)
-    ]
+def _moved(averages: Any, params: Any, share: Any) -> Any:
+    """The averages, moved by `share` towards the parameters. Both are lists of arrays.
+
+    Elements that are not finite begin again with the present value: otherwise, after a divergence, they would never recover.
+    """
+
+    def moved(average: Any, array: Any) -> Any:
+        if not jnp.issubdtype(average.dtype, jnp.inexact):
+            return jnp.copy(array)
+        present = array.astype(average.dtype)
+        return jnp.where(jnp.isfinite(average), average + (share * (present - average)).astype(average.dtype), present)
+
+    return [moved(average, array) for average, array in zip(averages, params, strict=True)]
 
 
 def _copied(array: Any) -> jax.Array:

@@ -94,13 +94,18 @@ class WeightAverage:
         )
 
     def _start(self, model: nn.Module) -> None:
-        """Averages exactly the present weights: earlier averages are kept, others begin with the present value."""
+        """Averages exactly the present weights: earlier averages are kept, others begin with the present value.
+
+        So do elements that are not finite: otherwise, after a divergence, they would never recover.
+        """
         with torch.no_grad():
             kept = {}
             for tensor in _averaged(model):
                 reference, average = self._averages.get(id(tensor), (lambda: None, tensor))
-                if reference() is not tensor:
-                    local = _local(tensor)
+                local = _local(tensor)
+                if reference() is tensor:
+                    average.copy_(torch.where(average.isfinite(), average, local))
+                else:
                     average = local.to(torch.promote_types(local.dtype, torch.float32), copy=True)
                 kept[id(tensor)] = (weakref.ref(tensor), average)
             self._averages = kept

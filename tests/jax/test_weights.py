@@ -262,3 +262,11 @@ def test_windows_keep_the_parameters_of_their_last_step():
         assert len(monitor.history) == 2
         best = [report.epoch for report in monitor.history if report.is_best][-1]
         assert monitor.best_weights()["w"][0] == 2 * best + 1
+
+
+def test_an_average_recovers_after_a_divergence():
+    with watched("averaged") as monitor:
+        for value in (1.0, np.nan, 3.0, 5.0):
+            monitor.update(jnp.array([0.5, -0.25]), params={"w": jnp.array([value, 1.0])})
+        monitor.end_epoch()
+        assert monitor.best_weights()["w"].tolist() == [3.5, 1.0]  # 3, and a quarter of the way to 5

@@ -475,3 +475,19 @@ def test_a_state_says_which_file_and_a_damaged_one_is_refused(change, message):
         else:
             with pytest.raises(InvalidInputError, match=message):
                 monitor.load_state_dict(state)
+
+
+def test_an_average_recovers_after_a_divergence():
+    model = nn.Linear(8, 5)
+    with gwa_logging.watch(model, keep_best="averaged", early_stop=EarlyStop(warmup=1)) as monitor:
+        before = copy.deepcopy(model.state_dict())
+        train_epoch(model, 0)
+        with torch.no_grad():
+            model.weight[0, 0] = torch.nan
+        train_epoch(model, 1)
+        model.load_state_dict(before)
+        monitor.end_epoch()
+        train_epoch(model, 2)
+        monitor.end_epoch()
+        assert monitor.history[-1].is_best
+        assert monitor.best_weights()["weight"].isfinite().all()
