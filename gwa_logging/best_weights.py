@@ -10,12 +10,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
-from typing import Annotated, Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from gwa_logging.errors import InvalidInputError
 from gwa_logging.faults import Faults
+from gwa_logging.state_values import Count, Flag
 
 WRITE_WITHIN = 60.0
 """Seconds that a new best epoch waits for the file of the last one, which bounds the copies on the host to one."""
@@ -85,14 +86,6 @@ class ModelWeights(Protocol):
         ...
 
 
-def _unboxed(value: Any) -> Any:
-    """A number from an array with one element, into which some checkpoints turn it; anything else unchanged."""
-    try:
-        return value.item() if hasattr(value, "item") else value
-    except (TypeError, ValueError, RuntimeError):  # several elements; refused by the field
-        return value
-
-
 class BestWeightsFile(BaseModel):
     """Where the weights of the best epoch are.
 
@@ -104,9 +97,9 @@ class BestWeightsFile(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
-    epoch: Annotated[int, BeforeValidator(_unboxed), Field(ge=0)]
+    epoch: Count
     path: str
-    averaged: Annotated[bool, BeforeValidator(_unboxed)]
+    averaged: Flag
 
 
 class _Found(NamedTuple):

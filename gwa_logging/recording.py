@@ -13,14 +13,13 @@ from gwa_logging._run_folder import RunFolder
 from gwa_logging.best_weights import BestWeights
 from gwa_logging.checkpoint import HeadShape, MonitorState
 from gwa_logging.delivery import Delivery, DeliveryGroup
-from gwa_logging.early_stop import StopRule
+from gwa_logging.early_stop import StopRule, withdrawal_of
 from gwa_logging.errors import InvalidInputError, NoObservationsError
 from gwa_logging.faults import Faults
 from gwa_logging.interval_recorder import IntervalRecorder
 from gwa_logging.journal import Journal
 from gwa_logging.protocols import Adapter, Backend
 from gwa_logging.records import (
-    AlertWithdrawal,
     AnyRecord,
     CloseRecord,
     EpochReport,
@@ -215,20 +214,12 @@ class Recording:
         if self.best_weights is not None and not partial:
             self.best_weights.end_epoch(report.epoch, params, is_best=report.is_best)
         if withdrawn and self.alert:
-            self._withdraw(self.alert, report)
+            withdrawal, self.alert = withdrawal_of(self.alert, report), None
+            logger.info("gwa_logging: %s", withdrawal.message.removeprefix("GWA: "))
+            self.write(withdrawal, sync=True)
         if alert:
             self._raise_alert(alert)
         return report
-
-    def _withdraw(self, alert: StopAlert, report: EpochReport) -> None:
-        message = (
-            f"epoch {report.epoch} is clearly better than epoch {alert.best_epoch}: the stop alert of epoch {alert.epoch} is "
-            "withdrawn"
-        )
-        logger.info("gwa_logging: %s", message)
-        self.alert = None
-        withdrawal = AlertWithdrawal(epoch=report.epoch, alert_epoch=alert.epoch, message=f"GWA: {message}.")
-        self.write(withdrawal, sync=True)
 
     def _raise_alert(self, alert: StopAlert) -> None:
         if self.suspects.has_ledger:

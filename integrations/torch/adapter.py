@@ -34,9 +34,10 @@ from gwa_logging.integrations.torch.find_head import (
 )
 from gwa_logging.integrations.torch.first_pass import FirstPass, HeadCall
 from gwa_logging.integrations.torch.forward_tracker import ForwardTracker
-from gwa_logging.integrations.torch.fused_losses import culprit, silent_loss
+from gwa_logging.integrations.torch.fused_losses import silent_loss
 from gwa_logging.integrations.torch.head_layers import layer_of, sizes_of
 from gwa_logging.integrations.torch.head_location import HeadLocation
+from gwa_logging.integrations.torch.no_observation import no_observation_hint
 from gwa_logging.integrations.torch.probe import HeadProbe
 from gwa_logging.integrations.torch.step_watchdog import StepWatchdog
 from gwa_logging.integrations.torch.trl_head import FusedHead, watch_fused_head
@@ -372,28 +373,8 @@ class TorchAdapter:
     def no_observation_hint(self) -> str:
         """What to check when no step has passed the probe."""
         self.check_head()
-        changes = f"{self._changes}. " if self._changes else ""
-        evaluation = ""
         probe = self._watching if isinstance(self._watching, HeadProbe) else None
-        if probe is not None and probe.saw_evaluation:
-            evaluation = (
-                "There were passes with the head in eval mode, which are not counted: call model.train(), or train() on "
-                "the head alone. "
-            )
-        return (
-            f"Watched: {self.head}. {changes}{evaluation}{self._fused_loss(probe)}Check that loss.backward() runs on "
-            "the output of this model in training mode with gradients enabled; that the head is called as a module (not "
-            "through F.linear on its weight, nor in a fused loss other than linear_cross_entropy); and that watch() came "
-            "before the first call of a compiled model. If a compiled model's head can only be found in a first pass, pass "
-            "its path: watch(model, head='dotted.path'). Gradients that a compiled model computes by torch.autograd.grad, "
-            "backward(inputs=) or torch.func transforms are not observed."
-        )
-
-    def _fused_loss(self, probe: HeadProbe | None) -> str:
-        """A sentence about a loss that never calls the head."""
-        model, head = self._wrapped(), None if probe is None else probe.layer._module()
-        found = "" if model is None else culprit(model, head, is_called=probe is not None and probe.saw_call)
-        return f"{found}. " if found else ""
+        return no_observation_hint(self.head, self._changes, probe, self._wrapped())
 
     def close(self) -> None:
         """Removes the probe from the model."""

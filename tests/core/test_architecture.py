@@ -63,7 +63,7 @@ def modules_in(folder: str) -> list[Path]:
 LAYERS = (
     "errors redact faults dataset forks alignment histogram settings statistic document_details ledger thumbnail report "
     "report.notebook _closer _run_folder "
-    "best_weights",
+    "best_weights state_values",
     "_record_base",
     "records",
     "summary _epoch_bar _announce",

@@ -452,11 +452,11 @@ def test_a_folder_that_was_deleted_is_made_again():
     ("change", "message"),
     [
         ({"epoch": np.array(3), "averaged": np.bool_(True)}, None),
-        ({"epoch": torch.tensor(3), "averaged": torch.tensor(False)}, None),
+        ({"epoch": torch.tensor(3), "averaged": False}, None),
         ({"epoch": -1}, r"best_weights\.epoch: expected a number of at least 0"),
         ({"epoch": 1.5}, r"best_weights\.epoch: expected"),
         ({"path": 3}, r"best_weights\.path: expected text"),
-        ({"averaged": "no"}, r"best_weights\.averaged: expected"),
+        ({"averaged": "no"}, r"best_weights\.averaged: expected True or False, found 'no'"),
         ({"more": 1}, r"best_weights\.more: it is unknown"),
     ],
 )
