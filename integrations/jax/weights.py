@@ -173,7 +173,7 @@ class JaxWeights:
         return found if jax.process_index() == 0 else None
 
     def _average_on_host(self, steps: int) -> dict[str, np.ndarray]:
-        """The average in the dtypes of the parameters, after an epoch of so many steps with parameters."""
+        """The average in the dtypes of the parameters; `steps` is the number of steps of this epoch that had parameters."""
         if self._tree is None or not steps:
             raise InvalidInputError("no parameters were passed: update(scores, params=params)")
         with transfers_allowed():
