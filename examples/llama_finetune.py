@@ -23,13 +23,13 @@ def main() -> None:
     model = llama(tokenizer, args.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(args.seed)
-    watching = {"backend": args.backend.split(","), "early_stop": None, "num_samples": len(tokens)}
+    watching = {"backend": args.backend.split(","), "num_samples": len(tokens)}
     with gwa_logging.watch(model, **watching) as monitor:
         for _ in monitor.epochs(args.epochs):
             for ids in torch.randperm(len(tokens), generator=generator).split(BATCH):
                 inputs = pad_sequence([tokens[i] for i in ids], batch_first=True)  # 0 is the padding
                 targets = pad_sequence([labels[i] for i in ids], batch_first=True, padding_value=-100)
-                monitor.tag(ids)  # one id per row: a document is the mean of its tokens
+                monitor.tag(ids)  # one id per row, which is a document
                 model(input_ids=inputs, attention_mask=(inputs != 0).long(), labels=targets).loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()

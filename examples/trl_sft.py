@@ -18,7 +18,6 @@ def main() -> None:
 
     callback = GWACallback(
         backend=args.backend.split(","),  # by default: the trackers that the trainer reports to
-        early_stop=None,
         num_samples=len(data),  # a ledger of documents
         sample_ids="sample_id",  # the column that with_ids adds
     )

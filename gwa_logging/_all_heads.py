@@ -21,8 +21,10 @@ def notify(recordings: Sequence[Recording]) -> None:
     first.group.take_turns(id(first))
 
 
-def end_epoch(recordings: Sequence[Recording]) -> EpochReport:
+def end_epoch(recordings: Sequence[Recording], params: Any = None) -> EpochReport:
     """Closes the epoch of all heads of a model. Returns the report of the first one, whose lock is held.
+
+    `params` are the parameters to keep if it is the best epoch (JAX).
 
     Raises:
         NoObservationsError: the first head had no step. For a further head that is a fault.
@@ -33,7 +35,7 @@ def end_epoch(recordings: Sequence[Recording]) -> EpochReport:
                 other.end_epoch()
         except NoObservationsError as error:  # this epoch did not train that head
             recordings[0].faults.record(f"head {other.adapter.path!r}", error)
-    return recordings[0].end_epoch()
+    return recordings[0].end_epoch(params=params)
 
 
 def flush(recordings: Sequence[Recording], timeout: float) -> bool:

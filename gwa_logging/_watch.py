@@ -18,6 +18,7 @@ from gwa_logging import _all_heads, registry
 from gwa_logging._announce import announce
 from gwa_logging._closer import closer
 from gwa_logging._run_folder import RunFolder
+from gwa_logging.best_weights import BestWeights
 from gwa_logging.delivery import DeliveryGroup
 from gwa_logging.errors import InvalidInputError
 from gwa_logging.faults import Faults
@@ -26,7 +27,7 @@ from gwa_logging.monitor import Monitor
 from gwa_logging.protocols import AdapterModule, Backend, BackendWriter, RunContext
 from gwa_logging.recording import Recording
 from gwa_logging.records import StopAlert, TrackerRunRef
-from gwa_logging.settings import EarlyStop, WatchSettings, unknown_name
+from gwa_logging.settings import DEFAULT_EARLY_STOP, EarlyStop, WatchSettings, unknown_name
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -84,7 +85,7 @@ def watch(
     *,
     run: object = None,
     head: Any = None,
-    early_stop: EarlyStop | None = EarlyStop(),  # noqa: B008 - it is frozen
+    early_stop: EarlyStop | None = DEFAULT_EARLY_STOP,
     on_alert: Callable[[StopAlert], object] | None = None,
     log_every_n_steps: int = 50,
     samples_per_epoch: int | None = None,
@@ -92,6 +93,7 @@ def watch(
     labels: Any = None,
     unit: Literal["sample", "position"] | None = None,
     look: Any = None,
+    keep_best: bool | Literal["averaged"] = False,
     notify: str | Sequence[str] | None = None,
     directory: str | PathLike[str] = "gwa_runs",
     name: str = "gwa",
@@ -112,7 +114,8 @@ def watch(
             a dict of runs by backend. None uses the active run; if there is none, a run is started and finished on close.
         head: the classifier head: a dotted path, or the module itself. None finds it. With a list (PyTorch), the alert follows
             the first head; each of the others has its own keys, `gwa/<path>/...`, and its own monitor in `Monitor.heads`.
-        early_stop: the stop rule, or None for no alert.
+        early_stop: the stop rule, or None for no alert. By default a language model of transformers gets none, since the rule
+            was validated on classifiers.
         on_alert: called with each StopAlert. A second alert comes only after a clearly better epoch has withdrawn the first.
         log_every_n_steps: steps between two histograms; at least 1. After 10,000 histograms it doubles each time the run has
             become twice as long, which bounds the size of the journal; with samples_per_epoch it stays constant.
@@ -130,6 +133,9 @@ def watch(
             one of these, the same inputs each time. Gives `EpochReport.consensus` and the metric `gwa/consensus`, and makes
             `EarlyStop(statistic="consensus")` possible. Neither the model nor the random numbers change by it. In JAX, call
             `Monitor.look` instead.
+        keep_best: True keeps the model's weights of the best epoch (`EpochReport.is_best`) in a file in the run's folder, for
+            `Monitor.best_weights` and `Monitor.restore_best`; "averaged" keeps their running average over about one epoch. In
+            JAX, pass the parameters: `update(scores, params=params)`.
         notify: where to send each StopAlert and its withdrawal: an Apprise URL such as "slack://..." or "mailto://...", or a
             list of them (extra `notify`). Only the scheme of a URL is logged or stored.
         directory: folder for journals and reports; each run has its own folder in it.
@@ -158,6 +164,7 @@ def watch(
         labels=labels,
         unit=unit,
         look=look,
+        keep_best=keep_best,
         notify=notify,
         directory=directory,  # type: ignore[arg-type]  # converted by WatchSettings
         name=name,
@@ -185,7 +192,9 @@ def watch(
     _register(framework.subject(model), monitor)
     if monitor.journal is not None:
         watched = "; ".join(recording.adapter.head for recording in monitor._recordings())
-        announce(f"watching {watched}; journal: {monitor.journal}")
+        has_rule = first.settings.early_stop is settings.early_stop
+        note = "" if has_rule else " (a language model: no stop alert unless you pass early_stop=EarlyStop())"
+        announce(f"watching {watched}; journal: {monitor.journal}{note}")
     return monitor
 
 
@@ -206,8 +215,11 @@ def _open(
     """
     faults = Faults()
     adapter = framework.attach(model, settings, faults)
+    if adapter.is_language_model:
+        settings = settings.for_language_model()
     with ExitStack() as undo:
         undo.callback(adapter.close)
+        weights = adapter.weights(averaged=settings.keep_best == "averaged") if settings.keep_best else None
         head = re.sub(r"[^\w.-]", "_", adapter.path)  # a module's name may contain any character, such as "/" or "%"
         name, path = (f"{settings.name}/{head}", path / head) if group else (settings.name, path)
         backends: list[Backend] = []
@@ -226,6 +238,10 @@ def _open(
                     _check_is_free(opened, opened.run_ref, name)
             backends += registry.open_notifiers(settings.notify, path)
             journal = Journal(path / FILE_NAME, faults)
+        best_weights = None
+        if weights is not None:
+            folder_of_weights = path if adapter.writes else None
+            best_weights = BestWeights(weights, folder_of_weights, faults, averaged=settings.keep_best == "averaged")
         undo.pop_all()  # from here on the monitor closes everything
     monitor = Monitor(
         Recording(
@@ -237,6 +253,7 @@ def _open(
             journal=journal,
             folder=folder,
             group=group,
+            best_weights=best_weights,
         )
     )
     try:

@@ -5,16 +5,15 @@ PyTorch, because `torch.load` refuses NumPy, and NumPy arrays in JAX.
 """
 
 import math
-import operator
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, NamedTuple, Self
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from gwa_logging.alignment import SCORE_TOLERANCE
+from gwa_logging.best_weights import BestWeightsFile
 from gwa_logging.consensus import Consensus
 from gwa_logging.early_stop import StopState
 from gwa_logging.errors import InvalidInputError
@@ -23,6 +22,19 @@ from gwa_logging.ledger import UNKNOWN, Ledger
 from gwa_logging.protocols import Adapter
 from gwa_logging.records import EpochReport, StopAlert
 from gwa_logging.settings import shortened
+from gwa_logging.state_values import (
+    LARGEST,
+    Count,
+    EpochOrNone,
+    Finite,
+    Flag,
+    Floats,
+    Integers,
+    Positive,
+    Real,
+    real,
+    whole,
+)
 from gwa_logging.summary import SUMMARY_NUMBERS, AlignmentSummary
 
 STATE_VERSION = 5
@@ -76,6 +88,7 @@ class MonitorState(NamedTuple):
         ledger: the ledger over all processes; None if there is none.
         look: `Consensus.state`, with arrays in the framework's form; None before the first look.
         heads: the states of the further heads by path, as `to_dict` returns them.
+        best_weights: the file with the weights of the best epoch, if they are kept.
     """
 
     head: HeadShape | None
@@ -92,6 +105,7 @@ class MonitorState(NamedTuple):
     ledger: Ledger | None
     heads: dict[str, Any]
     look: dict[str, Any] | None = None
+    best_weights: BestWeightsFile | None = None
 
     def to_dict(self, adapter: Adapter) -> dict[str, Any]:
         """Converts the state to plain data."""
@@ -103,6 +117,7 @@ class MonitorState(NamedTuple):
             "stop": {name: _to_json(value) for name, value in self.stop._asdict().items()},
             "history": [report.model_dump(mode="json") for report in self.history],
             "alert": self.alert and self.alert.model_dump(mode="json"),
+            "best_weights": self.best_weights and self.best_weights.model_dump(),
             "epoch": [_to_json(number) for number in self.epoch.to_vector().tolist()],
             "interval": [_to_json(number) for number in self.interval.to_vector().tolist()],
             "ledger": ledger
@@ -154,6 +169,7 @@ class MonitorState(NamedTuple):
             ledger=None if read.ledger is None else Ledger(**dict(read.ledger)),
             heads=read.heads,
             look=read.look,
+            best_weights=read.best_weights,
         )
 
     def check(self, adapter: Adapter, num_samples: int | None, heads: set[str]) -> None:
@@ -183,7 +199,7 @@ class MonitorState(NamedTuple):
 
 
 def _to_json(value: Any) -> Any:
-    """JSON has no infinities and no NaN, so they become text, which `_real` reads back."""
+    """JSON has no infinities and no NaN, so they become text, which `real` reads back."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -192,7 +208,7 @@ def _to_json(value: Any) -> Any:
 
 def _equals(value: Any, number: int) -> bool:
     try:
-        return bool(_whole(value) == number)
+        return bool(whole(value) == number)
     except ValueError:
         return False
 
@@ -226,64 +242,6 @@ _EXPECTED = {
 """What a field should be, by pydantic's type of the error."""
 
 
-def _whole(value: Any) -> int:
-    """An integer of Python or NumPy, or an array with one element: some checkpoints convert numbers to arrays."""
-    if isinstance(value, bool | np.bool_):
-        raise ValueError(f"expected an integer, found {value}")
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise ValueError(f"expected an integer, found {shortened(value)}") from None
-
-
-def _real(value: Any) -> float:
-    """A number, or the text that `_to_json` made of it."""
-    if isinstance(value, str) and value in ("inf", "-inf", "nan"):
-        return float(value)
-    if isinstance(value, bool | np.bool_ | str | bytes) or not hasattr(value, "__float__"):
-        raise ValueError(f"expected a number, found {shortened(value)}")
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"expected a number, found {shortened(value)}") from None
-
-
-def _flag(value: Any) -> bool:
-    if isinstance(value, bool | np.bool_) or getattr(value, "dtype", None) == np.dtype(bool):
-        return bool(value)
-    raise ValueError(f"expected True or False, found {shortened(value)}")
-
-
-def _array(value: Any, kinds: str) -> npt.NDArray[Any]:
-    """A one-dimensional array of finite numbers of the given kinds, from an array of any framework on any device."""
-    try:
-        on_host = value.detach().cpu() if hasattr(value, "detach") and hasattr(value, "cpu") else value
-        array = np.asarray(on_host)
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is not an array
-        raise ValueError(f"expected an array of numbers ({error})") from None
-    if array.ndim != 1 or (array.dtype.kind not in kinds and array.size):
-        raise ValueError(f"expected a one-dimensional array of numbers, found {array.dtype} of shape {array.shape}")
-    if not np.isfinite(array).all():
-        raise ValueError(f"expected finite numbers, found {int((~np.isfinite(array)).sum())} that are not")
-    return array
-
-
-LARGEST = 2**53
-"""Float64, in which processes exchange counts, holds every integer up to this one."""
-
-_Count = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=LARGEST)]
-_Positive = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=LARGEST)]
-_EpochOrNone = Annotated[int, BeforeValidator(_whole), Field(ge=-1, le=LARGEST)]
-_Real = Annotated[float, BeforeValidator(_real)]
-_Finite = Annotated[float, BeforeValidator(_real), Field(allow_inf_nan=False)]
-_Flag = Annotated[bool, BeforeValidator(_flag)]
-_Floats = Annotated[Any, BeforeValidator(lambda value: _array(value, "f").astype(np.float32))]
-
-_Integers = Annotated[
-    Any, BeforeValidator(lambda value: None if value is None else _array(value, "iuf").astype(np.int32))
-]
-
-
 class _Part(BaseModel):
     """Base class of the parts of a state. Nothing is converted silently."""
 
@@ -292,20 +250,20 @@ class _Part(BaseModel):
 
 class _Head(_Part):
     path: str
-    features: _Positive
-    classes: _Positive
+    features: Positive
+    classes: Positive
 
 
 class _Stop(_Part):
-    epochs: _Count
-    lowest: _Real
-    rising: _Flag
-    best: _Real
-    best_error: Annotated[_Finite, Field(ge=0)]
-    best_epoch: _EpochOrNone
-    waited: _Count
-    undefined: _Count
-    fired: _Flag
+    epochs: Count
+    lowest: Real
+    rising: Flag
+    best: Real
+    best_error: Annotated[Finite, Field(ge=0)]
+    best_epoch: EpochOrNone
+    waited: Count
+    undefined: Count
+    fired: Flag
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -325,7 +283,7 @@ def _summary(value: Any) -> AlignmentSummary:
     """Reads the list that `AlignmentSummary.to_vector` gave, and checks that scores can have such a summary."""
     if not isinstance(value, list | tuple | np.ndarray) or len(value) != len(SUMMARY_NUMBERS) + BINS:
         raise ValueError(f"expected {len(SUMMARY_NUMBERS) + BINS} numbers, found {shortened(value)}")
-    vector = np.array([_real(number) for number in value])
+    vector = np.array([real(number) for number in value])
     numbers = dict(zip(SUMMARY_NUMBERS, vector.tolist(), strict=False))
     count, bins = numbers["count"], vector[-BINS:]
     counts = np.array([count, numbers["no_gradient"], numbers["dead"], numbers["not_finite"], *bins])
@@ -347,12 +305,12 @@ def _summary(value: Any) -> AlignmentSummary:
 
 
 class _Ledger(_Part):
-    sums: _Floats
-    seen: _Floats
-    predicted: _Integers
-    details: _Integers = None
-    invalid_ids: _Count
-    untagged: _Count
+    sums: Floats
+    seen: Floats
+    predicted: Integers
+    details: Integers = None
+    invalid_ids: Count
+    untagged: Count
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -369,11 +327,11 @@ class _Saved(_Part):
     """A whole state, as `MonitorState.to_dict` returns it."""
 
     head: _Head | None
-    processes: _Positive
-    step: _Count
-    recorded_steps: _Count
-    display_limit: Annotated[_Finite, Field(gt=0)]
-    planned: _Positive | None
+    processes: Positive
+    step: Count
+    recorded_steps: Count
+    display_limit: Annotated[Finite, Field(gt=0)]
+    planned: Positive | None
     stop: _Stop
     history: list[EpochReport]
     alert: StopAlert | None
@@ -382,6 +340,7 @@ class _Saved(_Part):
     ledger: _Ledger | None
     heads: dict[str, Any]
     look: Annotated[Any, BeforeValidator(lambda value: Consensus.from_state(value).state())] = None
+    best_weights: BestWeightsFile | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -50,6 +50,7 @@ class Delivery:
     def __init__(self, backend: Backend, journal: Journal, faults: Faults) -> None:
         self.backend = backend
         self.delivered = 0
+        self._folder = journal.path.parent
         self._feed = JournalFeed(journal)
         self._faults = faults
         self._pause, self._not_before = FIRST_PAUSE, 0.0
@@ -116,6 +117,13 @@ class Delivery:
         if not self._closed.is_set():
             return "has taken everything, but has not finished in time: the tracker may show the run as unfinished"
         return None
+
+    @property
+    def remedy(self) -> str:
+        """How to send what `shortfall` reports."""
+        if self.backend.is_notifier:
+            return f"An alert is in the journal. To send it: gwa-logging notify {self._folder} URL"
+        return f"To send what it lacks: gwa-logging replay {self._folder} --backend {self.backend.name}"
 
     def refusal(self) -> str | None:
         """Returns why the tracker refuses records for good, or None. Records the reason as a fault, once."""

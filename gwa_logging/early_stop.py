@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
-from gwa_logging.records import EpochReport, StopAlert, StopReason
+from gwa_logging.records import AlertWithdrawal, EpochReport, StopAlert, StopReason
 from gwa_logging.settings import EarlyStop
 from gwa_logging.statistic import Estimate, estimate
 
@@ -208,6 +208,15 @@ class StopRule:
                 f"the best epoch, {self.state.best_epoch}, is the first after the warm-up, so a better one may be inside the "
                 "warm-up; shorten it with EarlyStop(warmup=...)"
             )
+
+
+def withdrawal_of(alert: StopAlert, report: EpochReport) -> AlertWithdrawal:
+    """The record of an alert that a clearly better epoch has withdrawn."""
+    message = (
+        f"epoch {report.epoch} is clearly better than epoch {alert.best_epoch}: the stop alert of epoch {alert.epoch} is "
+        "withdrawn"
+    )
+    return AlertWithdrawal(epoch=report.epoch, alert_epoch=alert.epoch, message=f"GWA: {message}.")
 
 
 def _format_ranges(epochs: list[int]) -> str:

@@ -16,7 +16,9 @@ import numpy.typing as npt
 from gwa_logging import _all_heads
 from gwa_logging._closer import closer
 from gwa_logging._epoch_bar import EpochBar
+from gwa_logging._gradient_calls import GradientCalls
 from gwa_logging._look_calls import LookCalls
+from gwa_logging._weights_calls import WeightsCalls
 from gwa_logging.errors import InvalidInputError
 from gwa_logging.exports import SuspectsTable
 from gwa_logging.ledger import TaggedBatch
@@ -27,7 +29,7 @@ from gwa_logging.summary import AlignmentSummary
 from gwa_logging.suspects import SUSPECTS
 
 
-class Monitor(LookCalls):
+class Monitor(GradientCalls, LookCalls, WeightsCalls):
     """Watches one model. Created by `gwa_logging.watch`.
 
     A monitor belongs to the process that created it. A copy in a forked process can be read (`history`, `alert`, `journal`,
@@ -79,7 +81,9 @@ class Monitor(LookCalls):
 
     # --- training steps: nothing here waits for the device ----------------------------------------------------------
 
-    def update(self, scores: Any, sample_ids: Any = None, *, weights: Any = None, predicted: Any = None) -> None:
+    def update(
+        self, scores: Any, sample_ids: Any = None, *, weights: Any = None, predicted: Any = None, params: Any = None
+    ) -> None:
         """Adds the scores of one training step (JAX, and PyTorch loops that compute them). Does not wait for the device.
 
         Args:
@@ -88,13 +92,16 @@ class Monitor(LookCalls):
             sample_ids: int [batch] into the ledger (`watch(num_samples=)`), or None; see `tag` for documents and mixed samples.
             weights: the shares of mixed samples, see `tag`.
             predicted: int [batch], the predicted classes for the list of suspects, for example from the loss's aux.
+            params: the parameters after this step, a pytree of arrays, for `watch(keep_best=)` (JAX).
 
         Raises:
-            InvalidInputError: scores or ids have a wrong type, shape or dtype, or are tracers (call it outside jit).
+            InvalidInputError: scores, ids or params have a wrong type, shape or dtype, or are tracers (call it outside jit).
         """
         if sample_ids is None and not (weights is None and predicted is None):
             raise InvalidInputError("weights and predicted are entered by sample id: update(scores, sample_ids, ...)")
         if not self._closed and not self._is_refused("update()") and not self._recording.is_paused:
+            if params is not None:
+                self._kept("update(params=)").observe(params)
             self._adapter.observe(scores, None if sample_ids is None else TaggedBatch(sample_ids, weights, predicted))
 
     def tag(self, sample_ids: Any, weights: Any = None) -> None:
@@ -104,9 +111,9 @@ class Monitor(LookCalls):
         `tag(torch.stack([ids, ids[order]], 1), weights=(lam, 1 - lam))`.
 
         All calls of the head in one forward pass of the model get these ids. If its logits are [batch, rows, classes], there
-        may be an id for each row or for each input. Rows without a gradient then count as no samples; of several rows with
-        one, the mean score is entered. Ids [batch, positions] name the document of each position, -1 for none: the mean of a
-        document's positions is entered.
+        may be an id for each row or for each input. Ids [batch, positions] name the document of each position, -1 for none.
+        Rows without a gradient then count as no samples. Of several rows of an input or document, the mean is entered,
+        weighted by the norms of their gradients.
 
         If the backward pass repeats the head's forward pass (reentrant checkpointing of the whole model), and several passes
         precede one backward, only the last keeps its ids.
@@ -135,39 +142,6 @@ class Monitor(LookCalls):
             for recording in self._recordings():
                 recording.resume()
 
-    def value_and_grad(
-        self, fun: Any, argnums: int | tuple[int, ...] = 0, has_aux: bool = False, **options: Any
-    ) -> Any:
-        """Like `jax.value_and_grad`, with the scores added to the value: `(value, scores), grads` (JAX only).
-
-        Args:
-            fun: the loss function, unchanged; it must run the watched model.
-            argnums, options: as in `jax.value_and_grad`.
-            has_aux: as in `jax.value_and_grad`; the first result is then `((value, aux), scores)`.
-
-        Returns:
-            A function with the same arguments; it may be jitted. Scores are float32 [...], one for each row of the
-            head's output. While `jax_debug_nans` or `jax_debug_infs` is on, samples without a score are marked by 64, 128
-            and -128 instead of values that are not finite.
-
-        Raises:
-            HeadNotFoundError: while tracing, if `fun` does not run the head exactly once.
-        """
-        make = getattr(self._adapter, "value_and_grad", None)
-        if make is None:
-            raise InvalidInputError("value_and_grad and grad are for JAX models; in PyTorch call loss.backward()")
-        return make(fun, argnums=argnums, has_aux=has_aux, **options)
-
-    def grad(self, fun: Any, argnums: int | tuple[int, ...] = 0, has_aux: bool = False, **options: Any) -> Any:
-        """Like `jax.grad`, with the scores: `grads, scores`, or `grads, (aux, scores)`. See `value_and_grad` (JAX only)."""
-        value_and_grad = self.value_and_grad(fun, argnums, has_aux, **options)
-
-        def gradient(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
-            (value, scores), grads = value_and_grad(*args, **kwargs)
-            return grads, ((value[1], scores) if has_aux else scores)
-
-        return gradient
-
     def _on_step(self) -> None:
         """Called by the adapter after each observed training step."""
         recording = self._recording
@@ -187,15 +161,18 @@ class Monitor(LookCalls):
 
     # --- epochs -----------------------------------------------------------------------------------------------------
 
-    def end_epoch(self) -> EpochReport:
+    def end_epoch(self, params: Any = None) -> EpochReport:
         """Closes an epoch: waits for its scores, reports them, applies the stop rule and writes the results.
 
         In a distributed run (torch.distributed, jax.distributed) every process must call this. All get the same report,
         except that `step` is each process's own.
 
+        Args:
+            params: the parameters, a pytree of arrays, for `watch(keep_best=True)`, if `update` does not receive them (JAX).
+
         Raises:
             NoObservationsError: no training step has passed the probe since the last epoch.
-            InvalidInputError: the monitor is closed.
+            InvalidInputError: the monitor is closed, or the parameters cannot be kept.
         """
         if self._is_refused("end_epoch()"):
             return AlignmentSummary().report(epoch=len(self.history), step=self._recording.intervals.steps - 1)
@@ -205,8 +182,9 @@ class Monitor(LookCalls):
                     "end_epoch(): this monitor is closed: by close(), or by a later watch() because its model was deleted; "
                     "watch the model again"
                 )
+            self._check_params("end_epoch(params=)", params)
             try:
-                return _all_heads.end_epoch(self._recordings())
+                return _all_heads.end_epoch(self._recordings(), params)
             finally:
                 _all_heads.notify(self._recordings())
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from gwa_logging.best_weights import ModelWeights
 from gwa_logging.faults import Faults
 from gwa_logging.ledger import Ledger, TaggedBatch
 from gwa_logging.records import (
@@ -94,6 +95,11 @@ class Adapter(Protocol):
         """Stops counting training passes, or resumes."""
         ...
 
+    @property
+    def is_language_model(self) -> bool:
+        """Returns True if the head is known to predict tokens."""
+        ...
+
     def snapshot(self) -> Snapshot:
         """Returns what has accumulated on the device since the last snapshot, and starts an empty summary."""
         ...
@@ -119,6 +125,14 @@ class Adapter(Protocol):
         Raises:
             InvalidInputError: the model's output has no logits.
             Exception: any that the model raises.
+        """
+        ...
+
+    def weights(self, *, averaged: bool) -> ModelWeights:
+        """What copies the model's weights, or with `averaged` their running average. Called at most once, before `start`.
+
+        Raises:
+            InvalidInputError: those of this model cannot be kept, or not be averaged.
         """
         ...
 

@@ -4,15 +4,17 @@ import logging
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from threading import RLock
+from time import monotonic
 from typing import Any
 
 from gwa_logging._announce import announce
 from gwa_logging._closing_report import ClosingReport
 from gwa_logging._run_folder import RunFolder
+from gwa_logging.best_weights import BestWeights
 from gwa_logging.checkpoint import HeadShape, MonitorState
 from gwa_logging.consensus import Consensus
 from gwa_logging.delivery import Delivery, DeliveryGroup
-from gwa_logging.early_stop import StopRule
+from gwa_logging.early_stop import StopRule, withdrawal_of
 from gwa_logging.errors import InvalidInputError, NoObservationsError
 from gwa_logging.faults import Faults
 from gwa_logging.interval_recorder import IntervalRecorder
@@ -20,7 +22,6 @@ from gwa_logging.journal import Journal
 from gwa_logging.look import EpochLook
 from gwa_logging.protocols import Adapter, Backend
 from gwa_logging.records import (
-    AlertWithdrawal,
     AnyRecord,
     CloseRecord,
     EpochReport,
@@ -54,6 +55,7 @@ class Recording:
         intervals: turns steps into interval records.
         suspects: reads the ledger.
         look: computes the consensus statistic of each epoch.
+        best_weights: keeps the weights of the best epoch; None if they are not kept.
         lock: held while a step or a call of the user changes anything.
         is_closed: True after `finish`.
         closing_report: the report to write after `finish`; None if the run has no epoch, or another process writes.
@@ -70,6 +72,7 @@ class Recording:
         journal: Journal | None = None,
         folder: RunFolder | None = None,
         group: DeliveryGroup | None = None,
+        best_weights: BestWeights | None = None,
     ) -> None:
         """Takes over the adapter, which has not been started, the backends and the journal: `_all_heads.close` closes them.
 
@@ -78,6 +81,7 @@ class Recording:
             backends: where the journal is delivered.
             folder: the journal's folder.
             group: of the first head, if this is a further head of the same model.
+            best_weights: see the class.
         """
         self.settings, self.name, self.adapter, self.journal, self.faults = settings, name, adapter, journal, faults
         self.history: list[EpochReport] = []
@@ -88,6 +92,7 @@ class Recording:
         self.intervals = IntervalRecorder(adapter, settings.log_every_n_steps, self.write, faults, grow=grow)
         self.suspects = SuspectFinder(adapter, settings.num_samples, settings.labels, faults)
         self.look = EpochLook(adapter, settings, faults)
+        self.best_weights = best_weights
         self.lock = RLock()
         self.is_closed = False
         self.closing_report: ClosingReport | None = None
@@ -104,6 +109,7 @@ class Recording:
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
                 settings=settings.to_dict(),
                 places={backend.name: backend.run_ref for backend in backends if not backend.is_notifier},
+                classes=adapter.shape[1] if adapter.shape else None,
             )
         )
         if journal is not None:
@@ -182,8 +188,10 @@ class Recording:
                 "with a regression loss"
             )
 
-    def end_epoch(self, *, partial: bool = False) -> EpochReport:
+    def end_epoch(self, *, partial: bool = False, params: Any = None) -> EpochReport:
         """Closes an epoch; with `partial` one that closing interrupts, in which no other process takes part.
+
+        `params` are the parameters to keep if it is the best epoch (JAX).
 
         Raises:
             NoObservationsError: it had no step.
@@ -208,21 +216,15 @@ class Recording:
         self.history.append(report)
         self.intervals.begin_epoch(len(self.history))
         self.write(report, sync=True)
+        if self.best_weights is not None and not partial:
+            self.best_weights.end_epoch(report.epoch, params, is_best=report.is_best)
         if withdrawn and self.alert:
-            self._withdraw(self.alert, report)
+            withdrawal, self.alert = withdrawal_of(self.alert, report), None
+            logger.info("gwa_logging: %s", withdrawal.message.removeprefix("GWA: "))
+            self.write(withdrawal, sync=True)
         if alert:
             self._raise_alert(alert)
         return report
-
-    def _withdraw(self, alert: StopAlert, report: EpochReport) -> None:
-        message = (
-            f"epoch {report.epoch} is clearly better than epoch {alert.best_epoch}: the stop alert of epoch {alert.epoch} is "
-            "withdrawn"
-        )
-        logger.info("gwa_logging: %s", message)
-        self.alert = None
-        withdrawal = AlertWithdrawal(epoch=report.epoch, alert_epoch=alert.epoch, message=f"GWA: {message}.")
-        self.write(withdrawal, sync=True)
 
     def _raise_alert(self, alert: StopAlert) -> None:
         if self.suspects.has_ledger:
@@ -230,6 +232,8 @@ class Recording:
                 alert = alert.model_copy(update={"caveats": (*alert.caveats, *self.suspects.caveats())})
             except Exception as error:  # noqa: BLE001 - the alert must be raised, and training must continue
                 self.faults.record("suspects", f"{type(error).__name__}: {error}")
+        if self.best_weights is not None and (place := self.best_weights.sentence(alert.best_epoch)):
+            alert = alert.model_copy(update={"message": alert.message + place})
         self.alert = alert
         logger.warning("gwa_logging: %s", alert.message)
         self.write(alert, sync=True)
@@ -285,6 +289,7 @@ class Recording:
             look=self.look.consensus.state(self.adapter.to_checkpoint_array),
             ledger=self.adapter.ledger() if self.suspects.has_ledger else None,
             heads=heads,
+            best_weights=self.best_weights.last_file() if self.best_weights else None,
         ).to_dict(self.adapter)
 
     def read_state(self, state: Any, heads: set[str]) -> MonitorState:
@@ -317,6 +322,8 @@ class Recording:
                 partial=state.interval,
                 in_epoch=bool(state.epoch.seen),
             )
+            if self.best_weights is not None:
+                self.best_weights.resume(state.best_weights)
             for delivery in self.deliveries:
                 delivery.resume()
 
@@ -378,13 +385,11 @@ class Recording:
         for delivery in self.deliveries:
             if shortfall := delivery.shortfall():
                 is_delivered = False
-                name, folder = delivery.backend.name, self.journal and self.journal.path.parent
-                remedy = f"To send what it lacks: gwa-logging replay {folder} --backend {name}"
-                if delivery.backend.is_notifier:
-                    remedy = f"An alert is in the journal. To send it: gwa-logging notify {folder} URL"
-                logger.warning("gwa_logging: backend %s %s. %s", name, shortfall, remedy)
+                logger.warning("gwa_logging: backend %s %s. %s", delivery.backend.name, shortfall, delivery.remedy)
         if self.closing_report is not None:
             self.closing_report.end(deadline)
+        if self.best_weights is not None:
+            self.best_weights.wait(max(0.0, deadline - monotonic()))
         self.group.remove(self.deliveries)
         if self.journal is not None:
             self.journal.close()

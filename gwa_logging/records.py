@@ -64,6 +64,7 @@ class RunRecord(Record):
         created: date and time in ISO 8601, UTC.
         settings: the arguments of `watch`.
         places: the trackers' runs, by the name of the backend.
+        classes: number of classes of the head; None if it is not known yet, as in JAX.
     """
 
     kind: Literal["run"] = "run"
@@ -73,6 +74,7 @@ class RunRecord(Record):
     created: str
     settings: dict[str, object]
     places: dict[str, TrackerRunRef] = Field(default_factory=dict)
+    classes: int | None = None
 
     @field_validator("name")
     @classmethod
@@ -311,7 +313,8 @@ class Suspect(Record):
 
     Attributes:
         id: the sample's id.
-        mean_score: the sample's mean score over the run, dimensionless; the lower, the more suspect.
+        mean_score: the sample's mean score over the run, dimensionless; the lower, the more suspect. In PyTorch the tokens of a
+            document are weighted by the norms of their gradients.
         times_seen: how often the sample was scored; the sum of its shares if samples are mixed (mixup).
         label, predicted: class index from `watch(labels=)`, and class with the largest logit when the sample was last seen (by
             the highest rank); None if unknown.

@@ -63,6 +63,12 @@ def _path(value: object) -> Path:
     return Path(os.fspath(value))  # type: ignore[call-overload]  # raises TypeError for everything else
 
 
+def _kept(value: object) -> object:
+    if not isinstance(value, bool | str) or value not in (False, True, "averaged"):
+        raise TypeError
+    return value
+
+
 def _checked(convert: Callable[[Any], Any]) -> BeforeValidator:
     """Validates with a function that raises TypeError, which pydantic would let through."""
 
@@ -135,13 +141,17 @@ class EarlyStop(Settings):
         return [(name, value) for name, value in super().__repr_args__() if name and value != fields[name].default]
 
 
+DEFAULT_EARLY_STOP = EarlyStop()
+"""The stop rule of `watch` unless the user passes one. A language model then gets no alert, see `for_language_model`."""
+
+
 class WatchSettings(Settings):
     """The keyword arguments of `gwa_logging.watch`, which documents them."""
 
     backend: Any = Field(default="local", validate_default=True)
     run: Any = None
     head: Any = None
-    early_stop: EarlyStop | None = Field(default=EarlyStop(), description="an EarlyStop(...) or None")
+    early_stop: EarlyStop | None = Field(default=DEFAULT_EARLY_STOP, description="an EarlyStop(...) or None")
     on_alert: Callable[..., Any] | None = Field(default=None, description="a function of the StopAlert, or None")
     log_every_n_steps: Integer = Field(default=50, ge=1, description="an integer of at least 1")
     samples_per_epoch: Integer | None = Field(default=None, ge=1, description="an integer of at least 1, or None")
@@ -151,6 +161,9 @@ class WatchSettings(Settings):
     )
     unit: Literal["sample", "position"] | None = Field(default=None, description="'sample', 'position' or None")
     look: Any = Field(default=None, repr=False)
+    keep_best: Annotated[bool | Literal["averaged"], _checked(_kept)] = Field(
+        default=False, description="False, True or 'averaged'"
+    )
     notify: Any = Field(default=(), repr=False, validate_default=True)
     directory: Annotated[Path, _checked(_path)] = Field(default=Path("gwa_runs"), description="a path")
     name: str = Field(
@@ -257,13 +270,21 @@ class WatchSettings(Settings):
             )
         return heads
 
+    def for_language_model(self) -> "WatchSettings":
+        """The settings for a language model: without a stop alert, unless the user has passed a rule.
+
+        The rule was validated on classifiers. In a study of language models it stayed silent where it should not have.
+        """
+        return self.model_copy(update={"early_stop": None}) if self.early_stop is DEFAULT_EARLY_STOP else self
+
     def for_head(self, head: Any) -> "WatchSettings":
         """The settings for the head that the alert follows."""
         return self.model_copy(update={"head": head})
 
     def for_other_head(self, head: Any, runs: dict[str, Any]) -> "WatchSettings":
         """The settings for a further head, which shares the runs and the epochs of the first."""
-        alone = {"early_stop": None, "on_alert": None, "notify": (), "samples_per_epoch": None, "look": None}
+        alone: dict[str, Any] = {"early_stop": None, "on_alert": None, "notify": (), "samples_per_epoch": None}
+        alone |= {"look": None, "keep_best": False}
         return self.model_copy(update={"head": head, "run": runs, **alone})
 
     def run_of(self, backend: Any) -> Any:
@@ -281,6 +302,7 @@ class WatchSettings(Settings):
             "num_samples": self.num_samples,
             "unit": self.unit,
             "look": self.look is not None,
+            "keep_best": self.keep_best,
         }
 
 

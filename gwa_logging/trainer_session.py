@@ -158,10 +158,14 @@ class TrainerSession:
             return None
         self._open_epoch = None
         try:
-            return self.monitor.end_epoch()
+            return self.monitor.end_epoch(self.parameters())
         except NoObservationsError as error:  # not a reason to end the user's training
             self.monitor._faults.record("epoch", error)
             return None
+
+    def parameters(self) -> Any:
+        """The parameters to keep (`keep_best`), if the trainer holds them (JAX); else None."""
+        return None
 
     @property
     def ends_training(self) -> bool:

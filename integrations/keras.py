@@ -32,9 +32,16 @@ class _FitSession(TrainerSession):
 
     Attributes:
         backup: path of the file; None for no backup.
+        model: the model of the current fit; None outside a fit.
     """
 
     backup: Path | None = None
+    model: Any = None
+
+    def parameters(self) -> Any:
+        """The weights of the model on JAX; on PyTorch the monitor reads them itself."""
+        is_kept = self.settings.keep_best and keras.backend.backend() == "jax"
+        return self.model.get_weights() if is_kept else None
 
     def resume_at(self, epoch: int) -> None:
         """Resumes a fit whose first epoch is a later one than 0, from the backup of the epoch before."""
@@ -68,7 +75,8 @@ class GWACallback(keras.callbacks.Callback):  # type: ignore[misc]  # keras has 
 
     GWA is added to the epoch's logs, as the learning rate is: it appears in the progress bar and in the history, and
     ModelCheckpoint can monitor it (`monitor="gwa/stable", mode="max"`). With `EarlyStop(action="stop")` an alert sets
-    `model.stop_training`.
+    `model.stop_training`. With `keep_best=True`, `callback.monitor.restore_best()` after the fit does what Keras calls
+    restore_best_weights.
 
     Args:
         backup_dir: folder to save the state in at the end of each epoch, and to resume from; the same as that of
@@ -88,6 +96,11 @@ class GWACallback(keras.callbacks.Callback):  # type: ignore[misc]  # keras has 
                 f"Keras runs on {keras.backend.backend()!r}, where gwa_logging cannot access the gradient at the head. Set "
                 "KERAS_BACKEND=torch or KERAS_BACKEND=jax before you import keras"
             )
+        if session.settings.keep_best == "averaged":
+            raise InvalidInputError(
+                "keep_best='averaged': Keras's fit does not show its steps. Let Keras average the weights, "
+                "keras.optimizers.Adam(use_ema=True), or use keep_best=True"
+            )
         if session.settings.num_samples is not None:
             raise InvalidInputError(
                 f"num_samples={session.settings.num_samples}: Keras's fit does not reveal which samples a batch holds; for a "
@@ -104,6 +117,7 @@ class GWACallback(keras.callbacks.Callback):  # type: ignore[misc]  # keras has 
     def on_train_begin(self, logs: Any = None) -> None:
         session = self._gwa_session
         session.resume_from(None)
+        session.model = self.model
         monitor = session.begin(self.model, training=self.params, planned=self.params.get("epochs"), runs={})
         if keras.backend.backend() == "jax":
             # imported here: with Keras on PyTorch, JAX may not be installed
@@ -131,4 +145,5 @@ class GWACallback(keras.callbacks.Callback):  # type: ignore[misc]  # keras has 
 
     def on_train_end(self, logs: Any = None) -> None:
         self._gwa_session.end()
+        self._gwa_session.model = None
         self._gwa_session.remove_backup()

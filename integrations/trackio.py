@@ -10,12 +10,15 @@ journal has them. The run itself is stored with its first row. If the process is
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import copy_context
-from tempfile import TemporaryFile
-from typing import Any
+from functools import partial
+from pathlib import Path
+from tempfile import NamedTemporaryFile, TemporaryFile
+from typing import Any, NamedTuple
 
 import trackio
+from PIL.Image import Image
 from trackio import context_vars
 from trackio.run import Run
 from trackio.sqlite_storage import SQLiteStorage
@@ -40,9 +43,6 @@ from gwa_logging.records import (
 from gwa_logging.redact import has_secret, redact_urls
 
 logger = logging.getLogger("gwa_logging")
-
-LAST_PICTURE = 2.0
-"""Seconds for which `close` waits for a picture that is being drawn."""
 
 _RUN_IS_MISSING = (
     " and contains this run (a run that was killed within half a second is never stored: "
@@ -101,7 +101,7 @@ class TrackioBackend(Tracker):
         self.run_ref = _reference_to(run)
         self._owned = owned
         self._pictures = PictureSeries()
-        self._drawing = DrawingThread()
+        self._drawing = DrawingThread[_Drawing]()
         self._draws = True
 
     def contents(self) -> TrackerContents:
@@ -156,11 +156,11 @@ class TrackioBackend(Tracker):
         """Logs the best epoch as a text, which Trackio does not plot, and the pictures that the series lacks."""
         if end.best_epoch is not None:
             self._log(end.epochs - 1, {"best": f"epoch {end.best_epoch}: {end.best_value:.6g}"})
-        self._drawing.wait(LAST_PICTURE)
+        self._drawing.wait()
         self._log_drawing()
         for step in self._pictures.missing_steps():
             self._draw(step)
-            self._drawing.wait(LAST_PICTURE)
+            self._drawing.wait()
             self._log_drawing()
 
     def close(self) -> None:
@@ -171,7 +171,7 @@ class TrackioBackend(Tracker):
     def _draw(self, step: int | None = None) -> None:
         if self._draws and self._drawing.is_free:
             draw = self._pictures.snapshot(step)
-            self._drawing.start(self._pictures.last_step if step is None else step, draw)
+            self._drawing.start(partial(_stored, self._pictures.last_step if step is None else step, draw))
 
     def _log_drawing(self) -> None:
         """Logs the picture that was drawn, if there is one.
@@ -194,6 +194,26 @@ class TrackioBackend(Tracker):
         users_step = self.run._next_step  # there is no public name for it
         self.run.log(self.keyed(values), step=step)
         self.run._next_step = users_step
+
+
+class _Drawing(NamedTuple):
+    """A picture in a temporary file, which whoever takes it has to delete.
+
+    Attributes:
+        step: the training step up to which it shows the run.
+        path: of the PNG file.
+    """
+
+    step: int
+    path: Path
+
+
+def _stored(step: int, draw: Callable[[], Image]) -> _Drawing:
+    """Draws a picture into a temporary file."""
+    image = draw()
+    with NamedTemporaryFile(prefix="gwa_logging-", suffix=".png", delete=False) as file:
+        image.save(file, "png")
+    return _Drawing(step, Path(file.name))
 
 
 def _reference_to(run: Run) -> TrackerRunRef:

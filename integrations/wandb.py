@@ -6,7 +6,7 @@ In a run that the user started, records are added to the user's rows: see `_wand
 
 import json
 from base64 import b64decode
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from inspect import signature
 from io import BytesIO
@@ -18,9 +18,9 @@ import wandb
 from gwa_logging import __version__
 from gwa_logging.errors import BackendError
 from gwa_logging.faults import logger
+from gwa_logging.integrations._drawing_thread import DrawingThread
 from gwa_logging.integrations._tracker import Tracker
 from gwa_logging.integrations._wandb_contents import read_contents
-from gwa_logging.integrations._wandb_pictures import PictureThread
 from gwa_logging.integrations._wandb_rows import RunWriters, UserRunWriter, define_metrics, row_of, writers_of
 from gwa_logging.integrations._wandb_runs import (
     check_run,
@@ -46,6 +46,8 @@ from gwa_logging.redact import has_secret, redact_urls
 from gwa_logging.report.page import REPORT_NAME
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from gwa_logging.integrations.heatmap_picture import PictureSeries
 
 ARTIFACT_TYPE = "gwa"
@@ -125,7 +127,7 @@ class WandbBackend(Tracker):
         # If the user logs between the look at the step and the log call, W&B prints a warning, and the row is made again.
         self.threaded = self._user_run is None
         self._pictures = None if run.disabled else _picture_series()
-        self._picture_thread = PictureThread(self._draw)
+        self._drawing = DrawingThread[wandb.Image]()
 
     def contents(self) -> TrackerContents:
         """Reads which records the run contains: from the server, or from disk if the run is offline."""
@@ -145,26 +147,21 @@ class WandbBackend(Tracker):
     def on_run(self, run: RunRecord) -> None:
         """Adds the settings to the config of a run that this library started."""
         if self._owned:
-            config = {**run.settings, "head": run.head, "version": __version__}
+            config = {**run.settings, "head": run.head, "classes": run.classes, "version": __version__}
             self.run.config.update({self.prefix: config}, allow_val_change=True)  # type: ignore[no-untyped-call]
 
     def on_interval(self, interval: IntervalRecord) -> None:
         """Logs the histogram and its numbers, and a picture if it is time for one."""
-        with self._picture_thread.lock:
-            due = self._pictures is not None and self._pictures.add(interval)
-        self._log(interval, picture=due)
+        self._log(interval, picture=self._pictures is not None and self._pictures.add(interval))
 
     def on_epoch(self, report: EpochReport) -> None:
         """Logs the numbers, and a picture if it is time for one."""
-        with self._picture_thread.lock:
-            due = self._pictures is not None and self._pictures.add_epoch(report)
-        self._log(report, picture=due)
+        self._log(report, picture=self._pictures is not None and self._pictures.add_epoch(report))
 
     def on_alert(self, alert: StopAlert) -> None:
         """Sends an alert, notes it in the summary, and marks it in later pictures."""
         if self._pictures is not None:
-            with self._picture_thread.lock:
-                self._pictures.add_alert(alert)
+            self._pictures.add_alert(alert)
         self._summarise({**alert.metrics, **self._with_entry("stop_epochs", alert.epoch)})
         # Last, because a record that fails is written again, and W&B does not drop the second of two equal alerts.
         self.run.alert(title=alert.TITLE, text=alert.text, level="WARN")
@@ -177,8 +174,9 @@ class WandbBackend(Tracker):
     def on_close(self, end: CloseRecord) -> None:
         """Adds the best epoch to the summary, and logs the last picture."""
         self._summarise(end.metrics)
-        self._log_picture(self._picture_thread.take(wait=True))
-        self._log_picture(self._draw())
+        self._drawing.wait()
+        self._log_picture(self._picture(self._drawing.take))
+        self._log_picture(self._picture(self._newest))
 
     def refusal(self) -> str | None:
         """Returns why W&B has stopped uploading this run, or None.
@@ -219,31 +217,39 @@ class WandbBackend(Tracker):
 
     def _log(self, record: IntervalRecord | EpochReport, *, picture: bool) -> None:
         if self._user_run is None:
-            self.run.log(row_of(self.prefix, record) | (self._draw() if picture else {}), commit=True)
+            self.run.log(row_of(self.prefix, record) | (self._picture(self._newest) if picture else {}), commit=True)
             return
         self._user_run.log(record)
-        self._log_picture(self._picture_thread.take())
-        if picture:
-            self._picture_thread.start()
+        self._log_picture(self._picture(self._drawing.take))
+        if picture and self._drawing.is_free and (draw := self._snapshot()):
+            self._drawing.start(lambda: wandb.Image(draw()))
 
-    def _draw(self) -> dict[str, Any]:
-        """A picture of the scores so far, by its key; empty if there is nothing new, or if it cannot be drawn.
+    def _snapshot(self) -> "Callable[[], Image] | None":
+        """A function that draws the scores so far; None if there is nothing new.
 
-        W&B shows histograms on a run's page, but not in a project's workspace, where people compare runs. Does not raise,
-        because a record that fails is written again, but its numbers may be in the run already.
+        W&B shows histograms on a run's page, but not in a project's workspace, where people compare runs.
+        """
+        has_news = self._pictures is not None and self._pictures.has_news and self._pictures.has_columns
+        return self._pictures.snapshot() if self._pictures is not None and has_news else None
+
+    def _newest(self) -> wandb.Image | None:
+        draw = self._snapshot()
+        return None if draw is None else wandb.Image(draw())
+
+    def _picture(self, make: Callable[[], wandb.Image | None]) -> dict[str, Any]:
+        """A picture by its key; empty if there is none, or if it cannot be drawn.
+
+        Does not raise, because a record that fails is written again, but its numbers may be in the run already.
         """
         try:
-            with self._picture_thread.lock:
-                if self._pictures is None or not (self._pictures.has_news and self._pictures.has_columns):
-                    return {}
-                picture = self._pictures.draw()
-            return self.keyed({"picture": wandb.Image(picture)})
+            picture = make()
+            return {} if picture is None else self.keyed({"picture": picture})
         except Exception as error:  # noqa: BLE001 - whatever Pillow or the disk raises
             logger.warning("gwa_logging: backend wandb: no picture (%s)", redact_urls(repr(error)))
             return {}
 
     def _log_picture(self, values: dict[str, Any]) -> None:
-        """Logs a picture in a separate call. Does not raise, as `_draw`."""
+        """Logs a picture in a separate call. Does not raise, as `_picture`."""
         if values:
             try:
                 self.run.log(values, commit=self._user_run is None)

@@ -118,3 +118,11 @@ def test_the_benchmark_of_language_models_in_jax_runs_with_small_shapes():
         *("300 losses by row", "300 losses by row, watched"),
     ]
     assert all('"peak_mb"' in line for line in lines)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_weights_has_a_row_for_each_model():
+    printed = run("-m", "benchmarks.weights", "--tiny", "--batch", "2", "--repeats", "1")
+    for row in ("| MLP |", "| ResNet-50 |", "| ViT-S/16 |"):
+        assert row in printed
+    assert "nan" not in printed

@@ -465,7 +465,7 @@ def test_a_picture_that_fails_costs_no_record_and_counts_none_twice(
         log(row, **options)
 
     if fails == "drawing":
-        monkeypatch.setattr(backend._pictures, "draw", _refuse)
+        monkeypatch.setattr("gwa_logging.integrations.heatmap_picture.draw", _refuse)
     else:
         monkeypatch.setattr(run, "log", log_without_pictures)
     for step in range(4):
@@ -502,9 +502,7 @@ def test_a_picture_in_the_users_run_is_drawn_in_a_thread_and_logged_with_a_later
     run.log({"user/loss": 1.0})
     assert "gwa/picture" not in dict(run.summary)
     go_on.set()
-    thread = backend._picture_thread._thread
-    assert thread is not None
-    thread.join(60)
+    backend._drawing.wait(60)
     backend.write(interval_record(3, [0.1, 0.2], epoch=3))
     run.log({"user/loss": 2.0})
     assert run.summary["gwa/picture"]["_type"] == "image-file"
@@ -631,6 +629,7 @@ def test_a_run_that_watch_started_has_a_row_per_record_and_is_finished_by_close(
     assert config["log_every_n_steps"] == 3
     assert config["version"] == gwa_logging.__version__
     assert "Linear 8 -> 3" in config["head"]
+    assert config["classes"] == 3
     assert monitor.faults == {}
 
 

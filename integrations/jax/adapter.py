@@ -1,5 +1,6 @@
 """The JAX adapter: `value_and_grad` with scores, and what `update` accumulates."""
 
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, wraps
@@ -19,6 +20,7 @@ from gwa_logging.integrations.jax.accumulate import (
     copy_state,
     global_update,
     merge_states,
+    transfers_allowed,
     update_state,
 )
 from gwa_logging.integrations.jax.distributed import Processes, shared_store
@@ -26,6 +28,7 @@ from gwa_logging.integrations.jax.find_head import find_head, library_of
 from gwa_logging.integrations.jax.ledger import DeviceLedger, add_to_ledger
 from gwa_logging.integrations.jax.probe import ProbeSession
 from gwa_logging.integrations.jax.sessions import LayerCall, fresh_trace
+from gwa_logging.integrations.jax.weights import JaxWeights
 from gwa_logging.ledger import Ledger, TaggedBatch
 from gwa_logging.ranks import Attendance, check_windows
 from gwa_logging.settings import WatchSettings
@@ -88,13 +91,7 @@ def _allows_transfers(
 
     @wraps(method)
     def allowed(self: "JaxAdapter", /, *args: P.args, **kwargs: P.kwargs) -> R:
-        config: Any = jax.config
-        guards = {
-            config.jax_transfer_guard_host_to_device,
-            config.jax_transfer_guard_device_to_device,
-            config.jax_transfer_guard_device_to_host,
-        }
-        with jax.transfer_guard("allow") if guards - {None, "allow"} else nullcontext():
+        with transfers_allowed():
             return method(self, *args, **kwargs)
 
     return allowed
@@ -108,9 +105,11 @@ class JaxAdapter:
         self.head = f"head {head!r}: named by head=" if head else "head: found when the loss is first traced"
         self.notes: tuple[str, ...] = ()
         self.is_detached = False  # scores come from the user, even if the model no longer exists
+        self.is_language_model = False  # not known
         self._attendance = attendance
         self._processes = Processes(attendance, faults)
         self._library = library_of(model)
+        self._model = weakref.ref(subject(model))
         self._wanted = head
         self._num_samples = settings.num_samples
         self._pools_rows = settings.unit == "sample"
@@ -299,6 +298,10 @@ class JaxAdapter:
     def evaluate(self, inputs: Any) -> np.ndarray | None:
         """Refuses: `attach` has refused `watch(look=)` already."""
         raise InvalidInputError("look: in JAX call monitor.look(logits)")
+
+    def weights(self, *, averaged: bool) -> JaxWeights:
+        """The parameters that users pass; see `protocols.Adapter`."""
+        return JaxWeights(self._model(), averaged=averaged)
 
     def to_checkpoint_array(self, array: np.ndarray) -> np.ndarray:
         """Returns the array unchanged."""

@@ -24,17 +24,26 @@ from gwa_logging.integrations.torch.distributed import (
     shared_store,
     unsharded,
 )
-from gwa_logging.integrations.torch.find_head import NOT_FOUND_YET, Head, find_head, inside_adapters, unwrapped
+from gwa_logging.integrations.torch.find_head import (
+    NOT_FOUND_YET,
+    Head,
+    find_head,
+    inside_adapters,
+    predicts_tokens,
+    unwrapped,
+)
 from gwa_logging.integrations.torch.first_pass import FirstPass, HeadCall
 from gwa_logging.integrations.torch.forward_tracker import ForwardTracker
-from gwa_logging.integrations.torch.fused_losses import culprit, silent_loss
-from gwa_logging.integrations.torch.head_layers import layer_of
+from gwa_logging.integrations.torch.fused_losses import silent_loss
+from gwa_logging.integrations.torch.head_layers import layer_of, sizes_of
 from gwa_logging.integrations.torch.head_location import HeadLocation
 from gwa_logging.integrations.torch.look import ModelLook, check_look
+from gwa_logging.integrations.torch.no_observation import no_observation_hint
 from gwa_logging.integrations.torch.probe import HeadProbe
 from gwa_logging.integrations.torch.step_watchdog import StepWatchdog
 from gwa_logging.integrations.torch.trl_head import FusedHead, watch_fused_head
 from gwa_logging.integrations.torch.units import Unit
+from gwa_logging.integrations.torch.weights import TorchWeights
 from gwa_logging.ledger import Ledger, TaggedBatch
 from gwa_logging.ranks import Attendance, Identity, check_windows, first_scores
 from gwa_logging.settings import WatchSettings
@@ -79,6 +88,7 @@ class TorchAdapter:
         self.path = head.path if head else ""
         self._model = weakref.ref(inside_adapters(model))
         self._wrapped = weakref.ref(unwrapped(model))
+        self.is_language_model = head is not None and predicts_tokens(model, head)
         self._found = head  # only until `start`: it keeps the head of a model alive
         self._num_samples = settings.num_samples
         self._look = ModelLook(model)
@@ -94,6 +104,7 @@ class TorchAdapter:
         self._fused: FusedHead | None = None
         self._watchdog: StepWatchdog | None = None
         self._location: HeadLocation | None = None
+        self._weights: TorchWeights | None = None
         self._copies: list[weakref.ref[nn.Module]] = []
         self._changes = ""  # a sentence about the last replacement of the head
         self.passes = 0
@@ -117,7 +128,9 @@ class TorchAdapter:
     def shape(self) -> tuple[int, int] | None:
         """Number of features and of classes of the head; None until they are known."""
         watching = self._watching
-        return (watching.layer.features, watching.layer.classes) if isinstance(watching, HeadProbe) else None
+        if isinstance(watching, HeadProbe):
+            return watching.layer.features, watching.layer.classes
+        return None if self._found is None else sizes_of(self._found.module)
 
     def reduce(self, summary: AlignmentSummary) -> AlignmentSummary:
         """The summary of all ranks that count (a collective: every rank must call it)."""
@@ -225,6 +238,11 @@ class TorchAdapter:
             f"{steps} optimizer steps have trained a deep copy of the watched model, and the model itself was not observed "
             "meanwhile. Copies are not observed: call watch(copy) after copy.deepcopy(model)",
         )
+
+    def after_step(self) -> None:
+        """Updates the average of the weights."""
+        if self._weights is not None:
+            self._weights.after_step()
 
     def copies(self) -> list[nn.Module]:
         """Deep copies of the model that still exist."""
@@ -350,6 +368,11 @@ class TorchAdapter:
         """The logits of rank 0 for the inputs of a look (a collective: every rank must call it)."""
         return self._look.evaluate(inputs, self._attendance.problems() if is_distributed() else {})
 
+    def weights(self, *, averaged: bool) -> TorchWeights:
+        """The weights of the model; see `protocols.Adapter`."""
+        self._weights = TorchWeights(self._wrapped, self._attendance.missing, self._faults, averaged=averaged)
+        return self._weights
+
     def to_checkpoint_array(self, array: np.ndarray) -> Tensor:
         """Converts an array to a tensor, since `torch.load` refuses NumPy arrays."""
         return torch.from_numpy(array)
@@ -357,28 +380,8 @@ class TorchAdapter:
     def no_observation_hint(self) -> str:
         """What to check when no step has passed the probe."""
         self.check_head()
-        changes = f"{self._changes}. " if self._changes else ""
-        evaluation = ""
         probe = self._watching if isinstance(self._watching, HeadProbe) else None
-        if probe is not None and probe.saw_evaluation:
-            evaluation = (
-                "There were passes with the head in eval mode, which are not counted: call model.train(), or train() on "
-                "the head alone. "
-            )
-        return (
-            f"Watched: {self.head}. {changes}{evaluation}{self._fused_loss(probe)}Check that loss.backward() runs on "
-            "the output of this model in training mode with gradients enabled; that the head is called as a module (not "
-            "through F.linear on its weight, nor in a fused loss other than linear_cross_entropy); and that watch() came "
-            "before the first call of a compiled model. If a compiled model's head can only be found in a first pass, pass "
-            "its path: watch(model, head='dotted.path'). Gradients that a compiled model computes by torch.autograd.grad, "
-            "backward(inputs=) or torch.func transforms are not observed."
-        )
-
-    def _fused_loss(self, probe: HeadProbe | None) -> str:
-        """A sentence about a loss that never calls the head."""
-        model, head = self._wrapped(), None if probe is None else probe.layer._module()
-        found = "" if model is None else culprit(model, head, is_called=probe is not None and probe.saw_call)
-        return f"{found}. " if found else ""
+        return no_observation_hint(self.head, self._changes, probe, self._wrapped())
 
     def close(self) -> None:
         """Removes the probe from the model."""

@@ -108,6 +108,11 @@ def is_split(tensor: Any) -> bool:
     return isinstance(tensor, _SPLIT)
 
 
+def is_flattened(model: nn.Module) -> bool:
+    """Returns True if FullyShardedDataParallel has replaced parameters of the model by parts of flat ones."""
+    return any(getattr(parameter, "_fsdp_flattened", False) for parameter in model.parameters())
+
+
 def is_first_owner(tensor: Any) -> bool:
     """Returns True if this rank is the first of those that share a DTensor."""
     return not any(tensor.device_mesh.get_coordinate())

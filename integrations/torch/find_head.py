@@ -205,6 +205,16 @@ def _declared(model: nn.Module) -> _Declared | None:
     return None
 
 
+def predicts_tokens(model: nn.Module, head: Head) -> bool:
+    """Returns True if a model of transformers declares that the head predicts tokens."""
+    declared = _declared(inside_adapters(model))
+    return (
+        declared is not None
+        and declared.by == "get_output_embeddings()"
+        and any(_trained_copy(part) is head.module for part in declared.parts)
+    )
+
+
 def _by_library(model: nn.Module, declared: _Declared | None) -> Head | None:
     """The head that the library declares, if each part has exactly one layer with as many outputs as classes."""
     if declared is None:

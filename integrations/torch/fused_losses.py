@@ -25,12 +25,7 @@ _REMEDIES = {
         "Liger " + _HIDES + "Call patch_fused_loss(model) of gwa_logging.integrations.torch, or turn this loss off: "
         "liger_kernel_config={{'fused_linear_cross_entropy': False}}"
     ),
-    "trl": (
-        "TRL "
-        + _HIDES
-        + "Add the GWACallback of gwa_logging.integrations.transformers to the trainer, which reads TRL's "
-        "fused head"
-    ),
+    "trl": ("TRL " + _HIDES + "Set SFTConfig(loss_type='nll'), or use TRL 1.16 or newer, whose fused head is observed"),
     "unsloth": "Unsloth " + _HIDES + "Set the environment variable UNSLOTH_RETURN_LOGITS=1 before training",
     "cut_cross_entropy": (
         "cut-cross-entropy "
@@ -99,7 +94,7 @@ def _package_of_loss(function: FunctionType) -> str:
     if package == "liger_kernel":  # its forwards of other layers have no loss
         return package if LIGER_LOSS in used and not isinstance(used[LIGER_LOSS], _Replacement) else ""
     if package == "trl":
-        return package if code.co_name == "_fused_forward" else ""
+        return package if code.co_name == "_chunked_ce_forward" else ""  # up to TRL 1.14
     if package.startswith("unsloth"):  # also unsloth_zoo, and the modules that its compiler writes
         return "unsloth" if "CausalLM" in code.co_qualname else ""
     called = [value for name in code.co_names if isinstance(value := used.get(name), FunctionType)]

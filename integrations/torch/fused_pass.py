@@ -30,8 +30,10 @@ class FusedPass:
         self.inputs = inputs_of(hidden)
         # The ranks that share a weight all have the scores of the same rows: the first of them counts.
         self.is_counted = not is_split(weight) or is_first_owner(weight)
-        # Of an input with several rows no class is predicted.
-        self.needs_predicted = self.samples is not None and not self.inputs and not is_split(weight)
+        # A document has no predicted class.
+        rows = hidden.numel() // hidden.shape[-1]
+        has_row_ids = self.samples is not None and tuple(self.samples.ids.shape[:1]) == (rows,)
+        self.needs_predicted = has_row_ids and not is_split(weight)
         self.weight_node: Any = None
 
     def arrived(self, terms: Terms, predicted: Tensor) -> None:

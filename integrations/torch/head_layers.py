@@ -212,10 +212,16 @@ def layer_of(module: nn.Module) -> Linear:
     make = getattr(type(module), "watched_layer", None)  # a stand-in for another library's layer has this method
     if make is not None:
         return make(module)  # type: ignore[no-any-return]
+    features, classes = sizes_of(module)
+    return (Linear if isinstance(module, nn.Linear) else Pointwise)(module, classes, features)
+
+
+def sizes_of(module: nn.Module) -> tuple[int, int]:
+    """Number of features and of classes of a layer that is not refused by `refused_kind`."""
     if isinstance(module, nn.Linear):
-        return Linear(module, module.out_features, module.in_features)
+        return module.in_features, module.out_features
     assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d), refused_kind(module)
-    return Pointwise(module, module.out_channels, module.in_channels)
+    return module.in_channels, module.out_channels
 
 
 def shape_of(module: nn.Module) -> str:

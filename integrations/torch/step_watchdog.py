@@ -34,6 +34,10 @@ class Watched(Protocol):
         """
         ...
 
+    def after_step(self) -> None:
+        """Called after the first optimizer step since a backward pass was observed. Never raises."""
+        ...
+
     def copies(self) -> list[nn.Module]:
         """Deep copies of the model that still exist."""
         ...
@@ -78,6 +82,7 @@ class StepWatchdog:
             self._passes = watched.passes
             self._unobserved.clear()
             self._steps += 1
+            watched.after_step()
             if self._steps % STEPS == 0:
                 watched.check_head()
             return

@@ -62,7 +62,8 @@ def modules_in(folder: str) -> list[Path]:
 
 LAYERS = (
     "errors redact faults dataset forks alignment histogram settings statistic consensus document_details ledger thumbnail "
-    "report report.notebook _closer _run_folder",
+    "report report.notebook _closer _run_folder "
+    "best_weights state_values",
     "_record_base",
     "records",
     "summary _epoch_bar _announce",
@@ -72,7 +73,7 @@ LAYERS = (
     "report.page replay",
     "_closing_report look",
     "recording",
-    "_all_heads _look_calls",
+    "_all_heads _gradient_calls _look_calls _weights_calls",
     "monitor",
     "_watch",
     "trainer_session",
@@ -212,15 +213,15 @@ def test_the_wheel_holds_every_module_and_works_from_elsewhere(tmp_path):
 
 WATCH = (
     "model backend='local' run=None head=None early_stop=EarlyStop() on_alert=None log_every_n_steps=50 samples_per_epoch=None "
-    "num_samples=None labels=None unit=None look=None notify=None directory='gwa_runs' name='gwa'"
+    "num_samples=None labels=None unit=None look=None keep_best=False notify=None directory='gwa_runs' name='gwa'"
 )
 MONITOR = {
-    "update": "scores sample_ids=None weights=None predicted=None",
+    "update": "scores sample_ids=None weights=None predicted=None params=None",
     "tag": "sample_ids weights=None",
     "paused": "",
     "value_and_grad": "fun argnums=0 has_aux=False options",
     "grad": "fun argnums=0 has_aux=False options",
-    "end_epoch": "",
+    "end_epoch": "params=None",
     "look": "logits ids=None",
     "plan": "n",
     "epochs": "n",
@@ -228,6 +229,8 @@ MONITOR = {
     "suspects_table": "",
     "label_quality": "",
     "log_suspects": "k=100 images=None",
+    "best_weights": "",
+    "restore_best": "",
     "state_dict": "",
     "load_state_dict": "state",
     "flush": "timeout=10.0",
@@ -260,7 +263,7 @@ def test_the_public_names_are_these():
 def test_watch_and_monitor_have_these_parameters():
     assert parameters_of(gwa_logging.watch) == WATCH
     kinds = [p.kind.name for p in inspect.signature(gwa_logging.watch).parameters.values()]
-    assert kinds == ["POSITIONAL_OR_KEYWORD"] * 2 + ["KEYWORD_ONLY"] * 13
+    assert kinds == ["POSITIONAL_OR_KEYWORD"] * 2 + ["KEYWORD_ONLY"] * 14
     public = {name for name in dir(gwa_logging.Monitor) if not name.startswith("_")}
     assert public | {"heads", "is_copy"} == MONITOR.keys() | MONITOR_ATTRIBUTES
     assert {name: parameters_of(getattr(gwa_logging.Monitor, name)) for name in MONITOR} == MONITOR

@@ -256,10 +256,10 @@ def test_calls_that_do_not_fit_the_model_or_the_settings_are_refused(model, call
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        (torch.arange(2), "expected 3, one for each score"),
+        (torch.arange(2), r"expected \[3\], one for each score"),
         (torch.zeros(3), "expected an integer array"),
         ([0, 1, 2], "expected an integer array"),
-        (torch.zeros(3, 1, dtype=torch.int64), "expected an integer array"),
+        (torch.zeros(2, 2, dtype=torch.int64), r"expected \[3\], .* found \[2, 2\]"),
     ],
 )
 def test_wrong_sample_ids_are_refused(model, ids, message):

@@ -1253,12 +1253,12 @@ def test_an_argnum_beyond_the_arguments_is_named():
 
 
 IDS = {
-    "too few": (jnp.arange(5), "sample_ids: expected 24, one for each score, found 5"),
-    "too many": (np.arange(30), "sample_ids: expected 24, one for each score, found 30"),
+    "too few": (jnp.arange(5), r"sample_ids: expected \[24\], one for each score, .* found \[5\]"),
+    "too many": (np.arange(30), r"sample_ids: expected \[24\], one for each score, .* found \[30\]"),
     "floats": (jnp.arange(24.0), "sample_ids: expected an integer array .* found float32"),
     "booleans": (jnp.ones(24, bool), "sample_ids: expected an integer array .* found bool"),
     "a list": (list(range(24)), "sample_ids: expected an integer array .* found list"),
-    "two axes": (jnp.zeros((4, 6), jnp.int32), r"sample_ids: expected an integer array .* shape \(4, 6\)"),
+    "two axes": (jnp.zeros((5, 6), jnp.int32), r"sample_ids: expected \[24\], .* found \[5, 6\]"),
 }
 
 

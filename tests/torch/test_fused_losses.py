@@ -92,7 +92,7 @@ STAND_INS = {
         "lce_forward",
         r"Liger computes.*patch_fused_loss",
     ),
-    "trl.trainer.utils": ("loss", "_fused_forward", r"TRL computes the loss of Causal.*GWACallback"),
+    "trl.trainer.sft_trainer": ("loss", "_chunked_ce_forward", r"TRL computes the loss of Causal.*loss_type='nll'"),
     "unsloth.models.llama": ("loss", "_CausalLM_fast_forward", r"Unsloth computes.*UNSLOTH_RETURN_LOGITS=1"),
     "cut_cross_entropy.transformers.llama": (
         "loss",
@@ -124,19 +124,6 @@ def test_silence_names_the_library_that_has_replaced_the_loss(watch, module, cap
         train(model, lambda: model(ids, ids))
     assert monitor.faults == {"silence": 1}
     assert any("no observation" in text and re.search(message, text) for text in caplog.messages)
-
-
-@pytest.mark.slow
-def test_silence_names_the_real_fused_head_of_trl(watch, caplog):
-    transformers = pytest.importorskip("transformers")
-    utils = pytest.importorskip("trl.trainer.utils")
-    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 8}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=CLASSES, hidden_size=8, **sizes))
-    utils.add_fused_lm_head(model)
-    monitor, ids = watch(model), data()
-    train(model, lambda: model(input_ids=ids, labels=ids, fused_lm_head=True).loss)
-    assert monitor.faults == {"silence": 1}
-    assert any("TRL computes the loss of LlamaForCausalLM" in text for text in caplog.messages)
 
 
 @pytest.mark.parametrize("kernel", [F.linear, lambda h, w: h @ w.T], ids=["F.linear", "a product"])

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import gwa_logging
-from gwa_logging import HeadNotFoundError, InvalidInputError
+from gwa_logging import EarlyStop, HeadNotFoundError, InvalidInputError
 from gwa_logging.integrations.torch.find_head import describe, find_head
 from tests.torch.peft_model import PeftModel
 
@@ -705,3 +705,17 @@ def test_the_head_of_a_peft_model_whose_body_is_adapted_is_found_before_the_firs
     model.body = Adapter(model.body)
     head = find_head(PeftModel(model))
     assert head.path == "base_model.head"
+
+
+@pytest.mark.parametrize("rule", ["default", "passed", "none"])
+def test_a_language_model_has_no_stop_alert_unless_a_rule_is_passed(rule, capsys):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 50, "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16}
+    config = transformers.LlamaConfig(**sizes, intermediate_size=16, pad_token_id=0, num_labels=3)
+    options = {"passed": {"early_stop": EarlyStop()}, "none": {"early_stop": None}, "default": {}}[rule]
+    for kind, has_default in (("ForCausalLM", False), ("ForSequenceClassification", True)):
+        model = getattr(transformers, f"Llama{kind}")(config)
+        with gwa_logging.watch(model, **options) as monitor:
+            has_rule = monitor._recording.settings.early_stop is not None
+        assert has_rule == {"passed": True, "none": False, "default": has_default}[rule]
+        assert ("a language model: no stop alert" in capsys.readouterr().err) == (rule == "default" and not has_default)

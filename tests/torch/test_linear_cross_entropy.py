@@ -47,8 +47,15 @@ def batch(seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def oracle(model: Decoder, x: Tensor, target: Tensor, smoothing: float = 0.0) -> np.ndarray:
     """float64 [B, T]: the scores by each row's own gradient of the head's weight; NaN in ignored rows."""
+    return scores_and_lengths(model, x, target, smoothing)[0]
+
+
+def scores_and_lengths(
+    model: Decoder, x: Tensor, target: Tensor, smoothing: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """The scores, and the norms of the gradients; 0 in ignored rows."""
     double = copy.deepcopy(model).double()
-    scores = np.full(target.shape, np.nan)
+    scores, lengths = np.full(target.shape, np.nan), np.zeros(target.shape)
     for index in np.ndindex(*target.shape):
         if target[index] == -100:
             continue
@@ -57,7 +64,8 @@ def oracle(model: Decoder, x: Tensor, target: Tensor, smoothing: float = 0.0) ->
         (gradient,) = torch.autograd.grad(loss, double.lm_head.weight)
         weight = double.lm_head.weight
         scores[index] = float((-(gradient * weight).sum() / gradient.norm() / weight.norm()).detach())
-    return scores
+        lengths[index] = float(gradient.norm())
+    return scores, lengths
 
 
 @pytest.fixture
@@ -213,13 +221,14 @@ def test_a_watched_model_gets_the_score_of_every_row_without_another_line(watch,
 
 
 @pytest.mark.parametrize("how", RUN)
-def test_ids_of_inputs_get_the_mean_of_their_rows(watch, how):
+def test_ids_of_inputs_get_the_weighted_mean_of_their_rows(watch, how):
     model, steps = Decoder(), 3
     monitor, trained = watch(model, num_samples=B), compiled_if(how, model)
     expected, rows = [], 0
     for step in range(steps):
         x, target = batch(step)
-        expected.append(np.nanmean(oracle(model, x, target)[1:], axis=1))
+        scores, lengths = scores_and_lengths(model, x, target)
+        expected.append(np.average(np.nan_to_num(scores[1:]), axis=1, weights=lengths[1:]))
         rows += int((target != -100).sum())
         monitor.tag(torch.arange(B))
         trained(x, target).backward()

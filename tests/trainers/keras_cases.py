@@ -259,3 +259,28 @@ def test_a_head_other_than_a_dense_layer_is_refused():
     model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     with pytest.raises(HeadNotFoundError):
         fit(model, GWACallback())
+
+
+@slow_in_jax
+def test_the_best_weights_can_be_restored_after_the_fit():
+    kept = {}
+
+    class Copies(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            kept[epoch] = self.model.get_weights()
+
+    model = make("softmax")
+    callback = GWACallback(keep_best=True, early_stop=EarlyStop(warmup=0))
+    fit(model, callback, Copies())
+    assert all(map(np.array_equal, model.get_weights(), kept[EPOCHS - 1])), "an epoch's end sees its last step"
+    best = [report.epoch for report in callback.monitor.history if report.is_best][-1]
+    model.layers[-1].set_weights([np.zeros_like(weight) for weight in model.layers[-1].get_weights()])
+    assert callback.monitor.restore_best() == best
+    assert all(map(np.array_equal, model.get_weights(), kept[best]))
+    assert not callback.monitor.faults
+    assert np.isfinite(fit(model, epochs=1).history["loss"][0])  # it can be trained on
+
+
+def test_an_average_is_left_to_keras():
+    with pytest.raises(InvalidInputError, match=r"keep_best='averaged': .*use_ema=True"):
+        GWACallback(keep_best="averaged")

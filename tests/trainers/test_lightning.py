@@ -458,3 +458,23 @@ def test_two_processes_report_the_same_as_one(tmp_path, two_processes):
         for rank in (0, 1):
             found = json.loads((tmp_path / f"{name} {rank}.json").read_text())
             assert_equal([EpochReport.model_validate(report) for report in found], expected)
+
+
+@pytest.mark.parametrize("keep_best", [True, "averaged"])
+def test_the_best_weights_can_be_restored_after_the_fit(keep_best):
+    steps: list[list[Tensor]] = []
+
+    class Copies(lightning.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            steps.append([weight.detach().clone().double() for weight in pl_module.parameters()])
+
+    callback = GWACallback(keep_best=keep_best, early_stop=EarlyStop(warmup=0))
+    module = Classifier()
+    trainer(Copies(), callback, epochs=1).fit(module, loader())
+    with torch.no_grad():
+        module.model[2].weight.zero_()
+    assert callback.monitor.restore_best() == 0
+    expected = steps[-1] if keep_best is True else [torch.stack(each).mean(0) for each in zip(*steps, strict=True)]
+    for weight, value in zip(module.parameters(), expected, strict=True):
+        torch.testing.assert_close(weight.double(), value, rtol=1e-6, atol=1e-6)
+    assert callback.monitor.best_weights().keys() == module.model.state_dict().keys()

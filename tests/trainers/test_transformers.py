@@ -360,3 +360,22 @@ def test_two_processes_report_the_same_as_one(tmp_path, two_processes):
     for rank in (0, 1):
         reports = [EpochReport.model_validate(r) for r in json.loads((tmp_path / f"{rank}.json").read_text())]
         assert_equal(reports, expected)
+
+
+@pytest.mark.parametrize("keep_best", [True, "averaged"])
+def test_the_best_weights_can_be_restored_after_the_training(keep_best):
+    steps: list[list[Tensor]] = []
+
+    class Copies(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            steps.append([weight.detach().clone().double() for weight in model.parameters()])
+
+    callback = GWACallback(keep_best=keep_best, early_stop=EarlyStop(warmup=0))
+    trained = trainer(callback, Copies(), epochs=1)
+    trained.train()
+    with torch.no_grad():
+        trained.model.model[2].weight.zero_()
+    assert callback.monitor.restore_best() == 0
+    expected = steps[-1] if keep_best is True else [torch.stack(each).mean(0) for each in zip(*steps, strict=True)]
+    for weight, value in zip(trained.model.parameters(), expected, strict=True):
+        torch.testing.assert_close(weight.double(), value, rtol=1e-6, atol=1e-6)
