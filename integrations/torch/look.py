@@ -228,7 +228,7 @@ def _keep_random_numbers(kind: str, indices: set[int], stack: ExitStack) -> None
     accelerator = getattr(torch, kind, None)
     if kind == "mps":  # it has a single device, and its functions take no index
         stack.callback(torch.mps.set_rng_state, torch.mps.get_rng_state())
-    elif hasattr(accelerator, "get_rng_state"):  # some third-party devices have no such function
+    elif hasattr(accelerator, "get_rng_state"):  # some third-party devices lack one
         stack.enter_context(torch.random.fork_rng(devices=sorted(indices), device_type=kind))
 
 
