@@ -116,7 +116,7 @@ the documents the intent is a wrong one. Three ways of training for {epochs} epo
 intents, from scratch on all tokens, and LoRA on top of a model that has read the questions alone. Held-out loss and
 accuracy are those of the correct names on other questions; an answer is correct if all its tokens are.
 
-    python -m benchmarks.language_study clinc150.json     # trains: an hour on one core
+    python -m benchmarks.language_study clinc150.json     # trains: an hour on one core per seed
     python -m benchmarks.language_study                   # this page, from the runs in the repository
 
 These models are a thousand times smaller than those in use. Check on runs of your own before you rely on any of it.
@@ -133,7 +133,7 @@ loss turned: the separation falls at the beginning and then hardly moves. So a l
 alert unless you pass `early_stop=EarlyStop()`.
 
 **Do not compare the numbers with those of classifiers.** A score is a cosine between matrices of 3,000 x 128 numbers,
-so it is small: the standard deviation over the tokens is below 0.01.
+so it is small: the standard deviation over the tokens is about 0.01 or less.
 
 ## Which documents are wrong
 
