@@ -1,6 +1,6 @@
 """What the scores say of a language model's documents: a small Llama on completions of which a fifth is wrong.
 
-    python -m benchmarks.language_study clinc150.json     # trains all cells: an hour on one core
+    python -m benchmarks.language_study clinc150.json     # trains all cells: an hour on one core for each seed
     python -m benchmarks.language_study                   # the page, from the runs in the repository
 
 A document is a question and the name of its intent (CLINC150: 150 intents, 40 questions of each), such as "what is my balance =
