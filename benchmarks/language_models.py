@@ -122,9 +122,17 @@ def peak_megabytes(way: str, args: argparse.Namespace, classes: int) -> float:
             torch.cuda.reset_peak_memory_stats()
             step()
             return (torch.cuda.max_memory_allocated() - before) / 2**20
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = _peak_kilobytes()
         step()
-        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        return (_peak_kilobytes() - before) / 1024
+
+
+def _peak_kilobytes() -> int:
+    """Peak memory of this process. On Linux `ru_maxrss` begins with that of the process that has started this one."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def peak_in_new_process(way: str, classes: int, arguments: list[str]) -> float:
