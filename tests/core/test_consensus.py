@@ -210,7 +210,9 @@ def test_reports_of_earlier_versions_can_be_read_and_have_no_consensus():
     assert new.metrics["consensus"] == 0.25
 
 
-@pytest.mark.parametrize("look", [3, "x", [], [3], np.float32(1.0), iter([np.zeros((2, 2))])], ids=lambda look: type(look).__name__)
+@pytest.mark.parametrize(
+    "look", [3, "x", [], [3], np.float32(1.0), iter([np.zeros((2, 2))])], ids=lambda look: type(look).__name__
+)
 def test_a_look_that_is_no_batch_is_refused(look, tmp_path: Path):
     with pytest.raises(InvalidInputError, match="look: expected inputs as the model is called with them"):
         WatchSettings(look=look, directory=tmp_path)
