@@ -1,5 +1,6 @@
 """Several rows of the head for one input, with unit="sample"."""
 
+from itertools import product
 from typing import Any
 
 import jax
@@ -25,10 +26,15 @@ class Tokens(nn.Module):
 POOLS = {"mean": lambda z: z.mean(-2), "max": lambda z: z.max(-2), "views in two axes": lambda z: z.mean(-2)}
 
 
-@pytest.mark.parametrize("classes", [5, 9])  # fewer and more than features
-@pytest.mark.parametrize("batching", ["whole batch", "vmap"])
-@pytest.mark.parametrize("pool", POOLS)
-def test_a_sample_is_an_input_whose_rows_add_up(classes, batching, pool):
+FAST = {("mean", "whole batch", 5), ("max", "vmap", 9), ("views in two axes", "whole batch", 9)}
+WAYS = product(POOLS, ("whole batch", "vmap"), (5, 9))  # fewer and more classes than features
+
+
+@pytest.mark.parametrize(
+    ("pool", "batching", "classes"),
+    [pytest.param(*way, marks=() if way in FAST else pytest.mark.slow) for way in WAYS],
+)
+def test_a_sample_is_an_input_whose_rows_add_up(pool, batching, classes):
     model = Tokens(classes)
     shape = (B, 2, 2, 8) if pool == "views in two axes" else (B, T, 8)
     x, y = jax.random.normal(jax.random.key(1), shape), jax.random.randint(jax.random.key(2), (B,), 0, classes)

@@ -450,6 +450,7 @@ def train_ddp_and_fsdp(folder: str) -> None:
         Path(f"{name} {fitting.global_rank}.json").write_text(json.dumps(result))
 
 
+@pytest.mark.slow
 def test_two_processes_report_the_same_as_one(tmp_path, two_processes):
     two_processes("tests.trainers.test_lightning", "train_ddp_and_fsdp", tmp_path)
     expected = plain(net())[0]
