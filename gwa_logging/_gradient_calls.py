@@ -19,8 +19,9 @@ class GradientCalls(Owned):
 
         Args:
             fun: the loss function, unchanged; it must run the watched model.
-            argnums, options: as in `jax.value_and_grad`.
+            argnums: as in `jax.value_and_grad`.
             has_aux: as in `jax.value_and_grad`; the first result is then `((value, aux), scores)`.
+            **options: as in `jax.value_and_grad`.
 
         Returns:
             A function with the same arguments; it may be jitted. Scores are float32 [...], one for each row of the
