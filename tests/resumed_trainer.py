@@ -47,7 +47,7 @@ class HostAdapter:
 
     head, path, shape = "scores by step", "", (2, 2)
     writes, processes = True, 1
-    is_detached, notes = False, ()
+    is_detached, is_language_model, notes = False, False, ()
 
     def __init__(self) -> None:
         self._summary = AlignmentSummary()
