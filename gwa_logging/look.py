@@ -50,7 +50,9 @@ class EpochLook:
         Args:
             pause, resume: called before and after, so that the passes do not count.
         """
-        pause()
+        evaluates = self._inputs is not None
+        if evaluates:
+            pause()
         try:
             rows = self._take_rows()
             return None if rows is None else self.consensus.add(rows)
@@ -58,7 +60,8 @@ class EpochLook:
             self._faults.record(FAULT, f"{type(error).__name__}: {error}")
             return None
         finally:
-            resume()
+            if evaluates:
+                resume()
             self._given.clear()
 
     def _take_rows(self) -> LookRows | None:

@@ -67,6 +67,9 @@ class HostAdapter:
     def reduce(self, summary: AlignmentSummary) -> AlignmentSummary:
         return summary
 
+    def to_checkpoint_array(self, array: Any) -> Any:
+        return array
+
     def no_observation_hint(self) -> str:
         return "call update"
 
