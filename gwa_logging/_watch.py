@@ -122,7 +122,7 @@ def watch(
         samples_per_epoch: closes an epoch automatically once at least this many samples have been seen; checked whenever a
             histogram is taken. For runs without epochs, in a single process.
         num_samples: size of the training set, below 2**31; turns on the per-sample ledger that `Monitor.suspects` reads. The
-            ledger takes 12 bytes per sample on the device (8 in JAX without predictions).
+            ledger takes 8 bytes per sample on the device, and 4 more each once there are predictions and documents.
         labels: class indices of the training set, int [num_samples], an array on the host or a list, for the list of suspects;
             num_samples may be omitted then.
         unit: what a score belongs to where the head sees several rows of one input (tokens, views, clips). "sample": the input;

@@ -43,12 +43,12 @@ class Head(NamedTuple):
         return f"head {display_path(self.path)} ({type(self.module).__name__} {shape_of(self.module)}): {self.reason}"
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's model without the wrappers of torch.compile and of parallel training."""
+def unwrapped(model: nn.Module, wrappers: tuple[type[Any], ...] = WRAPPERS) -> nn.Module:
+    """The user's model without the wrappers of torch.compile and of parallel training; those in `wrappers` only."""
     while True:
         if isinstance(model, torch._dynamo.OptimizedModule):
             model = model._orig_mod
-        elif isinstance(model, WRAPPERS):
+        elif isinstance(model, wrappers):
             model = model.module
         else:
             return model

@@ -34,6 +34,7 @@ from gwa_logging.integrations.torch.distributed import (
     rank,
     reshard,
 )
+from gwa_logging.integrations.torch.find_head import unwrapped
 from gwa_logging.settings import WatchSettings
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
@@ -57,7 +58,7 @@ class ModelLook:
 
     def __init__(self, model: nn.Module) -> None:
         """Takes the model as the user passed it, with its wrappers."""
-        self._model = weakref.ref(_callable_part(model))
+        self._model = weakref.ref(unwrapped(model, REPLICATED))  # a call needs the other wrappers
 
     def evaluate(self, inputs: Any, problems: Mapping[str, str]) -> npt.NDArray[np.float32] | None:
         """The logits of rank 0, float32 [inputs, classes], on the host; None on other ranks if that failed. See the module.
@@ -112,17 +113,6 @@ class ModelLook:
         if error is not None:
             raise error
         return None if any(map(any, failed)) else broadcast_array(logits)
-
-
-def _callable_part(model: nn.Module) -> nn.Module:
-    """The model without the wrappers that need no call: those of torch.compile, DataParallel and DDP."""
-    while True:
-        if isinstance(model, torch._dynamo.OptimizedModule):
-            model = model._orig_mod
-        elif isinstance(model, REPLICATED):
-            model = model.module
-        else:
-            return model
 
 
 def _evaluate(model: nn.Module, inputs: Any) -> npt.NDArray[np.float32]:

@@ -199,9 +199,11 @@ class HeadProbe:
 
     def groups(self, logits: Tensor) -> int:
         """The number of inputs if each of them may be one sample with several rows; else 0."""
-        if self.unit.pools is False or isinstance(self.layer, Pointwise) or is_split(logits):
+        tracker = self._forward_tracker
+        has_positions = logits.ndim > 2 or tracker is not None  # else, as in most steps, each row is an input
+        if not has_positions or self.unit.pools is False or isinstance(self.layer, Pointwise) or is_split(logits):
             return 0
-        rows, tracker = logits.numel() // self.layer.classes, self._forward_tracker
+        rows = logits.numel() // self.layer.classes
         inputs = inputs_of(logits) or (0 if tracker is None else tracker.inputs_of(rows))
         return inputs if inputs < rows else 0
 

@@ -417,7 +417,10 @@ def test_a_state_of_version_4_has_no_look(watch):
     monitor = watch(Net())
     state = monitor.state_dict()
     del state["look"]
-    watch(Net(), look=data()[0]).load_state_dict({**state, "version": 4})
+    model = Net()
+    other = watch(model, look=data()[0])
+    other.load_state_dict({**state, "version": 4})
+    assert train(model, other, torch.optim.SGD(model.parameters(), lr=0.1)).consensus is None  # the first look
 
 
 def test_a_damaged_look_is_refused(watch):
