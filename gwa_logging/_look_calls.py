@@ -16,8 +16,9 @@ class LookCalls(Owned):
         """Passes the model's logits for some training inputs, for `EpochReport.consensus` (JAX, own loops).
 
         Call it before `end_epoch`, in every epoch, with logits that the model computes in evaluation mode for the same few
-        hundred training inputs. Several calls in an epoch add up. In PyTorch, `watch(look=inputs)` does all of this. Waits
-        for the device. In a distributed run every process must pass the same logits.
+        hundred training inputs; if averaged parameters are kept, with these. Several calls in an epoch add up. In PyTorch,
+        `watch(look=inputs)` does all of this. Waits for the device. In a distributed run every process must pass the same
+        logits.
 
         Args:
             logits: float [inputs, classes], or [inputs] with a single logit.

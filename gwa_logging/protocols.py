@@ -119,8 +119,9 @@ class Adapter(Protocol):
     def evaluate(self, inputs: Any) -> npt.NDArray[np.float32] | None:
         """The model's logits for the inputs of `watch(look=)`, float32 [inputs, classes], on the host.
 
-        In evaluation mode, without gradients; neither the model nor the streams of random numbers change. In a distributed
-        run every process must call this; all get the logits of the first one, or None if it failed in another process.
+        In evaluation mode, without gradients; neither the model nor the streams of random numbers change. If `weights` keeps
+        the average of the weights, the average is evaluated. In a distributed run every process must call this; all get the
+        logits of the first one, or None if it failed in another process.
 
         Raises:
             InvalidInputError: the model's output has no logits.

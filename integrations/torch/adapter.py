@@ -366,7 +366,7 @@ class TorchAdapter:
 
     def evaluate(self, inputs: Any) -> np.ndarray | None:
         """The logits of rank 0 for the inputs of a look (a collective: every rank must call it)."""
-        return self._look.evaluate(inputs, self._attendance.problems() if is_distributed() else {})
+        return self._look.evaluate(inputs, self._attendance.problems() if is_distributed() else {}, self._weights)
 
     def weights(self, *, averaged: bool) -> TorchWeights:
         """The weights of the model; see `protocols.Adapter`."""

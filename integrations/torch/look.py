@@ -6,6 +6,9 @@ compiled: a compiled model would be compiled once more for evaluation, and its t
 batch size. Autocast is off, because its cache would otherwise keep weights without gradients for the next training pass.
 Floating-point inputs are converted to the dtype of the model's parameters.
 
+If the average of the weights is kept, the average is evaluated. It is copied into the model's parameters, and the weights are
+copied back afterwards. The parameters keep their storage, which sharded models, recurrent layers and compiled graphs refer to.
+
 In a distributed run the look of rank 0 counts. Where every rank has the whole model (DDP), only rank 0 evaluates it, and the
 others wait for its result. Where the parameters are split (FSDP, tensor parallelism), every rank evaluates it; the ranks
 first make sure that all have inputs of the same shapes, since one that fails alone would block the others.
@@ -14,7 +17,7 @@ first make sure that all have inputs of the same shapes, since one that fails al
 import random
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from zlib import crc32
 
@@ -35,6 +38,7 @@ from gwa_logging.integrations.torch.distributed import (
     reshard,
 )
 from gwa_logging.integrations.torch.find_head import unwrapped
+from gwa_logging.integrations.torch.weights import TorchWeights
 from gwa_logging.settings import WatchSettings
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
@@ -60,26 +64,29 @@ class ModelLook:
         """Takes the model as the user passed it, with its wrappers."""
         self._model = weakref.ref(unwrapped(model, REPLICATED))  # a call needs the other wrappers
 
-    def evaluate(self, inputs: Any, problems: Mapping[str, str]) -> npt.NDArray[np.float32] | None:
+    def evaluate(
+        self, inputs: Any, problems: Mapping[str, str], weights: TorchWeights | None = None
+    ) -> npt.NDArray[np.float32] | None:
         """The logits of rank 0, float32 [inputs, classes], on the host; None on other ranks if that failed. See the module.
 
         Args:
             inputs: what `watch(look=)` received.
             problems: what prevents collectives; each rank then evaluates alone, unless the parameters are split.
+            weights: what keeps the weights. If they are averaged, the averages are evaluated.
         """
         model = self._model()
         if model is None:
             raise InvalidInputError("look: the model no longer exists")
         if not is_distributed():
-            return _evaluate(model, inputs)
+            return _evaluate(model, inputs, weights)
         if needs_all_ranks(model):
-            return None if problems else self._evaluate_together(model, inputs)
+            return None if problems else self._evaluate_together(model, inputs, weights)
         if problems:
-            return _evaluate(model, inputs)
+            return _evaluate(model, inputs, weights)
         logits, error = None, None
         if rank() == 0:
             try:
-                logits = _evaluate(model, inputs)
+                logits = _evaluate(model, inputs, weights)
             except Exception as raised:  # noqa: BLE001 - the other ranks wait for the result
                 error = raised
         logits = broadcast_array(logits)
@@ -87,12 +94,15 @@ class ModelLook:
             raise error
         return logits
 
-    def _evaluate_together(self, model: nn.Module, inputs: Any) -> npt.NDArray[np.float32] | None:
+    def _evaluate_together(
+        self, model: nn.Module, inputs: Any, weights: TorchWeights | None
+    ) -> npt.NDArray[np.float32] | None:
         batches: list[Batch] = []
         logits, error = None, None
-        with _unchanged(model):
+        with _unchanged(model), ExitStack() as stack:
             try:
                 batches = _batches(inputs, model)
+                stack.enter_context(_with_averages(model, weights))
             except Exception as raised:  # noqa: BLE001 - the other ranks must learn of it first
                 error = raised
             signature = float(crc32(repr([_shapes(batch) for batch in batches]).encode()))
@@ -107,17 +117,17 @@ class ModelLook:
                 logits = _run(model, batches)
             except Exception as raised:  # noqa: BLE001 - see above
                 error = raised
-            finally:
-                reshard(model)
         failed = gather_vectors(np.array([float(error is not None)]))
         if error is not None:
             raise error
         return None if any(map(any, failed)) else broadcast_array(logits)
 
 
-def _evaluate(model: nn.Module, inputs: Any) -> npt.NDArray[np.float32]:
+def _evaluate(model: nn.Module, inputs: Any, weights: TorchWeights | None) -> npt.NDArray[np.float32]:
     with _unchanged(model):
-        return _run(model, _batches(inputs, model))
+        batches = _batches(inputs, model)
+        with _with_averages(model, weights):
+            return _run(model, batches)
 
 
 def _run(model: nn.Module, batches: Sequence[Batch]) -> npt.NDArray[np.float32]:
@@ -186,6 +196,17 @@ def _shapes(batch: Any) -> Any:
 
 
 # --- leaving no trace -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _with_averages(model: nn.Module, weights: TorchWeights | None) -> Iterator[None]:
+    """The model has its averaged weights, if they are averaged. No gathered copy stays in a sharded model."""
+    reshard(model)
+    with nullcontext() if weights is None else weights.averaged():
+        try:
+            yield
+        finally:
+            reshard(model)
 
 
 @contextmanager

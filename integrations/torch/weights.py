@@ -13,6 +13,7 @@ A sharded model (`fully_shard`) is averaged shard by shard, without communicatio
 import copy
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,7 +25,14 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from gwa_logging.best_weights import FAULT
 from gwa_logging.errors import InvalidInputError
 from gwa_logging.faults import Faults
-from gwa_logging.integrations.torch.distributed import full_tensor, is_distributed, is_flattened, is_split, rank
+from gwa_logging.integrations.torch.distributed import (
+    full_tensor,
+    is_distributed,
+    is_flattened,
+    is_split,
+    rank,
+    reshard,
+)
 
 
 class WeightAverage:
@@ -92,6 +100,25 @@ class WeightAverage:
             shape=split.shape,
             stride=split.stride(),
         )
+
+    @contextmanager
+    def in_model(self) -> Iterator[None]:
+        """The averages are in the model's parameters and buffers; afterwards the weights are as before, bit for bit.
+
+        Needs memory for another copy of them. Version counters do not change, so a graph of the weights that is still alive
+        can be used afterwards. Has no effect before the first `update`.
+        """
+        with torch.no_grad():
+            sources = [(reference(), average) for reference, average in self._averages.values()]
+            pairs = [(_local(source).data, average) for source, average in sources if source is not None]
+            copies = [weights.clone() for weights, _ in pairs]
+            try:
+                for weights, average in pairs:
+                    weights.copy_(torch.where(average.isfinite(), average, weights))  # as `_start` repairs them
+                yield
+            finally:
+                for (weights, _), original in zip(pairs, copies, strict=True):
+                    weights.copy_(original)
 
     def _start(self, model: nn.Module) -> None:
         """Averages exactly the present weights: earlier averages are kept, others begin with the present value.
@@ -174,6 +201,10 @@ class TorchWeights:
             self._average.clear()
             self._faults.record(FAULT, f"their average starts again at the next step: {type(error).__name__}: {error}")
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """A context in which the model has its averaged weights; without effect if there is no average."""
+        return nullcontext() if self._average is None else self._average.in_model()
+
     def _is_needed(self, model: nn.Module) -> bool:
         """Returns True on the rank that writes, and on all ranks if the model is sharded. Decided at the first step."""
         if self._has_part is None:
@@ -191,6 +222,7 @@ class TorchWeights:
             return None
         if self._average is not None:
             steps = self._average.steps
+            reshard(model)  # a validation pass leaves gathered parameters in the model, which are freed later
             self._average.end_epoch(model)
             if not steps and is_best:
                 raise InvalidInputError(

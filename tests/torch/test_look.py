@@ -68,14 +68,14 @@ def randomness() -> list[Any]:
     return [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]
 
 
-def trained(look: Any, directory: Path, *, how: str, noise: bool) -> dict[str, Any]:
-    """Three epochs; the state of everything after each of them, and the gradients of a further step."""
+def trained(look: Any, directory: Path, *, how: str, noise: bool, keep_best: Any = False) -> dict[str, Any]:
+    """Three epochs; the state of everything after each of them, the gradients of a further step, and the kept weights."""
     random.seed(0)
     np.random.seed(0)
     model = Net(noise)
     torch.manual_seed(7)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    monitor = gwa_logging.watch(model, directory=directory, look=look)
+    monitor = gwa_logging.watch(model, directory=directory, look=look, keep_best=keep_best)
     run: nn.Module = model
     if how == "compiled":
         run = torch.compile(model, backend="aot_eager")  # type: ignore[assignment]
@@ -92,9 +92,10 @@ def trained(look: Any, directory: Path, *, how: str, noise: bool) -> dict[str, A
     gradients = {name: p.grad for name, p in model.named_parameters()}
     history = [report.model_copy(update={"time": 0.0, "consensus": None}) for report in monitor.history]
     consensus = [report.consensus for report in monitor.history]
+    best = monitor.best_weights() if keep_best else None
     monitor.close()
     assert monitor.faults == {}
-    return {"states": states, "gradients": gradients, "history": history, "consensus": consensus}
+    return {"states": states, "gradients": gradients, "history": history, "consensus": consensus, "best": best}
 
 
 @pytest.mark.parametrize(  # the compiler does not trace Python's random numbers

@@ -8,12 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 import gwa_logging
+from gwa_logging.integrations.torch.find_head import unwrapped
 from tests.core.test_consensus import expected
 from tests.torch.ranks import World
 from tests.torch.test_distributed import Net, batches, by_classes, compiled, ddp, fsdp, fsdp_1, fsdp_by_parts, rank
 from tests.torch.test_distributed import world_size as size
+from tests.torch.test_weights_ranks import full, mean_until
 
 EPOCHS = 3
 WRAPS: dict[str, Callable[[Net], Any]] = {
@@ -24,6 +27,8 @@ WRAPS: dict[str, Callable[[Net], Any]] = {
     "FSDP": fsdp_1,
     "split by classes": by_classes,
 }
+AVERAGED = ("DDP", "DDP, compiled", "FSDP2", "FSDP2, the head by itself", "split by classes")
+"""Where the average of the weights can be kept."""
 
 
 class Outcome(NamedTuple):
@@ -31,7 +36,7 @@ class Outcome(NamedTuple):
 
     consensus: list[float | None]
     outputs: list[list[list[float]]]
-    """Of a model without a look, in evaluation mode, after each epoch."""
+    """Of a model without a look, in evaluation mode, after each epoch; of its average in float64 where that is kept."""
     is_unchanged: bool
     """True if both models have the same parameters after each epoch, to the last bit."""
     faults: dict[str, int]
@@ -47,13 +52,16 @@ def own_parameters(model: nn.Module) -> list[Tensor]:
     return [(part.to_local() if hasattr(part, "to_local") else part).detach().clone() for part in parts]
 
 
-def trained(wrap: Callable[[Net], Any], look: Any) -> Outcome:
+def trained(wrap: Callable[[Net], Any], look: Any, keep_best: Any = False) -> Outcome:
     """Trains two models alike; the monitor looks at one of them, and the scenario at the other."""
     shares = 1 if wrap is by_classes else size()
     models = [wrap(Net()) for _ in range(2)]
-    monitors = [gwa_logging.watch(models[0], look=look), gwa_logging.watch(models[1], name="other")]
+    monitors = [
+        gwa_logging.watch(models[0], look=look, keep_best=keep_best),
+        gwa_logging.watch(models[1], name="other"),
+    ]
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.5) for model in models]
-    outputs, is_unchanged = [], True
+    outputs, is_unchanged, steps = [], True, []
     for epoch in range(EPOCHS):
         for x, y in batches(epoch):
             share = slice(rank() if shares > 1 else 0, None, shares)
@@ -61,9 +69,14 @@ def trained(wrap: Callable[[Net], Any], look: Any) -> Outcome:
                 optimizer.zero_grad()
                 F.cross_entropy(model(x[share]), y[share]).backward()
                 optimizer.step()
+            steps.append(full(unwrapped(models[1])))
         for monitor in monitors:
             monitor.end_epoch()
         is_unchanged &= all(map(torch.equal, *map(own_parameters, models)))
+        if keep_best == "averaged":
+            average = mean_until(epoch, steps, per_epoch=len(steps) // (epoch + 1))
+            outputs.append(functional_call(Net().double(), average, inputs().double()).tolist())
+            continue
         models[1].eval()
         with torch.no_grad():
             outputs.append(models[1](inputs()).double().tolist())
@@ -85,8 +98,8 @@ def other_shapes() -> Outcome:
     return trained(fsdp, inputs(30 + rank()))
 
 
-def rejected(wrap: Callable[[Net], Any]) -> Outcome:
-    return trained(wrap, torch.zeros(3, 9))
+def rejected(wrap: Callable[[Net], Any], keep_best: Any = False) -> Outcome:
+    return trained(wrap, torch.zeros(3, 9), keep_best)
 
 
 SCENARIOS: dict[str, Callable[[], Outcome]] = {
@@ -98,6 +111,8 @@ SCENARIOS: dict[str, Callable[[], Outcome]] = {
     "looks of other shapes": other_shapes,
     "a rejected look, DDP": partial(rejected, ddp),
     "a rejected look, FSDP2": partial(rejected, fsdp),
+    **{f"averaged, {name}": partial(trained, WRAPS[name], inputs(), "averaged") for name in AVERAGED},
+    "averaged, rejected, FSDP2": partial(rejected, fsdp, "averaged"),
 }
 FAST = ("look, DDP", "look, FSDP2", "a look fails on rank 0, DDP", "a look fails on rank 1, FSDP2")
 WORLD = {name: SCENARIOS[name] for name in FAST}
@@ -121,7 +136,9 @@ def tiered(*names: str) -> list[Any]:
     return [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in names]
 
 
-@pytest.mark.parametrize("name", tiered(*(f"look, {name}" for name in WRAPS)))
+@pytest.mark.parametrize(
+    "name", tiered(*(f"look, {name}" for name in WRAPS), *(f"averaged, {name}" for name in AVERAGED))
+)
 def test_all_ranks_have_the_consensus_of_the_whole_model_and_training_does_not_change(name, ranks_of):
     ranks = ranks_of(name)
     looks = [dict(enumerate(epoch)) for epoch in ranks[0].outputs]
@@ -138,7 +155,7 @@ def test_all_ranks_have_the_consensus_of_the_whole_model_and_training_does_not_c
     "name",
     tiered(
         *("a look fails on rank 0, DDP", "a look fails on rank 0, FSDP2", "a look fails on rank 1, FSDP2"),
-        *("looks of other shapes", "a rejected look, DDP", "a rejected look, FSDP2"),
+        *("looks of other shapes", "a rejected look, DDP", "a rejected look, FSDP2", "averaged, rejected, FSDP2"),
     ),
 )
 def test_a_look_that_fails_on_one_rank_blocks_none(name, ranks_of):

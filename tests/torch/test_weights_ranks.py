@@ -69,9 +69,9 @@ def full(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in state.items()}
 
 
-def mean_until(best: int, steps: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The average of each tensor in float64 at the end of an epoch."""
-    per_epoch = len(steps) // EPOCHS
+def mean_until(best: int, steps: list[dict[str, torch.Tensor]], per_epoch: int = 0) -> dict[str, torch.Tensor]:
+    """The average of each tensor in float64 at the end of an epoch; `steps` has those of all epochs unless told otherwise."""
+    per_epoch = per_epoch or len(steps) // EPOCHS
     found: dict[str, torch.Tensor] = {}
     for name in steps[0]:
         average = steps[0][name].double()
