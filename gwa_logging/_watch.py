@@ -93,6 +93,7 @@ def watch(
     labels: Any = None,
     unit: Literal["sample", "position"] | None = None,
     look: Any = None,
+    dataset: Any = None,
     keep_best: bool | Literal["averaged"] = False,
     notify: str | Sequence[str] | None = None,
     directory: str | PathLike[str] = "gwa_runs",
@@ -131,8 +132,11 @@ def watch(
         look: training inputs, a few hundred, on which the model is evaluated at the end of each epoch (PyTorch): a batch (a
             tensor, a tuple of positional arguments, a dict of keyword arguments), a list of batches, or a function that returns
             one of these, the same inputs each time. Gives `EpochReport.consensus` and the metric `gwa/consensus`, and makes
-            `EarlyStop(statistic="consensus")` possible. Neither the model nor the random numbers change by it. In JAX, call
-            `Monitor.look` instead.
+            `EarlyStop(statistic="consensus")` possible. Neither the model nor the random numbers change by it. "auto" chooses
+            512 inputs from `dataset`. In JAX, call `Monitor.look` instead.
+        dataset: the training set for look="auto": a data set with `__len__` and `__getitem__`, or its `DataLoader`, whose
+            `collate_fn` and batch size are used then. Required by look="auto", except in the callbacks for Lightning and
+            Transformers, which know their training set.
         keep_best: True keeps the model's weights of the best epoch (`EpochReport.is_best`) in a file in the run's folder, for
             `Monitor.best_weights` and `Monitor.restore_best`; "averaged" keeps their running average over about one epoch. In
             JAX, pass the parameters: `update(scores, params=params)`.
@@ -164,6 +168,7 @@ def watch(
         labels=labels,
         unit=unit,
         look=look,
+        dataset=dataset,
         keep_best=keep_best,
         notify=notify,
         directory=directory,  # type: ignore[arg-type]  # converted by WatchSettings

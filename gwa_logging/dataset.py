@@ -1,4 +1,4 @@
-"""Adds the sample ids to a data set, for the per-sample ledger."""
+"""Adds the sample ids to a data set, for the per-sample ledger, and checks the data set that a look takes its inputs from."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,6 +7,8 @@ from gwa_logging.errors import InvalidInputError
 
 ID_COLUMN = "sample_id"
 """Name of the ids in items that are dicts, and in a `datasets.Dataset`."""
+
+_WRAPPERS = 8  # data sets inside one another that are looked into
 
 
 def with_ids(dataset: Any) -> Any:
@@ -36,18 +38,73 @@ def with_ids(dataset: Any) -> Any:
         if ID_COLUMN in dataset.column_names:
             raise InvalidInputError(f"dataset: it has a column {ID_COLUMN!r} already; rename it, or use its ids")
         return dataset.add_column(ID_COLUMN, list(range(len(dataset))))
-    streams = [base.__name__ for base in type(dataset).__mro__ if base.__name__.startswith("Iter")]
-    if streams or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+    if not has_index(dataset):
         raise InvalidInputError(
             f"dataset: expected one with __getitem__ and __len__, found {type(dataset).__name__}"
-            f"{', which is a stream' if streams else ''}; have the stream yield an id with each sample, such as its line "
-            "number, and pass the ids to monitor.tag(ids)"
+            f"{', which is a stream' if _is_stream(dataset) else ''}; have the stream yield an id with each sample, such as "
+            "its line number, and pass the ids to monitor.tag(ids)"
         )
     if isinstance(dataset, WithIds | Mapping):
         raise InvalidInputError(
             f"dataset: expected one with indices from 0 and without ids, found {type(dataset).__name__}"
         )
     return WithIds(dataset)
+
+
+def _is_stream(dataset: Any) -> bool:
+    return any(base.__name__.startswith("Iter") for base in type(dataset).__mro__)
+
+
+def has_index(dataset: Any) -> bool:
+    """Returns True if samples can be read by their index and counted. False for a stream, even if it has such methods."""
+    return hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and not _is_stream(dataset)
+
+
+def is_loader(dataset: Any) -> bool:
+    """Returns True for a `DataLoader` of PyTorch, also one of Accelerate, which has its class only as `__class__`."""
+    return any(
+        base.__module__ == "torch.utils.data.dataloader" and base.__name__ == "DataLoader"
+        for base in dataset.__class__.__mro__
+    )
+
+
+def check_training_set(dataset: Any, num_samples: int | None) -> None:
+    """Checks that a look can take its inputs from a data set, or from the data set of a DataLoader.
+
+    Args:
+        dataset: the data set or the loader.
+        num_samples: the size of the ledger, None without one. It must be the length of the data set, or of the one that this
+            is a subset of.
+
+    Raises:
+        ValueError: it cannot. The message does not name the argument.
+    """
+    loader = dataset if is_loader(dataset) else None
+    if loader is not None:
+        if loader.batch_size is None and loader.batch_sampler is None:
+            raise ValueError(
+                "this DataLoader does not make batches, so its samples are unknown; pass look=<inputs> instead"
+            )
+        dataset = loader.dataset
+    kind = type(dataset).__name__
+    if isinstance(dataset, str | bytes | Mapping) or not has_index(dataset):
+        raise ValueError(
+            f"expected the training set, with __len__ and with __getitem__ for indices from 0, or its DataLoader, found {kind}"
+            ". From a stream, collect a few hundred inputs and pass look=<inputs> instead"
+        )
+    try:
+        sizes = [len(dataset)]
+    except Exception as error:  # user code, such as a sampler or a length that is not implemented
+        raise ValueError(f"the length of this {kind} cannot be read: {type(error).__name__}: {error}") from error
+    if not sizes[0]:
+        raise ValueError(f"this {kind} is empty")
+    while num_samples not in (None, *sizes) and len(sizes) < _WRAPPERS and has_index(getattr(dataset, "dataset", None)):
+        dataset = dataset.dataset
+        sizes.append(len(dataset))
+    if num_samples not in (None, *sizes):
+        raise ValueError(
+            f"it has {sizes[0]} samples, and num_samples={num_samples}: pass the training set that the ledger is about"
+        )
 
 
 class WithIds:

@@ -27,6 +27,7 @@ class EpochLook:
         """Evaluates nothing yet. If the stop rule watches the statistic, an epoch without a look is a fault."""
         self.consensus = Consensus()
         self._adapter, self._inputs, self._faults = adapter, settings.look, faults
+        self._size = settings.num_samples
         self._is_needed = settings.early_stop is not None and settings.early_stop.statistic == "consensus"
         self._given: list[tuple[npt.NDArray[np.float32], npt.NDArray[np.int64] | None]] = []
 
@@ -37,7 +38,7 @@ class EpochLook:
                 "look(): this monitor evaluates the model itself, on watch(look=); leave that argument out to pass logits"
             )
         array = _logits(logits)
-        numbers = None if ids is None else _ids(ids, len(array))
+        numbers = None if ids is None else _ids(ids, len(array), self._size)
         if self._given and (self._given[-1][1] is None) != (numbers is None):
             raise InvalidInputError("look(): pass ids with all logits of an epoch, or with none")
         self._given.append((array, numbers))
@@ -127,13 +128,19 @@ def _logits(logits: Any) -> npt.NDArray[np.float32]:
     return array
 
 
-def _ids(ids: Any, rows: int) -> npt.NDArray[np.int64]:
+def _ids(ids: Any, rows: int, size: int | None) -> npt.NDArray[np.int64]:
+    """int64 [rows] on the host: different ids below `size`, the number of samples, if it is known.
+
+    Raises:
+        InvalidInputError: they are something else.
+    """
     array = np.asarray(ids.detach().cpu() if hasattr(ids, "detach") and hasattr(ids, "cpu") else ids)
     if array.shape != (rows,) or array.dtype.kind not in "iu":
         raise InvalidInputError(f"ids: expected int [{rows}], as many as logits, found {array.dtype} {array.shape}")
-    if (array < 0).any() or (array > LARGEST_ID).any():
-        wrong = array[(array < 0) | (array > LARGEST_ID)]
-        raise InvalidInputError(f"ids: expected numbers from 0 to 2**31 - 1, found {shortened(wrong[:3].tolist())}")
+    largest = LARGEST_ID if size is None else size - 1
+    if (wrong := array[(array < 0) | (array > largest)]).size:
+        upper = "2**31 - 1" if size is None else f"{largest}, as num_samples={size}"
+        raise InvalidInputError(f"ids: expected numbers from 0 to {upper}, found {shortened(wrong[:3].tolist())}")
     if len(np.unique(array)) != rows:
         raise InvalidInputError("ids: expected different ids, found one twice")
     return array.astype(np.int64)

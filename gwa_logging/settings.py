@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from gwa_logging.dataset import check_training_set
 from gwa_logging.errors import InvalidInputError
 from gwa_logging.redact import MASK
 
@@ -161,6 +162,7 @@ class WatchSettings(Settings):
     )
     unit: Literal["sample", "position"] | None = Field(default=None, description="'sample', 'position' or None")
     look: Any = Field(default=None, repr=False)
+    dataset: Any = Field(default=None, repr=False)
     keep_best: Annotated[bool | Literal["averaged"], _checked(_kept)] = Field(
         default=False, description="False, True or 'averaged'"
     )
@@ -200,10 +202,11 @@ class WatchSettings(Settings):
     def _check_look(cls, value: Any, info: ValidationInfo) -> Any:
         batches = value if isinstance(value, list) else [value]
         are_batches = [isinstance(batch, tuple | Mapping) or getattr(batch, "shape", ()) != () for batch in batches]
-        if value is not None and not callable(value) and not (batches and all(are_batches)):
+        is_auto = isinstance(value, str) and value == "auto"
+        if not (value is None or is_auto or callable(value) or (batches and all(are_batches))):
             raise ValueError(
                 f"expected inputs as the model is called with them (a tensor, a tuple of positional arguments, or a dict of "
-                f"keyword arguments), a list of such batches, or a function that returns one of these; found "
+                f"keyword arguments), a list of such batches, a function that returns one of these, or 'auto'; found "
                 f"{type(value).__name__}. From a DataLoader, collect batches in a list first"
             )
         if value is not None and info.data.get("samples_per_epoch") is not None:
@@ -211,6 +214,15 @@ class WatchSettings(Settings):
                 "the model can only be evaluated between two steps, and samples_per_epoch closes an epoch inside one; call "
                 "end_epoch() in your loop instead"
             )
+        return value
+
+    @field_validator("dataset")
+    @classmethod
+    def _check_dataset(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None and "look" in info.data:
+            if not isinstance(info.data["look"], str):
+                raise ValueError("only look='auto' reads it; add look='auto', or leave it out")
+            check_training_set(value, info.data.get("num_samples"))
         return value
 
     @field_validator("labels")
@@ -284,7 +296,7 @@ class WatchSettings(Settings):
     def for_other_head(self, head: Any, runs: dict[str, Any]) -> "WatchSettings":
         """The settings for a further head, which shares the runs and the epochs of the first."""
         alone: dict[str, Any] = {"early_stop": None, "on_alert": None, "notify": (), "samples_per_epoch": None}
-        alone |= {"look": None, "keep_best": False}
+        alone |= {"look": None, "dataset": None, "keep_best": False}
         return self.model_copy(update={"head": head, "run": runs, **alone})
 
     def run_of(self, backend: Any) -> Any:
@@ -316,8 +328,8 @@ def shortened(value: object) -> str:
 
 
 def _found(field: object, value: object) -> str:
-    """The start of a message. Labels and looks may be long, and `notify` contains secrets: their values are left out."""
-    if field in ("labels", "notify", "look"):
+    """The start of a message. Data may be long, and `notify` contains secrets: their values are left out."""
+    if field in ("labels", "notify", "look", "dataset"):
         return f"{field}: "
     return f"{field}={shortened(value)}: " if field else ""
 

@@ -61,7 +61,9 @@ class TrainerSession:
         self._open_epoch: int | None = None  # the trainer's epoch that has steps not yet reported
         self._pending_state: dict[str, Any] | None = None  # loaded when the next training begins
 
-    def begin(self, model: Any, *, training: object, planned: int | None, runs: Mapping[str, Any]) -> Monitor:
+    def begin(
+        self, model: Any, *, training: object, planned: int | None, runs: Mapping[str, Any], inputs: Any = None
+    ) -> Monitor:
         """Watches the model, and resumes from the state if one was loaded.
 
         Args:
@@ -69,6 +71,7 @@ class TrainerSession:
             training: an object that identifies this training: the same one for all callbacks of the trainer.
             planned: number of epochs planned, if known.
             runs: the trainer's own runs by backend, None for the active one. Used where the user named no backend or run.
+            inputs: the look that stands for look="auto" if the user named no data set, from the trainer's training set.
 
         Raises:
             InvalidInputError: the trainer has two of these callbacks, or the loaded state does not fit.
@@ -80,7 +83,10 @@ class TrainerSession:
                 "head=['a', 'b'] and sends to several trackers with backend=['wandb', 'mlflow'])"
             )
         self.end()
-        self.monitor = self._watch(model, self._arguments | self._destination(runs))
+        arguments = self._arguments | self._destination(runs)
+        if isinstance(self.settings.look, str) and self.settings.dataset is None and inputs is not None:
+            arguments |= {"look": inputs}
+        self.monitor = self._watch(model, arguments)
         self._training, self._open_epoch, self.epoch = training, None, -1
         _training_now.add(self)
         try:

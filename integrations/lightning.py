@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import Any
 
 from gwa_logging.errors import InvalidInputError, MissingDependencyError
+from gwa_logging.integrations.torch.look_inputs import DatasetInputs
 from gwa_logging.monitor import Monitor
 from gwa_logging.trainer_session import TrainerSession
 
@@ -79,7 +80,8 @@ class GWACallback(*_BASES):  # type: ignore[misc]  # the two packages share no t
         model = pl_module if session.settings.head is not None else _classifier(pl_module, len(trainer.optimizers))
         planned = trainer.max_epochs if trainer.max_steps == -1 else None
         runs = _runs(trainer.loggers) if trainer.is_global_zero else {}
-        session.begin(model, training=trainer, planned=planned, runs=runs)
+        inputs = DatasetInputs(lambda: trainer.train_dataloader)  # which the trainer makes after this event
+        session.begin(model, training=trainer, planned=planned, runs=runs, inputs=inputs)
         session.remember(pl_module)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gwa_logging.errors import InvalidInputError, MissingDependencyError
+from gwa_logging.integrations.torch.look_inputs import DatasetInputs
 from gwa_logging.monitor import Monitor
 from gwa_logging.registry import BACKENDS
 from gwa_logging.trainer_session import TrainerSession
@@ -69,7 +70,9 @@ class GWACallback(TrainerCallback):  # type: ignore[misc]  # mypy does not follo
                 _keep_ids(trainer, self._gwa_session.sample_ids)
                 self._gwa_session.trainer_keeps_ids = True
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, train_dataloader: Any = None, **kwargs: Any
+    ) -> None:
         session = self._gwa_session
         if session.sample_ids is not None and args.remove_unused_columns and not session.trainer_keeps_ids:
             raise InvalidInputError(
@@ -88,7 +91,8 @@ class GWACallback(TrainerCallback):  # type: ignore[misc]  # mypy does not follo
         # The number of epochs of a stream is unknown; the trainer then plans a very large one.
         planned = state.num_train_epochs if state.num_train_epochs < 2**31 else None
         runs = _runs(args) if state.is_world_process_zero else {}
-        session.begin(model, training=state, planned=planned, runs=runs)
+        inputs = DatasetInputs(lambda: train_dataloader)
+        session.begin(model, training=state, planned=planned, runs=runs, inputs=inputs)
         if session.sample_ids is not None:
             hook = model.register_forward_pre_hook(partial(_take_ids, session), with_kwargs=True)
             session.cleanup.callback(hook.remove)

@@ -91,7 +91,7 @@ class TorchAdapter:
         self.is_language_model = head is not None and predicts_tokens(model, head)
         self._found = head  # only until `start`: it keeps the head of a model alive
         self._num_samples = settings.num_samples
-        self._look = ModelLook(model)
+        self._look = ModelLook(model, settings.dataset)
         self._attendance = attendance
         self._accumulator = Accumulator(settings.num_samples, faults, attendance)
         self._unit = Unit(settings.unit, faults)
@@ -385,6 +385,7 @@ class TorchAdapter:
 
     def close(self) -> None:
         """Removes the probe from the model."""
+        self._look.close()
         if self._watchdog is not None:
             self._watchdog.cancel()
         self._location = None

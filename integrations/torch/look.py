@@ -38,6 +38,7 @@ from gwa_logging.integrations.torch.distributed import (
     reshard,
 )
 from gwa_logging.integrations.torch.find_head import unwrapped
+from gwa_logging.integrations.torch.look_inputs import DatasetInputs
 from gwa_logging.integrations.torch.weights import TorchWeights
 from gwa_logging.settings import WatchSettings
 
@@ -46,11 +47,15 @@ Batch = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def check_look(settings: WatchSettings) -> None:
-    """Checks that the stop rule's look exists.
+    """Checks that the stop rule's look exists, and the data set that it takes its inputs from.
 
     Raises:
-        InvalidInputError: the rule watches "consensus", and there is no look.
+        InvalidInputError: the rule watches "consensus", and there is no look; or look="auto", and there is no data set.
     """
+    if isinstance(settings.look, str) and settings.dataset is None:
+        raise InvalidInputError(
+            "look='auto': the inputs are chosen from the training set; add dataset=<the training set>"
+        )
     if settings.early_stop is not None and settings.early_stop.statistic == "consensus" and settings.look is None:
         raise InvalidInputError(
             "early_stop=EarlyStop(statistic='consensus'): there is no look; add look=<a few hundred training inputs>"
@@ -60,8 +65,9 @@ def check_look(settings: WatchSettings) -> None:
 class ModelLook:
     """Evaluates one model. Holds only a weak reference to it."""
 
-    def __init__(self, model: nn.Module) -> None:
-        """Takes the model as the user passed it, with its wrappers."""
+    def __init__(self, model: nn.Module, dataset: Any = None) -> None:
+        """Takes the model as the user passed it, with its wrappers, and the training set for the inputs "auto"."""
+        self._from_dataset = DatasetInputs(lambda: dataset)
         self._model = weakref.ref(unwrapped(model, REPLICATED))  # a call needs the other wrappers
 
     def evaluate(
@@ -70,10 +76,14 @@ class ModelLook:
         """The logits of rank 0, float32 [inputs, classes], on the host; None on other ranks if that failed. See the module.
 
         Args:
-            inputs: what `watch(look=)` received.
+            inputs: what `watch(look=)` received, or a trainer's `DatasetInputs`.
             problems: what prevents collectives; each rank then evaluates alone, unless the parameters are split.
             weights: what keeps the weights. If they are averaged, the averages are evaluated.
         """
+        if isinstance(inputs, DatasetInputs):
+            self._from_dataset = inputs
+        elif isinstance(inputs, str):
+            inputs = self._from_dataset
         model = self._model()
         if model is None:
             raise InvalidInputError("look: the model no longer exists")
@@ -93,6 +103,10 @@ class ModelLook:
         if error is not None:
             raise error
         return logits
+
+    def close(self) -> None:
+        """Frees the inputs that were chosen from the training set."""
+        self._from_dataset.clear()
 
     def _evaluate_together(
         self, model: nn.Module, inputs: Any, weights: TorchWeights | None
@@ -114,7 +128,7 @@ class ModelLook:
                     "look: the ranks have inputs of different shapes; where the parameters are split, all need the same"
                 )
             try:
-                logits = _run(model, batches)
+                logits = _run(model, batches, inputs)
             except Exception as raised:  # noqa: BLE001 - see above
                 error = raised
         failed = gather_vectors(np.array([float(error is not None)]))
@@ -127,11 +141,16 @@ def _evaluate(model: nn.Module, inputs: Any, weights: TorchWeights | None) -> np
     with _unchanged(model):
         batches = _batches(inputs, model)
         with _with_averages(model, weights):
-            return _run(model, batches)
+            return _run(model, batches, inputs)
 
 
-def _run(model: nn.Module, batches: Sequence[Batch]) -> npt.NDArray[np.float32]:
-    parts = [_logits(model(*args, **kwargs)) for args, kwargs in batches]
+def _run(model: nn.Module, batches: Sequence[Batch], inputs: Any) -> npt.NDArray[np.float32]:
+    try:
+        parts = [_logits(model(*args, **kwargs)) for args, kwargs in batches]
+    except Exception as error:
+        if isinstance(inputs, DatasetInputs):
+            raise inputs.rejection(error) from error
+        raise
     if len({part.shape[1:] for part in parts}) > 1:
         raise InvalidInputError(f"look: the batches give logits of the shapes {[part.shape for part in parts]}")
     return np.concatenate(parts)
@@ -159,7 +178,10 @@ def _logits(output: Any) -> npt.NDArray[np.float32]:
 
 def _batches(inputs: Any, model: nn.Module) -> list[Batch]:
     """The batches of a look on the model's device, with floating-point numbers in the model's dtype."""
-    inputs = inputs() if callable(inputs) else inputs
+    if isinstance(inputs, DatasetInputs):
+        inputs = inputs.batches(model)
+    elif callable(inputs):
+        inputs = inputs()
     parameters = list(model.parameters())
     device = next((p.device for p in parameters if p.device.type != "meta"), torch.device("cpu"))
     dtype = next((p.dtype for p in parameters if p.is_floating_point() and p.element_size() > 1), None)

@@ -213,7 +213,7 @@ def test_the_wheel_holds_every_module_and_works_from_elsewhere(tmp_path):
 
 WATCH = (
     "model backend='local' run=None head=None early_stop=EarlyStop() on_alert=None log_every_n_steps=50 samples_per_epoch=None "
-    "num_samples=None labels=None unit=None look=None keep_best=False notify=None directory='gwa_runs' name='gwa'"
+    "num_samples=None labels=None unit=None look=None dataset=None keep_best=False notify=None directory='gwa_runs' name='gwa'"
 )
 MONITOR = {
     "update": "scores sample_ids=None weights=None predicted=None params=None",
@@ -263,7 +263,7 @@ def test_the_public_names_are_these():
 def test_watch_and_monitor_have_these_parameters():
     assert parameters_of(gwa_logging.watch) == WATCH
     kinds = [p.kind.name for p in inspect.signature(gwa_logging.watch).parameters.values()]
-    assert kinds == ["POSITIONAL_OR_KEYWORD"] * 2 + ["KEYWORD_ONLY"] * 14
+    assert kinds == ["POSITIONAL_OR_KEYWORD"] * 2 + ["KEYWORD_ONLY"] * 15
     public = {name for name in dir(gwa_logging.Monitor) if not name.startswith("_")}
     assert public | {"heads", "is_copy"} == MONITOR.keys() | MONITOR_ATTRIBUTES
     assert {name: parameters_of(getattr(gwa_logging.Monitor, name)) for name in MONITOR} == MONITOR

@@ -348,6 +348,14 @@ BAD_LOGITS = {
     "nothing": ((np.zeros((0, 3)),), "logits: expected float"),
     "too few ids": ((np.zeros((2, 3)), [1]), r"ids: expected int \[2\]"),
     "negative ids": ((np.zeros((2, 3)), [1, -1]), r"ids: expected numbers from 0 to 2\*\*31 - 1, found \[-1\]"),
+    "too large ids": (
+        (np.zeros((2, 3)), [1, 2**31]),
+        r"ids: expected numbers from 0 to 2\*\*31 - 1, found \[2147483648\]",
+    ),
+    "ids that are no integers": (
+        (np.zeros((2, 3)), [1.0, 2.0]),
+        r"ids: expected int \[2\], as many as logits, found float64",
+    ),
     "an id twice": ((np.zeros((2, 3)), [1, 1]), "ids: expected different ids"),
 }
 
@@ -358,6 +366,28 @@ def test_wrong_logits_and_ids_are_refused(case, watch):
     monitor = watch(Net())
     with pytest.raises(InvalidInputError, match=message):
         monitor.look(*arguments)
+
+
+@pytest.mark.parametrize("ids", [[0, 8], torch.tensor([8, 0]), [-1, 0]])
+def test_ids_outside_the_ledger_are_refused(ids, watch):
+    monitor = watch(Net(), num_samples=8)
+    with pytest.raises(
+        InvalidInputError, match=r"ids: expected numbers from 0 to 7, as num_samples=8, found \[-?[81]\]"
+    ):
+        monitor.look(torch.zeros(2, CLASSES), ids)
+    monitor.look(torch.zeros(2, CLASSES), [0, 7])
+
+
+def test_ids_that_training_and_the_earlier_looks_have_never_seen_have_no_consensus(watch):
+    model = Net()
+    monitor = watch(model, num_samples=100)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for ids in (torch.arange(40, 46), torch.arange(50, 56), torch.arange(60, 66)):
+        monitor.look(torch.eye(6, CLASSES), ids)
+        monitor.tag(torch.arange(N))
+        train(model, monitor, optimizer, steps=1)
+    assert [report.consensus for report in monitor.history] == [None] * 3
+    assert "look" not in monitor.faults
 
 
 def test_calls_that_contradict_each_other_are_refused(watch):

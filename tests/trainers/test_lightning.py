@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 import gwa_logging
 from gwa_logging import EarlyStop, EpochReport, InvalidInputError
@@ -25,12 +25,14 @@ from tests.trainers.tasks import (
     EPOCHS,
     RATE,
     SAMPLES,
+    Samples,
     assert_adds_only_its_session,
     assert_closed,
     assert_equal,
     loader,
     net,
     plain,
+    samples,
     weights,
 )
 
@@ -95,6 +97,29 @@ def test_the_consensus_equals_that_of_the_plain_loop_and_a_checkpoint_can_monito
     assert torch.equal(weights(module.model), weights(bare))
     assert best.best_model_score == max(report.consensus for report in callback.monitor.history[1:])
     assert callback.monitor.faults == {}
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_the_inputs_of_a_look_are_chosen_from_the_trainers_data_set(given):
+    """All of them, since there are fewer than 512; in batches of the training's size, or of 64."""
+    arguments = {"dataset": Samples()} if given else {}
+    callback, bare = GWACallback(look="auto", **arguments), net()
+    fit(callback)
+    x = torch.from_numpy(samples()[0])
+    assert_equal(callback.monitor.history, plain(bare, look=list(x.split(64 if given else BATCH)))[0])
+    assert callback.monitor.history[-1].consensus is not None
+    assert callback.monitor.faults == {}
+
+
+def test_a_training_set_that_has_no_index_is_a_fault_of_the_look(caplog):
+    class Stream(IterableDataset):
+        def __iter__(self) -> Iterator[Any]:
+            return iter(Samples())
+
+    callback = GWACallback(look="auto")
+    trainer(callback).fit(Classifier(), DataLoader(Stream(), batch_size=BATCH))
+    assert callback.monitor.faults == {"look": EPOCHS}
+    assert "found Stream. From a stream, collect a few hundred inputs and pass look=<inputs> instead" in caplog.text
 
 
 def test_modules_of_pytorch_lightning_are_accepted_too():

@@ -27,6 +27,7 @@ from tests.trainers.tasks import (
     loader,
     net,
     plain,
+    samples,
     weights,
 )
 
@@ -96,6 +97,27 @@ def test_the_consensus_equals_that_of_the_plain_loop():
     assert torch.equal(weights(training.model.model), weights(bare))
     assert callback.monitor.history[1].consensus is not None
     assert callback.monitor.faults == {}
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_the_inputs_of_a_look_are_chosen_from_the_trainers_data_set(given):
+    """All of them, since there are fewer than 512; in batches of the training's size, or of 64."""
+    arguments = {"dataset": Samples(NAMES)} if given else {}
+    callback, bare = GWACallback(look="auto", **arguments), net()
+    trainer(callback).train()
+    x = torch.from_numpy(samples()[0])
+    assert_equal(callback.monitor.history, plain(bare, look=list(x.split(64 if given else BATCH)))[0])
+    assert callback.monitor.history[-1].consensus is not None
+    assert callback.monitor.faults == {}
+
+
+def test_the_inputs_of_a_look_are_chosen_also_with_ids_and_a_column_that_the_trainer_keeps():
+    callback, bare = GWACallback(look="auto", num_samples=SAMPLES, sample_ids="id"), net()
+    trainer(callback, label_names=["labels"]).train()
+    x = torch.from_numpy(samples()[0])
+    assert_equal(callback.monitor.history, plain(bare, look=list(x.split(BATCH)))[0])
+    assert callback.monitor.faults == {}
+    assert len(callback.monitor.suspects()) == min(100, SAMPLES)
 
 
 def test_the_callback_adds_nothing_but_its_session_and_monitor():
