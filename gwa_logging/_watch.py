@@ -93,6 +93,7 @@ def watch(
     labels: Any = None,
     unit: Literal["sample", "position"] | None = None,
     look: Any = None,
+    look_ids: Any = None,
     dataset: Any = None,
     keep_best: bool | Literal["averaged"] = False,
     notify: str | Sequence[str] | None = None,
@@ -134,6 +135,9 @@ def watch(
             one of these, the same inputs each time. Gives `EpochReport.consensus` and the metric `gwa/consensus`, and makes
             `EarlyStop(statistic="consensus")` possible. Neither the model nor the random numbers change by it. "auto" chooses
             512 inputs from `dataset`. In JAX, call `Monitor.look` instead.
+        look_ids: the sample ids of these inputs, int [inputs], in their order. With them (and `num_samples`) the inputs are
+            compared with what training itself predicted for them early in the run, which predicts the best epoch better than
+            the outputs of earlier looks. look="auto" finds them out, if `num_samples` is given too.
         dataset: the training set for look="auto": a data set with `__len__` and `__getitem__`, or its `DataLoader`, whose
             `collate_fn` and batch size are used then. Required by look="auto", except in the callbacks for Lightning and
             Transformers, which know their training set.
@@ -168,6 +172,7 @@ def watch(
         labels=labels,
         unit=unit,
         look=look,
+        look_ids=look_ids,
         dataset=dataset,
         keep_best=keep_best,
         notify=notify,

@@ -1,11 +1,12 @@
-"""Consensus: how well a checkpoint still agrees with what the model itself predicted early in the run.
+"""Consensus: how well a checkpoint agrees with what the model itself predicted early in the run.
 
-After each epoch the model is evaluated on the same training inputs: a look. The softmax outputs of the earlier looks are
-summed for each input, over the first half of the looks so far; the class with the largest sum is the input's consensus class.
-The statistic is, for each consensus class, the share of its inputs that the checkpoint predicts as that class, averaged over
-the classes. Labels are not used. While a model learns, the share grows; when it memorises wrong labels, its predictions for
-these inputs leave the consensus, which was formed before they were memorised. Since the very checkpoint is evaluated, the
-statistic also shows whether this epoch's weights happen to be good.
+After each epoch the model is evaluated on the same training inputs: a look. Each input has a consensus class, from the first
+half of the epochs so far: the class that training itself predicted most often for this input, if the inputs have sample ids;
+otherwise the class with the largest sum of the softmax outputs of the earlier looks. The statistic is, for each consensus
+class, the share of its inputs that the checkpoint predicts as that class, averaged over the classes. Labels are not used. While
+a model learns, the share grows; when it memorises wrong labels, its predictions for these inputs leave the consensus, which
+was formed before they were memorised. Since the very checkpoint is evaluated, the statistic also shows whether this epoch's
+weights happen to be good.
 
 Source: related to temporal ensembling (Laine and Aila, ICLR 2017) and early-learning regularisation (Liu et al., NeurIPS 2020).
 """
@@ -26,8 +27,6 @@ TOP_CLASSES = 16
 SMALLEST_SHARE = 1e-4
 """Smaller outputs are not kept."""
 
-LARGEST_ID = 2**31 - 1
-
 _STATE = {"ids": np.int32, "classes": np.int32, "shares": np.float32}
 
 
@@ -45,6 +44,19 @@ class LookRows(NamedTuple):
     classes: npt.NDArray[np.int64]
     shares: npt.NDArray[np.float32]
     num_classes: int
+
+
+def read_predictions(predicted: npt.NDArray[np.int32], ids: npt.NDArray[np.int64], num_classes: int) -> LookRows:
+    """The classes that training predicted for some inputs, as rows of the consensus: each is one vote.
+
+    Args:
+        predicted: int [N].
+        ids: int [N].
+        num_classes: number of classes of the head, at least 2.
+    """
+    return LookRows(
+        ids.astype(np.int64), predicted.astype(np.int64)[:, None], np.ones((len(ids), 1), np.float32), num_classes
+    )
 
 
 def read_logits(logits: npt.NDArray[Any], ids: npt.NDArray[np.int64]) -> LookRows:
@@ -70,28 +82,35 @@ def read_logits(logits: npt.NDArray[Any], ids: npt.NDArray[np.int64]) -> LookRow
 
 
 class Consensus:
-    """The sums of the earlier looks' outputs, and the looks that are not in them yet.
+    """The sums of the first half of the epochs, and the epochs that are not in them yet.
 
-    Each is a pair of arrays: keys, id * num_classes + class, int64 in ascending order; and softmax outputs, float32. An input
-    needs at most 12 bytes for each kept class: those of the sums, and those of each look of the second half.
+    An epoch counts with the softmax outputs of its look, or with what training predicted. Each is a pair of arrays: keys, id * num_classes + class, int64 in ascending order; and softmax outputs or votes, float32. An
+    input needs at most 12 bytes for each kept class: those of the sums, and those of each epoch of the second half.
 
     Attributes:
         looks: number of looks so far.
         inputs: number of inputs of every look, if their positions are their ids; else 0.
+        from_training: True if the predictions of training form the consensus, False if earlier looks do; None before the first
+            look.
     """
 
     def __init__(self) -> None:
         self.looks = self.inputs = 0
+        self.from_training: bool | None = None
         self._num_classes = 0  # unknown before the first look
         self._sums = (np.empty(0, np.int64), np.empty(0, np.float32))
         self._waiting: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]] = []
 
-    def add(self, rows: LookRows) -> Estimate | None:
+    def add(self, rows: LookRows, trained: LookRows | None = None) -> Estimate | None:
         """Adds the next look.
 
+        Args:
+            rows: what the look has seen.
+            trained: what training predicted in this epoch, see `read_predictions`; None in every look or in none.
+
         Returns:
-            Its statistic, in [0, 1], and the standard error of drawing the inputs. None for the first look, and if no
-            input of this look was in one of the looks that form the consensus.
+            Its statistic, in [0, 1], and the standard error of drawing the inputs. None if no input of this look was in one of
+            the epochs that form the consensus; so without `trained` it is None for the first look.
 
         Raises:
             InvalidInputError: the number of classes differs from the earlier looks'. Nothing was added.
@@ -101,16 +120,25 @@ class Consensus:
                 f"look: expected logits of {self._num_classes} classes, as in the earlier looks, found {rows.num_classes}"
             )
         self._num_classes = rows.num_classes
-        first_half = (self.looks + 1) // 2 or 1  # of all looks including this one, but at least one
-        while self._waiting and self.looks - len(self._waiting) < first_half:
+        self.from_training = trained is not None
+        if trained is not None:
+            self._wait(trained)
+        first_half = (self.looks + 1) // 2 or 1  # of the epochs including this one, but at least one
+        epochs = self.looks + self.from_training
+        while self._waiting and epochs - len(self._waiting) < first_half:
             self._sums = _merge(self._sums, self._waiting.pop(0))
-        found = self._compare(rows) if self.looks else None
+        found = self._compare(rows)
+        if trained is None:
+            self._wait(rows)
+        self.looks += 1
+        return found
+
+    def _wait(self, rows: LookRows) -> None:
+        """Keeps an epoch until it belongs to the first half."""
         is_kept = rows.shares >= SMALLEST_SHARE
         keys = (rows.ids[:, None] * rows.num_classes + rows.classes)[is_kept]
         order = np.argsort(keys)
         self._waiting.append((keys[order], rows.shares[is_kept][order]))
-        self.looks += 1
-        return found
 
     def classes(self) -> dict[int, int]:
         """The consensus class of each input, by id. Of equal sums the lowest class counts."""
@@ -152,6 +180,7 @@ class Consensus:
         return {
             "looks": self.looks,
             "inputs": self.inputs,
+            "from_training": self.from_training,
             "num_classes": self._num_classes,
             "lengths": [len(keys) for keys, _ in parts],
             "ids": to_array(ids.astype(np.int32)),
@@ -169,9 +198,11 @@ class Consensus:
         consensus = cls()
         if state is None:
             return consensus
-        names = {"looks", "inputs", "num_classes", "lengths", *_STATE}
+        names = {"looks", "inputs", "from_training", "num_classes", "lengths", *_STATE}
         if not isinstance(state, Mapping) or set(state) != names or not isinstance(state["lengths"], list | tuple):
             raise ValueError(f"expected a dictionary with the keys {sorted(names)}")
+        if not isinstance(state["from_training"], bool):
+            raise ValueError("from_training: expected True or False")
         numbers = (state["looks"], state["inputs"], state["num_classes"], *state["lengths"])
         looks, inputs, num_classes, *lengths = map(_whole, numbers)
         arrays = {name: _array(state[name], dtype) for name, dtype in _STATE.items()}
@@ -188,6 +219,7 @@ class Consensus:
         if any((np.diff(part) <= 0).any() for part, _ in parts):
             raise ValueError("ids and classes: expected ascending order within each look")
         consensus.looks, consensus.inputs, consensus._num_classes = looks, inputs, num_classes
+        consensus.from_training = state["from_training"]
         consensus._sums, *consensus._waiting = parts
         return consensus
 

@@ -6,30 +6,48 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gwa_logging.consensus import LARGEST_ID, Consensus, LookRows, read_logits
+from gwa_logging.consensus import Consensus, LookRows, read_logits, read_predictions
 from gwa_logging.errors import InvalidInputError
 from gwa_logging.faults import Faults
+from gwa_logging.ledger import UNKNOWN, Ledger
 from gwa_logging.protocols import Adapter
-from gwa_logging.settings import WatchSettings, shortened
+from gwa_logging.sample_ids import sample_ids
+from gwa_logging.settings import WatchSettings
 from gwa_logging.statistic import Estimate
 
 FAULT = "look"
 
 
+Logits = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64] | None]
+"""Logits of some inputs, and their ids, if known."""
+
+
 class EpochLook:
     """Computes the consensus statistic of each epoch.
+
+    Where the inputs have sample ids and the ledger knows what training predicted for them, its predictions form the consensus;
+    otherwise the logits of the earlier looks do. The first look decides which, for the whole run.
 
     Attributes:
         consensus: what the earlier looks have seen.
     """
 
-    def __init__(self, adapter: Adapter, settings: WatchSettings, faults: Faults) -> None:
-        """Evaluates nothing yet. If the stop rule watches the statistic, an epoch without a look is a fault."""
+    def __init__(
+        self, adapter: Adapter, settings: WatchSettings, faults: Faults, read_ledger: Callable[[str], Ledger]
+    ) -> None:
+        """Evaluates nothing yet. If the stop rule watches the statistic, an epoch without a look is a fault.
+
+        Args:
+            adapter, settings, faults: of the run.
+            read_ledger: returns the ledger of all processes; its argument is the caller's name. Not called without one.
+        """
         self.consensus = Consensus()
+        self._read_ledger, self._ids = read_ledger, settings.look_ids
+        self._seen: npt.NDArray[np.float32] | None = None  # of the ledger, at the end of the last epoch
         self._adapter, self._inputs, self._faults = adapter, settings.look, faults
         self._size = settings.num_samples
         self._is_needed = settings.early_stop is not None and settings.early_stop.statistic == "consensus"
-        self._given: list[tuple[npt.NDArray[np.float32], npt.NDArray[np.int64] | None]] = []
+        self._given: list[Logits] = []
 
     def give(self, logits: Any, ids: Any) -> None:
         """Takes logits for the epoch in progress. See `Monitor.look`."""
@@ -38,7 +56,12 @@ class EpochLook:
                 "look(): this monitor evaluates the model itself, on watch(look=); leave that argument out to pass logits"
             )
         array = _logits(logits)
-        numbers = None if ids is None else _ids(ids, len(array), self._size)
+        numbers = None
+        if ids is not None:
+            try:
+                numbers = sample_ids(ids, len(array), self._size)
+            except ValueError as error:
+                raise InvalidInputError(f"ids: {error}") from error
         if self._given and (self._given[-1][1] is None) != (numbers is None):
             raise InvalidInputError("look(): pass ids with all logits of an epoch, or with none")
         self._given.append((array, numbers))
@@ -56,7 +79,7 @@ class EpochLook:
             pause()
         try:
             rows = self._take_rows()
-            return None if rows is None else self.consensus.add(rows)
+            return None if rows is None else self.consensus.add(rows, self._trained(rows))
         except Exception as error:  # noqa: BLE001 - training must continue
             self._faults.record(FAULT, f"{type(error).__name__}: {error}")
             return None
@@ -67,10 +90,12 @@ class EpochLook:
 
     def _take_rows(self) -> LookRows | None:
         if self._inputs is not None:
-            logits = self._adapter.evaluate(self._inputs)
-            if logits is None:
+            found = self._adapter.evaluate(self._inputs)
+            if found is None:
                 return None
-            given: list[tuple[npt.NDArray[np.float32], npt.NDArray[np.int64] | None]] = [(logits, None)]
+            if self._ids is not None and len(self._ids) != len(found.logits):
+                raise InvalidInputError(f"there are {len(found.logits)} inputs in look= and {len(self._ids)} look_ids")
+            given: list[Logits] = [(found.logits, found.ids if self._ids is None else self._ids)]
         elif self._given:
             given = self._given
         elif self._is_needed:
@@ -105,6 +130,23 @@ class EpochLook:
             self.consensus.inputs, ids = len(logits), np.arange(len(logits))
         return read_logits(logits, ids)
 
+    def _trained(self, rows: LookRows) -> LookRows | None:
+        """What training predicted for the inputs in this epoch; None if earlier looks form the consensus."""
+        if self._size is None or self.consensus.inputs or self.consensus.from_training is False:
+            return None
+        ledger = self._read_ledger("look")
+        predicted = ledger.predicted
+        if self.consensus.from_training is None and (
+            predicted is None or rows.ids.max() >= len(predicted) or not (predicted[rows.ids] != UNKNOWN).any()
+        ):
+            return None
+        ids = rows.ids[:0]
+        if predicted is not None:
+            is_new = ledger.seen[rows.ids] > (0 if self._seen is None else self._seen[rows.ids])
+            ids = rows.ids[is_new & (predicted[rows.ids] != UNKNOWN)]
+            self._seen = ledger.seen
+        return read_predictions(np.empty(0, np.int32) if predicted is None else predicted[ids], ids, rows.num_classes)
+
 
 def _logits(logits: Any) -> npt.NDArray[np.float32]:
     """float32 [rows, classes] or [rows] on the host.
@@ -126,21 +168,3 @@ def _logits(logits: Any) -> npt.NDArray[np.float32]:
     if array.ndim not in (1, 2) or not array.size or array.dtype != np.float32:
         raise InvalidInputError(f"logits: expected float [rows, classes], found {found}")
     return array
-
-
-def _ids(ids: Any, rows: int, size: int | None) -> npt.NDArray[np.int64]:
-    """int64 [rows] on the host: different ids below `size`, the number of samples, if it is known.
-
-    Raises:
-        InvalidInputError: they are something else.
-    """
-    array = np.asarray(ids.detach().cpu() if hasattr(ids, "detach") and hasattr(ids, "cpu") else ids)
-    if array.shape != (rows,) or array.dtype.kind not in "iu":
-        raise InvalidInputError(f"ids: expected int [{rows}], as many as logits, found {array.dtype} {array.shape}")
-    largest = LARGEST_ID if size is None else size - 1
-    if (wrong := array[(array < 0) | (array > largest)]).size:
-        upper = "2**31 - 1" if size is None else f"{largest}, as num_samples={size}"
-        raise InvalidInputError(f"ids: expected numbers from 0 to {upper}, found {shortened(wrong[:3].tolist())}")
-    if len(np.unique(array)) != rows:
-        raise InvalidInputError("ids: expected different ids, found one twice")
-    return array.astype(np.int64)

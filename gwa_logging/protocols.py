@@ -29,6 +29,18 @@ from gwa_logging.settings import WatchSettings
 from gwa_logging.summary import AlignmentSummary
 
 
+class Evaluated(NamedTuple):
+    """What an adapter returns of a look.
+
+    Attributes:
+        logits: float32 [inputs, classes], on the host.
+        ids: int64 [inputs], the sample ids of inputs that the adapter has chosen itself; None if unknown.
+    """
+
+    logits: npt.NDArray[np.float32]
+    ids: npt.NDArray[np.int64] | None = None
+
+
 class Snapshot(Protocol):
     """A summary that is being copied from the device to the host."""
 
@@ -116,8 +128,8 @@ class Adapter(Protocol):
         """Restores what `ledger` returned, so that the sum over processes is unchanged."""
         ...
 
-    def evaluate(self, inputs: Any) -> npt.NDArray[np.float32] | None:
-        """The model's logits for the inputs of `watch(look=)`, float32 [inputs, classes], on the host.
+    def evaluate(self, inputs: Any) -> Evaluated | None:
+        """The model's logits for the inputs of `watch(look=)`.
 
         In evaluation mode, without gradients; neither the model nor the streams of random numbers change. If `weights` keeps
         the average of the weights, the average is evaluated. In a distributed run every process must call this; all get the

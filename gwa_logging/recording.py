@@ -91,7 +91,7 @@ class Recording:
         grow = settings.samples_per_epoch is None
         self.intervals = IntervalRecorder(adapter, settings.log_every_n_steps, self.write, faults, grow=grow)
         self.suspects = SuspectFinder(adapter, settings.num_samples, settings.labels, faults)
-        self.look = EpochLook(adapter, settings, faults)
+        self.look = EpochLook(adapter, settings, faults, self.suspects.read)
         self.best_weights = best_weights
         self.lock = RLock()
         self.is_closed = False

@@ -26,6 +26,7 @@ from pydantic import (
 from gwa_logging.dataset import check_training_set
 from gwa_logging.errors import InvalidInputError
 from gwa_logging.redact import MASK
+from gwa_logging.sample_ids import sample_ids
 
 NAME_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
 """What `watch(name=)` accepts, with `NAME_LENGTH` characters at most. It becomes the name of folders."""
@@ -162,6 +163,7 @@ class WatchSettings(Settings):
     )
     unit: Literal["sample", "position"] | None = Field(default=None, description="'sample', 'position' or None")
     look: Any = Field(default=None, repr=False)
+    look_ids: Any = Field(default=None, repr=False)
     dataset: Any = Field(default=None, repr=False)
     keep_best: Annotated[bool | Literal["averaged"], _checked(_kept)] = Field(
         default=False, description="False, True or 'averaged'"
@@ -215,6 +217,19 @@ class WatchSettings(Settings):
                 "end_epoch() in your loop instead"
             )
         return value
+
+    @field_validator("look_ids")
+    @classmethod
+    def _check_look_ids(cls, value: Any, info: ValidationInfo) -> npt.NDArray[np.int64] | None:
+        if value is None or "look" not in info.data or "num_samples" not in info.data:
+            return None
+        if info.data["look"] is None or isinstance(info.data["look"], str):
+            raise ValueError("they are the sample ids of the inputs in look=; pass those, or leave this out")
+        if info.data["num_samples"] is None:
+            raise ValueError(
+                "add num_samples=<size of the training set>, so that training's predictions are kept by id"
+            )
+        return sample_ids(value, None, info.data["num_samples"])
 
     @field_validator("dataset")
     @classmethod
@@ -296,7 +311,7 @@ class WatchSettings(Settings):
     def for_other_head(self, head: Any, runs: dict[str, Any]) -> "WatchSettings":
         """The settings for a further head, which shares the runs and the epochs of the first."""
         alone: dict[str, Any] = {"early_stop": None, "on_alert": None, "notify": (), "samples_per_epoch": None}
-        alone |= {"look": None, "dataset": None, "keep_best": False}
+        alone |= {"look": None, "look_ids": None, "dataset": None, "keep_best": False}
         return self.model_copy(update={"head": head, "run": runs, **alone})
 
     def run_of(self, backend: Any) -> Any:
@@ -329,7 +344,7 @@ def shortened(value: object) -> str:
 
 def _found(field: object, value: object) -> str:
     """The start of a message. Data may be long, and `notify` contains secrets: their values are left out."""
-    if field in ("labels", "notify", "look", "dataset"):
+    if field in ("labels", "notify", "look", "look_ids", "dataset"):
         return f"{field}: "
     return f"{field}={shortened(value)}: " if field else ""
 

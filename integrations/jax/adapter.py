@@ -30,6 +30,7 @@ from gwa_logging.integrations.jax.probe import ProbeSession
 from gwa_logging.integrations.jax.sessions import LayerCall, fresh_trace
 from gwa_logging.integrations.jax.weights import JaxWeights
 from gwa_logging.ledger import Ledger, TaggedBatch
+from gwa_logging.protocols import Evaluated
 from gwa_logging.ranks import Attendance, check_windows
 from gwa_logging.settings import WatchSettings
 from gwa_logging.summary import AlignmentSummary
@@ -295,7 +296,7 @@ class JaxAdapter:
         else:
             self._ledger, self._untagged = None, 0
 
-    def evaluate(self, inputs: Any) -> np.ndarray | None:
+    def evaluate(self, inputs: Any) -> Evaluated | None:
         """Refuses: `attach` has refused `watch(look=)` already."""
         raise InvalidInputError("look: in JAX call monitor.look(logits)")
 

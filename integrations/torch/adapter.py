@@ -45,6 +45,7 @@ from gwa_logging.integrations.torch.trl_head import FusedHead, watch_fused_head
 from gwa_logging.integrations.torch.units import Unit
 from gwa_logging.integrations.torch.weights import TorchWeights
 from gwa_logging.ledger import Ledger, TaggedBatch
+from gwa_logging.protocols import Evaluated
 from gwa_logging.ranks import Attendance, Identity, check_windows, first_scores
 from gwa_logging.settings import WatchSettings
 from gwa_logging.summary import AlignmentSummary
@@ -364,9 +365,11 @@ class TorchAdapter:
         parameter = next(iter(model.parameters()), None) if model is not None else None
         self._accumulator.load_ledger(ledger, parameter.device if parameter is not None else torch.device("cpu"))
 
-    def evaluate(self, inputs: Any) -> np.ndarray | None:
+    def evaluate(self, inputs: Any) -> Evaluated | None:
         """The logits of rank 0 for the inputs of a look (a collective: every rank must call it)."""
-        return self._look.evaluate(inputs, self._attendance.problems() if is_distributed() else {}, self._weights)
+        problems = self._attendance.problems() if is_distributed() else {}
+        logits = self._look.evaluate(inputs, problems, self._weights)
+        return None if logits is None else Evaluated(logits, self._look.ids(self._num_samples))
 
     def weights(self, *, averaged: bool) -> TorchWeights:
         """The weights of the model; see `protocols.Adapter`."""

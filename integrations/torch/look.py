@@ -67,7 +67,7 @@ class ModelLook:
 
     def __init__(self, model: nn.Module, dataset: Any = None) -> None:
         """Takes the model as the user passed it, with its wrappers, and the training set for the inputs "auto"."""
-        self._from_dataset = DatasetInputs(lambda: dataset)
+        self._from_dataset = None if dataset is None else DatasetInputs(lambda: dataset)
         self._model = weakref.ref(unwrapped(model, REPLICATED))  # a call needs the other wrappers
 
     def evaluate(
@@ -104,9 +104,14 @@ class ModelLook:
             raise error
         return logits
 
+    def ids(self, num_samples: int | None) -> npt.NDArray[np.int64] | None:
+        """The ids in a ledger of this size of inputs that were chosen from the training set; None if they are unknown."""
+        return None if self._from_dataset is None else self._from_dataset.ids(num_samples)
+
     def close(self) -> None:
         """Frees the inputs that were chosen from the training set."""
-        self._from_dataset.clear()
+        if self._from_dataset is not None:
+            self._from_dataset.clear()
 
     def _evaluate_together(
         self, model: nn.Module, inputs: Any, weights: TorchWeights | None

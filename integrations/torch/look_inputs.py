@@ -11,16 +11,17 @@ as `forward` requires.
 """
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from inspect import Parameter, signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.utils.data import SubsetRandomSampler, default_collate
 
-from gwa_logging.dataset import ID_COLUMN, WithIds, check_training_set, is_loader
+from gwa_logging.dataset import ID_COLUMN, WithIds, check_training_set, has_index, is_loader
 from gwa_logging.errors import InvalidInputError
 from gwa_logging.integrations.torch.find_head import inside_adapters
 
@@ -46,6 +47,7 @@ class DatasetInputs:
             find: returns the data set, or its DataLoader. Called at the first look, since a trainer makes its loader late.
         """
         self._find: Callable[[], Any] | None = find
+        self._chosen: _Chosen | None = None
         self._batches: list[Inputs] = []
 
     def __call__(self) -> Any:
@@ -60,7 +62,7 @@ class DatasetInputs:
         """
         if not self._batches and self._find is not None:
             try:
-                self._batches = _read(self._find(), model)
+                self._batches = _read(self._choice(self._find), model)
                 self._find = None  # which may keep a trainer alive
             except Exception as error:
                 raise InvalidInputError(
@@ -68,9 +70,22 @@ class DatasetInputs:
                 ) from error
         return self._batches
 
+    def ids(self, num_samples: int | None) -> npt.NDArray[np.int64] | None:
+        """The sample ids of the inputs, int64 [inputs], in a ledger of this size; None if they are unknown. Reads no sample."""
+        if num_samples is None:
+            return None
+        if self._chosen is None and self._find is not None:
+            self._choice(self._find)
+        return None if self._chosen is None else _ids_of(self._chosen.dataset, self._chosen.indices, num_samples)
+
+    def _choice(self, find: Callable[[], Any]) -> "_Chosen":
+        if self._chosen is None:
+            self._chosen = _choose(find())
+        return self._chosen
+
     def clear(self) -> None:
         """Frees the inputs, after the last look."""
-        self._batches, self._find = [], None
+        self._batches, self._find, self._chosen = [], None, None
 
     def rejection(self, error: Exception) -> InvalidInputError:
         """The error to raise if the model has raised one."""
@@ -94,29 +109,68 @@ def spread(size: int, wanted: int = INPUTS) -> list[int]:
     return indices
 
 
-def _read(found: Any, model: nn.Module) -> list[Inputs]:
+class _Chosen(NamedTuple):
+    """Which samples are the inputs.
+
+    Attributes:
+        dataset: the data set, with its wrappers.
+        indices: which of its samples.
+        collate: makes a batch of samples.
+        batch: the batch size.
+    """
+
+    dataset: Any
+    indices: list[int]
+    collate: Callable[[Any], Any]
+    batch: int
+
+
+def _choose(found: Any) -> _Chosen:
+    """Chooses samples of a data set, or of the data set of a `DataLoader`."""
     check_training_set(found, None)
-    dataset, collate, size, places = found, default_collate, _BATCH, None
-    if is_loader(found):
-        dataset, collate = found.dataset, found.collate_fn
-        size = found.batch_size or getattr(found.batch_sampler, "batch_size", None) or _BATCH
-        sampler = getattr(found.batch_sampler, "sampler", found.sampler)
-        if isinstance(sampler, SubsetRandomSampler):  # the rest is held out
-            places = sorted(int(index) for index in sampler.indices)
-    elif isinstance(found, WithIds):
-        dataset = found.dataset
+    if not is_loader(found):
+        return _Chosen(found, spread(len(found)), default_collate, _BATCH)
+    size = found.batch_size or getattr(found.batch_sampler, "batch_size", None) or _BATCH
+    sampler = getattr(found.batch_sampler, "sampler", found.sampler)
+    if not isinstance(sampler, SubsetRandomSampler):
+        return _Chosen(found.dataset, spread(len(found.dataset)), found.collate_fn, size)
+    places = sorted(int(index) for index in sampler.indices)  # the rest is held out
+    return _Chosen(found.dataset, [places[index] for index in spread(len(places))], found.collate_fn, size)
+
+
+def _ids_of(dataset: Any, indices: Sequence[int], num_samples: int) -> npt.NDArray[np.int64] | None:
+    """The sample ids of the samples at some indices: those of `with_ids`, or else indices in a data set of this size.
+
+    The data set may be a `Subset`, or a chain of these. None if no data set in the chain fits.
+    """
+    found, places = None, np.asarray(indices, np.int64)
+    while True:
+        if ID_COLUMN in (getattr(dataset, "column_names", None) or ()):
+            return np.asarray(dataset.select(places)[ID_COLUMN], np.int64)
+        if isinstance(dataset, WithIds):
+            return places
+        if found is None and len(dataset) == num_samples:
+            found = places
+        inner, inner_indices = getattr(dataset, "dataset", None), getattr(dataset, "indices", None)
+        if inner_indices is None or not has_index(inner):
+            return found
+        dataset, places = inner, np.asarray(inner_indices, np.int64)[places]
+
+
+def _read(chosen: _Chosen, model: nn.Module) -> list[Inputs]:
+    is_wrapped = isinstance(chosen.dataset, WithIds) and chosen.collate is default_collate
+    dataset = chosen.dataset.dataset if is_wrapped else chosen.dataset
     random.seed(_SEED)
     np.random.seed(_SEED)
     torch.default_generator.manual_seed(
         _SEED
     )  # not torch.manual_seed, which would change accelerators that nobody restores
     read_several = getattr(dataset, "__getitems__", None)
-    indices, batches = spread(len(dataset) if places is None else len(places)), []
-    indices = indices if places is None else [places[index] for index in indices]
-    for start in range(0, len(indices), size):
-        part = indices[start : start + size]
+    batches = []
+    for start in range(0, len(chosen.indices), chosen.batch):
+        part = chosen.indices[start : start + chosen.batch]
         samples = read_several(part) if read_several is not None else [dataset[index] for index in part]
-        batches.append(_on_host(_inputs_of(collate(samples), model)))
+        batches.append(_on_host(_inputs_of(chosen.collate(samples), model)))
     return batches
 
 
