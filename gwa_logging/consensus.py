@@ -84,8 +84,9 @@ def read_logits(logits: npt.NDArray[Any], ids: npt.NDArray[np.int64]) -> LookRow
 class Consensus:
     """The sums of the first half of the epochs, and the epochs that are not in them yet.
 
-    An epoch counts with the softmax outputs of its look, or with what training predicted. Each is a pair of arrays: keys, id * num_classes + class, int64 in ascending order; and softmax outputs or votes, float32. An
-    input needs at most 12 bytes for each kept class: those of the sums, and those of each epoch of the second half.
+    An epoch counts with the softmax outputs of its look, or with what training predicted. Each is a pair of arrays: keys,
+    id * num_classes + class, int64 in ascending order; and softmax outputs or votes, float32. An input needs at most 12 bytes
+    for each kept class: those of the sums, and those of each epoch of the second half.
 
     Attributes:
         looks: number of looks so far.
