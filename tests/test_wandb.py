@@ -28,7 +28,7 @@ from gwa_logging.journal import read_journal
 from gwa_logging.protocols import RunContext
 from gwa_logging.records import (
     EPOCH_KEYS,
-    LOOK_KEYS,
+    OPTIONAL_KEYS,
     QUANTILE_KEYS,
     STEP_KEYS,
     EpochReport,
@@ -952,7 +952,7 @@ HISTOGRAM = ("scores", "scores._type", "scores.bins", "scores.values")
 PICTURE = ("picture", *(f"picture.{key}" for key in ("_type", "format", "height", "path", "sha256", "size", "width")))
 AXES = {
     "step": (*HISTOGRAM, *STEP_KEYS, *QUANTILE_KEYS, "covers"),
-    "epoch": (*EPOCH_KEYS, *LOOK_KEYS),
+    "epoch": (*EPOCH_KEYS, *OPTIONAL_KEYS),
 }
 
 
