@@ -1,4 +1,4 @@
-"""While a stop alert stands, the list of suspects is that of the alert: in the calls, the files, the trackers and the report."""
+"""While a stop alert stands, the list of suspects is the one of the alert: in the calls, the files and the report."""
 
 import csv
 from pathlib import Path

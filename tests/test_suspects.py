@@ -17,7 +17,7 @@ import wandb
 from PIL import Image
 
 import gwa_logging
-from gwa_logging import InvalidInputError, Monitor
+from gwa_logging import EarlyStop, InvalidInputError, Monitor
 from gwa_logging.class_pairs import class_pairs, concentration
 from gwa_logging.journal import read_journal
 from gwa_logging.records import RECORDS, SuspectsRecord
@@ -42,6 +42,7 @@ from tests.trackers import (
 N = BATCH * BATCHES
 COLUMNS = ["id", "mean_score", "times_seen", "label", "predicted"]
 ALL_COLUMNS = [*COLUMNS, "tokens", "negative_share", "lowest_tenth"]
+FROZEN_COLUMNS = [*ALL_COLUMNS, "until_epoch"]
 IMAGES = np.random.default_rng(0).integers(0, 256, (N, 12, 10, 3), dtype=np.uint8)
 
 
@@ -145,7 +146,7 @@ def test_a_closed_monitor_writes_no_suspects(tmp_path):
 def in_mlflow(tracker: OnMlflow, run: str) -> list[list[str]]:
     path = tracker.client.download_artifacts(run, "gwa/suspects.csv")
     head, *rows = csv.reader(io.StringIO(Path(path).read_text()))
-    assert head == ALL_COLUMNS
+    assert head == FROZEN_COLUMNS
     return rows
 
 
@@ -154,8 +155,8 @@ def in_wandb(tracker: OnWandb, run: str) -> list[list[str]]:
     for folder in sorted(folders, reverse=True):
         for found in read_back(str(folder)).column("gwa/suspects.path"):
             table = json.loads((folder / "files" / found).read_text())
-            assert table["columns"][:8] == ALL_COLUMNS
-            return [["" if cell is None else str(cell) for cell in row[:8]] for row in table["data"]]
+            assert table["columns"][:9] == FROZEN_COLUMNS
+            return [["" if cell is None else str(cell) for cell in row[:9]] for row in table["data"]]
     raise AssertionError("no table")
 
 
@@ -163,7 +164,7 @@ def in_tensorboard(tracker: OnTensorBoard, run: str) -> list[list[str]]:
     (event,) = read_events(Path(run) / "gwa").Tensors("gwa/suspects")
     lines = event.tensor_proto.string_val[0].decode().splitlines()
     head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert head == ALL_COLUMNS
+    assert head == FROZEN_COLUMNS
     return rows
 
 
@@ -171,7 +172,7 @@ def in_trackio(tracker: OnTrackio, run: str) -> list[list[str]]:
     project, _, name = run.partition("/")
     (found,) = (other for other in trackio.Api().runs(project) if other.name == name)
     (table,) = (row["gwa/suspects"] for row in rows_of(found) if "gwa/suspects" in row)
-    return [["" if row[name] is None else str(row[name]) for name in ALL_COLUMNS] for row in table["_value"]]
+    return [["" if row[name] is None else str(row[name]) for name in FROZEN_COLUMNS] for row in table["_value"]]
 
 
 TRACKERS = {
@@ -190,14 +191,18 @@ def test_the_table_is_in_the_tracker_and_a_replay_sends_it_once(name: str, tmp_p
     tracker: Tracker = make()
     tracker.set_up(tmp_path, monkeypatch)
     training = Training()
-    monitor = watch(training, tmp_path, backend=tracker.backend)
+    at_once = EarlyStop(warmup=0, patience=1, min_delta=1e9, drop=0)
+    monitor = watch(training, tmp_path, backend=tracker.backend, early_stop=at_once)
     run = monitor._deliveries[0].backend.run_ref.run
     epoch(training, monitor)
     monitor.update(torch.tensor([[-0.5, 0.25, -0.5], [0.25, -0.75, -0.25]]), torch.arange(2))  # two documents
+    monitor.end_epoch()
+    assert monitor.alert is not None
     monitor.close()
     assert monitor.faults == {}
     expected = [["" if cell is None else str(cell) for cell in row] for row in lists(monitor)[0].rows()]
     assert [row[5] for row in expected].count("3") == 2
+    assert {row[8] for row in expected} == {"1"}
     assert len(expected) == N
     assert read(tracker, run) == expected
 

@@ -974,6 +974,7 @@ def test_another_name_becomes_the_prefix_of_every_key_and_axis(tmp_path: Path, p
         f"{prefix}/scores",
         f"{prefix}/picture",
         f"{prefix}/consensus",  # there was no look
+        f"{prefix}/agreement",  # the stop alert watches something else
     }
 
 
