@@ -32,10 +32,12 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
-def epoch_of_torch(samples: int | None, directory: str) -> tuple[gwa_logging.Monitor, Callable[[], None]]:
+def epoch_of_torch(
+    samples: int | None, directory: str, **options: Any
+) -> tuple[gwa_logging.Monitor, Callable[[], None]]:
     """A monitor, and a function that trains a small PyTorch model for an epoch of 50 batches."""
     model = torch.nn.Linear(32, 10)
-    monitor = gwa_logging.watch(model, directory=directory, num_samples=samples)
+    monitor = gwa_logging.watch(model, directory=directory, num_samples=samples, **options)
 
     def train() -> None:
         for _ in range(BATCHES):
@@ -126,6 +128,24 @@ def main() -> None:
                 print(f", and the peak is then +{megabytes() - before:.0f} MB", end="")
             print(flush=True)
             monitor.close()
+    measure_agreement(samples, directory)
+
+
+def measure_agreement(samples: int, directory: str) -> None:
+    """Measures what the rule that compares each sample's scores with its earlier ones adds at the end of an epoch."""
+    rule = gwa_logging.EarlyStop(statistic="agreement")
+    monitor, train = epoch_of_torch(samples, directory, early_stop=rule)
+    ends = []
+    for _ in range(5):
+        train()
+        ends.append(timed(monitor.end_epoch))
+    past = monitor._recording.agreement.past
+    assert past is not None
+    kept = (past.sums.nbytes + past.seen.nbytes) / samples
+    print(
+        f"PyTorch, statistic='agreement': end_epoch() {np.median(ends):.2f} s, {kept:.0f} bytes per sample on the host"
+    )
+    monitor.close()
 
 
 if __name__ == "__main__":

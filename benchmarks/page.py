@@ -203,7 +203,8 @@ The model at 1,024 ranks and 1e9 samples per epoch, 256 of them per step on each
   {1000 * large["steps"]:,.0f} steps, writes {long["journal_bytes"] / 1e6:,.0f} MB;
 - the queue: a record waits in the journal until a tracker takes it; the latest 4 MB are kept in memory;
 - the ledger, if enabled: 12 bytes per sample on every rank, here {large["ledger_bytes"] / 1e9:.0f} GB, added up over the ranks
-  whenever suspects or a state are requested. At this size, leave it off."""
+  whenever suspects or a state are requested, and at the end of every epoch if the stop rule watches the
+  agreement, which keeps 8 bytes per sample on each host. At this size, leave it off."""
 
 
 def picture(groups: dict[str, Any], path: Path) -> None:

@@ -12,13 +12,14 @@ from typing import Annotated, Any, NamedTuple, Self
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from gwa_logging.agreement import PastScores
 from gwa_logging.alignment import SCORE_TOLERANCE
 from gwa_logging.best_weights import BestWeightsFile
 from gwa_logging.consensus import Consensus
 from gwa_logging.early_stop import StopState
 from gwa_logging.errors import InvalidInputError
 from gwa_logging.histogram import BINS
-from gwa_logging.ledger import UNKNOWN, Ledger
+from gwa_logging.ledger import UNKNOWN, FrozenLedger, Ledger
 from gwa_logging.protocols import Adapter
 from gwa_logging.records import EpochReport, StopAlert
 from gwa_logging.settings import shortened
@@ -29,6 +30,7 @@ from gwa_logging.state_values import (
     Finite,
     Flag,
     Floats,
+    FloatsOrNone,
     Integers,
     Positive,
     Real,
@@ -89,6 +91,8 @@ class MonitorState(NamedTuple):
         look: `Consensus.state`, with arrays in the framework's form; None before the first look.
         heads: the states of the further heads by path, as `to_dict` returns them.
         best_weights: the file with the weights of the best epoch, if they are kept.
+        frozen: the ledger at the stop alert that stands; None without an alert or a ledger.
+        past: the ledger at the end of the last epoch, for the agreement; None unless the stop rule watches it.
     """
 
     head: HeadShape | None
@@ -106,13 +110,15 @@ class MonitorState(NamedTuple):
     heads: dict[str, Any]
     look: dict[str, Any] | None = None
     best_weights: BestWeightsFile | None = None
+    frozen: FrozenLedger | None = None
+    past: PastScores | None = None
 
     def to_dict(self, adapter: Adapter) -> dict[str, Any]:
         """Converts the state to plain data."""
-        ledger = self.ledger
+        plain = {name: value for name, value in self._asdict().items() if name not in ("frozen", "past")}
         return {
             "version": STATE_VERSION,
-            **self._asdict(),
+            **plain,
             "head": self.head and self.head._asdict(),
             "stop": {name: _to_json(value) for name, value in self.stop._asdict().items()},
             "history": [report.model_dump(mode="json") for report in self.history],
@@ -120,15 +126,13 @@ class MonitorState(NamedTuple):
             "best_weights": self.best_weights and self.best_weights.model_dump(),
             "epoch": [_to_json(number) for number in self.epoch.to_vector().tolist()],
             "interval": [_to_json(number) for number in self.interval.to_vector().tolist()],
-            "ledger": ledger
+            "ledger": self.ledger
             and {
-                **{
-                    name: None if array is None else adapter.to_checkpoint_array(array)
-                    for name in ("sums", "seen", "predicted", "details")
-                    for array in [getattr(ledger, name)]
-                },
-                "invalid_ids": ledger.invalid_ids,
-                "untagged": ledger.untagged,
+                **_arrays(self.ledger, adapter),
+                **(_arrays(self.frozen.ledger, adapter, "frozen_") if self.frozen else {}),
+                **(_arrays(self.past, adapter, "past_") if self.past else {}),
+                "invalid_ids": self.ledger.invalid_ids,
+                "untagged": self.ledger.untagged,
             },
         }
 
@@ -154,6 +158,7 @@ class MonitorState(NamedTuple):
                 f"state: not a state_dict() of a monitor, or a damaged one: {_explain(error)}. Nothing was loaded: use an "
                 "earlier checkpoint, or start without the state"
             ) from None
+        ledger = read.ledger
         return cls(
             head=None if read.head is None else HeadShape(**dict(read.head)),
             processes=read.processes,
@@ -166,10 +171,16 @@ class MonitorState(NamedTuple):
             alert=read.alert,
             epoch=read.epoch,
             interval=read.interval,
-            ledger=None if read.ledger is None else Ledger(**dict(read.ledger)),
+            ledger=None
+            if ledger is None
+            else Ledger(**ledger.arrays(""), invalid_ids=ledger.invalid_ids, untagged=ledger.untagged),
             heads=read.heads,
             look=read.look,
             best_weights=read.best_weights,
+            frozen=FrozenLedger(Ledger(**ledger.arrays("frozen_")), read.alert.epoch)
+            if read.alert is not None and ledger is not None and ledger.frozen_sums is not None
+            else None,
+            past=None if ledger is None or ledger.past_sums is None else PastScores(**ledger.arrays("past_")),
         )
 
     def check(self, adapter: Adapter, num_samples: int | None, heads: set[str]) -> None:
@@ -196,6 +207,15 @@ class MonitorState(NamedTuple):
         else:
             return
         raise InvalidInputError(f"state: {problem}")
+
+
+def _arrays(part: Ledger | PastScores, adapter: Adapter, prefix: str = "") -> dict[str, Any]:
+    """The arrays of a ledger in the framework's form; their names begin with the prefix."""
+    arrays = {name: value for name, value in part._asdict().items() if name in _LEDGER_ARRAYS}
+    return {prefix + name: None if a is None else adapter.to_checkpoint_array(a) for name, a in arrays.items()}
+
+
+_LEDGER_ARRAYS = ("sums", "seen", "predicted", "details")
 
 
 def _to_json(value: Any) -> Any:
@@ -309,17 +329,34 @@ class _Ledger(_Part):
     seen: Floats
     predicted: Integers
     details: Integers = None
+    frozen_sums: FloatsOrNone = None
+    frozen_seen: FloatsOrNone = None
+    frozen_predicted: Integers = None
+    frozen_details: Integers = None
+    past_sums: FloatsOrNone = None
+    past_seen: FloatsOrNone = None
     invalid_ids: Count
     untagged: Count
 
+    def arrays(self, prefix: str) -> dict[str, Any]:
+        """The arrays whose names begin with the prefix, by name without it."""
+        names = {name: prefix + name for name in _LEDGER_ARRAYS}
+        return {name: getattr(self, full) for name, full in names.items() if full in type(self).model_fields}
+
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        arrays = self.sums, self.seen, self.predicted, self.details
-        shapes = [array.shape for array in arrays if array is not None]
+        parts = [
+            part for part in map(self.arrays, ("", "frozen_", "past_")) if any(a is not None for a in part.values())
+        ]
+        shapes = [array.shape for part in parts for array in part.values() if array is not None]
         if len({*shapes}) != 1:
             raise ValueError(f"expected arrays of one length, found the shapes {', '.join(map(str, shapes))}")
-        if (self.seen < 0).any() or (self.predicted is not None and (self.predicted < UNKNOWN).any()):
-            raise ValueError("seen or predicted: found negative numbers")
+        for part in parts:
+            if part["sums"] is None or part["seen"] is None:
+                raise ValueError("sums or seen: one of the two is missing")
+            predicted = part.get("predicted")
+            if (part["seen"] < 0).any() or (predicted is not None and (predicted < UNKNOWN).any()):
+                raise ValueError("seen or predicted: found negative numbers")
         return self
 
 
@@ -344,6 +381,8 @@ class _Saved(_Part):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        if self.alert is None and self.ledger is not None and self.ledger.frozen_sums is not None:
+            raise ValueError("ledger.frozen_sums: there is no alert at which it was frozen")
         if self.recorded_steps > self.step:
             raise ValueError(f"recorded_steps={self.recorded_steps}: expected at most step={self.step}")
         for index, report in enumerate(self.history):

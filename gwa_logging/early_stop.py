@@ -125,41 +125,71 @@ class StopRule:
         self.planned: int | None = None
 
     def judge(
-        self, report: EpochReport, history: Sequence[EpochReport] = (), consensus: Estimate | None = None
+        self,
+        report: EpochReport,
+        history: Sequence[EpochReport] = (),
+        consensus: Estimate | None = None,
+        agreement: Estimate | None = None,
     ) -> tuple[EpochReport, StopAlert | None, bool]:
         """Applies the rule to the next epoch.
 
         Args:
             report: the report of this epoch.
             history: the reports of the epochs before, which the text of an alert refers to.
-            consensus: the statistic "consensus" of this epoch; None if it is undefined. An epoch without it says nothing about
-                the model, so a rule that watches it ignores the epoch.
+            consensus: the consensus of this epoch; None if there is none. An epoch without it says nothing about the model, so
+                a rule that watches it ignores the epoch.
+            agreement: the agreement of this epoch, in the same way. NaN if no sample of the epoch has a score.
 
         Returns:
-            The report with `consensus` and `is_best` set; an alert if the rule fires, else None; True if this epoch withdraws
-            an alert.
+            The report with `consensus`, `agreement` and `is_best` set; an alert if the rule fires, else None; True if this
+            epoch withdraws an alert.
         """
         fired = self.state.fired
         if consensus is not None:
             report = report.model_copy(update={"consensus": consensus.value})
-        value = self._estimate(report)
-        if self.settings.statistic == "consensus":
-            if consensus is None:
-                self.state = self.state._replace(epochs=self.state.epochs + 1)
-                return report, None, False
-            value = consensus
+        if agreement is not None and math.isfinite(agreement.value):
+            report = report.model_copy(update={"agreement": agreement.value})
+        value = self._watched(report, history[-1] if history else None, consensus, agreement)
+        if value is None:
+            self.state = self.state._replace(epochs=self.state.epochs + 1)
+            return report, None, False
         self.state, decision = step(self.settings, self.state, value.value, value.standard_error, self.planned)
         report = report.model_copy(update={"is_best": decision is Decision.IMPROVED})
         alert = self._alert(report, value, history) if decision is Decision.STOP else None
         return report, alert, fired and not self.state.fired
 
-    def _estimate(self, report: EpochReport) -> Estimate:
-        """Returns the watched statistic: the value of the report, with the standard error that the histogram gives."""
-        if self.settings.statistic == "consensus":
-            return Estimate(math.nan if report.consensus is None else report.consensus, 0.0)
+    def _watched(
+        self,
+        report: EpochReport,
+        previous: EpochReport | None,
+        consensus: Estimate | None,
+        agreement: Estimate | None,
+    ) -> Estimate | None:
+        """Returns the watched statistic with its standard error; None if this epoch is to be ignored."""
+        statistic = self.settings.statistic
+        if statistic == "consensus":
+            return consensus
+        value = self._value(report, previous)
+        if statistic != "agreement":
+            error = estimate(statistic, report.histogram).standard_error
+            return Estimate(value, error if math.isfinite(error) else 0.0)
+        if agreement is None:
+            return None
+        error = math.hypot(agreement.standard_error, estimate("separation", report.histogram).standard_error)
+        if not math.isfinite(agreement.value + report.separation):  # no scores, or all of them equal
+            return Estimate(math.nan, 0.0)
+        # Both epochs are taken to have the same error, and to be independent.
+        return Estimate(value, error / math.sqrt(2)) if math.isfinite(value) else None
+
+    def _value(self, report: EpochReport, previous: EpochReport | None) -> float:
+        """Returns the watched statistic of an epoch; NaN if it has none."""
+        statistic = self.settings.statistic
+        if statistic == "agreement":
+            return _agreement_and_separation(report, previous)
+        if statistic == "consensus":
+            return math.nan if report.consensus is None else report.consensus
         names = {"separation": "separation", "stable": "stable_gwa", "gwa": "gwa", "mean": "mean"}
-        error = estimate(self.settings.statistic, report.histogram).standard_error
-        return Estimate(getattr(report, names[self.settings.statistic]), error if math.isfinite(error) else 0.0)
+        return float(getattr(report, names[statistic]))
 
     def _alert(self, report: EpochReport, value: Estimate, history: Sequence[EpochReport]) -> StopAlert:
         statistic, state = self.settings.statistic, self.state
@@ -176,7 +206,8 @@ class StopRule:
         noise = math.hypot(value.standard_error, state.best_error)
         if noise and math.isfinite(value.value):
             message += f", lower by {(state.best - value.value) / noise:.3g} standard errors"
-        ties = [r.epoch for r in history if r.epoch != state.best_epoch and self._ties_with_best(r)]
+        pairs = zip(history, (None, *history), strict=False)
+        ties = [r.epoch for r, previous in pairs if r.epoch != state.best_epoch and self._ties_with_best(r, previous)]
         if ties:
             message += f". Equally good within the error: epochs {_format_ranges([*ties, state.best_epoch])}"
         return StopAlert(
@@ -190,11 +221,11 @@ class StopRule:
             caveats=tuple(self._caveats(report, history)),
         )
 
-    def _ties_with_best(self, report: EpochReport) -> bool:
+    def _ties_with_best(self, report: EpochReport, previous: EpochReport | None) -> bool:
         """Returns True if the epoch is after the warm-up, and not clearly worse than the best one."""
         if report.epoch < warmup_epochs(self.settings, self.planned):
             return False
-        return self._estimate(report).value >= self.state.best - TIE_MARGIN * self.state.best_error
+        return self._value(report, previous) >= self.state.best - TIE_MARGIN * self.state.best_error
 
     def _caveats(self, report: EpochReport, history: Sequence[EpochReport]) -> Iterable[str]:
         """Yields reasons to doubt the alert."""
@@ -208,6 +239,13 @@ class StopRule:
                 f"the best epoch, {self.state.best_epoch}, is the first after the warm-up, so a better one may be inside the "
                 "warm-up; shorten it with EarlyStop(warmup=...)"
             )
+
+
+def _agreement_and_separation(report: EpochReport, previous: EpochReport | None) -> float:
+    """Returns the mean of agreement + separation over two epochs, in [0, 2]; NaN if either epoch lacks one of them."""
+    if previous is None or previous.agreement is None or report.agreement is None:
+        return math.nan
+    return (report.agreement + report.separation + previous.agreement + previous.separation) / 2
 
 
 def withdrawal_of(alert: StopAlert, report: EpochReport) -> AlertWithdrawal:

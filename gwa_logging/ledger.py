@@ -181,6 +181,18 @@ class Ledger(NamedTuple):
         )
 
 
+class FrozenLedger(NamedTuple):
+    """The ledger of all processes at a stop alert, on the host.
+
+    Attributes:
+        ledger: its contents.
+        epoch: the epoch after which the alert fired.
+    """
+
+    ledger: Ledger
+    epoch: int
+
+
 def _latest(
     own: npt.NDArray[np.int32] | None, other: npt.NDArray[np.int32] | None, unknown: int
 ) -> npt.NDArray[np.int32] | None:

@@ -242,29 +242,34 @@ class Monitor(GradientCalls, LookCalls, WeightsCalls):
 
     # --- suspects ---------------------------------------------------------------------------------------------------
 
-    def suspects(self, k: int = SUSPECTS) -> list[Suspect]:
+    def suspects(self, k: int = SUSPECTS, *, whole_run: bool = False) -> list[Suspect]:
         """The k training samples that are most probably mislabelled, most suspect first. Waits for the device.
 
-        In a distributed run every process must call this, because the ledger is summed over them.
+        While a stop alert stands, only the scores up to it count, because later ones show what the model has memorised. In a
+        distributed run every process must call this, because the ledger is summed over them.
+
+        Args:
+            k: number of suspects.
+            whole_run: True counts the scores after a stop alert too.
 
         Raises:
             InvalidInputError: there is no ledger: `watch(..., num_samples=N)`.
         """
         self._refuse_copy("suspects()")
         with self._recording.lock:
-            return self._recording.suspects.suspects(k)[0]
+            return self._recording.suspects.suspects(k, whole_run=whole_run)
 
-    def suspects_table(self) -> SuspectsTable:
+    def suspects_table(self, *, whole_run: bool = False) -> SuspectsTable:
         """All samples with mean score, times seen, label and predicted class, for `gwa_logging.exports`. As `suspects`."""
         self._refuse_copy("suspects_table()")
         with self._recording.lock:
-            return self._recording.suspects.table()
+            return self._recording.suspects.table(whole_run=whole_run)
 
-    def label_quality(self) -> npt.NDArray[np.float64]:
+    def label_quality(self, *, whole_run: bool = False) -> npt.NDArray[np.float64]:
         """How well training supports each sample's label, like cleanlab's label quality scores: lower is more suspect.
 
         For `cleanlab.rank.find_top_issues(monitor.label_quality(), top=100)`, or your own `label_score` column. Waits for
-        the device. In a distributed run every process must call this.
+        the device. In a distributed run every process must call this. `whole_run` as in `suspects`.
 
         Returns:
             float64 [num_samples], in [0, 1]: (mean score + 1) / 2; NaN for samples never seen, which sorting puts last.
@@ -274,7 +279,7 @@ class Monitor(GradientCalls, LookCalls, WeightsCalls):
         """
         self._refuse_copy("label_quality()")
         with self._recording.lock:
-            return self._recording.suspects.label_quality()
+            return self._recording.suspects.label_quality(whole_run=whole_run)
 
     def log_suspects(self, k: int = SUSPECTS, images: Any = None) -> list[Suspect]:
         """Writes the k most suspect samples to the journal, to suspects.csv in the run's folder, and to the trackers.

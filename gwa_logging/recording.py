@@ -10,6 +10,7 @@ from typing import Any
 from gwa_logging._announce import announce
 from gwa_logging._closing_report import ClosingReport
 from gwa_logging._run_folder import RunFolder
+from gwa_logging.agreement import EpochAgreement
 from gwa_logging.best_weights import BestWeights
 from gwa_logging.checkpoint import HeadShape, MonitorState
 from gwa_logging.consensus import Consensus
@@ -21,14 +22,7 @@ from gwa_logging.interval_recorder import IntervalRecorder
 from gwa_logging.journal import Journal
 from gwa_logging.look import EpochLook
 from gwa_logging.protocols import Adapter, Backend
-from gwa_logging.records import (
-    AnyRecord,
-    CloseRecord,
-    EpochReport,
-    RunRecord,
-    StopAlert,
-    Suspect,
-)
+from gwa_logging.records import AnyRecord, CloseRecord, EpochReport, RunRecord, StopAlert, Suspect
 from gwa_logging.settings import EarlyStop, WatchSettings
 from gwa_logging.summary import AlignmentSummary
 from gwa_logging.suspects import SUSPECTS, SuspectFinder
@@ -54,7 +48,7 @@ class Recording:
         rule: the stop rule and its state.
         intervals: turns steps into interval records.
         suspects: reads the ledger.
-        look: computes the consensus statistic of each epoch.
+        look, agreement: compute the statistics of each epoch that need more than its scores.
         best_weights: keeps the weights of the best epoch; None if they are not kept.
         lock: held while a step or a call of the user changes anything.
         is_closed: True after `finish`.
@@ -92,6 +86,7 @@ class Recording:
         self.intervals = IntervalRecorder(adapter, settings.log_every_n_steps, self.write, faults, grow=grow)
         self.suspects = SuspectFinder(adapter, settings.num_samples, settings.labels, faults)
         self.look = EpochLook(adapter, settings, faults, self.suspects.read)
+        self.agreement = EpochAgreement(self.suspects.read, settings.early_stop, faults)
         self.best_weights = best_weights
         self.lock = RLock()
         self.is_closed = False
@@ -209,7 +204,8 @@ class Recording:
         alert, withdrawn = None, False
         if not partial:
             consensus = self.look.end_epoch(self.pause, self.resume)
-            report, alert, withdrawn = self.rule.judge(report, self.history, consensus)
+            agreement = self.agreement.end_epoch(has_scores=report.count > 0)
+            report, alert, withdrawn = self.rule.judge(report, self.history, consensus, agreement)
         alert = alert if self.settings.early_stop else None
         stop = not withdrawn and (alert or self.alert) is not None
         report = report.model_copy(update={"stop": stop})
@@ -220,6 +216,7 @@ class Recording:
             self.best_weights.end_epoch(report.epoch, params, is_best=report.is_best)
         if withdrawn and self.alert:
             withdrawal, self.alert = withdrawal_of(self.alert, report), None
+            self.suspects.unfreeze()
             logger.info("gwa_logging: %s", withdrawal.message.removeprefix("GWA: "))
             self.write(withdrawal, sync=True)
         if alert:
@@ -227,11 +224,7 @@ class Recording:
         return report
 
     def _raise_alert(self, alert: StopAlert) -> None:
-        if self.suspects.has_ledger:
-            try:
-                alert = alert.model_copy(update={"caveats": (*alert.caveats, *self.suspects.caveats())})
-            except Exception as error:  # noqa: BLE001 - the alert must be raised, and training must continue
-                self.faults.record("suspects", f"{type(error).__name__}: {error}")
+        alert = self.suspects.freeze_at(alert)
         if self.best_weights is not None and (place := self.best_weights.sentence(alert.best_epoch)):
             alert = alert.model_copy(update={"message": alert.message + place})
         self.alert = alert
@@ -259,8 +252,11 @@ class Recording:
         return list(record.suspects)
 
     def write_suspects(self) -> None:
-        """Logs the suspects if there is a ledger and an epoch has ended since the last time. All processes agree on that."""
-        if not self.suspects.has_ledger or self._suspects_written_at == len(self.history):
+        """Logs the suspects if there is a ledger and the list may have changed since the last time. All processes agree."""
+        frozen = self.suspects.frozen
+        if not self.suspects.has_ledger or self._suspects_written_at >= (
+            frozen.epoch + 1 if frozen else len(self.history)
+        ):
             return
         try:
             self.log_suspects(SUSPECTS, None)
@@ -288,6 +284,8 @@ class Recording:
             interval=interval,
             look=self.look.consensus.state(self.adapter.to_checkpoint_array),
             ledger=self.adapter.ledger() if self.suspects.has_ledger else None,
+            frozen=self.suspects.frozen,
+            past=self.agreement.past,
             heads=heads,
             best_weights=self.best_weights.last_file() if self.best_weights else None,
         ).to_dict(self.adapter)
@@ -311,6 +309,7 @@ class Recording:
             self.history, self.alert = state.history, state.alert
             self.rule.state, self.rule.planned = state.stop, state.planned
             self.look.consensus = Consensus.from_state(state.look)
+            self.suspects.frozen, self.agreement.past = state.frozen, state.past
             self._restored_head, self._awaits_first_step = state.head, True
             self.intervals.restore(
                 steps=state.step,

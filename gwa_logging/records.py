@@ -15,13 +15,14 @@ from typing import Annotated, ClassVar, Literal, Self
 import numpy as np
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationInfo, field_validator, model_validator
 
-from gwa_logging._record_base import Count, Index, Number, Record
+from gwa_logging._record_base import Count, Number, Record
 from gwa_logging._record_base import TimedRecord as TimedRecord
+from gwa_logging._suspects_record import Suspect as Suspect
+from gwa_logging._suspects_record import SuspectsRecord as SuspectsRecord
 from gwa_logging.histogram import MAX_COUNT, Histogram
 from gwa_logging.redact import redact_urls
 from gwa_logging.report.notebook import report_html
 from gwa_logging.settings import NAME_LENGTH, NAME_PATTERN
-from gwa_logging.thumbnail import is_thumbnail
 
 JOURNAL_VERSION = 1
 
@@ -32,8 +33,9 @@ QUANTILE_KEYS = {f"steps/{name}": name for name in QUANTILES}
 EPOCH_KEYS = {"gwa": "gwa", "separation": "separation", "stable": "stable_gwa", "stop": "stop"} | {
     f"stats/{name}": name for name in ("mean", "std", "excess_kurtosis", "excluded", "count")
 }
-LOOK_KEYS = {"consensus": "consensus"}
-"""The metrics of an IntervalRecord, its quantiles, the metrics of an EpochReport, and those that need a look: key to attribute.
+OPTIONAL_KEYS = {"consensus": "consensus", "agreement": "agreement"}
+"""The metrics of an IntervalRecord, its quantiles, the metrics of an EpochReport, and those that only some epochs have: key to
+attribute.
 
 Trackers sort keys by name, in a section for each folder: the most important keys have no folder, so they come first.
 """
@@ -176,6 +178,8 @@ class EpochReport(TimedRecord):
         gwa_defined: False where the denominator of `gwa` is not clearly positive; then `gwa` is meaningless.
         consensus: agreement of the checkpoint with the model's own early predictions for the inputs of the look, in [0, 1]; see
             `gwa_logging.consensus`. None without a look, in the first epoch, and if the look failed.
+        agreement: share of the samples whose scores in this epoch have the sign of their earlier ones, in [0, 1]; see
+            `gwa_logging.agreement`. None in the first epoch, and unless the stop alert watches it.
         is_best: True if this is the best epoch so far by the statistic that the stop alert watches.
         stop: True if a stop alert stands after this epoch: from the epoch in which it fires until one that withdraws it.
         notes: sentences about what is unusual in this epoch.
@@ -198,6 +202,7 @@ class EpochReport(TimedRecord):
     histogram: Histogram
     gwa_defined: bool
     consensus: Annotated[float, Field(ge=0, le=1)] | None = None
+    agreement: Annotated[float, Field(ge=0, le=1)] | None = None
     is_best: bool = False
     stop: bool = False
     notes: tuple[str, ...] = ()
@@ -205,7 +210,7 @@ class EpochReport(TimedRecord):
     @property
     def metrics(self) -> dict[str, float]:
         """The numbers that trackers show, by metric key without the prefix."""
-        values = {key: getattr(self, name) for key, name in (EPOCH_KEYS | LOOK_KEYS).items()}
+        values = {key: getattr(self, name) for key, name in (EPOCH_KEYS | OPTIONAL_KEYS).items()}
         return {key: float(value) for key, value in values.items() if value is not None}
 
     def __str__(self) -> str:
@@ -240,7 +245,7 @@ class StopAlert(TimedRecord):
     Attributes:
         epoch: the epoch after which the alert fired, from 0.
         best_epoch: the epoch whose checkpoint to use; -1 if no epoch had a defined value.
-        statistic: the watched statistic: "separation", "stable", "gwa", "mean" or "consensus".
+        statistic: the watched statistic: "separation", "stable", "gwa", "mean", "consensus" or "agreement".
         value, best_value: the statistic at `epoch` and at `best_epoch`.
         reason: why the alert fired.
         message: the advice in one sentence.
@@ -306,86 +311,6 @@ class CloseRecord(TimedRecord):
     def metrics(self) -> dict[str, float]:
         """The numbers that trackers show, by metric key without the prefix; empty without a best epoch."""
         return {} if self.best_epoch is None else {"best_epoch": self.best_epoch, "best_value": self.best_value}
-
-
-class Suspect(Record):
-    """A training sample that is probably mislabelled.
-
-    Attributes:
-        id: the sample's id.
-        mean_score: the sample's mean score over the run, dimensionless; the lower, the more suspect. In PyTorch the tokens of a
-            document are weighted by the norms of their gradients.
-        times_seen: how often the sample was scored; the sum of its shares if samples are mixed (mixup).
-        label, predicted: class index from `watch(labels=)`, and class with the largest logit when the sample was last seen (by
-            the highest rank); None if unknown.
-        thumbnail: a PNG in base64, at most 64 pixels wide and high, or None.
-        tokens: of a document, the number of rows (tokens) with a score when it was last seen; 65,535 means at least as many.
-        negative_share: share of these with a negative score, in [0, 1], accurate to 0.005.
-        lowest_tenth: a tenth of these have this score or a lower one, accurate to 4 %.
-
-    The last three are None if each sample is one row.
-    """
-
-    id: Index
-    mean_score: Number
-    times_seen: float = Field(ge=0, lt=MAX_COUNT)
-    label: Index | None = None
-    predicted: Index | None = None
-    thumbnail: str | None = None
-    tokens: Count | None = None
-    negative_share: float | None = Field(default=None, ge=0, le=1)
-    lowest_tenth: float | None = Field(default=None, ge=-1, le=1)
-
-    @field_validator("thumbnail")
-    @classmethod
-    def _is_a_picture(cls, value: str | None) -> str | None:
-        if value is not None and not is_thumbnail(value):
-            raise ValueError("expected a PNG of at most 64 x 64 pixels, in base64")
-        return value
-
-
-class SuspectsRecord(TimedRecord):
-    """The most suspect samples at one point of the run.
-
-    Attributes:
-        step: index of the last training step before that point.
-        epoch: the epoch in progress, or the one that has just ended.
-        samples: number of samples that have been scored.
-        suspects: the suspects, most suspect first.
-    """
-
-    kind: Literal["suspects"] = "suspects"
-    step: int = Field(ge=-1, lt=MAX_COUNT)
-    epoch: Count
-    samples: Count
-    suspects: tuple[Suspect, ...]
-
-    COLUMNS: ClassVar = ("id", "mean_score", "times_seen", "label", "predicted")
-    DOCUMENT_COLUMNS: ClassVar = ("tokens", "negative_share", "lowest_tenth")
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The names of the table's columns: `COLUMNS`, and `DOCUMENT_COLUMNS` if any suspect is a document."""
-        has_documents = any(suspect.tokens is not None for suspect in self.suspects)
-        return (*self.COLUMNS, *self.DOCUMENT_COLUMNS) if has_documents else self.COLUMNS
-
-    def rows(self) -> list[list[float | int | None]]:
-        """The table of suspects, one row each with the values of `columns`; numbers of times seen as int if they are whole."""
-        further = self.columns[3:]
-        return [
-            [
-                s.id,
-                s.mean_score,
-                int(s.times_seen) if s.times_seen.is_integer() else s.times_seen,
-                *(getattr(s, name) for name in further),
-            ]
-            for s in self.suspects
-        ]
-
-    def csv(self) -> str:
-        """The table as CSV with a header line; unknown values are empty."""
-        lines = [",".join("" if value is None else str(value) for value in row) for row in self.rows()]
-        return "\n".join([",".join(self.columns), *lines, ""])
 
 
 AnyRecord = RunRecord | IntervalRecord | EpochReport | StopAlert | AlertWithdrawal | SuspectsRecord | CloseRecord

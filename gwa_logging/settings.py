@@ -102,13 +102,22 @@ class Settings(BaseModel):
             raise InvalidInputError(_explain(type(self), error)) from None
 
 
+_DEFAULTS_OF_STATISTIC: dict[str, dict[str, float]] = {
+    "consensus": {"warmup": 2, "drop": 0},
+    "agreement": {"warmup": 2},  # the first value needs two epochs, each compared with the one before
+}
+"""The defaults of `EarlyStop` that depend on the statistic."""
+
+
 class EarlyStop(Settings):
     """When to alert that training should stop.
 
     Attributes:
         statistic: what to watch: "separation" (how well the scores fall into two groups; it predicted the best epoch best, see
-            `docs/study.md`), "stable" (mean / (excess kurtosis + 3)), "gwa" (as published), "mean", or "consensus" (how well
-            the checkpoint agrees with the model's early predictions: needs a look, and has other defaults: warmup=2, drop=0).
+            `docs/study.md`), "stable" (mean / (excess kurtosis + 3)), "gwa" (as published), "mean", "consensus" (how well
+            the checkpoint agrees with the model's early predictions: needs a look, and has other defaults: warmup=2, drop=0),
+            or "agreement" (separation plus the share of samples whose scores keep their sign, mean of two epochs: needs sample
+            ids, and skips two epochs: warmup=2).
         regime: "scratch" looks for the maximum; "finetune" for the maximum after the first minimum.
         warmup: epochs to skip at the start: below 1 a share of the epochs planned by `Monitor.epochs` or `Monitor.plan`, else
             a number of epochs. A share of an unknown plan counts as one epoch. Small data sets are memorised within a few
@@ -120,8 +129,8 @@ class EarlyStop(Settings):
         action: "alert" notifies you; "stop" also ends `Monitor.epochs`.
     """
 
-    statistic: Literal["separation", "stable", "gwa", "mean", "consensus"] = Field(
-        default="separation", description="'separation', 'stable', 'gwa', 'mean' or 'consensus'"
+    statistic: Literal["separation", "stable", "gwa", "mean", "consensus", "agreement"] = Field(
+        default="separation", description="'separation', 'stable', 'gwa', 'mean', 'consensus' or 'agreement'"
     )
     regime: Literal["scratch", "finetune"] = Field(default="scratch", description="'scratch' or 'finetune'")
     warmup: Number = Field(
@@ -134,8 +143,10 @@ class EarlyStop(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _set_defaults_of_consensus(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return {"warmup": 2, "drop": 0, **values} if values.get("statistic") == "consensus" else values
+    def _set_defaults_of_statistic(cls, values: dict[str, Any]) -> dict[str, Any]:
+        statistic = values.get("statistic")
+        own = _DEFAULTS_OF_STATISTIC.get(statistic, {}) if isinstance(statistic, str) else {}
+        return {**own, **values}
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
         """Only what differs from the defaults, so that the signature of `watch` shows `EarlyStop()`."""
@@ -274,6 +285,16 @@ class WatchSettings(Settings):
         if labels is not None and value != len(labels):
             raise ValueError(f"there are {len(labels)} labels; leave num_samples out, or give all labels")
         return value
+
+    @model_validator(mode="after")
+    def _check_ids_of_rule(self) -> Self:
+        if self.early_stop is not None and self.early_stop.statistic == "agreement" and self.num_samples is None:
+            raise ValueError(
+                "early_stop=EarlyStop(statistic='agreement'): it compares each sample's scores with its earlier ones, and "
+                "there are no sample ids; add num_samples=<size of the training set>, and pass the ids: tag(ids) or, in JAX, "
+                "update(scores, ids)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_run(self) -> Self:

@@ -62,6 +62,9 @@ Real = Annotated[float, BeforeValidator(real)]
 Finite = Annotated[float, BeforeValidator(real), Field(allow_inf_nan=False)]
 Flag = Annotated[bool, BeforeValidator(_flag)]
 Floats = Annotated[Any, BeforeValidator(lambda value: _array(value, "f").astype(np.float32))]
+FloatsOrNone = Annotated[
+    Any, BeforeValidator(lambda value: None if value is None else _array(value, "f").astype(np.float32))
+]
 Integers = Annotated[
     Any, BeforeValidator(lambda value: None if value is None else _array(value, "iuf").astype(np.int32))
 ]

@@ -184,6 +184,8 @@ class TrainerSession:
         values = {"gwa": report.gwa, "stable": report.stable_gwa, "separation": report.separation}
         if self.settings.look is not None:
             values["consensus"] = math.nan if report.consensus is None else report.consensus
+        if self.settings.early_stop is not None and self.settings.early_stop.statistic == "agreement":
+            values["agreement"] = math.nan if report.agreement is None else report.agreement
         return {f"{name}/{key}": value for key, value in values.items()}
 
     def end(self) -> None:

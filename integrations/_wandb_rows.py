@@ -31,7 +31,7 @@ import wandb
 
 from gwa_logging.errors import BackendError
 from gwa_logging.histogram import DISPLAY_BINS
-from gwa_logging.records import EPOCH_KEYS, LOOK_KEYS, QUANTILE_KEYS, STEP_KEYS, EpochReport, IntervalRecord
+from gwa_logging.records import EPOCH_KEYS, OPTIONAL_KEYS, QUANTILE_KEYS, STEP_KEYS, EpochReport, IntervalRecord
 
 HISTOGRAM_SUBKEYS = ("", "._type", ".bins", ".values")
 """W&B stores a histogram under these keys, and looks up the axis of each of them."""
@@ -39,7 +39,7 @@ HISTOGRAM_SUBKEYS = ("", "._type", ".bins", ".values")
 PICTURE_SUBKEYS = ("", "._type", ".format", ".height", ".path", ".sha256", ".size", ".width")
 """The same for a picture."""
 
-BEST_IS_LARGEST = ("separation", "stable", "consensus")
+BEST_IS_LARGEST = ("separation", "stable", "consensus", "agreement")
 """Metric keys of which W&B's summary keeps the largest value besides the last one."""
 
 IDENTIFYING = ("step", "epoch", "count")
@@ -53,7 +53,7 @@ def define_metrics(run: wandb.Run, prefix: str) -> None:
     """Sets the x axis of every key by its exact name: a pattern such as "gwa/*" competes with the user's patterns at random."""
     axes = {
         "step": (*(f"scores{subkey}" for subkey in HISTOGRAM_SUBKEYS), *STEP_KEYS, *QUANTILE_KEYS, "covers"),
-        "epoch": (*EPOCH_KEYS, *LOOK_KEYS),
+        "epoch": (*EPOCH_KEYS, *OPTIONAL_KEYS),
     }
     for axis, keys in axes.items():
         run.define_metric(f"{prefix}/{axis}", hidden=True)

@@ -10,6 +10,7 @@ from threading import Event
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 import wandb
 
 from gwa_logging import EarlyStop, InvalidInputError, Monitor
@@ -170,17 +171,23 @@ def test_every_number_arrives_once_in_order_and_at_its_step(alone, name: str) ->
 
 
 @pytest.mark.parametrize("name", of(*TRACKERS))
-def test_the_consensus_of_a_look_arrives_from_the_second_epoch_on(name: str, tmp_path: Path, monkeypatch: Any) -> None:
+def test_consensus_and_agreement_arrive_from_the_second_epoch_on(name: str, tmp_path: Path, monkeypatch: Any) -> None:
     tracker = TRACKERS[name]()
     tracker.set_up(tmp_path, monkeypatch)
     training = Training()
-    monitor = training.watch(tmp_path, backend=tracker.backend, look=training.batches[0][0])
+    rule, look = EarlyStop(statistic="agreement"), training.batches[0][0]
+    monitor = training.watch(tmp_path, backend=tracker.backend, look=look, early_stop=rule, num_samples=BATCH * BATCHES)
     run = run_of(monitor, tracker.backend)
     for _ in range(3):
-        training.epoch(monitor)
+        for index in range(BATCHES):
+            monitor.tag(torch.arange(BATCH) + index * BATCH)
+            training.step(index)
+        monitor.end_epoch()
     monitor.close()
-    expected = [(r.epoch, float(tracker.precision(r.consensus))) for r in monitor.history[1:]]
-    assert tracker.read(run).numbers["consensus"] == expected
+    numbers = tracker.read(run).numbers
+    for key in ("consensus", "agreement"):
+        expected = [(r.epoch, float(tracker.precision(getattr(r, key)))) for r in monitor.history[1:]]
+        assert numbers[key] == expected
     assert monitor.faults == {}
 
 

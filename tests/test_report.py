@@ -245,6 +245,15 @@ def test_a_look_adds_a_panel_and_a_column(tmp_path):
     assert "consensus" not in without.rows[0]
 
 
+def test_the_agreement_adds_a_panel_and_a_column_after_those_of_a_look(tmp_path):
+    values = {"consensus": 0.75, "agreement": 0.9}
+    page = page_of(tmp_path, RUN, epoch(0), epoch(1).model_copy(update=values), closed())
+    figure = page.figures["epochs"]
+    assert [figure["layout"][axis]["title"]["text"] for axis in ("yaxis7", "yaxis8")] == ["consensus", "agreement"]
+    assert page.rows[0][7:9] == ["consensus", "agreement"]
+    assert [row[8] for row in page.rows[1:]] == ["\N{EN DASH}", "0.9000"]
+
+
 def test_undefined_gwa_is_hollow_in_brackets_and_explained(tmp_path):
     two_groups = np.repeat([-0.1, 0.2], [295, 705]) + np.random.default_rng(0).normal(0, 1e-3, 1000)
     page = page_of(tmp_path, RUN, epoch(0), epoch(1, two_groups), epoch(2), closed())

@@ -28,9 +28,8 @@ STEPS = N // BATCH
 OPTIONS: dict[str, Any] = {
     "num_samples": N,
     "log_every_n_steps": 3,
-    "early_stop": EarlyStop(
-        patience=2, warmup=0.3, min_delta=1e9, drop=0
-    ),  # nothing is better than the first by so much
+    # Nothing is better by so much than the first value, that of epoch 2, so the alert comes in epoch 3.
+    "early_stop": EarlyStop(statistic="agreement", patience=1, min_delta=1e9, drop=0),
 }
 CUT = 7
 """The step before which the run is interrupted: in the second epoch, and in the middle of an interval."""
@@ -118,6 +117,7 @@ class Outcome(NamedTuple):
     history: list[Any]
     alert: Any
     suspects: list[Any]
+    suspects_of_all_epochs: list[Any]
     records: list[Any]
 
     @classmethod
@@ -128,7 +128,7 @@ class Outcome(NamedTuple):
         records = [
             r.model_copy(update={"time": 0.0}) for r in found if r.kind in ("interval", "epoch", "alert", "suspects")
         ]
-        return cls(last.history, last.alert, last.suspects(N), records)
+        return cls(last.history, last.alert, last.suspects(N), last.suspects(N, whole_run=True), records)
 
 
 def run(make: Callable[[], Any], save_at: int | None = CUT, carry: Callable[[Any], Any] | None = None) -> Outcome:
@@ -185,7 +185,12 @@ def test_an_interrupted_and_resumed_run_equals_the_uninterrupted_one_to_the_bit(
     assert resumed.alert == whole.alert
     assert whole.alert is not None
     assert resumed.suspects == whole.suspects
-    assert {(s.times_seen, s.predicted is None) for s in whole.suspects} == {(EPOCHS, False)}
+    assert resumed.suspects_of_all_epochs == whole.suspects_of_all_epochs
+    until_alert = whole.alert.epoch + 1
+    assert {(s.times_seen, s.predicted is None) for s in whole.suspects} == {(until_alert, False)}
+    assert {(s.times_seen, s.predicted is None) for s in whole.suspects_of_all_epochs} == {(EPOCHS, False)}
+    assert until_alert < EPOCHS
+    assert None not in [report.agreement for report in whole.history[1:]]
     assert resumed.records == whole.records
 
 

@@ -42,6 +42,7 @@ from tests.trackers import (
 N = BATCH * BATCHES
 COLUMNS = ["id", "mean_score", "times_seen", "label", "predicted"]
 ALL_COLUMNS = [*COLUMNS, "tokens", "negative_share", "lowest_tenth"]
+FROZEN_COLUMNS = [*ALL_COLUMNS, "until_epoch"]
 IMAGES = np.random.default_rng(0).integers(0, 256, (N, 12, 10, 3), dtype=np.uint8)
 
 
@@ -66,15 +67,14 @@ def _clean() -> Iterator[None]:
     wandb.teardown()
 
 
-def test_suspects_are_written_at_the_alert_after_the_epochs_and_at_the_end_but_not_twice(tmp_path):
+def test_suspects_are_written_after_the_epochs_and_at_the_end_but_not_twice(tmp_path):
     training = Training()
-    rule = EarlyStop(warmup=0, patience=1, min_delta=1e9, drop=0)
-    monitor = watch(training, tmp_path, early_stop=rule)
-    for _ in monitor.epochs(3):
+    monitor = watch(training, tmp_path)
+    for _ in monitor.epochs(2):
         epoch(training, monitor)
-    assert [(r.epoch, r.step) for r in lists(monitor)] == [(2, 13), (3, 20)]
+    assert [(r.epoch, r.step, r.until_epoch) for r in lists(monitor)] == [(2, 13, None)]
     monitor.close()
-    assert len(lists(monitor)) == 2
+    assert len(lists(monitor)) == 1
     training.watch(tmp_path)
 
     monitor = watch(training, tmp_path)
@@ -146,7 +146,7 @@ def test_a_closed_monitor_writes_no_suspects(tmp_path):
 def in_mlflow(tracker: OnMlflow, run: str) -> list[list[str]]:
     path = tracker.client.download_artifacts(run, "gwa/suspects.csv")
     head, *rows = csv.reader(io.StringIO(Path(path).read_text()))
-    assert head == ALL_COLUMNS
+    assert head == FROZEN_COLUMNS
     return rows
 
 
@@ -155,8 +155,8 @@ def in_wandb(tracker: OnWandb, run: str) -> list[list[str]]:
     for folder in sorted(folders, reverse=True):
         for found in read_back(str(folder)).column("gwa/suspects.path"):
             table = json.loads((folder / "files" / found).read_text())
-            assert table["columns"][:8] == ALL_COLUMNS
-            return [["" if cell is None else str(cell) for cell in row[:8]] for row in table["data"]]
+            assert table["columns"][:9] == FROZEN_COLUMNS
+            return [["" if cell is None else str(cell) for cell in row[:9]] for row in table["data"]]
     raise AssertionError("no table")
 
 
@@ -164,7 +164,7 @@ def in_tensorboard(tracker: OnTensorBoard, run: str) -> list[list[str]]:
     (event,) = read_events(Path(run) / "gwa").Tensors("gwa/suspects")
     lines = event.tensor_proto.string_val[0].decode().splitlines()
     head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert head == ALL_COLUMNS
+    assert head == FROZEN_COLUMNS
     return rows
 
 
@@ -172,7 +172,7 @@ def in_trackio(tracker: OnTrackio, run: str) -> list[list[str]]:
     project, _, name = run.partition("/")
     (found,) = (other for other in trackio.Api().runs(project) if other.name == name)
     (table,) = (row["gwa/suspects"] for row in rows_of(found) if "gwa/suspects" in row)
-    return [["" if row[name] is None else str(row[name]) for name in ALL_COLUMNS] for row in table["_value"]]
+    return [["" if row[name] is None else str(row[name]) for name in FROZEN_COLUMNS] for row in table["_value"]]
 
 
 TRACKERS = {
@@ -191,14 +191,18 @@ def test_the_table_is_in_the_tracker_and_a_replay_sends_it_once(name: str, tmp_p
     tracker: Tracker = make()
     tracker.set_up(tmp_path, monkeypatch)
     training = Training()
-    monitor = watch(training, tmp_path, backend=tracker.backend)
+    at_once = EarlyStop(warmup=0, patience=1, min_delta=1e9, drop=0)
+    monitor = watch(training, tmp_path, backend=tracker.backend, early_stop=at_once)
     run = monitor._deliveries[0].backend.run_ref.run
     epoch(training, monitor)
     monitor.update(torch.tensor([[-0.5, 0.25, -0.5], [0.25, -0.75, -0.25]]), torch.arange(2))  # two documents
+    monitor.end_epoch()
+    assert monitor.alert is not None
     monitor.close()
     assert monitor.faults == {}
     expected = [["" if cell is None else str(cell) for cell in row] for row in lists(monitor)[0].rows()]
     assert [row[5] for row in expected].count("3") == 2
+    assert {row[8] for row in expected} == {"1"}
     assert len(expected) == N
     assert read(tracker, run) == expected
 
@@ -367,17 +371,33 @@ def test_class_pairs_count_the_suspects_whose_label_differs_from_the_prediction(
     assert class_pairs(suspects_of((3, 5), (5, 3), (3, 5), (1, 1), (None, 2), (2, None))) == [(3, 5, 2), (5, 3, 1)]
 
 
+def concentration_of(*pairs: tuple[int, int], classes: int = 10) -> str | None:
+    return concentration(*np.array(pairs, np.int32).reshape(-1, 2).T, classes=classes)
+
+
 def test_few_class_pairs_that_hold_most_suspects_are_reported():
-    systematic = suspects_of(*[(3, 5)] * 16, *[(5, 3)] * 4, (0, 1), (1, 2))
-    said = concentration(systematic, classes=10)
+    systematic = [*[(3, 5)] * 14, *[(5, 3)] * 4, (0, 1), (1, 2), (-1, 4), (4, -1), (2, 2)]
+    said = concentration_of(*systematic)
     assert said is not None
-    assert said.startswith("16 of the 22 suspects")
+    assert said.startswith(
+        "of the 20 samples with a negative mean score whose label differs from the prediction, 14 belong"
+    )
     assert "(3 predicted as 5)" in said
-    assert concentration(suspects_of(*[(3, 5)] * 12, *[(5, 3)] * 8), classes=10).count("predicted as") == 2
-    spread = suspects_of(*((i % 10, (i + 1 + i // 10) % 10) for i in range(80)))
-    assert concentration(spread, classes=10) is None
-    assert concentration(systematic[:19], classes=10) is None  # too few to judge
-    assert concentration(systematic, classes=3) is None  # three classes have only six pairs
+    assert "the alert is weakest for such labels" in said
+    assert concentration_of(*systematic[1:]) is None  # too few to judge
+    assert concentration_of(*systematic, classes=3) is None  # three classes have only six pairs
+    assert concentration_of() is None
+    assert concentration_of(*[(1, 1)] * 30) is None
+
+
+def test_as_few_pairs_are_named_as_hold_half_of_the_suspects_and_five_at_most():
+    spread = [(i % 10, (i + 1 + i // 10) % 10) for i in range(80)]
+    assert concentration_of(*spread) is None
+    shifted = [(i % 10, (i + 1) % 10) for i in range(40)]  # ten pairs: five of them hold half
+    assert concentration_of(*shifted).count("predicted as") == 5
+    assert concentration_of(*shifted, (0, 5)) is None
+    assert concentration_of(*[(3, 5)] * 12, *[(5, 3)] * 13, (1, 2)).count("predicted as") == 1
+    assert concentration_of(*[(3, 5)] * 12, *[(5, 3)] * 9, *[(1, 2)] * 8, (2, 1)).count("predicted as") == 2
 
 
 def test_a_report_without_a_ledger_has_no_section_on_suspects(tmp_path):

@@ -28,7 +28,7 @@ from gwa_logging.journal import read_journal
 from gwa_logging.protocols import RunContext
 from gwa_logging.records import (
     EPOCH_KEYS,
-    LOOK_KEYS,
+    OPTIONAL_KEYS,
     QUANTILE_KEYS,
     STEP_KEYS,
     EpochReport,
@@ -952,7 +952,7 @@ HISTOGRAM = ("scores", "scores._type", "scores.bins", "scores.values")
 PICTURE = ("picture", *(f"picture.{key}" for key in ("_type", "format", "height", "path", "sha256", "size", "width")))
 AXES = {
     "step": (*HISTOGRAM, *STEP_KEYS, *QUANTILE_KEYS, "covers"),
-    "epoch": (*EPOCH_KEYS, *LOOK_KEYS),
+    "epoch": (*EPOCH_KEYS, *OPTIONAL_KEYS),
 }
 
 
@@ -974,6 +974,7 @@ def test_another_name_becomes_the_prefix_of_every_key_and_axis(tmp_path: Path, p
         f"{prefix}/scores",
         f"{prefix}/picture",
         f"{prefix}/consensus",  # there was no look
+        f"{prefix}/agreement",  # the stop alert watches something else
     }
 
 

@@ -27,7 +27,7 @@ from gwa_logging import Monitor
 from gwa_logging.integrations._wandb_contents import offline_records, values_of
 from gwa_logging.records import (
     EPOCH_KEYS,
-    LOOK_KEYS,
+    OPTIONAL_KEYS,
     QUANTILE_KEYS,
     STEP_KEYS,
     AnyRecord,
@@ -237,7 +237,7 @@ class OnWandb(Tracker):
     def _held(disk: "OnDisk") -> TrackerContents:
         axes = {"gwa/step": (*INTERVAL_KEYS, "scores.values"), "gwa/epoch": tuple(EPOCH_KEYS)}
         of = {key: disk.column(axis, f"gwa/{key}") for axis, keys in axes.items() for key in keys}
-        for key in LOOK_KEYS:  # only some epochs have them
+        for key in OPTIONAL_KEYS:  # only some epochs have them
             of[key] = [(epoch, value) for value, epoch in disk.column(f"gwa/{key}", "gwa/epoch")]
         totals = [(step, sum(values)) for step, values in of.pop("scores.values")]
         users = [(step, value) for value, step in disk.column("user/loss", "_step")]

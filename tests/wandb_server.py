@@ -20,7 +20,7 @@ from urllib.parse import quote, unquote, urlsplit
 import pytest
 import wandb
 
-from gwa_logging.records import EPOCH_KEYS, LOOK_KEYS
+from gwa_logging.records import EPOCH_KEYS, OPTIONAL_KEYS
 from tests.trackers import INTERVAL_KEYS, OnWandb, Series, Tracker, TrackerContents
 
 ENTITY, PROJECT = "entity", "project"
@@ -433,7 +433,7 @@ class OnWandbServer(Tracker):
         def column(axis: str, key: str) -> Series:
             return [(row[axis], row[key]) for row in stored.history if axis in row and key in row]
 
-        axes = {"gwa/step": INTERVAL_KEYS, "gwa/epoch": (*EPOCH_KEYS, *LOOK_KEYS)}
+        axes = {"gwa/step": INTERVAL_KEYS, "gwa/epoch": (*EPOCH_KEYS, *OPTIONAL_KEYS)}
         numbers = {key: column(axis, f"gwa/{key}") for axis, keys in axes.items() for key in keys}
         totals = [(step, sum(histogram["values"])) for step, histogram in column("gwa/step", "gwa/scores")]
         return TrackerContents(numbers, totals, stored.alerts, column("_step", "user/loss"))

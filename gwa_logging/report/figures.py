@@ -53,7 +53,10 @@ _PANELS = (
     _Panel("excess kurtosis", "excess_kurtosis", "--mean", ".4~g"),
     _Panel("negative", "negative_fraction", "--negative", ".1%"),
 )
-_CONSENSUS = _Panel("consensus", "consensus", "--separation", ".1%")
+_OPTIONAL_PANELS = (
+    _Panel("consensus", "consensus", "--separation", ".1%"),
+    _Panel("agreement", "agreement", "--separation", ".1%"),
+)
 _PANEL_HEIGHT = 136  # pixels, with the gap below it
 
 
@@ -184,7 +187,8 @@ def _tick_spacing(epochs: int) -> int:
 def epoch_figure(history: RunHistory) -> dict[str, Any]:
     """Returns a panel for each statistic of the epochs, one below the other, over the same x axis."""
     epochs = history.epochs
-    panels = (*_PANELS, _CONSENSUS) if any(r.consensus is not None for r in epochs) else _PANELS
+    further = (p for p in _OPTIONAL_PANELS if any(getattr(r, p.attribute) is not None for r in epochs))
+    panels = (*_PANELS, *further)
     x = [r.epoch for r in epochs]
     first, last = x[0] - 0.5, x[-1] + 0.5
     lines = _marker_lines([(m, m.report.epoch) for m in epoch_markers(history)], (first + last) / 2, shift=6)

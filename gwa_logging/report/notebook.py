@@ -85,6 +85,7 @@ def _report(report: "EpochReport") -> str:
         "mean": _format(report.mean),
         "negative": f"{negative} %" if math.isfinite(report.negative_fraction) else negative,
         **({} if report.consensus is None else {"consensus": _format(report.consensus)}),
+        **({} if report.agreement is None else {"agreement": _format(report.agreement)}),
         "samples": f"{report.count:,}" + (f" (and {report.excluded:,} excluded)" if report.excluded else ""),
     }
     statistics = " ".join(

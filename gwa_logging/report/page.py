@@ -22,6 +22,7 @@ from typing import Any
 
 from gwa_logging.errors import InvalidInputError, MissingDependencyError
 from gwa_logging.journal import FILE_NAME
+from gwa_logging.records import OPTIONAL_KEYS
 from gwa_logging.report.figures import defined_number, epoch_figure, epoch_markers, format_number, score_figure
 from gwa_logging.report.run_history import RunHistory, read_run_history
 from gwa_logging.report.tables import decimals, html_table, suspects_section
@@ -199,8 +200,8 @@ aria-label="GWA, separation, stable GWA, mean score, excess kurtosis and share o
 
 
 def _epoch_table(history: RunHistory) -> str:
-    has_look = any(r.consensus is not None for r in history.epochs)
-    columns = _EPOCH_COLUMNS | ({"consensus": "consensus"} if has_look else {})
+    optional = [name for name in OPTIONAL_KEYS.values() if any(getattr(r, name) is not None for r in history.epochs)]
+    columns = _EPOCH_COLUMNS | {name: name for name in optional}
     digits = {name: decimals(defined_number(r, name) for r in history.epochs) for name in columns.values()}
     labels = {m.report.epoch: f'<b style="color:var({m.colour})">{m.label}</b> ' for m in epoch_markers(history)}
     rows = []

@@ -37,9 +37,15 @@ def suspects_section(record: SuspectsRecord, epochs: Sequence[EpochReport]) -> s
     """Returns the section on the suspects of a run with these epochs."""
     places = decimals(suspect.mean_score for suspect in record.suspects)
     scored = f"{record.samples:,} samples had been scored"
+    until = record.until_epoch
+    frozen = (
+        ""
+        if until is None
+        else f" Only the scores up to the stop alert of epoch {until} count: later ones show what the model has memorised."
+    )
     return (
         "<section><h2>Samples that are probably mislabelled</h2>"
-        f"<p>Lowest mean score first. Recorded {_moment(record, epochs)}, when {scored}.</p>"
+        f"<p>Lowest mean score first. Recorded {_moment(record, epochs)}, when {scored}.{frozen}</p>"
         f"{_gallery(record.suspects, places)}{_pairs(record.suspects)}{_list(record, places)}</section>"
     )
 

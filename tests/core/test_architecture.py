@@ -61,10 +61,11 @@ def modules_in(folder: str) -> list[Path]:
 
 
 LAYERS = (
-    "errors redact faults dataset forks alignment histogram settings statistic consensus document_details ledger thumbnail "
+    "errors redact faults dataset forks alignment histogram settings statistic consensus document_details ledger agreement "
+    "thumbnail "
     "report report.notebook _closer _run_folder "
     "best_weights state_values",
-    "_record_base",
+    "_record_base _suspects_record",
     "records",
     "summary _epoch_bar _announce",
     "_journal_file journal ranks early_stop",
@@ -225,9 +226,9 @@ MONITOR = {
     "look": "logits ids=None",
     "plan": "n",
     "epochs": "n",
-    "suspects": "k=100",
-    "suspects_table": "",
-    "label_quality": "",
+    "suspects": "k=100 whole_run=False",
+    "suspects_table": "whole_run=False",
+    "label_quality": "whole_run=False",
     "log_suspects": "k=100 images=None",
     "best_weights": "",
     "restore_best": "",
@@ -240,7 +241,7 @@ MONITOR_ATTRIBUTES = {"journal", "history", "alert", "heads", "faults", "should_
 FIELDS = {
     gwa_logging.EarlyStop: "statistic regime warmup patience drop min_delta action",
     gwa_logging.EpochReport: "time kind epoch step count excluded mean std skewness excess_kurtosis gwa stable_gwa separation "
-    "negative_fraction quantiles histogram gwa_defined consensus is_best stop notes",
+    "negative_fraction quantiles histogram gwa_defined consensus agreement is_best stop notes",
     gwa_logging.StopAlert: "time kind epoch best_epoch statistic value best_value reason message caveats",
     gwa_logging.Suspect: "id mean_score times_seen label predicted thumbnail tokens negative_share lowest_tenth",
 }

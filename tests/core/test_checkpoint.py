@@ -147,6 +147,14 @@ DAMAGED: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     "a ledger without sums": (("ledger", "sums"), None, r"ledger\.sums: "),
     "predictions that are text": (("ledger", "predicted"), "x", r"ledger\.predicted: "),
     "details of other samples": (("ledger", "details"), torch.zeros(3), "expected arrays of one length"),
+    "a frozen ledger without an alert": (("alert",), None, r"ledger\.frozen_sums: there is no alert"),
+    "a frozen ledger of other samples": (("ledger", "frozen_seen"), torch.zeros(3), "expected arrays of one length"),
+    "a frozen ledger without sums": (
+        ("ledger", "frozen_sums"),
+        None,
+        "ledger: sums or seen: one of the two is missing",
+    ),
+    "earlier scores that are NaN": (("ledger", "past_sums"), torch.full((SAMPLES,), math.nan), r"ledger\.past_sums: "),
     "a version that is text": (("version",), "5", "expected version 5, found '5'"),
     "a version that is too old": (("version",), 2, "expected version 5, found 2"),
 }

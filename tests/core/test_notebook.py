@@ -113,6 +113,7 @@ def test_numbers_are_those_of_the_report():
 def test_the_consensus_is_shown_if_there_is_one():
     assert numbers_of(report_html(report(4, consensus=0.625)))["consensus"] == 0.625
     assert "consensus" not in text_of(report_html(report(4)))
+    assert numbers_of(report_html(report(4, agreement=0.9)))["agreement"] == 0.9
 
 
 def test_undefined_gwa_is_in_brackets_and_called_undefined():

@@ -105,7 +105,10 @@ def test_numpy_integers_and_paths_as_text_are_accepted():
         ({"warmup": -0.1}, "warmup=-0.1: expected a number of at least 0"),
         ({"warmup": "1"}, "warmup='1': expected a number of at least 0"),
         ({"min_delta": -1}, "min_delta=-1"),
-        ({"statistic": "median"}, "statistic='median': expected 'separation', 'stable', 'gwa', 'mean' or 'consensus'"),
+        (
+            {"statistic": "median"},
+            "statistic='median': expected 'separation', 'stable', 'gwa', 'mean', 'consensus' or 'agreement'",
+        ),
         ({"patienc": 3}, "unknown argument 'patienc'; did you mean 'patience'?"),
     ],
 )

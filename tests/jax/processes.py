@@ -15,6 +15,10 @@ from jax.sharding import PartitionSpec as P
 import gwa_logging
 from gwa_logging import ranks
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.core.test_agreement import N as SAMPLES
+from tests.core.test_agreement import random_epochs
+
 COUNT = 2
 number, port = int(sys.argv[1]), sys.argv[2]
 jax.distributed.initialize(f"127.0.0.1:{port}", COUNT, number, initialization_timeout=60)
@@ -98,6 +102,23 @@ def with_documents() -> dict:
     return {"faults": monitor.faults, "suspects": [suspect.model_dump() for suspect in suspects]}
 
 
+def until_the_alert() -> dict:
+    """Each process has half of every epoch's scores. The alert fires in epoch 3."""
+    rule = gwa_logging.EarlyStop(statistic="agreement", patience=1, min_delta=1e9, drop=0)
+    with gwa_logging.watch(model, num_samples=SAMPLES, early_stop=rule) as monitor:
+        for batches in random_epochs(0):
+            for scores, ids in batches:
+                monitor.update(jnp.asarray(scores[number::COUNT]), ids[number::COUNT])
+            monitor.end_epoch()
+        lists = [monitor.suspects(SAMPLES), monitor.suspects(SAMPLES, whole_run=True)]
+    return {
+        "agreement": [report.agreement for report in monitor.history],
+        "alert": monitor.alert and monitor.alert.epoch,
+        "times_seen": [sum(suspect.times_seen for suspect in suspects) for suspects in lists],
+        "faults": monitor.faults,
+    }
+
+
 def watched_by_the_first() -> dict | None:
     """The second process never calls watch()."""
     ranks.WATCHED_WITHIN = 0.5
@@ -143,6 +164,7 @@ out = {
     "own": trained(with_own_arrays),
     "heads": with_different_heads(),
     "documents": with_documents(),
+    "alert": until_the_alert(),
     "first": watched_by_the_first(),
     "windows": with_windows_of_samples(),
 }

@@ -7,7 +7,9 @@ import pytest
 from flax import linen
 
 import gwa_logging
-from gwa_logging import InvalidInputError, Monitor
+from gwa_logging import EarlyStop, InvalidInputError, Monitor
+from tests.core.test_agreement import N as SAMPLES
+from tests.core.test_agreement import by_loop, random_epochs
 
 N = 11
 SCORES = np.random.default_rng(0).uniform(-0.5, 0.5, 6).astype(np.float32)
@@ -147,3 +149,17 @@ def test_update_inside_paused_counts_nothing():
         monitor.update(jnp.asarray(SCORES[:4]), np.arange(4))
         assert monitor.end_epoch().count == 4
         assert by_id(monitor).keys() == set(range(4))
+
+
+@pytest.mark.parametrize("rows", [0, 4])
+def test_the_agreement_of_each_epoch_equals_a_loop_over_the_samples(rows):
+    epochs = random_epochs(3, rows=rows)
+    rule = EarlyStop(statistic="agreement")
+    with gwa_logging.watch(linen.Dense(3), num_samples=SAMPLES, early_stop=rule) as monitor:
+        for batches in epochs:
+            for scores, ids in batches:
+                monitor.update(jnp.asarray(scores), ids)
+            monitor.end_epoch()
+    expected = by_loop(epochs)
+    assert [report.agreement for report in monitor.history] == expected
+    assert len({*expected}) > 3

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from gwa_logging import AlignmentSummary, alignment_scores
+from tests.core.test_agreement import by_loop, random_epochs
 
 HERE = Path(__file__)
 
@@ -75,6 +76,15 @@ def test_only_the_first_head_is_reported_if_processes_have_different_heads(resul
     assert first["count"] == 16
     assert first["faults"] == {"ranks with different heads": 1}
     assert "rank 0 watches '' (8 features, 5 classes), rank 1 watches" in "".join(first["notes"])
+
+
+def test_the_agreement_is_that_of_all_processes_and_the_alert_freezes_their_suspects(results):
+    epochs = random_epochs(0)
+    for found in (result["alert"] for result in results):
+        assert found["agreement"] == pytest.approx(by_loop(epochs))
+        assert found["alert"] == 3
+        assert found["times_seen"] == [4 * 50, 6 * 50]  # each epoch has 50 scores
+        assert found["faults"] == {}
 
 
 def test_documents_of_one_process_and_predictions_of_another_are_merged(results):

@@ -14,8 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import gwa_logging
-from gwa_logging import InvalidInputError, Monitor
+from gwa_logging import EarlyStop, InvalidInputError, Monitor
 from gwa_logging.journal import read_journal
+from tests.core.test_agreement import N as SAMPLES
+from tests.core.test_agreement import by_loop, random_epochs
 from tests.torch.ranks import World
 
 N, BATCH, EPOCHS = (
@@ -145,6 +147,32 @@ def documents_and_predictions() -> tuple[list[Any], list[Any], dict[str, int]]:
         return suspects, other.suspects(N), other.faults
 
 
+AT_EPOCH_3 = EarlyStop(statistic="agreement", patience=1, min_delta=1e9, drop=0)
+
+
+def until_the_alert() -> tuple[list[Any], list[int], list[int], list[int], list[int], dict[str, int]]:
+    """Each rank has half of every epoch's scores; the monitor is replaced in the middle of epoch 2."""
+    options = OPTIONS | {"num_samples": SAMPLES, "early_stop": AT_EPOCH_3}
+    monitor = gwa_logging.watch(net(), **options)
+    for epoch, batches in enumerate(random_epochs(0)):
+        for number, (scores, ids) in enumerate(batches):
+            if (epoch, number) == (2, 3):
+                state = monitor.state_dict()
+                monitor = gwa_logging.watch(net(), **options)
+                monitor.load_state_dict(state)
+            own = slice(torch.distributed.get_rank(), None, 2)
+            monitor.update(torch.from_numpy(scores[own].copy()), torch.from_numpy(ids[own].copy()))
+        monitor.end_epoch()
+        if monitor.alert is not None and monitor.alert.epoch == epoch:
+            at_alert = [suspect.id for suspect in monitor.suspects(SAMPLES)]
+    frozen, whole_run = monitor.suspects(SAMPLES), monitor.suspects(SAMPLES, whole_run=True)
+    again = gwa_logging.watch(net(), **options)
+    again.load_state_dict(monitor.state_dict())
+    loaded = again.suspects(SAMPLES)
+    lists = [[suspect.id for suspect in found] for found in (frozen, loaded, whole_run)]
+    return monitor.history, at_alert, *lists, monitor.faults
+
+
 WORLD = {
     function.__name__: function
     for function in (
@@ -155,6 +183,7 @@ WORLD = {
         split,
         own_scores,
         documents_and_predictions,
+        until_the_alert,
     )
 }
 
@@ -252,3 +281,25 @@ def test_the_users_own_scores_that_are_split_over_ranks_count_once(two_ranks: Wo
         assert [s.id for s in suspects] == list(range(N))
         assert [s.mean_score for s in suspects] == pytest.approx(torch.linspace(-0.5, 0.5, N).tolist())
         assert {s.times_seen for s in suspects} == {1}
+
+
+def test_the_agreement_is_that_of_all_ranks_and_the_alert_freezes_their_suspects(two_ranks: World) -> None:
+    epochs = random_epochs(0)
+    first, second = two_ranks["until_the_alert"]
+    assert first[1:] == second[1:]
+    for history, at_alert, frozen, loaded, whole_run, faults in (first, second):
+        assert [report.agreement for report in history] == by_loop(epochs)
+        assert [report.stop for report in history] == [False] * 3 + [True] * 3
+        assert at_alert == frozen == loaded == ranked(epochs[:4])
+        assert whole_run == ranked(epochs) != frozen
+        assert faults == {}
+
+
+def ranked(epochs: list[Any]) -> list[int]:
+    """The ids of the samples, the lowest mean score first."""
+    batches = [batch for batches in epochs for batch in batches]
+    scores, ids = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    sums = np.bincount(ids, scores.astype(np.float64), minlength=SAMPLES)
+    seen = np.bincount(ids, minlength=SAMPLES)
+    means = np.divide(sums, seen, out=np.full(SAMPLES, np.inf), where=seen > 0)
+    return np.argsort(means, kind="stable")[: np.count_nonzero(seen)].tolist()
