@@ -4,6 +4,9 @@ Regime "scratch": after the warm-up, the rule follows the maximum of the statist
 that are clearly below it. Regime "finetune": while a new head adapts, the statistic first falls; only the maximum after that
 first minimum counts.
 
+Statistic "consensus": the consensus picks the epoch, since it evaluates the very checkpoint. It alone would fire on a plateau,
+which the separation does not, so the rule fires only when the separation has declined as well.
+
 Source: arXiv 2510.25480, the section on early stopping, which takes the argmax of a complete run. This library adds patience,
 because the argmax of an unfinished run is unknown, and drop, because a plateau is not a reason to stop.
 """
@@ -14,7 +17,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from gwa_logging.records import AlertWithdrawal, EpochReport, StopAlert, StopReason
-from gwa_logging.settings import EarlyStop
+from gwa_logging.settings import DEFAULT_EARLY_STOP, EarlyStop
 from gwa_logging.statistic import Estimate, estimate
 
 WITHDRAWAL_MARGIN = 3.0
@@ -67,7 +70,13 @@ def warmup_epochs(settings: EarlyStop, planned: int | None) -> int:
 
 
 def step(
-    settings: EarlyStop, state: StopState, value: float, error: float = 0.0, planned: int | None = None
+    settings: EarlyStop,
+    state: StopState,
+    value: float,
+    error: float = 0.0,
+    planned: int | None = None,
+    *,
+    may_fire: bool = True,
 ) -> tuple[StopState, Decision]:
     """Applies the rule to the value of the next epoch.
 
@@ -78,6 +87,7 @@ def step(
             rule fires after `patience` of them in a row.
         error: standard error of the value, at least 0.
         planned: number of epochs planned, if known.
+        may_fire: False keeps the rule silent when the patience is used up; it fires in the first epoch that may fire.
 
     Returns:
         The new state and the decision. STOP is returned once, and again only after a clearly better epoch.
@@ -88,7 +98,8 @@ def step(
         return state, Decision.WARMING_UP
     if not math.isfinite(value):
         state = state._replace(undefined=state.undefined + 1)
-        return _fire(state, Decision.UNDEFINED) if state.undefined >= settings.patience else (state, Decision.UNDEFINED)
+        is_over = may_fire and state.undefined >= settings.patience
+        return _fire(state, Decision.UNDEFINED) if is_over else (state, Decision.UNDEFINED)
     state = state._replace(undefined=0)
     if not state.rising:
         if value <= state.lowest + settings.min_delta * error:
@@ -102,7 +113,8 @@ def step(
     if settings.drop and value >= state.best - settings.drop * abs(state.best):
         return state._replace(waited=0), Decision.WAITING
     state = state._replace(waited=state.waited + 1)
-    return _fire(state, Decision.WAITING) if state.waited >= settings.patience else (state, Decision.WAITING)
+    is_over = may_fire and state.waited >= settings.patience
+    return _fire(state, Decision.WAITING) if is_over else (state, Decision.WAITING)
 
 
 def _fire(state: StopState, otherwise: Decision) -> tuple[StopState, Decision]:
@@ -123,6 +135,22 @@ class StopRule:
         self.settings = settings
         self.state = StopState()
         self.planned: int | None = None
+        self._decline = StopState()  # of the separation, which statistic "consensus" waits for
+
+    def restore(self, state: StopState, planned: int | None, history: Sequence[EpochReport]) -> None:
+        """Goes on from a state; `history` are the reports of all epochs until then."""
+        self.state, self.planned, self._decline = state, planned, StopState()
+        for report in history:
+            self._has_declined(report)
+
+    def _has_declined(self, report: EpochReport) -> bool:
+        """Adds an epoch. Returns True if the separation lets the rule fire."""
+        if self.settings.statistic != "consensus":
+            return True
+        rule = DEFAULT_EARLY_STOP.model_copy(update={"regime": self.settings.regime})
+        error = _finite_error("separation", report)
+        self._decline, _ = step(rule, self._decline, report.separation, error, self.planned)
+        return self._decline.fired
 
     def judge(
         self,
@@ -149,11 +177,14 @@ class StopRule:
             report = report.model_copy(update={"consensus": consensus.value})
         if agreement is not None and math.isfinite(agreement.value):
             report = report.model_copy(update={"agreement": agreement.value})
+        may_fire = self._has_declined(report)
         value = self._watched(report, history[-1] if history else None, consensus, agreement)
         if value is None:
             self.state = self.state._replace(epochs=self.state.epochs + 1)
             return report, None, False
-        self.state, decision = step(self.settings, self.state, value.value, value.standard_error, self.planned)
+        self.state, decision = step(
+            self.settings, self.state, value.value, value.standard_error, self.planned, may_fire=may_fire
+        )
         report = report.model_copy(update={"is_best": decision is Decision.IMPROVED})
         alert = self._alert(report, value, history) if decision is Decision.STOP else None
         return report, alert, fired and not self.state.fired
@@ -171,8 +202,7 @@ class StopRule:
             return consensus
         value = self._value(report, previous)
         if statistic != "agreement":
-            error = estimate(statistic, report.histogram).standard_error
-            return Estimate(value, error if math.isfinite(error) else 0.0)
+            return Estimate(value, _finite_error(statistic, report))
         if agreement is None:
             return None
         error = math.hypot(agreement.standard_error, estimate("separation", report.histogram).standard_error)
@@ -202,6 +232,8 @@ class StopRule:
             cause = f"the {statistic} statistic has been clearly below its best for {epochs}"
         else:
             reason, cause = StopReason.NO_IMPROVEMENT, f"the {statistic} statistic has had no new best for {epochs}"
+        if statistic == "consensus":
+            cause += ", and the separation is clearly below its best"
         message = f"GWA recommends stopping: {cause}. {best}; epoch {report.epoch}: {value.value:.4g}"
         noise = math.hypot(value.standard_error, state.best_error)
         if noise and math.isfinite(value.value):
@@ -239,6 +271,12 @@ class StopRule:
                 f"the best epoch, {self.state.best_epoch}, is the first after the warm-up, so a better one may be inside the "
                 "warm-up; shorten it with EarlyStop(warmup=...)"
             )
+
+
+def _finite_error(statistic: str, report: EpochReport) -> float:
+    """Returns the standard error of a statistic of the scores; 0 if it is undefined."""
+    error = estimate(statistic, report.histogram).standard_error
+    return error if math.isfinite(error) else 0.0
 
 
 def _agreement_and_separation(report: EpochReport, previous: EpochReport | None) -> float:

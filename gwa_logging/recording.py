@@ -307,7 +307,7 @@ class Recording:
             if state.ledger is not None:
                 self.adapter.load_ledger(state.ledger)
             self.history, self.alert = state.history, state.alert
-            self.rule.state, self.rule.planned = state.stop, state.planned
+            self.rule.restore(state.stop, state.planned, state.history)
             self.look.consensus = Consensus.from_state(state.look)
             self.suspects.frozen, self.agreement.past = state.frozen, state.past
             self._restored_head, self._awaits_first_step = state.head, True

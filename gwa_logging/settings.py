@@ -158,6 +158,10 @@ DEFAULT_EARLY_STOP = EarlyStop()
 """The stop rule of `watch` unless the user passes one. A language model then gets no alert, see `for_language_model`."""
 
 
+EARLY_STOP_WITH_LOOK = EarlyStop(statistic="consensus")
+"""The stop rule of `watch(look=)` unless the user passes one."""
+
+
 class WatchSettings(Settings):
     """The keyword arguments of `gwa_logging.watch`, which documents them."""
 
@@ -286,6 +290,14 @@ class WatchSettings(Settings):
             raise ValueError(f"there are {len(labels)} labels; leave num_samples out, or give all labels")
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _watch_the_look(cls, values: dict[str, Any]) -> dict[str, Any]:
+        is_default = values.get("early_stop", DEFAULT_EARLY_STOP) is DEFAULT_EARLY_STOP
+        return (
+            {**values, "early_stop": EARLY_STOP_WITH_LOOK} if is_default and values.get("look") is not None else values
+        )
+
     @model_validator(mode="after")
     def _check_ids_of_rule(self) -> Self:
         if self.early_stop is not None and self.early_stop.statistic == "agreement" and self.num_samples is None:
@@ -323,7 +335,8 @@ class WatchSettings(Settings):
 
         The rule was validated on classifiers. In a study of language models it stayed silent where it should not have.
         """
-        return self.model_copy(update={"early_stop": None}) if self.early_stop is DEFAULT_EARLY_STOP else self
+        is_default = self.early_stop is DEFAULT_EARLY_STOP or self.early_stop is EARLY_STOP_WITH_LOOK
+        return self.model_copy(update={"early_stop": None}) if is_default else self
 
     def for_head(self, head: Any) -> "WatchSettings":
         """The settings for the head that the alert follows."""

@@ -61,8 +61,8 @@ def modules_in(folder: str) -> list[Path]:
 
 
 LAYERS = (
-    "errors redact faults dataset forks alignment histogram settings statistic consensus document_details ledger agreement "
-    "thumbnail "
+    "errors redact faults dataset sample_ids forks alignment histogram settings statistic consensus document_details ledger "
+    "agreement thumbnail "
     "report report.notebook _closer _run_folder "
     "best_weights state_values",
     "_record_base _suspects_record",
@@ -214,7 +214,8 @@ def test_the_wheel_holds_every_module_and_works_from_elsewhere(tmp_path):
 
 WATCH = (
     "model backend='local' run=None head=None early_stop=EarlyStop() on_alert=None log_every_n_steps=50 samples_per_epoch=None "
-    "num_samples=None labels=None unit=None look=None dataset=None keep_best=False notify=None directory='gwa_runs' name='gwa'"
+    "num_samples=None labels=None unit=None look=None look_ids=None dataset=None keep_best=False notify=None "
+    "directory='gwa_runs' name='gwa'"
 )
 MONITOR = {
     "update": "scores sample_ids=None weights=None predicted=None params=None",

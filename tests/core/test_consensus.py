@@ -164,12 +164,21 @@ def test_another_number_of_classes_is_refused_and_changes_nothing():
 # --- the rule -----------------------------------------------------------------------------------------------------------
 
 
-def judged(values: list[float | None], **options: object) -> tuple[list[EpochReport], list[int]]:
-    """Reports, and the epochs of alerts."""
+TWO_GROUPS = AlignmentSummary.from_scores(np.repeat([-0.1, 0.3], 25))
+ONE_GROUP = AlignmentSummary.from_scores(np.linspace(-0.1, 0.3, 50))
+
+
+def judged(
+    values: list[float | None], *, separated: int = 1, resumed: bool = False, **options: object
+) -> tuple[list[EpochReport], list[int]]:
+    """Reports, and the epochs of alerts. After `separated` epochs the scores are one group, so the separation declines."""
     rule, reports, alerts = StopRule(EarlyStop(statistic="consensus", **options)), [], []  # type: ignore[arg-type]
-    scores = AlignmentSummary.from_scores(np.linspace(-0.1, 0.3, 50))
     for epoch, value in enumerate(values):
         estimate = None if value is None else Estimate(value, 0.001)
+        scores = TWO_GROUPS if epoch <= separated else ONE_GROUP
+        if resumed:
+            state, rule = rule.state, StopRule(rule.settings)
+            rule.restore(state, None, reports)
         report, alert, _ = rule.judge(scores.report(epoch=epoch, step=epoch), reports, estimate)
         reports.append(report)
         if alert:
@@ -183,6 +192,18 @@ def test_the_rule_skips_two_epochs_and_fires_after_five_without_a_new_best():
     assert [r.epoch for r in reports if r.is_best] == [2, 3]
     assert alerts == [8]
     assert [r.consensus for r in reports[:3]] == [None, 0.99, 0.8]
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_rule_fires_only_once_the_separation_has_declined_too(resumed):
+    values = [None, 0.99, 0.8, 0.9, *[0.85] * 16]
+    assert judged(values, separated=99, resumed=resumed)[1] == []  # a plateau
+    reports, alerts = judged(values, separated=10, resumed=resumed)
+    assert alerts == [15]  # five epochs clearly below
+    assert [r.epoch for r in reports if r.is_best] == [2, 3]
+    assert judged([*values[:14], 0.95, *values[14:]], separated=10, resumed=resumed)[1] == [
+        19
+    ]  # a new best in epoch 14
 
 
 def test_epochs_whose_look_failed_are_ignored():

@@ -86,7 +86,9 @@ def test_no_wrong_value_of_any_field_is_answered_in_the_words_of_the_validation_
         except InvalidInputError as error:
             refused += 1
             message = str(error)
-            assert message.startswith((f"{field}=", "labels: ", "notify: ", "look: ", "dataset: ")), message
+            assert message.startswith((f"{field}=", "labels: ", "notify: ", "look: ", "look_ids: ", "dataset: ")), (
+                message
+            )
             assert not [phrase for phrase in PHRASES_OF_PYDANTIC if phrase in message], message
             assert len(message) < 400
     assert refused or field in ("run", "head")
