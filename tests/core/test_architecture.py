@@ -265,7 +265,7 @@ def test_the_public_names_are_these():
 def test_watch_and_monitor_have_these_parameters():
     assert parameters_of(gwa_logging.watch) == WATCH
     kinds = [p.kind.name for p in inspect.signature(gwa_logging.watch).parameters.values()]
-    assert kinds == ["POSITIONAL_OR_KEYWORD"] * 2 + ["KEYWORD_ONLY"] * 15
+    assert kinds == ["POSITIONAL_OR_KEYWORD"] * 2 + ["KEYWORD_ONLY"] * 16
     public = {name for name in dir(gwa_logging.Monitor) if not name.startswith("_")}
     assert public | {"heads", "is_copy"} == MONITOR.keys() | MONITOR_ATTRIBUTES
     assert {name: parameters_of(getattr(gwa_logging.Monitor, name)) for name in MONITOR} == MONITOR
