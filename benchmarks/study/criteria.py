@@ -1,6 +1,6 @@
 """Criteria that pick an epoch. All are online, that is, use no later epoch, unless their name states otherwise.
 
-Criteria from other papers are implemented from the papers.
+Criteria from other papers are implemented from the papers; GradStop from its abstract and our own derivation, see `grad_stop`.
 """
 
 from collections.abc import Callable
@@ -9,14 +9,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from scipy.stats import chi2
 
+from benchmarks.study.series import Series
+from benchmarks.study.train import DIRECTIONS
 from gwa_logging import EarlyStop
 from gwa_logging.alignment import GWA_BETA
 from gwa_logging.early_stop import Decision, StopState, step
-from gwa_logging.histogram import Histogram
-from gwa_logging.statistic import estimate
 
-Series = dict[str, npt.NDArray[Any]]
+Floats = npt.NDArray[np.float64]
 
 PATIENCE = 5
 
@@ -35,18 +36,63 @@ class Pick(NamedTuple):
     alarmed: bool
 
 
+# --- this library's rules ---------------------------------------------------------------------------------------------
+
+
 def by_rule(series: Series, **rule: Any) -> Pick:
-    """This library's stop rule on its own statistics."""
-    settings, state, planned = EarlyStop(**rule), StopState(), len(series["bins"])
-    for epoch, bins in enumerate(series["bins"]):
-        value, error = estimate(settings.statistic, Histogram.from_dense(bins))
-        state, decision = step(settings, state, value, error if np.isfinite(error) else 0.0, planned)
+    """The stop rule on a statistic of the scores."""
+    settings = EarlyStop(**rule)
+    name = {"gwa": "published"}.get(settings.statistic, settings.statistic)
+    return _by_rule(settings, series[f"{name}_value"], series[f"{name}_error"])
+
+
+def by_look(series: Series, name: str = "consensus", *, waits: bool = True, **rule: Any) -> Pick:
+    """The stop rule on a series of the look.
+
+    Args:
+        series: of a run.
+        name: the series that picks the epoch.
+        waits: whether the rule waits until the separation has declined, as the library's does.
+        rule: settings that differ from the library's.
+    """
+    declined = decline(series) if waits else np.ones(len(series[name]), bool)
+    return _by_rule(EarlyStop(statistic="consensus", **rule), series[name], np.zeros(len(declined)), declined)
+
+
+def decline(series: Series) -> npt.NDArray[np.bool_]:
+    """For each epoch whether the default rule has fired, and no clearly better epoch has withdrawn that."""
+    settings, state, planned = EarlyStop(), StopState(), len(series["separation_value"])
+    fired = []
+    for value, error in zip(series["separation_value"], series["separation_error"], strict=True):
+        state, _ = step(settings, state, float(value), float(np.nan_to_num(error)), planned)
+        fired.append(state.fired)
+    return np.array(fired)
+
+
+def _by_rule(settings: EarlyStop, values: Floats, errors: Floats, may_fire: npt.NDArray[np.bool_] | None = None) -> Pick:
+    state, planned = StopState(), len(values)
+    for epoch, (value, error) in enumerate(zip(values, errors, strict=True)):
+        if np.isnan(value) and settings.statistic == "consensus":
+            state = state._replace(epochs=epoch + 1)
+            continue
+        may = may_fire is None or bool(may_fire[epoch])
+        state, decision = step(settings, state, float(value), float(np.nan_to_num(error)), planned, may_fire=may)
         if decision is Decision.STOP:
-            return Pick(state.best_epoch, epoch, True)
+            return Pick(state.best_epoch, epoch, epoch < planned - 1)
     return Pick(state.best_epoch if state.best_epoch >= 0 else planned - 1, planned - 1, False)
 
 
-def best_with_patience(values: npt.NDArray[np.float64], skipped: float = 0.0, patience: int | None = PATIENCE) -> Pick:
+def agreement(series: Series) -> Pick:
+    """The stop rule on agreement + separation, mean of two epochs."""
+    values = series["sign_agreement"] + series["separation_value"]
+    values = np.concatenate([[np.nan, np.nan], (values[2:] + values[1:-1]) / 2])
+    return _by_rule(EarlyStop(statistic="agreement"), np.where(np.isnan(values), 0.0, values), np.zeros(len(values)))
+
+
+# --- others -------------------------------------------------------------------------------------------------------------
+
+
+def best_with_patience(values: Floats, skipped: float = 0.0, patience: int | None = PATIENCE) -> Pick:
     """The epoch of the maximum; training ends after `patience` epochs without a new maximum, or never (None)."""
     last = len(values) - 1
     best, waited = -1, 0
@@ -90,12 +136,18 @@ def gradient_disparity(series: Series) -> Pick:
     return Pick(epoch, epoch, epoch < last)
 
 
-def sign_agreement(series: Series) -> Pick:
-    """Share of samples whose score has the same sign as the sum of their earlier scores, averaged over two epochs."""
-    values = series["sign_agreement"]
-    smooth = np.concatenate([[-np.inf], (values[1:] + values[:-1]) / 2])
-    smooth[1] = -np.inf  # the first epoch has no earlier scores
-    return best_with_patience(smooth)
+def grad_stop(series: Series) -> Pick:
+    """The first epoch whose weights are a typical draw from the posterior.
+
+    Near an optimum the posterior is normal, and its precision H is the sum of the squared gradients of the samples. So
+    g H^-1 g, where g is the sum of the gradients, is chi-squared for a draw; we stop below its median. It is computed from the
+    gradients of the head's weights in an epoch, in 32 random directions. Source: the idea of arXiv 2508.19028, of which only the
+    abstract was at hand; the paper draws the threshold at random.
+    """
+    below = series["grad_stop"] <= chi2.median(DIRECTIONS)
+    last = len(below) - 1
+    epoch = int(np.argmax(below)) if below.any() else last
+    return Pick(epoch, epoch, epoch < last)
 
 
 def last_epoch(series: Series) -> Pick:
@@ -104,34 +156,77 @@ def last_epoch(series: Series) -> Pick:
     return Pick(last, last, False)
 
 
+def _centred(values: Floats) -> Floats:
+    return np.convolve(np.pad(values, 1, mode="edge"), np.ones(3) / 3, mode="valid")
+
+
 def oracle(series: Series) -> Pick:
     """The best test accuracy, averaged over three epochs; what remains of its regret is the noise of single epochs."""
-    accuracy = np.pad(series["test_accuracy"], 1, mode="edge")
-    return Pick(int(np.argmax(np.convolve(accuracy, np.ones(3) / 3, mode="valid"))), len(accuracy) - 3, False)
+    accuracy = series["test_accuracy"]
+    return Pick(int(np.argmax(_centred(accuracy))), len(accuracy) - 1, False)
 
 
-OURS = "separation (the default rule)"
-CRITERIA: dict[str, Callable[[Series], Pick]] = {
-    OURS: by_rule,
-    "separation, warmup=2": partial(by_rule, warmup=2),
-    "sign agreement (needs ids)": sign_agreement,
-    "stable GWA (beta 3)": partial(by_rule, statistic="stable", drop=0),
-    "GWA as published (beta 1.2)": partial(published_gwa, patience=PATIENCE),
-    "GWA as published, maximum of the whole run": partial(published_gwa, patience=None),
-    "mean score": partial(by_rule, statistic="mean", drop=0),
-    "LabelWave": label_wave,
-    "Gradient Disparity": gradient_disparity,
-    "head-gradient norm": lambda series: best_with_patience(-series["head_norm"], 0.1),
-    "training loss": lambda series: best_with_patience(-series["train_loss"]),
-    "last epoch": last_epoch,
-    "oracle: test accuracy, mean of 3 epochs": oracle,
-}
-"""Criteria for the run on all training data."""
+class Criterion(NamedTuple):
+    """A criterion.
 
-HELD_OUT: dict[str, Callable[[Series], Pick]] = {
-    "10 % held out, accuracy": lambda series: best_with_patience(series["held_out_accuracy"]),
-    "10 % held out, accuracy, whole run": lambda series: best_with_patience(series["held_out_accuracy"], patience=None),
-    "10 % held out, loss": lambda series: best_with_patience(-series["held_out_loss"]),
-}
-"""Criteria for the run that holds data out; compared with that run's own epochs."""
+    Attributes:
+        pick: picks the epoch.
+        part: the run that it is applied to, "full" or "held-out", and whose epochs it is compared with.
+        averaged: True if the averaged weights of the picked epoch are kept.
+        needs: the series without which it cannot be applied; the runs of the group "first" lack some.
+    """
+
+    pick: Callable[[Series], Pick]
+    part: str = "full"
+    averaged: bool = False
+    needs: str = "test_accuracy"
+
+
+def _held_out(pick: Callable[[Series], Pick], *, averaged: bool = False) -> Criterion:
+    return Criterion(pick, "held-out", averaged, "averaged_held_out_accuracy" if averaged else "held_out_accuracy")
+
+
+OURS = "consensus of a look"
+DEFAULT = "separation"
 RIVAL = "10 % held out, accuracy"
+AVERAGED = ", averaged weights"
+
+CRITERIA: dict[str, Criterion] = {
+    OURS: Criterion(by_look, needs="consensus"),
+    OURS + AVERAGED: Criterion(partial(by_look, name="averaged_consensus"), averaged=True, needs="averaged_consensus"),
+    DEFAULT: Criterion(by_rule),
+    DEFAULT + AVERAGED: Criterion(by_rule, averaged=True, needs="averaged_test_accuracy"),
+    "agreement": Criterion(agreement),
+    "stable GWA (beta 3)": Criterion(partial(by_rule, statistic="stable", drop=0)),
+    "GWA as published (beta 1.2)": Criterion(partial(published_gwa, patience=PATIENCE)),
+    "GWA as published, maximum of the whole run": Criterion(partial(published_gwa, patience=None)),
+    "mean score": Criterion(partial(by_rule, statistic="mean", drop=0)),
+    "LabelWave": Criterion(label_wave),
+    "Gradient Disparity": Criterion(gradient_disparity),
+    "GradStop": Criterion(grad_stop, needs="grad_stop"),
+    "head-gradient norm": Criterion(lambda series: best_with_patience(-series["head_norm"], 0.1)),
+    "training loss": Criterion(lambda series: best_with_patience(-series["train_loss"])),
+    "last epoch": Criterion(last_epoch),
+    "last epoch" + AVERAGED: Criterion(last_epoch, averaged=True, needs="averaged_test_accuracy"),
+    "oracle: test accuracy, mean of 3 epochs": Criterion(oracle),
+    RIVAL: _held_out(lambda series: best_with_patience(series["held_out_accuracy"])),
+    RIVAL + AVERAGED: _held_out(lambda series: best_with_patience(series["averaged_held_out_accuracy"]), averaged=True),
+    "10 % held out, blinded": _held_out(lambda series: best_with_patience(_centred(series["held_out_accuracy"]))),
+    "10 % held out, accuracy, whole run": _held_out(
+        lambda series: best_with_patience(series["held_out_accuracy"], patience=None)
+    ),
+    "10 % held out, loss": _held_out(lambda series: best_with_patience(-series["held_out_loss"])),
+}
+"""All criteria of the tables. "Blinded" smooths over three epochs, so it cannot see how lucky a single epoch is."""
+
+VARIANTS: dict[str, Criterion] = {
+    "as it is": CRITERIA[OURS],
+    "patience 5": Criterion(partial(by_look, patience=5), needs="consensus"),
+    "without waiting for the separation": Criterion(partial(by_look, waits=False), needs="consensus"),
+    "without waiting, patience 5": Criterion(partial(by_look, waits=False, patience=5), needs="consensus"),
+    "softmax outputs of training instead of its predictions": Criterion(partial(by_look, name="softmax"), needs="softmax"),
+    "all epochs so far instead of the first half": Criterion(partial(by_look, name="all_epochs"), needs="all_epochs"),
+    "the looks' own outputs instead of training's": Criterion(partial(by_look, name="own_looks"), needs="own_looks"),
+    "alignment score with the consensus as label": Criterion(partial(by_look, name="alignment"), needs="alignment"),
+}
+"""Variants of our criterion, for the table of what was tried."""

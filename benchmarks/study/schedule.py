@@ -1,4 +1,4 @@
-"""Trains the grid in several processes. Each run has its own file, so the training can be interrupted and continued."""
+"""Trains the cells in several processes. Each run has its own file, so the training can be interrupted and continued."""
 
 import multiprocessing
 import os
@@ -6,11 +6,10 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from benchmarks.study.archive import unpack
 from benchmarks.study.grid import Run, grid
 
 
-def _train(run: Run, fashion: Path, directory: Path) -> float:
+def _train(run: Run, data: Path, directory: Path) -> float:
     import numpy as np
     import torch
 
@@ -19,16 +18,16 @@ def _train(run: Run, fashion: Path, directory: Path) -> float:
     torch.set_num_threads(1)
     began = time.monotonic()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    series = train(run, fashion, device)
+    series = train(run, data, device)
     unfinished = directory / f".{run.name}.npz"
-    np.savez_compressed(unfinished, **series)
+    np.savez(unfinished, **series)
     unfinished.rename(directory / f"{run.name}.npz")
     return time.monotonic() - began
 
 
-def train_all(fashion: Path, directory: Path, workers: int, minutes: float, only: str) -> None:
-    """Trains every run without a file; starts none after `minutes`."""
-    unpack(directory)
+def train_all(data: Path, directory: Path, workers: int, minutes: float, only: str) -> None:
+    """Trains every run without a file whose name contains `only`; starts none after `minutes`."""
+    directory.mkdir(parents=True, exist_ok=True)
     left = [run for run in grid() if only in run.name and not (directory / f"{run.name}.npz").exists()]
     deadline = time.monotonic() + minutes * 60
     print(f"{len(left)} runs to train", flush=True)
@@ -41,7 +40,7 @@ def train_all(fashion: Path, directory: Path, workers: int, minutes: float, only
             run = next(queue, None)
             if run is None:
                 break
-            waiting[pool.submit(_train, run, fashion, directory)] = run
+            waiting[pool.submit(_train, run, data, directory)] = run
         if not waiting:
             break
         for future in [f for f in waiting if f.done()]:
@@ -53,8 +52,7 @@ def train_all(fashion: Path, directory: Path, workers: int, minutes: float, only
                 print(f"{run.name}: {type(error).__name__}: {error}", flush=True)
             else:
                 done += 1
-                if done % 50 == 1:
-                    print(f"{done} done; {run.name} took {seconds:.0f} s", flush=True)
+                print(f"{done}: {run.name} took {seconds:.0f} s", flush=True)
         time.sleep(0.02)
     print(f"{done} trained, {failed} failed, {len(left) - done - failed} left", flush=True)
     pool.shutdown()

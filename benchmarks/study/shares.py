@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.study.criteria import Series, by_rule
+from benchmarks.study.criteria import by_rule
 from benchmarks.study.grid import DATA, NOISE, Run
-from gwa_logging.histogram import Histogram
-from gwa_logging.statistic import estimate
+from benchmarks.study.series import Series
 
 Floats = npt.NDArray[np.float64]
 
@@ -37,9 +36,9 @@ class Cell(NamedTuple):
 def measure(run: Run, series: Series) -> Cell:
     """Measures a run."""
     noise = NOISE[run.noise]
-    scores = Histogram.from_dense(series["bins"][by_rule(series).epoch])
+    epoch = by_rule(series).epoch
     wrong = noise.share / 2 if noise.by_class else noise.share
-    return Cell(run, wrong, scores.negative_fraction, estimate("separation", scores).value)
+    return Cell(run, wrong, float(series["negative"][epoch]), float(series["separation_value"][epoch]))
 
 
 def left_out_errors(cells: Sequence[Cell]) -> Floats:
@@ -62,14 +61,19 @@ def left_out_errors(cells: Sequence[Cell]) -> Floats:
 
 
 def share_rows(cells: Sequence[Cell]) -> list[list[str]]:
-    """The mean share of negative scores for each noise (rows) and data set (columns)."""
+    """The mean share of negative scores for each noise (rows) and data set (columns, those of `columns`)."""
     rows = []
     for noise in NOISE:
         chosen = [c for c in cells if c.run.noise == noise]
         if chosen:
-            columns = [[c.negative for c in chosen if c.run.data == data] for data in DATA]
-            rows.append([noise, _percent(chosen[0].wrong), *(_percent(np.mean(c)) if c else "-" for c in columns)])
+            means = [[c.negative for c in chosen if c.run.data == data] for data in columns(cells)]
+            rows.append([noise, _percent(chosen[0].wrong), *(_percent(np.mean(c)) if c else "-" for c in means)])
     return rows
+
+
+def columns(cells: Sequence[Cell]) -> list[str]:
+    """The data sets of the cells."""
+    return [data for data in DATA if any(c.run.data == data for c in cells)]
 
 
 def verdict(cells: Sequence[Cell]) -> str:
