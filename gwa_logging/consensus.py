@@ -1,12 +1,12 @@
 """Consensus: how well a checkpoint agrees with what the model itself predicted early in the run.
 
 After each epoch the model is evaluated on the same training inputs: a look. Each input has a consensus class, from the first
-half of the epochs so far: the class that training itself predicted most often for this input, if the inputs have sample ids;
-otherwise the class with the largest sum of the softmax outputs of the earlier looks. The statistic is, for each consensus
-class, the share of its inputs that the checkpoint predicts as that class, averaged over the classes. Labels are not used. While
-a model learns, the share grows; when it memorises wrong labels, its predictions for these inputs leave the consensus, which
-was formed before they were memorised. Since the very checkpoint is evaluated, the statistic also shows whether this epoch's
-weights happen to be good.
+half of the epochs so far: the class that training itself predicted most often for this input, if the inputs have sample ids
+(of equally frequent ones the class that was predicted later); otherwise the class with the largest sum of the softmax outputs
+of the earlier looks. The statistic is, for each consensus class, the share of its inputs that the checkpoint predicts as that
+class, averaged over the classes. Labels are not used. While a model learns, the share grows; when it memorises wrong labels,
+its predictions for these inputs leave the consensus, which was formed before they were memorised. Since the very checkpoint is
+evaluated, the statistic also shows whether this epoch's weights happen to be good.
 
 Source: related to temporal ensembling (Laine and Aila, ICLR 2017) and early-learning regularisation (Liu et al., NeurIPS 2020).
 """
@@ -27,7 +27,10 @@ TOP_CLASSES = 16
 SMALLEST_SHARE = 1e-4
 """Smaller outputs are not kept."""
 
-_STATE = {"ids": np.int32, "classes": np.int32, "shares": np.float32}
+LATER = 2.0**-32
+"""What a vote counts more than one in the epoch before: so little that only ties are decided, for up to 90,000 epochs."""
+
+_STATE = {"ids": np.int32, "classes": np.int32, "shares": np.float64}
 
 
 class LookRows(NamedTuple):
@@ -85,7 +88,7 @@ class Consensus:
     """The sums of the first half of the epochs, and the epochs that are not in them yet.
 
     An epoch counts with the softmax outputs of its look, or with what training predicted. Each is a pair of arrays: keys,
-    id * num_classes + class, int64 in ascending order; and softmax outputs or votes, float32. An input needs at most 12 bytes
+    id * num_classes + class, int64 in ascending order; and softmax outputs or votes, float64. An input needs at most 16 bytes
     for each kept class: those of the sums, and those of each epoch of the second half.
 
     Attributes:
@@ -99,8 +102,8 @@ class Consensus:
         self.looks = self.inputs = 0
         self.from_training: bool | None = None
         self._num_classes = 0  # unknown before the first look
-        self._sums = (np.empty(0, np.int64), np.empty(0, np.float32))
-        self._waiting: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]] = []
+        self._sums = (np.empty(0, np.int64), np.empty(0))
+        self._waiting: list[_Epoch] = []
 
     def add(self, rows: LookRows, trained: LookRows | None = None) -> Estimate | None:
         """Adds the next look.
@@ -123,23 +126,23 @@ class Consensus:
         self._num_classes = rows.num_classes
         self.from_training = trained is not None
         if trained is not None:
-            self._wait(trained)
+            self._wait(trained, 1 + (self.looks + 1) * LATER)
         first_half = (self.looks + 1) // 2 or 1  # of the epochs including this one, but at least one
         epochs = self.looks + self.from_training
         while self._waiting and epochs - len(self._waiting) < first_half:
             self._sums = _merge(self._sums, self._waiting.pop(0))
         found = self._compare(rows)
         if trained is None:
-            self._wait(rows)
+            self._wait(rows, 1.0)
         self.looks += 1
         return found
 
-    def _wait(self, rows: LookRows) -> None:
+    def _wait(self, rows: LookRows, weight: float) -> None:
         """Keeps an epoch until it belongs to the first half."""
         is_kept = rows.shares >= SMALLEST_SHARE
         keys = (rows.ids[:, None] * rows.num_classes + rows.classes)[is_kept]
         order = np.argsort(keys)
-        self._waiting.append((keys[order], rows.shares[is_kept][order]))
+        self._waiting.append((keys[order], weight * rows.shares[is_kept][order].astype(np.float64)))
 
     def classes(self) -> dict[int, int]:
         """The consensus class of each input, by id. Of equal sums the lowest class counts."""
@@ -225,14 +228,14 @@ class Consensus:
         return consensus
 
 
-def _merge(
-    sums: tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]],
-    more: tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]],
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+_Epoch = tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]
+
+
+def _merge(sums: _Epoch, more: _Epoch) -> _Epoch:
     """Adds up what has the same key."""
     keys, inverse = np.unique(np.concatenate([sums[0], more[0]]), return_inverse=True)
     added = np.bincount(inverse, weights=np.concatenate([sums[1], more[1]]), minlength=len(keys))
-    return keys, added.astype(np.float32)
+    return keys, added.astype(np.float64)
 
 
 def _whole(value: Any) -> int:

@@ -1,7 +1,7 @@
 """The consensus statistic against a loop over inputs in plain Python, and looks through a monitor."""
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,22 @@ def expected(looks: list[dict[int, list[float]]]) -> float | None:
             consensus = int(np.argmax(sums[number]))
             right[consensus].append(int(np.argmax(row)) == consensus)
     return math.fsum(sum(hits) / len(hits) for hits in right.values()) / len(right) if right else None
+
+
+def expected_from_votes(votes: list[dict[int, int]], looked: dict[int, int]) -> float | None:
+    """The statistic of the last of the epochs in which training has voted: predicted classes by id."""
+    counts: dict[int, Counter[int]] = defaultdict(Counter)
+    epochs: dict[int, Counter[int]] = defaultdict(Counter)
+    for epoch, vote in enumerate(votes[: max(1, len(votes) // 2)]):
+        for number, predicted in vote.items():
+            counts[number][predicted] += 1
+            epochs[number][predicted] += epoch
+    hits: dict[int, list[bool]] = defaultdict(list)
+    for number, predicted in looked.items():
+        if counts[number]:
+            winner = max(counts[number], key=lambda c: (counts[number][c], epochs[number][c], -c))
+            hits[winner].append(predicted == winner)
+    return float(np.mean([np.mean(hit) for hit in hits.values()])) if hits else None
 
 
 def rows_of(look: dict[int, list[float]]) -> LookRows:

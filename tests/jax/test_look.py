@@ -12,7 +12,7 @@ from flax import linen as nn
 
 import gwa_logging
 from gwa_logging import EarlyStop, InvalidInputError
-from tests.core.test_consensus import expected
+from tests.core.test_consensus import expected, expected_from_votes
 
 CLASSES = 5
 RNG = np.random.default_rng(0)
@@ -63,6 +63,23 @@ def test_logits_passed_before_the_end_of_an_epoch_give_its_consensus(dtype, tmp_
             assert monitor.end_epoch().consensus == (None if want is None else pytest.approx(want, abs=1e-12))
     assert monitor.faults == {}
     assert monitor.history[-1].metrics["consensus"] == monitor.history[-1].consensus
+
+
+def test_predictions_passed_with_ids_vote_for_the_consensus(tmp_path):
+    monitor, params, _ = start(tmp_path, num_samples=64)
+    looked_at, votes = np.arange(0, 64, 2), []
+    rng = np.random.default_rng(1)
+    with monitor:
+        for _ in range(6):
+            ids = rng.permutation(64)
+            predicted = rng.integers(0, CLASSES, 64)
+            monitor.update(jnp.asarray(rng.normal(size=64), jnp.float32) / 9, ids, predicted=predicted)
+            votes.append({i: c for i, c in zip(ids.tolist(), predicted.tolist(), strict=True) if i % 2 == 0})
+            logits = np.asarray(Net().apply(params, X[looked_at]))
+            monitor.look(logits, looked_at)
+            looked = dict(zip(looked_at.tolist(), logits.argmax(1).tolist(), strict=True))
+            assert monitor.end_epoch().consensus == pytest.approx(expected_from_votes(votes, looked), abs=1e-12)
+    assert monitor.faults == {}
 
 
 def test_a_state_goes_on_with_the_same_consensus(tmp_path):

@@ -1,12 +1,10 @@
 """The consensus from training's own predictions, where the look's inputs have sample ids."""
 
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +14,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 import gwa_logging
 from gwa_logging import InvalidInputError, Monitor, with_ids
 from gwa_logging.integrations.torch.look_inputs import DatasetInputs, spread
+from tests.core.test_consensus import expected_from_votes
 
 SIZE, CLASSES, BATCH = 60, 4, 15
 
@@ -52,21 +51,6 @@ def epoch(net: nn.Module, monitor: Monitor, optimizer: Any, x: Tensor, labels: T
     return predicted
 
 
-def expected(votes: list[dict[int, int]], looked: dict[int, int]) -> float | None:
-    """The statistic of the last of the epochs that have voted."""
-    counts: dict[int, Counter[int]] = defaultdict(Counter)
-    for vote in votes[: max(1, len(votes) // 2)]:
-        for number, predicted in vote.items():
-            counts[number][predicted] += 1
-    hits: dict[int, list[bool]] = defaultdict(list)
-    for number, predicted in looked.items():
-        if counts[number]:
-            most = max(counts[number].values())
-            winner = min(c for c, n in counts[number].items() if n == most)
-            hits[winner].append(predicted == winner)
-    return float(np.mean([np.mean(hit) for hit in hits.values()])) if hits else None
-
-
 @pytest.mark.parametrize("way", ["ids given", "chosen from the data set", "logits passed"])
 def test_training_votes_for_the_consensus_of_inputs_with_ids(way, watch):
     x, labels, net, optimizer = problem()
@@ -91,7 +75,7 @@ def test_training_votes_for_the_consensus_of_inputs_with_ids(way, watch):
         if way == "logits passed":
             monitor.look(logits, looked_at)
         looked = dict(zip(looked_at.tolist(), logits.argmax(1).tolist(), strict=True))
-        values.append((monitor.end_epoch().consensus, expected(votes, looked)))
+        values.append((monitor.end_epoch().consensus, expected_from_votes(votes, looked)))
     assert [found for found, _ in values] == pytest.approx([want for _, want in values], abs=1e-12)
     assert len({found for found, _ in values}) > 4
     assert monitor.faults == {}
