@@ -72,7 +72,9 @@ def judge(criterion: Criterion, cases: list[Case]) -> Verdict:
         picked = criterion.pick(series)
         kept = series["averaged_test_accuracy" if criterion.averaged else "test_accuracy"][picked.epoch]
         best = series["test_accuracy"].max()
-        rows.append((100 * (best - kept), 100 * (kept - _rival(case)), (picked.stopped + 1) / len(series["test_accuracy"])))
+        rows.append(
+            (100 * (best - kept), 100 * (kept - _rival(case)), (picked.stopped + 1) / len(series["test_accuracy"]))
+        )
     regret, gain, share = np.array(rows).reshape(-1, 3).T
     return Verdict(chosen, regret, gain, share)
 

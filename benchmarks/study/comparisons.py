@@ -54,7 +54,5 @@ def comparison_table(cases: list[Case]) -> str:
         within = np.array([np.mean(pairs, axis=0) for c in some if (pairs := epochs_of_one_run(c))]).mean(0)
         between = np.array(recipes(some))
         rows.append([f"two epochs of one run, {name}", str(len(some)) + " runs", *(f"{100 * v:.0f} %" for v in within)])
-        rows.append(
-            [f"two recipes, {name}", f"{len(between)} pairs", *(f"{100 * v:.0f} %" for v in between.mean(0))]
-        )
+        rows.append([f"two recipes, {name}", f"{len(between)} pairs", *(f"{100 * v:.0f} %" for v in between.mean(0))])
     return table(["the better one of", "", *_STATISTICS], rows)

@@ -69,7 +69,9 @@ def decline(series: Series) -> npt.NDArray[np.bool_]:
     return np.array(fired)
 
 
-def _by_rule(settings: EarlyStop, values: Floats, errors: Floats, may_fire: npt.NDArray[np.bool_] | None = None) -> Pick:
+def _by_rule(
+    settings: EarlyStop, values: Floats, errors: Floats, may_fire: npt.NDArray[np.bool_] | None = None
+) -> Pick:
     state, planned = StopState(), len(values)
     for epoch, (value, error) in enumerate(zip(values, errors, strict=True)):
         if np.isnan(value) and settings.statistic == "consensus":
@@ -141,8 +143,8 @@ def grad_stop(series: Series) -> Pick:
 
     Near an optimum the posterior is normal, and its precision H is the sum of the squared gradients of the samples. So
     g H^-1 g, where g is the sum of the gradients, is chi-squared for a draw; we stop below its median. It is computed from the
-    gradients of the head's weights in an epoch, in 32 random directions. Source: the idea of arXiv 2508.19028, of which only the
-    abstract was at hand; the paper draws the threshold at random.
+    gradients of the head's weights in an epoch, in 32 random directions. Source: the idea of arXiv 2508.19028, of which only
+    the abstract was at hand; the paper draws the threshold at random.
     """
     below = series["grad_stop"] <= chi2.median(DIRECTIONS)
     last = len(below) - 1
@@ -224,7 +226,9 @@ VARIANTS: dict[str, Criterion] = {
     "patience 5": Criterion(partial(by_look, patience=5), needs="consensus"),
     "without waiting for the separation": Criterion(partial(by_look, waits=False), needs="consensus"),
     "without waiting, patience 5": Criterion(partial(by_look, waits=False, patience=5), needs="consensus"),
-    "softmax outputs of training instead of its predictions": Criterion(partial(by_look, name="softmax"), needs="softmax"),
+    "softmax outputs of training instead of its predictions": Criterion(
+        partial(by_look, name="softmax"), needs="softmax"
+    ),
     "all epochs so far instead of the first half": Criterion(partial(by_look, name="all_epochs"), needs="all_epochs"),
     "the looks' own outputs instead of training's": Criterion(partial(by_look, name="own_looks"), needs="own_looks"),
     "alignment score with the consensus as label": Criterion(partial(by_look, name="alignment"), needs="alignment"),

@@ -99,7 +99,9 @@ def _source(run: Run, folder: Path, rng: np.random.Generator) -> tuple[Array, Ar
         case "fashion":
             with np.load(folder / "fashion_mnist.npz") as file:
                 order = rng.permutation(len(file["x_train"]))
-                order = order[: max(20_000, DATA[run.data].samples) if DATA[run.data].imbalance > 1 else DATA[run.data].samples]
+                order = order[
+                    : max(20_000, DATA[run.data].samples) if DATA[run.data].imbalance > 1 else DATA[run.data].samples
+                ]
                 x, labels = file["x_train"][order], file["y_train"][order]
                 test_x, test_labels = file["x_test"][:TEST_SAMPLES], file["y_test"][:TEST_SAMPLES]
             both = _standardised(np.concatenate([x, test_x])[:, None])
@@ -143,7 +145,8 @@ def _tf_idf(train: list[str], test: list[str]) -> tuple[Array, Array]:
     vectorizer = TfidfVectorizer(max_features=VOCABULARY, ngram_range=(1, 2))
     scale = np.float32(np.sqrt(VOCABULARY) / 4)
     return tuple(
-        part.toarray().astype(np.float32) * scale for part in (vectorizer.fit_transform(train), vectorizer.transform(test))
+        part.toarray().astype(np.float32) * scale
+        for part in (vectorizer.fit_transform(train), vectorizer.transform(test))
     )
 
 

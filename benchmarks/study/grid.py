@@ -1,4 +1,4 @@
-"""The cells of the study: combinations of data, label noise, network, recipe and seed, in groups that answer one question each."""
+"""The cells of the study: combinations of data, label noise, network, recipe and seed, in groups of one question each."""
 
 from collections.abc import Iterator
 from itertools import chain, product, zip_longest
@@ -147,7 +147,9 @@ GROUPS = {
 def _products(group: str) -> Iterator[Run]:
     """All cells of a group."""
 
-    def cells(data: str, noises: tuple[str, ...], nets: tuple[str, ...], recipes: tuple[str, ...], seeds: int = 1) -> Iterator[Run]:
+    def cells(
+        data: str, noises: tuple[str, ...], nets: tuple[str, ...], recipes: tuple[str, ...], seeds: int = 1
+    ) -> Iterator[Run]:
         return (Run(group, data, *rest) for rest in product(noises, nets, recipes, range(seeds)))
 
     some = ("clean", "20 %", "40 %", "20 % by class")

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
 VOCABULARY = 2000
 """Number of words that the networks for text know."""
 

@@ -45,8 +45,7 @@ def fill(cases: list[Case]) -> dict[str, str]:
     shares = [measure(case.run, case.full) for case in cases if case.run.group in ("first", "grid")]
     counts = Counter(case.run.group for case in reporting)
     of_group = [
-        [group, text, ", ".join(d for d in DATA if any(c.run.group == group and c.run.data == d for c in cases))]
-        + [str(counts[group] if group != "first" else len(first))]
+        [group, text, _data(cases, group), str(len(first) if group == "first" else counts[group])]
         for group, text in GROUPS.items()
     ]
     return {
@@ -78,6 +77,10 @@ def fill(cases: list[Case]) -> dict[str, str]:
     }
 
 
+def _data(cases: list[Case], group: str) -> str:
+    return ", ".join(data for data in DATA if any(c.run.group == group and c.run.data == data for c in cases))
+
+
 def write_page(archive: Path = ARCHIVE) -> Path:
     """Writes docs/study.md and returns its path."""
     from benchmarks.study.plots import draw_regret, draw_suspects
@@ -85,7 +88,9 @@ def write_page(archive: Path = ARCHIVE) -> Path:
     cases = load_cases(load(archive))
     parts = parts_of(cases)
     if not all(parts.values()):
-        raise SystemExit(f"{archive}: expected runs of all groups and halves; python -m benchmarks.study train makes them")
+        raise SystemExit(
+            f"{archive}: expected runs of all groups and halves; python -m benchmarks.study train makes them"
+        )
     draw_regret(parts["reporting"], DOCS / "images" / "study-regret.png")
     draw_suspects([*parts["reporting"], *parts["first"]], DOCS / "images" / "study-suspects.png")
     text = (HERE / "page.md").read_text()

@@ -16,10 +16,21 @@ Floats = npt.NDArray[np.float64]
 SUSPECT_SCORES = ("gwa", "gwa x size", "aum", "loss", "confidence", "forgetting", "el2n")
 """Scores that tell wrong labels; "auroc" and "precision" have a column for each. "size": of the gradient of the logits."""
 
-KEPT = (
-    "test_accuracy averaged_test_accuracy held_out_accuracy averaged_held_out_accuracy held_out_loss mean excess_kurtosis "
-    "sign_agreement changed train_loss disparity head_norm grad_stop"
-).split()
+KEPT = [
+    "test_accuracy",
+    "averaged_test_accuracy",
+    "held_out_accuracy",
+    "averaged_held_out_accuracy",
+    "held_out_loss",
+    "mean",
+    "excess_kurtosis",
+    "sign_agreement",
+    "changed",
+    "train_loss",
+    "disparity",
+    "head_norm",
+    "grad_stop",
+]
 """Raw series that are kept as they are."""
 
 

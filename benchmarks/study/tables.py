@@ -11,7 +11,17 @@ from benchmarks.study.series import SUSPECT_SCORES
 
 CLEANLAB = ("self_confidence", "normalized_margin", "confidence_weighted_entropy")
 
-MAIN = (OURS, OURS + AVERAGED, DEFAULT, DEFAULT + AVERAGED, "agreement", RIVAL, RIVAL + AVERAGED, "GradStop", "last epoch")
+MAIN = (
+    OURS,
+    OURS + AVERAGED,
+    DEFAULT,
+    DEFAULT + AVERAGED,
+    "agreement",
+    RIVAL,
+    RIVAL + AVERAGED,
+    "GradStop",
+    "last epoch",
+)
 """The criteria of the table of groups."""
 
 

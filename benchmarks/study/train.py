@@ -157,7 +157,9 @@ class _Full(_Training):
             )
             with self.monitor:
                 series = super().series()
-        labels, flipped, look_ids = (t.cpu().numpy() for t in (self.samples.labels, self.samples.flipped, self.look_ids))
+        labels, flipped, look_ids = (
+            t.cpu().numpy() for t in (self.samples.labels, self.samples.flipped, self.look_ids)
+        )
         return series | {"labels": labels, "flipped": flipped, "look_ids": look_ids}
 
     def step(self, ids: Tensor, x: Tensor) -> None:
