@@ -30,7 +30,7 @@ class Samples(NamedTuple):
     """The data of a run.
 
     Attributes:
-        x, labels: training inputs and their noisy labels. Images float32 [n, channels, side, side] with mean 0 and standard
+        x, labels: training inputs and their noisy labels. Numbers float32 [n, features]; images float32 [n, channels, side, side] with mean 0 and standard
             deviation 1; sentences as TF-IDF float32 [n, VOCABULARY] or as word numbers int64 [n, WORDS].
         flipped: bool [n], True where the label is wrong.
         held_out_x, held_out_labels: the held-out part of the training data; its labels are as noisy.
@@ -116,6 +116,21 @@ def _source(run: Run, folder: Path, rng: np.random.Generator) -> tuple[Array, Ar
                 labels = file["clean"][order]
             both = _standardised(np.concatenate([x, test_x]))
             return both[: len(x)], labels, both[len(x) :], test_labels, human
+        case "made-up":
+            from sklearn.datasets import make_classification
+
+            x, labels = make_classification(
+                DATA[run.data].samples + TEST_SAMPLES,
+                n_features=32,
+                n_informative=12,
+                n_classes=DATA[run.data].classes,
+                n_clusters_per_class=2,
+                class_sep=1.5,
+                flip_y=0,
+                random_state=run.seed,
+            )
+            x, n = _standardised(x), DATA[run.data].samples
+            return x[:n], labels[:n], x[n:], labels[n:], {}
         case _:
             content = json.loads((folder / "clinc150.json").read_text())
             names = sorted({intent for _, intent in content["train"]})

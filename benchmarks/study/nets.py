@@ -11,9 +11,11 @@ VOCABULARY = 2000
 
 
 def make_net(name: str, x: Tensor, classes: int) -> nn.Module:
-    """A network for inputs like `x`: images [n, channels, side, side], `frozen_features` (for "efficientnet"), TF-IDF
-    [n, words] or word numbers [n, length].
+    """A network for inputs like `x`: images [n, channels, side, side], `frozen_features` (for "efficientnet"), numbers
+    [n, features] (for "mlp"), TF-IDF [n, words] or word numbers [n, length].
     """
+    if name == "mlp":
+        return mlp(x[0].numel(), classes)
     if name == "bag-of-words":
         return nn.Sequential(nn.Linear(x.shape[1], 256), nn.ReLU(), nn.Linear(256, classes))
     if name == "transformer":
@@ -22,7 +24,7 @@ def make_net(name: str, x: Tensor, classes: int) -> nn.Module:
         return EfficientNetTail(classes)
     channels, side = x.shape[1], x.shape[-1]
     size = {"large": True} if name.startswith("large-") else {}
-    kinds = {"mlp": mlp, "cnn": cnn, "resnet": ResNet, "vit": ViT}
+    kinds = {"cnn": cnn, "resnet": ResNet, "vit": ViT}
     return partial(kinds[name.removeprefix("large-")], **size)(channels, side, classes)
 
 
@@ -31,10 +33,10 @@ def head_of(net: nn.Module) -> nn.Linear:
     return [module for module in net.modules() if isinstance(module, nn.Linear)][-1]
 
 
-def mlp(channels: int, side: int, classes: int) -> nn.Module:
+def mlp(features: int, classes: int) -> nn.Module:
     return nn.Sequential(
         nn.Flatten(),
-        nn.Linear(channels * side * side, 512),
+        nn.Linear(features, 512),
         nn.ReLU(),
         nn.Linear(512, 256),
         nn.ReLU(),
