@@ -107,9 +107,7 @@ def _read(found: Any, model: nn.Module) -> list[Inputs]:
         dataset = found.dataset
     random.seed(_SEED)
     np.random.seed(_SEED)
-    torch.default_generator.manual_seed(
-        _SEED
-    )  # not torch.manual_seed, which would change accelerators that nobody restores
+    torch.default_generator.manual_seed(_SEED)  # torch.manual_seed would also seed accelerators, which are not restored
     read_several = getattr(dataset, "__getitems__", None)
     indices, batches = spread(len(dataset) if places is None else len(places)), []
     indices = indices if places is None else [places[index] for index in indices]
