@@ -122,7 +122,7 @@ def _inputs_of(batch: Any, model: nn.Module) -> Inputs:
     """The model's arguments in a batch.
 
     Raises:
-        ValueError: it cannot be told which part of the batch they are.
+        ValueError: it is unclear which part of the batch they are.
     """
     names, required = _parameters(model)
     if isinstance(batch, list | tuple) and batch and isinstance(batch[0], Mapping):
