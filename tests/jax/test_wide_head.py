@@ -61,7 +61,14 @@ def haiku() -> tuple[Any, Any, Any, Any]:
     return model, model.init(jax.random.key(0), X), model.apply, lambda g: g["mlp/~/linear_1"]["w"]
 
 
-@pytest.mark.parametrize("library", [linen, nnx_, equinox, haiku], ids=["Linen", "NNX", "Equinox", "Haiku"])
+@pytest.mark.parametrize(
+    "library",
+    [
+        pytest.param(linen, id="Linen"),
+        *(pytest.param(make, id=name, marks=pytest.mark.slow) for name, make in (("NNX", nnx_), ("Equinox", equinox))),
+        pytest.param(haiku, id="Haiku"),
+    ],
+)
 def test_scores_equal_each_samples_own_gradient_and_gradients_are_bit_identical(library):
     model, params, apply, head = library()
 
