@@ -12,7 +12,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import gwa_logging
-from gwa_logging import AlignmentSummary, alignment_scores
+from gwa_logging import AlignmentSummary, InvalidInputError, alignment_scores
 from gwa_logging.integrations.torch.adapter import TorchAdapter
 from tests.torch.tiers import tiered
 
@@ -374,7 +374,9 @@ def test_watching_again_replaces_the_first_watch():
     second = gwa_logging.watch(model)
     F.cross_entropy(model(x), y).backward()
     assert second.end_epoch().count == 16
-    assert first.history == []
+    assert first._adapter.snapshot().result().count == 0
+    with pytest.raises(InvalidInputError, match="this monitor is closed"):
+        first.end_epoch()
 
 
 def test_nothing_is_observed_after_close_even_by_a_pass_under_way():
@@ -383,7 +385,7 @@ def test_nothing_is_observed_after_close_even_by_a_pass_under_way():
     loss = F.cross_entropy(model(x), y)
     monitor.close()
     loss.backward()
-    assert monitor.history == []
+    assert monitor._adapter.snapshot().result().count == 0
 
 
 def test_nan_and_infinite_logits_are_excluded_and_training_goes_on(caplog):
