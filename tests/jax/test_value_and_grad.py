@@ -179,6 +179,7 @@ def test_the_head_is_found_by_dataflow_through_what_follows_it():
     np.testing.assert_allclose(scores, one_at_a_time(without_penalty, params, x, y, "classifier", "kernel"), atol=1e-6)
 
 
+@pytest.mark.slow  # test_ways.py has both in the fast tier, with another width
 @pytest.mark.parametrize("wrap", [jax.checkpoint, jax.jit], ids=["checkpoint", "inner jit"])
 def test_a_head_inside_an_inner_transformation_is_found(wrap):
     model, (x, y) = MLP(), data()
