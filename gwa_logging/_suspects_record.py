@@ -14,8 +14,8 @@ class Suspect(Record):
 
     Attributes:
         id: the sample's id.
-        mean_score: the sample's mean score over the run, dimensionless; the lower, the more suspect. In PyTorch the tokens of a
-            document are weighted by the norms of their gradients.
+        mean_score: the sample's mean score, until the stop alert if one stands, dimensionless; the lower, the more suspect.
+            In PyTorch the tokens of a document are weighted by the norms of their gradients.
         times_seen: how often the sample was scored; the sum of its shares if samples are mixed (mixup).
         label, predicted: class index from `watch(labels=)`, and class with the largest logit when the sample was last seen (by
             the highest rank); None if unknown.

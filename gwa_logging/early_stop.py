@@ -4,8 +4,9 @@ Regime "scratch": after the warm-up, the rule follows the maximum of the statist
 that are clearly below it. Regime "finetune": while a new head adapts, the statistic first falls; only the maximum after that
 first minimum counts.
 
-Statistic "consensus": the consensus picks the epoch, since it evaluates the very checkpoint. It alone would fire on a plateau,
-which the separation does not, so the rule fires only when the separation has declined as well.
+Statistic "consensus": the sum of consensus and separation picks the epoch. The consensus evaluates the very checkpoint; late
+in a long run, when the consensus has memorised labels in it too, the separation shows that. The sum would fire on a plateau,
+so the rule fires only when the separation has clearly declined.
 
 Source: arXiv 2510.25480, the section on early stopping, which takes the argmax of a complete run. This library adds patience,
 because the argmax of an unfinished run is unknown, and drop, because a plateau is not a reason to stop.
@@ -198,9 +199,12 @@ class StopRule:
     ) -> Estimate | None:
         """Returns the watched statistic with its standard error; None if this epoch is to be ignored."""
         statistic = self.settings.statistic
-        if statistic == "consensus":
-            return consensus
         value = self._value(report, previous)
+        if statistic == "consensus":
+            if consensus is None:
+                return None
+            error = math.hypot(consensus.standard_error, _finite_error("separation", report))
+            return Estimate(value, error) if math.isfinite(value) else Estimate(math.nan, 0.0)
         if statistic != "agreement":
             return Estimate(value, _finite_error(statistic, report))
         if agreement is None:
@@ -217,7 +221,7 @@ class StopRule:
         if statistic == "agreement":
             return _agreement_and_separation(report, previous)
         if statistic == "consensus":
-            return math.nan if report.consensus is None else report.consensus
+            return math.nan if report.consensus is None else report.consensus + report.separation
         names = {"separation": "separation", "stable": "stable_gwa", "gwa": "gwa", "mean": "mean"}
         return float(getattr(report, names[statistic]))
 
@@ -232,7 +236,7 @@ class StopRule:
             cause = f"the {statistic} statistic has been clearly below its best for {epochs}"
         else:
             reason, cause = StopReason.NO_IMPROVEMENT, f"the {statistic} statistic has had no new best for {epochs}"
-        if statistic == "consensus":
+        if statistic == "consensus" and not state.undefined:
             cause += ", and the separation is clearly below its best"
         message = f"GWA recommends stopping: {cause}. {best}; epoch {report.epoch}: {value.value:.4g}"
         noise = math.hypot(value.standard_error, state.best_error)

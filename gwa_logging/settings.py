@@ -114,10 +114,10 @@ class EarlyStop(Settings):
 
     Attributes:
         statistic: what to watch: "separation" (how well the scores fall into two groups; it predicted the best epoch best, see
-            `docs/study.md`), "stable" (mean / (excess kurtosis + 3)), "gwa" (as published), "mean", "consensus" (how well
-            the checkpoint agrees with the model's early predictions: needs a look, and has other defaults: warmup=2, drop=0),
-            or "agreement" (separation plus the share of samples whose scores keep their sign, mean of two epochs: needs sample
-            ids, and skips two epochs: warmup=2).
+            `docs/study.md`), "stable" (mean / (excess kurtosis + 3)), "gwa" (as published), "mean", "consensus" (separation
+            plus how well the checkpoint agrees with the model's early predictions: needs a look, has other defaults, warmup=2
+            and drop=0, and fires once the separation alone would fire too), or "agreement" (separation plus the share of
+            samples whose scores keep their sign, mean of two epochs: needs sample ids, and skips two epochs: warmup=2).
         regime: "scratch" looks for the maximum; "finetune" for the maximum after the first minimum.
         warmup: epochs to skip at the start: below 1 a share of the epochs planned by `Monitor.epochs` or `Monitor.plan`, else
             a number of epochs. A share of an unknown plan counts as one epoch. Small data sets are memorised within a few

@@ -1,5 +1,6 @@
 """Shared by the tests of README and docs/: a page's code and links, and the setup that its code assumes."""
 
+import json
 import re
 import subprocess
 import sys
@@ -26,9 +27,31 @@ def run(code: str, folder: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def run_in_trainer(trainer: str, code: str, folder: Path) -> None:
-    """Runs a trainer's lines for two epochs, with a model and data added. The journal must contain both epochs."""
-    run(BEFORE[trainer] + code.replace("=20", "=2") + AFTER.get(trainer, ""), folder)
+TOGETHER = """
+import json, linecache, os, sys
+for name, code in json.load(sys.stdin).items():
+    os.mkdir(name)
+    os.chdir(name)
+    linecache.cache[name] = len(code), None, code.splitlines(keepends=True), name  # for tracebacks
+    exec(compile(code, name, "exec"), {"__name__": "__main__"})
+    os.chdir("..")
+"""
+
+
+def run_together(programs: dict[str, str], folder: Path) -> None:
+    """Runs programs one after the other in one process, each in a folder of its name: importing takes most of the time."""
+    command = [sys.executable, "-c", TOGETHER]
+    done = subprocess.run(command, input=json.dumps(programs), cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def in_trainer(trainer: str, code: str) -> str:
+    """Returns a program that runs a trainer's lines for two epochs, with a model and data added."""
+    return BEFORE[trainer] + code.replace("=20", "=2") + AFTER.get(trainer, "")
+
+
+def assert_two_epochs(folder: Path) -> None:
+    """Checks that the folder has one journal, of two epochs."""
     assert [len(journal.read_text().split('"kind":"epoch"')) for journal in folder.rglob("journal.jsonl")] == [3]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import gwa_logging
-from tests.pages import DOCS, MODEL, ROOT, links, python_blocks, run, run_in_trainer
+from tests.pages import DOCS, MODEL, ROOT, assert_two_epochs, in_trainer, links, python_blocks, run, run_together
 
 PAGES = sorted(DOCS.glob("*.md"))
 TRAINERS = python_blocks(DOCS / "trainers.md")
@@ -37,19 +37,55 @@ def test_every_link_and_picture_of_the_docs_has_a_target(page, target):
     assert not anchor or anchor in anchors(found)
 
 
-@pytest.mark.parametrize("page", [p.name for p in PAGES if python_blocks(p) and p.name not in TESTED_ELSEWHERE])
-def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
-    if page == "devices.md":  # a world of one process, as torchrun sets it up; port 0 means any free port
-        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
-            monkeypatch.setenv(name, value)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    run("\n".join([PRESUMED.get(page, ""), *python_blocks(DOCS / page)]), tmp_path)
+def program(page: str) -> str:
+    return "\n".join([PRESUMED.get(page, ""), *python_blocks(DOCS / page)])
 
 
-@pytest.mark.parametrize("trainer", ["lightning", "transformers", "keras", "accelerate"])
-def test_the_code_for_each_trainer_runs(trainer, tmp_path):
+def in_trainer_as_documented(trainer: str) -> str:
     (code,) = [code for code in TRAINERS if f"integrations.{trainer} import" in code]
-    run_in_trainer(trainer, code, tmp_path)
+    return in_trainer(trainer, code)
+
+
+PROGRAMS = {p.name: program(p.name) for p in PAGES if python_blocks(p) and p.name not in TESTED_ELSEWHERE}
+
+
+@pytest.fixture
+def _settings_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # it compiles faster
+    # devices.md runs in a world of one process, as torchrun sets it up; port 0 means any free port.
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("framework", ["PyTorch", "JAX"])
+@pytest.mark.usefixtures("_settings_of_a_process")
+def test_the_code_of_all_pages_on_a_framework_runs_in_one_process(framework, tmp_path):
+    chosen = {page: code for page, code in PROGRAMS.items() if ("import jax" in code) == (framework == "JAX")}
+    assert f"quickstart-{framework.lower()}.md" in chosen
+    run_together(chosen, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PROGRAMS)
+@pytest.mark.usefixtures("_settings_of_a_process")
+def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path):
+    run(PROGRAMS[page], tmp_path)
+
+
+def test_the_code_for_transformers_and_accelerate_runs(tmp_path):
+    """test_readme.py runs the lines for Lightning, and trainers/test_keras.py trains with Keras."""
+    trainers = ("transformers", "accelerate")
+    run_together({trainer: in_trainer_as_documented(trainer) for trainer in trainers}, tmp_path)
+    for trainer in trainers:
+        assert_two_epochs(tmp_path / trainer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["lightning", "transformers", "keras", "accelerate"])
+def test_the_code_for_each_trainer_runs_in_its_own_process(trainer, tmp_path):
+    run(in_trainer_as_documented(trainer), tmp_path)
+    assert_two_epochs(tmp_path)
 
 
 def test_the_page_on_trainers_has_one_block_per_trainer():

@@ -608,8 +608,17 @@ def test_drawing_the_picture_of_a_long_run_takes_a_few_milliseconds() -> None:
 
 
 def test_a_picture_is_drawn_without_matplotlib() -> None:
-    code = "import sys\nfrom gwa_logging.integrations.heatmap_picture import PictureSeries\nPictureSeries()\n"
-    subprocess.run([sys.executable, "-c", code + "assert 'matplotlib' not in sys.modules"], check=True)
+    code = (
+        "import sys\n"
+        "from gwa_logging.integrations.heatmap_picture import SIZE, PictureSeries\n"
+        "from gwa_logging.records import IntervalRecord\n"
+        "pictures = PictureSeries()\n"
+        "pictures.add(IntervalRecord.model_validate_json(sys.stdin.read()))\n"
+        "assert pictures.draw().size == SIZE\n"
+        "assert 'matplotlib' not in sys.modules\n"
+    )
+    record = interval(0).model_dump_json()
+    subprocess.run([sys.executable, "-c", code], input=record, text=True, check=True)
 
 
 def test_a_picture_shows_the_medians_and_zero_where_they_are() -> None:

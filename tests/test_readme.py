@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.pages import ROOT, links, python_blocks, run, run_in_trainer
+from tests.pages import ROOT, assert_two_epochs, in_trainer, links, python_blocks, run
 
 README = ROOT / "README.md"
 
@@ -57,7 +57,8 @@ def test_the_jax_quickstart(monkeypatch, tmp_path):
 
 
 def test_the_lines_for_a_trainer(tmp_path):
-    run_in_trainer("lightning", block("gwa_logging.integrations.lightning import"), tmp_path)
+    run(in_trainer("lightning", block("gwa_logging.integrations.lightning import")), tmp_path)
+    assert_two_epochs(tmp_path)
 
 
 @pytest.mark.parametrize("target", links(README))

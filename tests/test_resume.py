@@ -300,6 +300,7 @@ def test_a_state_of_another_model_is_refused_in_pytorch():
     training = Torch()
     monitor = gwa_logging.watch(training.model, **OPTIONS)
     training.step(monitor, 0)
+    monitor.end_epoch()
     other = gwa_logging.watch(Torch(classes=7).model, **OPTIONS)
     with pytest.raises(
         InvalidInputError, match=r"head '2' \(12 features, 5 classes\), this model's is '2' .*7 classes"

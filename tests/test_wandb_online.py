@@ -54,6 +54,7 @@ def test_pictures_tables_alerts_config_and_summary_arrive_and_are_read_back(
     monitor = training.watch(tmp_path, backend="wandb", num_samples=BATCHES * BATCH, early_stop=at_once)
     (backend,) = (delivery.backend for delivery in monitor._deliveries)
     train(monitor, training, 3)
+    monitor.log_suspects(3)  # a second list, after that of the alert
     monitor.close()
     assert monitor.faults == {}
     assert server.unknown == []

@@ -139,6 +139,7 @@ def test_a_report_states_the_best_epoch_and_shows_one_run(server, capsys):
         "Epochs count from 0.",
     ]
     grids = [block["metadata"] for block in blocks if block["type"] == "panel-grid"]
+    assert len(grids) == 2
     for grid in grids:
         ((condition,),) = [runs["filters"]["filters"] for runs in grid["runSets"]]
         assert (condition["key"]["name"], condition["op"], condition["value"]) == (

@@ -1,11 +1,12 @@
 """A local stand-in for W&B's GraphQL API, as far as wandb-workspaces asks for it: projects, runs, and saving views."""
 
-import gzip
 import json
 import re
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import Any, Self
+
+from tests.json_over_http import read_body, send_json
 
 ENTITY, PROJECT, RUN = "team", "digits", "run1"
 USER = {
@@ -46,30 +47,19 @@ class GraphQLServer:
             protocol_version = "HTTP/1.1"
 
             def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                if self.headers.get("Content-Encoding") == "gzip":
-                    body = gzip.decompress(body)
+                body = read_body(self)
                 if not self.path.startswith("/graphql"):  # W&B's own statistics
-                    return self._answer(404, {})
+                    return send_json(self, 404, {})
                 asked = json.loads(body)
                 found = re.search(r"(?:query|mutation)\s+(\w+)", asked["query"])
                 operation = found[1] if found else ""
                 answer = {"data": server._query(operation, asked.get("variables") or {})}
                 if operation in server.errors:
                     answer = {"data": None, "errors": [{"message": server.errors[operation], "path": [operation]}]}
-                return self._answer(server.status.get(operation, 200), answer)
+                return send_json(self, server.status.get(operation, 200), answer)
 
             def do_HEAD(self) -> None:
-                self._answer(200, {})
-
-            def _answer(self, status: int, answer: dict[str, Any]) -> None:
-                body = json.dumps(answer).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                if self.command != "HEAD":
-                    self.wfile.write(body)
+                send_json(self, 200, {})
 
             def log_message(self, *arguments: Any) -> None:
                 """Logs nothing."""

@@ -4,7 +4,6 @@ It speaks what wandb-core 0.31 asks for: GraphQL by the name of the operation, f
 It can fail, hang, and be stopped and started again at the same address.
 """
 
-import gzip
 import json
 import logging
 import re
@@ -21,6 +20,7 @@ import pytest
 import wandb
 
 from gwa_logging.records import EPOCH_KEYS, OPTIONAL_KEYS
+from tests.json_over_http import read_body, send_json
 from tests.trackers import INTERVAL_KEYS, OnWandb, Series, Tracker, TrackerContents
 
 ENTITY, PROJECT = "entity", "project"
@@ -196,7 +196,7 @@ class WandbServer:
                 super().finish()
 
             def do_POST(self) -> None:
-                body, path = self._body(), urlsplit(self.path).path
+                body, path = read_body(self), urlsplit(self.path).path
                 if not self._accepts():
                     return
                 if path.startswith("/graphql"):
@@ -209,7 +209,7 @@ class WandbServer:
                     self._answer(404, {})
 
             def do_PUT(self) -> None:
-                body, path = self._body(), urlsplit(self.path).path
+                body, path = read_body(self), urlsplit(self.path).path
                 if self._accepts():
                     server._store(path, body)
                     self._answer(200, {})
@@ -224,25 +224,8 @@ class WandbServer:
                     self._answer(server.status, {"error": "out of order"})
                 return server.status == 200
 
-            def _body(self) -> bytes:
-                if self.headers.get("Transfer-Encoding") == "chunked":
-                    parts = []
-                    while size := int(self.rfile.readline(), 16):
-                        parts.append(self.rfile.read(size))
-                        self.rfile.readline()
-                    self.rfile.readline()
-                    body = b"".join(parts)
-                else:
-                    body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                return gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body
-
             def _answer(self, status: int, answer: dict[str, Any]) -> None:
-                body = json.dumps(answer).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
+                send_json(self, status, answer)
                 with server._changed:
                     server.statuses[status] = server.statuses.get(status, 0) + 1
                     server._changed.notify_all()

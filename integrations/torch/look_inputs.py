@@ -162,9 +162,7 @@ def _read(chosen: _Chosen, model: nn.Module) -> list[Inputs]:
     dataset = chosen.dataset.dataset if is_wrapped else chosen.dataset
     random.seed(_SEED)
     np.random.seed(_SEED)
-    torch.default_generator.manual_seed(
-        _SEED
-    )  # not torch.manual_seed, which would change accelerators that nobody restores
+    torch.default_generator.manual_seed(_SEED)  # torch.manual_seed would also seed accelerators, which are not restored
     read_several = getattr(dataset, "__getitems__", None)
     batches = []
     for start in range(0, len(chosen.indices), chosen.batch):
@@ -178,7 +176,7 @@ def _inputs_of(batch: Any, model: nn.Module) -> Inputs:
     """The model's arguments in a batch.
 
     Raises:
-        ValueError: it cannot be told which part of the batch they are.
+        ValueError: it is unclear which part of the batch they are.
     """
     names, required = _parameters(model)
     if isinstance(batch, list | tuple) and batch and isinstance(batch[0], Mapping):

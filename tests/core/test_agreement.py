@@ -1,7 +1,6 @@
 """Agreement: the share of samples whose scores keep their sign, against a loop over samples in float64."""
 
 import math
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,11 @@ from gwa_logging import EarlyStop, InvalidInputError, Monitor, StopReason
 from gwa_logging.agreement import PastScores, agreement
 from gwa_logging.early_stop import Decision, StopState, step
 from gwa_logging.journal import read_journal
+from tests.agreement import Batch, N, by_loop, random_epochs
 from tests.core.test_early_stop import two_groups
 
-N = 40
 MODEL = nn.Linear(4, 3)  # kept here, because a monitor is closed with its model
 RULE = EarlyStop(statistic="agreement")
-
-Batch = tuple[np.ndarray, np.ndarray]
-"""Scores and the ids of their samples."""
 
 
 def watch(folder: Path, rule: EarlyStop = RULE, **options: Any) -> Monitor:
@@ -34,37 +30,6 @@ def train(monitor: Monitor, epochs: list[list[Batch]]) -> None:
         for scores, ids in batches:
             monitor.update(torch.from_numpy(scores), torch.from_numpy(ids))
         monitor.end_epoch()
-
-
-def by_loop(epochs: list[list[Batch]]) -> list[float | None]:
-    """The agreement of each epoch; None without a sample that was seen before."""
-    past: dict[int, float] = {}
-    found: list[float | None] = []
-    for batches in epochs:
-        now: dict[int, float] = defaultdict(float)
-        for scores, ids in batches:
-            for score, sample in zip(scores.astype(np.float64), ids.tolist(), strict=True):
-                now[sample] += float(np.mean(score))  # of an input with several rows, the mean
-        both = now.keys() & past.keys()
-        found.append(sum(np.sign(now[i]) == np.sign(past[i]) for i in both) / len(both) if both else None)
-        for sample, total in now.items():
-            past[sample] = past.get(sample, 0.0) + total
-    return found
-
-
-def random_epochs(seed: int, count: int = 6, rows: int = 0) -> list[list[Batch]]:
-    """Epochs that miss some samples and repeat others. The scores are multiples of 1/64, so that float32 adds them exactly."""
-    rng = np.random.default_rng(seed)
-    offsets = rng.integers(-8, 9, N)
-    epochs = []
-    for _ in range(count):
-        ids = rng.integers(0, N, 50)
-        shape = (50, rows) if rows else (50,)
-        scores = (offsets[ids].reshape(-1, *[1] * bool(rows)) + rng.integers(-12, 13, shape)) / 64
-        epochs.append(
-            [(part.astype(np.float32), own) for part, own in zip(np.split(scores, 5), np.split(ids, 5), strict=True)]
-        )
-    return epochs
 
 
 @pytest.mark.parametrize(("seed", "rows"), [(0, 0), (1, 0), (2, 4)])

@@ -199,7 +199,8 @@ def judged(
         reports.append(report)
         if alert:
             alerts.append(alert.epoch)
-            assert (alert.statistic, alert.best_value) == ("consensus", max(v for v in values[2:] if v is not None))
+            sums = [r.consensus + r.separation for r in reports[2:] if r.consensus is not None]
+            assert (alert.statistic, alert.best_value) == ("consensus", max(sums))
     return reports, alerts
 
 
@@ -212,14 +213,20 @@ def test_the_rule_skips_two_epochs_and_fires_after_five_without_a_new_best():
 
 @pytest.mark.parametrize("resumed", [False, True])
 def test_the_rule_fires_only_once_the_separation_has_declined_too(resumed):
-    values = [None, 0.99, 0.8, 0.9, *[0.85] * 16]
+    values = [None, 0.99, 0.3, 0.4, *[0.35] * 16]
     assert judged(values, separated=99, resumed=resumed)[1] == []  # a plateau
     reports, alerts = judged(values, separated=10, resumed=resumed)
     assert alerts == [15]  # five epochs clearly below
     assert [r.epoch for r in reports if r.is_best] == [2, 3]
-    assert judged([*values[:14], 0.95, *values[14:]], separated=10, resumed=resumed)[1] == [
-        19
-    ]  # a new best in epoch 14
+    later = [*values[:14], 0.8, *values[14:]]  # a new best in epoch 14
+    assert judged(later, separated=10, resumed=resumed)[1] == [19]
+
+
+def test_the_sum_of_consensus_and_separation_picks_the_epoch():
+    values = [None, 0.5, 0.5, 0.6, 0.7, 0.8, 0.8]
+    reports, _ = judged(values, separated=4)  # later the consensus grows by 0.1, and the separation falls by 0.25
+    assert [r.epoch for r in reports if r.is_best] == [2, 3, 4]
+    assert reports[4].separation - reports[5].separation > 0.2
 
 
 def test_epochs_whose_look_failed_are_ignored():

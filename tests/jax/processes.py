@@ -16,8 +16,8 @@ import gwa_logging
 from gwa_logging import ranks
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from tests.core.test_agreement import N as SAMPLES
-from tests.core.test_agreement import random_epochs
+from tests.agreement import N as SAMPLES
+from tests.agreement import random_epochs
 
 COUNT = 2
 number, port = int(sys.argv[1]), sys.argv[2]

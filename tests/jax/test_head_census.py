@@ -18,6 +18,7 @@ from jax import Array
 import gwa_logging
 from gwa_logging import HeadNotFoundError, InvalidInputError
 from gwa_logging.integrations.jax import tap
+from tests.jax.tiers import tiered
 
 N, D, C = 6, 4, 3
 X = jax.random.normal(jax.random.key(1), (N, D))
@@ -639,7 +640,21 @@ def oracle(net: Net) -> np.ndarray:
     return np.asarray(-gradients @ weight.ravel() / jnp.linalg.norm(gradients, axis=1) / jnp.linalg.norm(weight))
 
 
-@pytest.mark.parametrize(("library", "construction"), EXACT)
+FAST_EXACT = {
+    "Linen": (
+        *("Dense", "Dense, learned temperature", "Dense, subclass that calls super()", "Dense of model.bind"),
+        *("Dense, the model in nn.remat", "DenseGeneral, two axes in", "Einsum, features first", "Embed.attend"),
+        *("Conv 1x1, pooled", "parameter, tap"),
+    ),
+    "NNX": ("Linear", "LinearGeneral, two axes in", "Embed.attend", "Param, tap"),
+    "Equinox": ("Linear", "Linear, WeightNorm", "Sequential", "Conv1d 1, pooled"),
+    "Haiku": ("Linear", "Conv2D 1x1, channels first", "get_parameter, tap"),
+    "Keras": ("Dense", "Dense, LoRA", "EinsumDense"),
+}
+"""Of each library: its linear layer, a part of a model, a general product, a convolution, and a parameter."""
+
+
+@tiered("library, construction", EXACT, fast=[(library, name) for library in CENSUS for name in FAST_EXACT[library]])
 def test_a_linear_head_is_found_and_scored_by_each_samples_gradient(library, construction):
     net = CENSUS[library][construction][0]()
     with gwa_logging.watch(net.model) as monitor:

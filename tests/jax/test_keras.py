@@ -30,7 +30,7 @@ def make(activation: str | None, classes: int = 5) -> keras.Model:
     ("activation", "classes"),
     [
         pytest.param(None, 5, id="logits, narrow"),
-        pytest.param("softmax", 40, id="probabilities, wide"),
+        pytest.param("softmax", 40, id="probabilities, wide", marks=pytest.mark.slow),
         pytest.param(None, 40, id="logits, wide", marks=pytest.mark.slow),
         pytest.param("softmax", 5, id="probabilities, narrow", marks=pytest.mark.slow),
     ],

@@ -8,8 +8,8 @@ from flax import linen
 
 import gwa_logging
 from gwa_logging import EarlyStop, InvalidInputError, Monitor
-from tests.core.test_agreement import N as SAMPLES
-from tests.core.test_agreement import by_loop, random_epochs
+from tests.agreement import N as SAMPLES
+from tests.agreement import by_loop, random_epochs
 
 N = 11
 SCORES = np.random.default_rng(0).uniform(-0.5, 0.5, 6).astype(np.float32)

@@ -50,7 +50,9 @@ def nnx_oracle(model: Nnx, x: jax.Array, y: jax.Array) -> np.ndarray:
     return scores_of(gradients, kernel)
 
 
-@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "nnx.jit"])
+@pytest.mark.parametrize(
+    "jitted", [pytest.param(False, id="eager", marks=pytest.mark.slow), pytest.param(True, id="nnx.jit")]
+)
 def test_nnx_scores_equal_each_samples_own_gradient_and_the_rest_is_bit_identical(jitted):
     x, y = data()
     model, plain = Nnx(nnx.Rngs(0)), Nnx(nnx.Rngs(0))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gwa_logging import AlignmentSummary, alignment_scores
-from tests.core.test_agreement import by_loop, random_epochs
+from tests.agreement import by_loop, random_epochs
 
 HERE = Path(__file__)
 

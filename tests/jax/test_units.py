@@ -52,9 +52,9 @@ def test_a_sample_is_an_input_whose_rows_add_up(pool, batching, classes):
         return optax.softmax_cross_entropy_with_integer_labels(POOLS[pool](z), y).mean()
 
     weight = params["params"]["head"]["kernel"]
-    want = []
+    want, gradient_of = [], jax.jit(jax.grad(one_loss))
     for i in range(B):
-        gradient = jax.grad(one_loss)(params, x[i], y[i])["params"]["head"]["kernel"]
+        gradient = gradient_of(params, x[i], y[i])["params"]["head"]["kernel"]
         want.append(-jnp.vdot(gradient, weight) / jnp.linalg.norm(gradient) / jnp.linalg.norm(weight))
     with gwa_logging.watch(model, unit="sample", num_samples=B) as monitor:
         step = jax.jit(monitor.value_and_grad(loss))
@@ -63,7 +63,7 @@ def test_a_sample_is_an_input_whose_rows_add_up(pool, batching, classes):
         monitor.update(scores, np.arange(B))
         report, found = monitor.end_epoch(), monitor.suspects()
         assert monitor.faults == {}
-    expected_value, expected = jax.value_and_grad(loss)(params, x, y)
+    expected_value, expected = jax.jit(jax.value_and_grad(loss))(params, x, y)
     assert float(value) == pytest.approx(float(expected_value), rel=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), grads, expected)
     assert report.count == B
@@ -81,6 +81,6 @@ def test_one_row_for_each_input_is_scored_as_always():
     scores = []
     for unit in ("sample", "position", None):
         with gwa_logging.watch(model, unit=unit) as monitor:
-            scores.append(monitor.value_and_grad(loss)(params, x, y)[0][1])
+            scores.append(jax.jit(monitor.value_and_grad(loss))(params, x, y)[0][1])
     np.testing.assert_array_equal(scores[0], scores[1])
     np.testing.assert_array_equal(scores[0], scores[2])

@@ -1,5 +1,6 @@
 """JAX: value_and_grad with scores, against per-sample gradients, the published numbers, and plain jax.value_and_grad."""
 
+from itertools import product
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from flax import linen as nn
 import gwa_logging
 from gwa_logging import HeadNotFoundError, InvalidInputError, NoObservationsError
 from gwa_logging.integrations.jax import tap
+from tests.jax.tiers import tiered
 
 CASES = ("hard10", "smooth10", "mixup100", "hard1000", "confident")
 
@@ -71,10 +73,8 @@ def one_at_a_time(loss_of_one, params: Any, x, y, *path: str) -> np.ndarray:
     return np.asarray(jax.jit(jax.vmap(score))(x, y))
 
 
-EAGER = [pytest.param(loss, False, marks=[pytest.mark.slow] * (loss != "cross-entropy")) for loss in LOSSES]
-
-
-@pytest.mark.parametrize(("loss", "jitted"), [*EAGER, *((loss, True) for loss in LOSSES)])
+# test_ways.py has further losses under jit in the fast tier.
+@tiered("loss, jitted", product(LOSSES, (False, True)), fast=product(["cross-entropy"], (False, True)))
 def test_scores_equal_each_samples_own_gradient(loss, jitted):
     model, (x, y) = MLP(), data()
     params = model.init(jax.random.key(0), x)
@@ -101,11 +101,9 @@ def test_scores_equal_those_of_the_published_code(published, case):
     np.testing.assert_allclose(scores, published[f"{case}/scores"], atol=1e-6)
 
 
-PAIRS = [(0, False), ((0,), True), ((0, 1), False), (-3, True)]
-OTHER_PAIRS = [pytest.param(argnums, not has_aux, marks=pytest.mark.slow) for argnums, has_aux in PAIRS]
-
-
-@pytest.mark.parametrize(("argnums", "has_aux"), [*PAIRS, *OTHER_PAIRS])
+@tiered(
+    "argnums, has_aux", product([0, (0,), (0, 1), -3], (False, True)), fast=[(0, False), ((0, 1), False), (-3, True)]
+)
 def test_value_and_gradients_are_bit_identical_to_those_of_jax(argnums, has_aux):
     model, (x, y) = MLP(), data()
     params = model.init(jax.random.key(0), x)
@@ -181,6 +179,7 @@ def test_the_head_is_found_by_dataflow_through_what_follows_it():
     np.testing.assert_allclose(scores, one_at_a_time(without_penalty, params, x, y, "classifier", "kernel"), atol=1e-6)
 
 
+@pytest.mark.slow  # test_ways.py has both in the fast tier, with another width
 @pytest.mark.parametrize("wrap", [jax.checkpoint, jax.jit], ids=["checkpoint", "inner jit"])
 def test_a_head_inside_an_inner_transformation_is_found(wrap):
     model, (x, y) = MLP(), data()

@@ -9,6 +9,7 @@ as they were in the pass.
 import re
 from collections.abc import Callable
 from functools import lru_cache, partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -26,6 +27,7 @@ from jax import Array
 import gwa_logging
 from gwa_logging import HeadNotFoundError, InvalidInputError, Monitor, alignment_scores
 from gwa_logging.integrations.jax import AlignmentState, tap
+from tests.jax.tiers import tiered
 
 N, INPUTS, D, C = 24, 8, 12, 5
 WIDTH = {"narrow": (D, C), "wide": (4, C)}
@@ -181,7 +183,16 @@ LIBRARIES: dict[str, Callable[[int, int], Net]] = {
 }
 LINEN, EQUINOX, TAP = "Linen, compact", "Equinox, jax.vmap(model)", "a function with tap"
 library_of = pytest.mark.parametrize("library", LIBRARIES)
-width_of = pytest.mark.parametrize("width", WIDTH)
+
+HEADS = [each for each in product(LIBRARIES, WIDTH) if each != (TAP, "wide")]
+"""All libraries share the form for wide heads, which a function with tap never takes."""
+
+ONE_OF_EACH_LIBRARY = {
+    *((LINEN, "narrow"), ("Linen, setup", "narrow"), ("NNX", "wide"), ("Haiku", "narrow"), (TAP, "narrow")),
+    *((EQUINOX, "wide"), ("Equinox, vmap inside the model", "wide")),
+}
+OTHER_WIDTHS = {each for each in HEADS if each not in ONE_OF_EACH_LIBRARY} | {(TAP, "narrow")}
+"""Also one of each library, with the other width where there is one."""
 
 
 def one_by_one(net: Net, loss: Loss, x: Array, y: Array, params: Any = None) -> np.ndarray:
@@ -294,11 +305,9 @@ TASKS = {
 }
 
 
-HEADS = [(LINEN, "narrow"), (EQUINOX, "wide")]
-OTHER_HEADS = [(LINEN, "wide"), *((library, "narrow") for library in LIBRARIES if library != LINEN)]
-"""All libraries share the form for wide heads, which a function with tap never takes."""
-
 BASIC_TASKS = ("cross-entropy, mean", "ignored samples")
+FAST_TASKS = {(LINEN, "narrow"): tuple(TASKS), (EQUINOX, "wide"): BASIC_TASKS}
+"""The tasks of a head in the fast tier. They are compiled together, and so are its other ones."""
 
 
 def task_loss(net: Net, task: str) -> Loss:
@@ -323,13 +332,12 @@ def steps_of(library: str, width: str, classes: int, tasks: tuple[str, ...]) -> 
 @pytest.mark.parametrize(
     ("library", "width", "task", "tasks"),
     [
-        *((*head, task, tuple(TASKS)) for head in HEADS for task in TASKS),
-        *((*head, task, BASIC_TASKS) for head in OTHER_HEADS for task in BASIC_TASKS),
+        *((*head, task, tasks) for head, tasks in FAST_TASKS.items() for task in tasks),
         *(
             pytest.param(*head, task, tuple(TASKS), marks=pytest.mark.slow)
-            for head in OTHER_HEADS
+            for head in HEADS
             for task in TASKS
-            if task not in BASIC_TASKS
+            if task not in FAST_TASKS.get(head, ())
         ),
     ],
 )
@@ -342,9 +350,7 @@ def test_a_loss_is_scored_by_each_samples_gradient_and_nothing_else_changes(libr
     assert_identical((value, grads), plain[task])
 
 
-@pytest.mark.parametrize(
-    ("library", "width"), [(each, width) for each in LIBRARIES for width in WIDTH if (each, width) != (TAP, "wide")]
-)
+@tiered("library, width", HEADS, fast=ONE_OF_EACH_LIBRARY)
 @pytest.mark.usefixtures("fully_optimised")
 def test_results_are_bit_identical_to_the_plain_step_when_xla_optimises_fully(library, width):
     net, (x, y) = LIBRARIES[library](*WIDTH[width]), data()
@@ -355,9 +361,13 @@ def test_results_are_bit_identical_to_the_plain_step_when_xla_optimises_fully(li
     assert_identical((value, grads), plain)
 
 
-@pytest.mark.parametrize(
-    ("task", "width"),
+@tiered(
+    "task, width",
     [*((task, "narrow") for task in TASKS), ("cross-entropy, mean", "wide"), ("ignored samples", "wide")],
+    fast=[
+        *((task, "narrow") for task in ("cross-entropy, mean", "label smoothing", "one logit, binary cross-entropy")),
+        ("ignored samples", "wide"),
+    ],
 )
 def test_pytorch_has_the_same_scores_for_the_same_weights_and_batch(width, task):
     import torch
@@ -686,19 +696,33 @@ WAYS: Ways = {
 }
 
 
-WAYS_OF_HEADS = [
-    pytest.param(way, library, width, marks=[pytest.mark.slow] * ("vmap" not in way and (number + other) % 2))
-    for number, way in enumerate(WAYS)
-    for other, (library, width) in enumerate([(LINEN, "wide"), (EQUINOX, "narrow")])
+OF_A_BATCH, OF_A_ROW = (LINEN, "wide"), (EQUINOX, "narrow")
+"""A wide head whose layer gets the batch, and a narrow one whose layer gets a row."""
+
+WAYS_OF_HEADS = [(way, *head) for way in WAYS for head in (OF_A_BATCH, OF_A_ROW)]
+WAYS_OF_HEADS += [(way, *head) for way in WAYS if "vmap" in way for head in ((LINEN, "narrow"), (EQUINOX, "wide"))]
+
+FAST_WAYS = [
+    ("jit", *OF_A_ROW),
+    ("jit, donate_argnums", *OF_A_BATCH),
+    ("scan over micro-batches, checkpoint in it", *OF_A_ROW),
+    ("fori_loop over steps", *OF_A_BATCH),
+    ("checkpoint around the model, policy", *OF_A_BATCH),
+    ("jit around the model, also used by the evaluation", *OF_A_BATCH),
+    ("scan over layers with checkpoint", *OF_A_ROW),
+    ("vmap over seeds", LINEN, "narrow"),
+    ("vmap over seeds in the loss", EQUINOX, "wide"),
+    ("vmap over parts in the loss", *OF_A_BATCH),
+    ("two gradients per step, as in SAM", *OF_A_BATCH),
+    ("frozen backbone", *OF_A_ROW),
+    ("frozen head", *OF_A_BATCH),
+    ("gradient penalty", *OF_A_ROW),
+    ("has_aux and keywords", *OF_A_BATCH),
 ]
-"""A wide head whose layer gets the batch, and a narrow one whose layer gets a row: in the fast tier they take turns."""
-
-WAYS_OF_HEADS += [
-    (way, library, width) for way in WAYS if "vmap" in way for library, width in [(LINEN, "narrow"), (EQUINOX, "wide")]
-]
+"""Each kind of loop, of inner transformation, of mapped axis and of gradient, with one of the heads."""
 
 
-@pytest.mark.parametrize(("way", "library", "width"), WAYS_OF_HEADS)
+@tiered("way, library, width", WAYS_OF_HEADS, fast=FAST_WAYS)
 def test_a_way_of_training_has_the_scores_of_each_samples_gradient(way, width, library):
     net = LIBRARIES[library](*WIDTH[width])
     with gwa_logging.watch(net.model) as monitor:
@@ -830,13 +854,16 @@ def in_sixteen_bits(run: Run, dtype: Any, scale: float) -> tuple[Array, np.ndarr
     return scores, alignment_scores(*(np.asarray(a, np.float64) for a in (delta, h, weight)))
 
 
-@pytest.mark.parametrize(("library", "width"), [(LINEN, "wide"), (EQUINOX, "narrow")])
-@pytest.mark.parametrize(
-    ("dtype", "scale"),
-    [(jnp.bfloat16, 1), (jnp.float16, 1), (jnp.float16, 2.0**12)],
-    ids=["bf16", "fp16", "fp16 with a loss scale"],
+SIXTEEN_BITS = {"bf16": (jnp.bfloat16, 1), "fp16": (jnp.float16, 1), "fp16 with a loss scale": (jnp.float16, 2.0**12)}
+
+
+@tiered(
+    "kind, library, width",
+    [(kind, *head) for kind in SIXTEEN_BITS for head in (OF_A_BATCH, OF_A_ROW)],
+    fast=[("bf16", *OF_A_ROW), ("fp16 with a loss scale", *OF_A_BATCH)],
 )
-def test_sixteen_bit_training_is_scored_on_the_rounded_tensors(dtype, scale, library, width):
+def test_sixteen_bit_training_is_scored_on_the_rounded_tensors(kind, library, width):
+    dtype, scale = SIXTEEN_BITS[kind]
     features, classes = WIDTH[width]
     net = LIBRARIES[library](8 * features, 8 * classes)
     with gwa_logging.watch(net.model) as monitor:
@@ -880,8 +907,11 @@ def test_a_step_that_overflows_under_a_dynamic_loss_scale_is_excluded():
 # --- arguments --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("argnums", [0, 1, -1, -2, (1, 0), (-1, -2), (0,)], ids=str)
-@pytest.mark.parametrize("library", [LINEN, "NNX"])
+@tiered(
+    "library, argnums",
+    product([LINEN, "NNX"], [0, 1, -1, -2, (1, 0), (-1, -2), (0,)]),
+    fast=[*((LINEN, argnums) for argnums in (-1, (1, 0))), *(("NNX", argnums) for argnums in (0, -2, (-1, -2)))],
+)
 def test_argnums_are_those_of_jax(library, argnums):
     net = LIBRARIES[library](D, C)
     x, y = data()
@@ -997,8 +1027,17 @@ NNX_WAYS: Ways = {
 }
 
 
-@pytest.mark.parametrize(
-    ("way", "width"), [(way, w) for way in NNX_WAYS for w in WIDTH if w == "narrow" or "vmap" in way]
+@tiered(
+    "way, width",
+    [(way, width) for way in NNX_WAYS for width in WIDTH if width == "narrow" or "vmap" in way],
+    fast=[
+        ("split and merged, in jax.jit and scan", "narrow"),
+        ("nnx.remat around the model", "narrow"),
+        ("nnx.vmap around the model", "wide"),
+        ("nnx.jit around the loss", "narrow"),
+        ("DiffState of the head", "narrow"),
+        ("nnx.vmap over seeds", "narrow"),
+    ],
 )
 def test_a_way_of_nnx_has_the_scores_of_each_samples_gradient(way, width):
     net = of_nnx(*WIDTH[width])
@@ -1085,9 +1124,7 @@ def count(text: str, *operations: str) -> dict[str, int]:
     return {name: len(re.findall(rf"\b{name}\b", text)) for name in operations}
 
 
-@pytest.mark.parametrize(
-    ("library", "width"), [(each, width) for each in LIBRARIES for width in WIDTH if (each, width) != (TAP, "wide")]
-)
+@tiered("library, width", HEADS, fast=OTHER_WIDTHS)
 @pytest.mark.usefixtures("fully_optimised")
 def test_the_compiled_step_has_no_further_matrix_product_and_never_leaves_the_device(library, width):
     net, (x, y) = LIBRARIES[library](*WIDTH[width]), data()

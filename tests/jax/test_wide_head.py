@@ -61,7 +61,14 @@ def haiku() -> tuple[Any, Any, Any, Any]:
     return model, model.init(jax.random.key(0), X), model.apply, lambda g: g["mlp/~/linear_1"]["w"]
 
 
-@pytest.mark.parametrize("library", [linen, nnx_, equinox, haiku], ids=["Linen", "NNX", "Equinox", "Haiku"])
+@pytest.mark.parametrize(
+    "library",
+    [
+        pytest.param(linen, id="Linen"),
+        *(pytest.param(make, id=name, marks=pytest.mark.slow) for name, make in (("NNX", nnx_), ("Equinox", equinox))),
+        pytest.param(haiku, id="Haiku"),
+    ],
+)
 def test_scores_equal_each_samples_own_gradient_and_gradients_are_bit_identical(library):
     model, params, apply, head = library()
 
@@ -97,7 +104,10 @@ def test_each_reason_for_having_no_score_is_recognised():
     assert jnp.array_equal(jnp.isfinite(scores), (embeddings.sum(-1) > 0) & (weights > 0))
 
 
-@pytest.mark.parametrize("features", [FEATURES, CLASSES], ids=["wide head", "narrow head"])
+@pytest.mark.parametrize(
+    "features",
+    [pytest.param(FEATURES, id="wide head"), pytest.param(CLASSES, id="narrow head", marks=pytest.mark.slow)],
+)
 def test_rows_and_seeds_mapped_inside_the_loss_have_their_own_scores(features):
     model = eqx.nn.MLP(8, CLASSES, features, 1, key=jax.random.key(0))
     seeds = eqx.filter_vmap(lambda key: eqx.nn.MLP(8, CLASSES, features, 1, key=key))(

@@ -287,7 +287,7 @@ def test_a_path_or_a_module_names_the_head():
 
 def test_tracing_adds_no_attributes_to_the_model():
     model = Keeps()
-    find_head(model)
+    assert find_head(model).path == "first"
     assert not hasattr(model, "features")
     assert not hasattr(model, "calls")
 
@@ -306,21 +306,22 @@ def test_the_head_of_a_model_that_cannot_be_traced_is_found_in_its_first_trainin
 
 
 @pytest.mark.parametrize(
-    ("model", "message"),
+    ("model", "message", "count"),
     [
-        (TwoHeads(), "several layers: 'first', 'second'"),
-        (ConvolutionLast(), "does not come from one linear layer, but from 'conv' (Conv2d is not a 1x1"),
-        (nn.Conv2d(1, 5, 3), "has no linear layer and no 1x1 convolution"),
+        (TwoHeads(), "several layers: 'first', 'second'", 3),
+        (ConvolutionLast(), "does not come from one linear layer, but from 'conv' (Conv2d is not a 1x1", 1),
+        (nn.Conv2d(1, 5, 3), "has no linear layer and no 1x1 convolution", 0),
     ],
     ids=["two heads", "convolution", "none"],
 )
-def test_a_head_that_is_missing_or_ambiguous_is_refused_with_the_candidates(model, message):
+def test_a_head_that_is_missing_or_ambiguous_is_refused_with_the_candidates(model, message, count):
     with pytest.raises(HeadNotFoundError) as error:
         gwa_logging.watch(model)
     assert message in str(error.value)
+    assert len(error.value.candidates) == count
     for candidate in error.value.candidates:
         assert candidate in str(error.value)
-    assert not error.value.candidates or "head='dotted.path'" in str(error.value)
+    assert not count or "head='dotted.path'" in str(error.value)
 
 
 def test_two_heads_found_in_the_first_pass_are_refused_before_anything_is_trained():

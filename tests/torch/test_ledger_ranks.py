@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 import gwa_logging
 from gwa_logging import EarlyStop, InvalidInputError, Monitor
 from gwa_logging.journal import read_journal
-from tests.core.test_agreement import N as SAMPLES
-from tests.core.test_agreement import by_loop, random_epochs
+from tests.agreement import N as SAMPLES
+from tests.agreement import by_loop, random_epochs
 from tests.torch.ranks import World
 
 N, BATCH, EPOCHS = (

@@ -443,7 +443,9 @@ def test_a_resumed_run_has_the_same_consensus_and_alert(watch, tmp_path):
         train(model, monitor, optimizer)
     assert [r.consensus for r in monitor.history] == [r.consensus for r in whole]
     assert not any(map(math.isnan, (r.consensus for r in whole[1:])))
-    assert (monitor.alert and monitor.alert.message) == (alert and alert.message)
+    assert alert is not None
+    assert monitor.alert is not None
+    assert monitor.alert.message == alert.message
 
 
 def test_a_state_of_version_4_has_no_look(watch):

@@ -420,6 +420,7 @@ FAULTS: dict[str, tuple[type[nn.Module], Any, str]] = {
         f"{NONE}ValueError: expected batches that are a tensor, a dict, or a tuple of at least 2, as forward of Tuples "
         "requires, found list of 1",
     ),
+    "an id is no argument": (Tuples, with_ids(Rows(lambda x, y: (x,))), "requires, found list of 1"),
     "objects": (Net, Rows(lambda x, y: object()), f"{NONE}TypeError: default_collate"),
     "text": (
         Net,

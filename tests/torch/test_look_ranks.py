@@ -27,6 +27,7 @@ WRAPS: dict[str, Callable[[Net], Any]] = {
     "FSDP": fsdp_1,
     "split by classes": by_classes,
 }
+AUTO = ("DDP", "FSDP2", "FSDP", "split by classes")
 AVERAGED = ("DDP", "DDP, compiled", "FSDP2", "FSDP2, the head by itself", "split by classes")
 """Where the average of the weights can be kept."""
 
@@ -56,8 +57,9 @@ def trained(wrap: Callable[[Net], Any], look: Any, keep_best: Any = False) -> Ou
     """Trains two models alike; the monitor looks at one of them, and the scenario at the other."""
     shares = 1 if wrap is by_classes else size()
     models = [wrap(Net()) for _ in range(2)]
+    dataset = ReadOn(wrap) if isinstance(look, str) else None
     monitors = [
-        gwa_logging.watch(models[0], look=look, keep_best=keep_best),
+        gwa_logging.watch(models[0], look=look, dataset=dataset, keep_best=keep_best),
         gwa_logging.watch(models[1], name="other"),
     ]
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.5) for model in models]
@@ -86,6 +88,20 @@ def trained(wrap: Callable[[Net], Any], look: Any, keep_best: Any = False) -> Ou
     return Outcome([r.consensus for r in monitors[0].history], outputs, is_unchanged, monitors[0].faults)
 
 
+class ReadOn:
+    """The inputs as a data set, which only rank 0 may read if every rank has the whole model."""
+
+    def __init__(self, wrap: Callable[[Net], Any]) -> None:
+        self.reads = rank() == 0 or wrap is not ddp
+
+    def __len__(self) -> int:
+        return len(inputs())
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        assert self.reads
+        return inputs()[index], 0
+
+
 def no_data() -> Tensor:
     raise RuntimeError("no data on this rank")
 
@@ -104,6 +120,7 @@ def rejected(wrap: Callable[[Net], Any], keep_best: Any = False) -> Outcome:
 
 SCENARIOS: dict[str, Callable[[], Outcome]] = {
     **{f"look, {name}": partial(trained, wrap, inputs()) for name, wrap in WRAPS.items()},
+    **{f"auto, {name}": partial(trained, WRAPS[name], "auto") for name in AUTO},
     "a look fails on rank 0, DDP": partial(fails_on, 0, ddp),
     "a look fails on rank 1, DDP": partial(fails_on, 1, ddp),
     "a look fails on rank 0, FSDP2": partial(fails_on, 0, fsdp),
@@ -137,7 +154,12 @@ def tiered(*names: str) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    "name", tiered(*(f"look, {name}" for name in WRAPS), *(f"averaged, {name}" for name in AVERAGED))
+    "name",
+    tiered(
+        *(f"look, {name}" for name in WRAPS),
+        *(f"averaged, {name}" for name in AVERAGED),
+        *(f"auto, {name}" for name in AUTO),
+    ),
 )
 def test_all_ranks_have_the_consensus_of_the_whole_model_and_training_does_not_change(name, ranks_of):
     ranks = ranks_of(name)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import gwa_logging
 from gwa_logging import Monitor, alignment_scores
+from gwa_logging.integrations.torch.units import ATTEMPTS
 from tests.torch.tiers import tiered
 
 B, T = 6, 4
@@ -280,6 +281,24 @@ def test_passes_that_tell_nothing_leave_the_question_open():
         F.cross_entropy(model(x), y).backward()
         report = monitor.end_epoch()
     assert report.count == 3 * B  # 3 passes with scores; rows without a gradient are excluded
+
+
+@pytest.mark.parametrize(("undecided", "decided"), [(ATTEMPTS, B * T), (ATTEMPTS - 1, B)], ids=["all", "all but one"])
+def test_after_eight_passes_that_decide_nothing_rows_are_samples_for_good(undecided, decided, caplog):
+    """One pass with pooled rows follows: after the last attempt it no longer changes what a sample is."""
+    model, (x, y) = Net("by logits", lambda z: z[:, 0]), data()
+    assert ATTEMPTS == 8
+    with gwa_logging.watch(model, head="head") as monitor:
+        for _ in range(undecided):
+            assert not any("the head saw" in message for message in caplog.messages)
+            F.cross_entropy(model(x), y).backward()
+        assert monitor.end_epoch().count == undecided * B
+        model.after = lambda z: z.mean(1)
+        F.cross_entropy(model(x), y).backward()
+        assert monitor.end_epoch().count == decided
+    noted = [message for message in caplog.messages if "the head saw" in message]
+    assert len(noted) == 1
+    assert ("the loss pools the rows of an input" if decided == B else "Each row with a gradient") in noted[0]
 
 
 def test_two_calls_of_the_head_in_one_forward_are_noted_as_rows(caplog):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import gwa_logging
-from gwa_logging import AlignmentSummary, alignment_scores
+from gwa_logging import AlignmentSummary, InvalidInputError, alignment_scores
 from gwa_logging.integrations.torch.adapter import TorchAdapter
 from tests.torch.tiers import tiered
 
@@ -374,16 +374,18 @@ def test_watching_again_replaces_the_first_watch():
     second = gwa_logging.watch(model)
     F.cross_entropy(model(x), y).backward()
     assert second.end_epoch().count == 16
-    assert first.history == []
+    with pytest.raises(InvalidInputError, match="this monitor is closed"):
+        first.end_epoch()
 
 
 def test_nothing_is_observed_after_close_even_by_a_pass_under_way():
     model, x, y = net(), torch.randn(16, 8), torch.randint(0, 5, (16,))
-    monitor = gwa_logging.watch(model)
+    monitor = gwa_logging.watch(model, num_samples=16)
+    monitor.tag(torch.arange(16))
     loss = F.cross_entropy(model(x), y)
     monitor.close()
     loss.backward()
-    assert monitor.history == []
+    assert not monitor._adapter.ledger().seen.any()
 
 
 def test_nan_and_infinite_logits_are_excluded_and_training_goes_on(caplog):

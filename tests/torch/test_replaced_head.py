@@ -283,6 +283,7 @@ def test_copies_and_files_contain_nothing_about_the_head():
     gwa_logging.watch(model)
     model.fc = nn.Linear(8, 5)
     train(model, 10)
+    assert hooks_of(model)
     assert not hooks_of(copy.deepcopy(model))
     file = io.BytesIO()
     torch.save(model, file)

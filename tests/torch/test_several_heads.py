@@ -63,14 +63,13 @@ def test_the_alert_follows_the_first_head():
 
 
 def test_both_write_into_one_mlflow_run(monkeypatch, tmp_path):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    from tests.trackers import new_database
+
+    client = new_database(tmp_path, monkeypatch)
     model = Distilled()
     with gwa_logging.watch(model, head=["head", "head_dist"], backend="mlflow") as monitor:
         train(model, monitor)
-    from mlflow import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    (run,) = client.search_runs(["0"])
+    (run,) = client.search_runs([client.get_experiment_by_name("gwa").experiment_id])
     assert run.info.status == "FINISHED"
     for key, history in (("gwa/gwa", monitor.history), ("gwa/head_dist/gwa", monitor.heads["head_dist"].history)):
         assert [m.value for m in client.get_metric_history(run.info.run_id, key)] == [r.gwa for r in history]

@@ -94,6 +94,7 @@ def test_the_callback_adds_nothing_but_its_session_and_monitor():
     assert_adds_only_its_session(GWACallback(), keras.callbacks.Callback)
 
 
+@slow_in_jax
 def test_the_progress_bar_shows_gwa(capsys):
     fit(make(), GWACallback(name="align"), verbose=2)
     assert "align/gwa: " in capsys.readouterr().out
@@ -175,6 +176,7 @@ class Subclass(keras.Model):
         return x
 
 
+@slow_in_jax
 def test_a_subclassed_model_is_watched_if_its_head_is_named():
     model = make(model=Subclass)
     model.build((None, FEATURES))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from gwa_logging import InvalidInputError, MissingDependencyError
+from gwa_logging import EarlyStop, InvalidInputError, MissingDependencyError
 from gwa_logging.journal import read_journal
 from gwa_logging.trainer_session import TrainerSession, decode_arrays, encode_arrays
 
@@ -58,6 +58,22 @@ def test_an_epoch_without_observations_is_counted_as_a_fault_and_does_not_end_tr
     assert session.end_epoch() is None
     assert session.monitor.faults == {"epoch": 1}
     session.end()
+
+
+def test_the_progress_has_the_agreement_only_if_the_rule_watches_it():
+    session = TrainerSession({"num_samples": 4, "early_stop": EarlyStop(statistic="agreement")})
+    model = nn.Linear(4, 3)
+    session.begin(model, training=object(), planned=2, runs={})
+    shown = []
+    for epoch in range(2):
+        session.enter_epoch(epoch)
+        session.monitor.update(torch.tensor([0.1, -0.2, 0.3, (-1) ** epoch * 0.2]), torch.arange(4))
+        session.count_step()
+        shown.append(session.progress(session.end_epoch()))
+    session.end()
+    assert np.isnan(shown[0]["gwa/agreement"])
+    assert shown[1]["gwa/agreement"] == 0.75
+    assert "gwa/agreement" not in TrainerSession({}).progress(session.monitor.history[0])
 
 
 def test_state_that_does_not_fit_is_refused_and_leaves_nothing_watched():
