@@ -13,7 +13,10 @@ from benchmarks.study import grid as study
 from benchmarks.study.cases import Case, false_alarms, judge, load_cases
 from benchmarks.study.comparisons import epochs_of_one_run, recipes
 from benchmarks.study.criteria import (
+    AVERAGED,
     CRITERIA,
+    DEFAULT,
+    OURS,
     best_with_patience,
     by_look,
     by_rule,
@@ -28,9 +31,8 @@ from benchmarks.study.shares import Cell, left_out_errors, measure, verdict
 from benchmarks.study.train import train
 
 
-@pytest.mark.parametrize("group", ["grid", "first"])
-def test_halves_are_balanced_and_keep_seeds_together(group):
-    runs = [run for run in grid() if run.part == "full" and run.group == group]
+def test_halves_of_the_first_group_are_balanced_and_keep_seeds_together():
+    runs = [run for run in grid() if run.part == "full" and run.group == "first"]
     choosing = [run for run in runs if run.for_choosing]
     assert len(runs) == len(set(runs)) == 2 * len(choosing)
     for field in ("noise", "net", "recipe"):
@@ -42,8 +44,12 @@ def test_halves_are_balanced_and_keep_seeds_together(group):
     )
 
 
-def test_no_other_group_is_for_choosing_and_names_are_different():
-    assert not [run for run in grid() if run.for_choosing and run.group not in ("grid", "first")]
+def test_of_the_other_groups_seed_0_is_for_choosing_but_tables_and_further_clean_runs_are_not():
+    others = [run for run in grid() if run.group != "first"]
+    assert {(run.group in ("table", "clean"), run.seed == 0, run.for_choosing) for run in others} == {
+        *((False, is_first, is_first) for is_first in (False, True)),
+        *((True, is_first, False) for is_first in (False, True)),
+    }
     assert len({run.name for run in grid()}) == len(grid())
     assert {run.group for run in grid()} == {*GROUPS, "clean"}
 
@@ -88,6 +94,12 @@ def test_the_look_waits_for_the_separation():
     assert by_look(run) == (3, 13, True)
     assert by_look(run, waits=False) == (3, 8, True)
     assert by_look({**run, "separation_value": np.full(16, 0.8)}) == (3, 15, False)
+    late = {
+        **run,
+        "consensus": run["consensus"] + 0.06 * (np.arange(16) > 9),
+    }  # grows by less than the separation falls
+    assert by_look(late, weight=0).epoch == 10
+    assert by_look(late).epoch == 3
 
 
 # --- what is recorded ----------------------------------------------------------------------------------------------------
@@ -135,22 +147,22 @@ def made_up(run: Run, accuracy: list[float], held_out: list[float], separation: 
 def test_regret_and_gain_are_points_below_the_best_epoch_and_above_the_competitor():
     run = Run("grid", "digits", "clean", "mlp", "adam", 0)
     case = made_up(run, [0.5, 0.6, 0.8, 0.7, 0.9], [0.1, 0.2, 0.3, 0.4, 0.1], [0.1, 0.2, 0.9, 0.2, 0.2])
-    ours = judge(CRITERIA["separation"], [case])
+    ours = judge(CRITERIA[DEFAULT], [case])
     assert (ours.regret[0], ours.gain[0], ours.share[0]) == pytest.approx((10, 10, 1))  # epoch 2 against 4 and 3
-    averaged = judge(CRITERIA["separation, averaged weights"], [case])
+    averaged = judge(CRITERIA[DEFAULT + AVERAGED], [case])
     assert (averaged.regret[0], averaged.gain[0]) == pytest.approx((9, 11))
-    assert judge(CRITERIA["consensus of a look"], [case]).cases == []  # it has no look
-    assert judge(CRITERIA["separation"], [Case(run, {"full": case.full})]).cases == []  # no competitor
+    assert judge(CRITERIA[OURS], [case]).cases == []  # it has no look
+    assert judge(CRITERIA[DEFAULT], [Case(run, {"full": case.full})]).cases == []  # no competitor
 
 
 def test_a_false_alarm_is_a_stop_before_four_fifths_of_a_clean_run_that_improves():
     rises = [0.1 * i for i in range(10)]
     early = [0.0, 0.9, *[0.1] * 8]
     case = made_up(Run("clean", "digits", "clean", "mlp", "adam", 1), rises, rises, early)
-    assert false_alarms(CRITERIA["separation"], [case]) == (1, 1)
+    assert false_alarms(CRITERIA[DEFAULT], [case]) == (1, 1)
     assert false_alarms(CRITERIA["last epoch"], [case]) == (0, 1)
     noisy = Case(case.run._replace(noise="20 %"), case.parts)
-    assert false_alarms(CRITERIA["separation"], [noisy]) == (0, 0)
+    assert false_alarms(CRITERIA[DEFAULT], [noisy]) == (0, 0)
 
 
 def test_epochs_of_a_run_and_recipes_are_compared_by_pairs_that_differ():

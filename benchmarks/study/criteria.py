@@ -46,17 +46,19 @@ def by_rule(series: Series, **rule: Any) -> Pick:
     return _by_rule(settings, series[f"{name}_value"], series[f"{name}_error"])
 
 
-def by_look(series: Series, name: str = "consensus", *, waits: bool = True, **rule: Any) -> Pick:
-    """The stop rule on a series of the look.
+def by_look(series: Series, name: str = "consensus", *, weight: float = 1.0, waits: bool = True, **rule: Any) -> Pick:
+    """The stop rule on the sum of a series of the look and the separation.
 
     Args:
         series: of a run.
-        name: the series that picks the epoch.
+        name: the series of the look.
+        weight: of the separation in the sum; 1 in the library.
         waits: whether the rule waits until the separation has declined, as the library's does.
         rule: settings that differ from the library's.
     """
-    declined = decline(series) if waits else np.ones(len(series[name]), bool)
-    return _by_rule(EarlyStop(statistic="consensus", **rule), series[name], np.zeros(len(declined)), declined)
+    values = series[name] + weight * np.nan_to_num(series["separation_value"])
+    declined = decline(series) if waits else np.ones(len(values), bool)
+    return _by_rule(EarlyStop(statistic="consensus", **rule), values, np.zeros(len(declined)), declined)
 
 
 def decline(series: Series) -> npt.NDArray[np.bool_]:
@@ -188,8 +190,9 @@ def _held_out(pick: Callable[[Series], Pick], *, averaged: bool = False) -> Crit
     return Criterion(pick, "held-out", averaged, "averaged_held_out_accuracy" if averaged else "held_out_accuracy")
 
 
-OURS = "consensus of a look"
-DEFAULT = "separation"
+OURS = "consensus + separation (the rule with a look)"
+DEFAULT = "separation (the rule without)"
+AGREEMENT = "agreement + separation (needs ids)"
 RIVAL = "10 % held out, accuracy"
 AVERAGED = ", averaged weights"
 
@@ -198,7 +201,7 @@ CRITERIA: dict[str, Criterion] = {
     OURS + AVERAGED: Criterion(partial(by_look, name="averaged_consensus"), averaged=True, needs="averaged_consensus"),
     DEFAULT: Criterion(by_rule),
     DEFAULT + AVERAGED: Criterion(by_rule, averaged=True, needs="averaged_test_accuracy"),
-    "agreement": Criterion(agreement),
+    AGREEMENT: Criterion(agreement),
     "stable GWA (beta 3)": Criterion(partial(by_rule, statistic="stable", drop=0)),
     "GWA as published (beta 1.2)": Criterion(partial(published_gwa, patience=PATIENCE)),
     "GWA as published, maximum of the whole run": Criterion(partial(published_gwa, patience=None)),
@@ -223,14 +226,20 @@ CRITERIA: dict[str, Criterion] = {
 
 VARIANTS: dict[str, Criterion] = {
     "as it is": CRITERIA[OURS],
-    "patience 5": Criterion(partial(by_look, patience=5), needs="consensus"),
-    "without waiting for the separation": Criterion(partial(by_look, waits=False), needs="consensus"),
-    "without waiting, patience 5": Criterion(partial(by_look, waits=False, patience=5), needs="consensus"),
+    "patience 8": Criterion(partial(by_look, patience=8), needs="consensus"),
+    "the consensus alone": Criterion(partial(by_look, weight=0.0), needs="consensus"),
+    "half the separation": Criterion(partial(by_look, weight=0.5), needs="consensus"),
+    "twice the separation": Criterion(partial(by_look, weight=2.0), needs="consensus"),
+    "does not wait for the separation": Criterion(partial(by_look, waits=False), needs="consensus"),
+    "does not wait, patience 8": Criterion(partial(by_look, waits=False, patience=8), needs="consensus"),
+    "the consensus alone, does not wait": Criterion(partial(by_look, weight=0.0, waits=False), needs="consensus"),
     "softmax outputs of training instead of its predictions": Criterion(
         partial(by_look, name="softmax"), needs="softmax"
     ),
     "all epochs so far instead of the first half": Criterion(partial(by_look, name="all_epochs"), needs="all_epochs"),
-    "the looks' own outputs instead of training's": Criterion(partial(by_look, name="own_looks"), needs="own_looks"),
+    "the looks' own outputs (without ids)": Criterion(partial(by_look, name="own_looks"), needs="own_looks"),
     "alignment score with the consensus as label": Criterion(partial(by_look, name="alignment"), needs="alignment"),
+    "look at the averaged weights": Criterion(partial(by_look, name="averaged_consensus"), needs="averaged_consensus"),
+    "averaged weights kept, look at those in training": Criterion(by_look, averaged=True, needs="consensus"),
 }
 """Variants of our criterion, for the table of what was tried."""

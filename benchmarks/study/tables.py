@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from benchmarks.study.cases import Case, Floats, Verdict, false_alarms, interval, judge
-from benchmarks.study.criteria import AVERAGED, CRITERIA, DEFAULT, OURS, RIVAL, VARIANTS, Criterion
+from benchmarks.study.criteria import AGREEMENT, AVERAGED, CRITERIA, DEFAULT, OURS, RIVAL, VARIANTS, Criterion
 from benchmarks.study.grid import GROUPS, NOISE
 from benchmarks.study.series import SUSPECT_SCORES
 
@@ -16,7 +16,7 @@ MAIN = (
     OURS + AVERAGED,
     DEFAULT,
     DEFAULT + AVERAGED,
-    "agreement",
+    AGREEMENT,
     RIVAL,
     RIVAL + AVERAGED,
     "GradStop",
