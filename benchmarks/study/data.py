@@ -31,7 +31,8 @@ class Samples(NamedTuple):
 
     Attributes:
         x, labels: training inputs and their noisy labels. Numbers float32 [n, features]; images float32 [n, channels, side,
-            side] with mean 0 and standard deviation 1; sentences as TF-IDF float32 [n, VOCABULARY] or as word numbers int64 [n, WORDS].
+            side] with mean 0 and standard deviation 1; sentences as TF-IDF float32 [n, VOCABULARY] or as word numbers
+            int64 [n, WORDS].
         flipped: bool [n], True where the label is wrong.
         held_out_x, held_out_labels: the held-out part of the training data; its labels are as noisy.
         test_x, test_labels: test data with clean labels.
