@@ -28,6 +28,19 @@ TIE_MARGIN = 2.0
 """An alert lists epochs within this number of standard errors of the best as equally good."""
 
 
+TYPICAL_LOSS = {
+    "consensus": (
+        "in our study the epoch that this rule named was within 1.1 points of test accuracy of the best epoch in half of the "
+        "runs, and within 4.9 points in nine of ten"
+    ),
+    "separation": (
+        "in our study the epoch that this rule named was within 1.4 points of test accuracy of the best epoch in half of the "
+        "runs, and within 8.0 points in nine of ten"
+    ),
+}
+"""How sure an alert is, for the statistics that the study has examined with their default rule. Source: `docs/study.md`."""
+
+
 class Decision(StrEnum):
     """How the rule interprets the value of an epoch."""
 
@@ -265,6 +278,9 @@ class StopRule:
 
     def _caveats(self, report: EpochReport, history: Sequence[EpochReport]) -> Iterable[str]:
         """Yields reasons to doubt the alert."""
+        statistic, action = self.settings.statistic, self.settings.action
+        if self.state.best_epoch >= 0 and self.settings == EarlyStop(statistic=statistic, action=action):
+            yield from filter(None, [TYPICAL_LOSS.get(statistic)])
         yield from report.notes
         best = next((r for r in history if r.epoch == self.state.best_epoch), None)
         for note in best.notes if best else ():

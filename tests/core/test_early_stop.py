@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gwa_logging import AlignmentSummary, EarlyStop, StopReason
-from gwa_logging.early_stop import Decision, StopRule, StopState, step, warmup_epochs
+from gwa_logging.early_stop import TYPICAL_LOSS, Decision, StopRule, StopState, step, warmup_epochs
 from gwa_logging.statistic import estimate
 
 W, F, U, I, N, S = (  # noqa: E741 - one letter per decision keeps the table readable
@@ -129,6 +129,15 @@ def test_an_alert_lists_reasons_to_doubt_it():
     (alert,) = alerts_of(EarlyStop(warmup=0, patience=2), few)
     assert any("only 150 samples" in caveat for caveat in alert.caveats)
     assert any("first after the warm-up" in caveat for caveat in alert.caveats)
+
+
+@pytest.mark.parametrize(
+    ("rule", "is_studied"),
+    [(EarlyStop(warmup=0.1), True), (EarlyStop(action="stop"), True), (EarlyStop(drop=0.1), False)],
+)
+def test_an_alert_of_a_rule_that_was_studied_says_what_it_loses(rule, is_studied):
+    (alert,) = alerts_of(rule, reports_of(*[two_groups(d) for d in (1, 1, 9, 0, 0, 0, 0, 0)]))
+    assert (TYPICAL_LOSS["separation"] in alert.caveats) == is_studied
 
 
 def test_undefined_values_fire_with_their_own_reason():
