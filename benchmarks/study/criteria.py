@@ -194,6 +194,8 @@ OURS = "consensus + separation (the rule with a look)"
 DEFAULT = "separation (the rule without)"
 AGREEMENT = "agreement + separation (needs ids)"
 RIVAL = "10 % held out, accuracy"
+BLINDED = "10 % held out, blinded"
+ORACLE = "oracle: test accuracy, mean of 3 epochs"
 AVERAGED = ", averaged weights"
 
 CRITERIA: dict[str, Criterion] = {
@@ -213,10 +215,10 @@ CRITERIA: dict[str, Criterion] = {
     "training loss": Criterion(lambda series: best_with_patience(-series["train_loss"])),
     "last epoch": Criterion(last_epoch),
     "last epoch" + AVERAGED: Criterion(last_epoch, averaged=True, needs="averaged_test_accuracy"),
-    "oracle: test accuracy, mean of 3 epochs": Criterion(oracle),
+    ORACLE: Criterion(oracle),
     RIVAL: _held_out(lambda series: best_with_patience(series["held_out_accuracy"])),
     RIVAL + AVERAGED: _held_out(lambda series: best_with_patience(series["averaged_held_out_accuracy"]), averaged=True),
-    "10 % held out, blinded": _held_out(lambda series: best_with_patience(_centred(series["held_out_accuracy"]))),
+    BLINDED: _held_out(lambda series: best_with_patience(_centred(series["held_out_accuracy"]))),
     "10 % held out, accuracy, whole run": _held_out(
         lambda series: best_with_patience(series["held_out_accuracy"], patience=None)
     ),

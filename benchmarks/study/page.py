@@ -4,8 +4,9 @@ from collections import Counter
 from pathlib import Path
 
 from benchmarks.study.archive import ARCHIVE, load
-from benchmarks.study.cases import Case, load_cases
+from benchmarks.study.cases import Case, Verdict, false_alarms, interval, load_cases
 from benchmarks.study.comparisons import comparison_table
+from benchmarks.study.criteria import AVERAGED, BLINDED, CRITERIA, DEFAULT, ORACLE, OURS, RIVAL
 from benchmarks.study.grid import DATA, GROUPS
 from benchmarks.study.shares import columns, measure, share_rows, verdict
 from benchmarks.study.tables import (
@@ -18,8 +19,11 @@ from benchmarks.study.tables import (
     regret_table,
     suspect_table,
     table,
+    typical_table,
     variants_table,
+    verdicts,
 )
+from gwa_logging.early_stop import TYPICAL_LOSS
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
@@ -74,6 +78,44 @@ def fill(cases: list[Case]) -> dict[str, str]:
         "shares": table(["noise", "wrong labels", *columns(shares)], share_rows(shares)),
         "calibration": verdict(shares),
         "comparisons": comparison_table([case for case in cases if case.run.group == "first"]),
+        "typical": typical_table(cases),
+        "full runs": str(len(cases)),
+        **_numbers(reporting, first, unseen),
+    }
+
+
+def _numbers(reporting: list[Case], first: list[Case], unseen: list[Case]) -> dict[str, str]:
+    """Single figures of the text."""
+    found, of_first = verdicts(reporting), verdicts(first)
+    ours, rival = found[OURS], found[RIVAL]
+
+    def gain(verdict: Verdict) -> str:
+        low, high = interval(verdict.gain)
+        return f"{verdict.gain.mean():.1f} [{low:+.1f}, {high:+.1f}]"
+
+    def of(counts: tuple[int, int]) -> str:
+        return f"{counts[0]} of {counts[1]}"
+
+    by_noise = {
+        noise: [v.regret[[c.run.noise == noise for c in v.cases]].mean() for v in (ours, rival)]
+        for noise in dict.fromkeys(case.run.noise for case in ours.cases)
+    }
+    above = sorted(noise for noise, (a, b) in by_noise.items() if a > b)
+    averages = found["last epoch" + AVERAGED].gain - found["last epoch"].gain
+    return {
+        "ours": f"{ours.regret.mean():.1f}",
+        "ours gain": gain(ours),
+        "last averaged gain": f"{averages.mean():.1f}",
+        "ours alarms": of(false_alarms(CRITERIA[OURS], unseen)),
+        "rival alarms": of(false_alarms(CRITERIA[RIVAL], unseen)),
+        "oracle": f"{found[ORACLE].regret.mean():.1f}",
+        "first rival": f"{of_first[RIVAL].regret.mean():.2f}",
+        "first blinded": f"{of_first[BLINDED].regret.mean():.2f}",
+        "first default": f"{of_first[DEFAULT].regret.mean():.2f}",
+        "targets": f"Reached by the rule with a look: mean {ours.regret.mean():.1f}, worst {ours.regret.max():.1f}, "
+        f"{of(false_alarms(CRITERIA[OURS], unseen))} clean runs stopped early, {gain(ours)} points more than held-out data; "
+        f"its regret is above that of held-out data for {', '.join(above) or 'no noise'}.",
+        "typical text": " ".join(f'"{sentence}"' for sentence in TYPICAL_LOSS.values()),
     }
 
 

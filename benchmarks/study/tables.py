@@ -1,6 +1,7 @@
 """The tables of `docs/study.md`."""
 
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 
 import numpy as np
 
@@ -129,6 +130,27 @@ def jitter_table(cases: list[Case]) -> str:
             means = [float(np.mean(found)) for found in spreads.values()]
             rows.append([noise, str(len(spreads["test_accuracy"])), *(f"{mean:.2f}" for mean in means)])
     return table(["noise", "runs", "weights in training", "averaged weights"], rows)
+
+
+def typical_loss(cases: list[Case], name: str) -> tuple[float, float]:
+    """Median and 90 % quantile of a criterion's regret over all cells, in points."""
+    half, most = np.percentile(judge(CRITERIA[name], cases).regret, [50, 90])
+    return float(half), float(most)
+
+
+def typical_table(cases: list[Case]) -> str:
+    """Median and 90 % quantile of the regret, by the share of negative scores at the picked epoch."""
+    rows = []
+    edges = (0, 0.1, 0.25, 0.4, 1.01)
+    for name in (OURS, DEFAULT):
+        v = judge(CRITERIA[name], cases)
+        negative = np.array([c.full["negative"][CRITERIA[name].pick(c.full).epoch] for c in v.cases])
+        row = [name, "{:.1f}, {:.1f}".format(*typical_loss(cases, name))]
+        for low, high in pairwise(edges):
+            part = v.regret[(negative >= low) & (negative < high)]
+            row.append("{:.1f}, {:.1f} ({})".format(*np.percentile(part, [50, 90]), len(part)) if len(part) else "-")
+        rows.append(row)
+    return table(["rule", "all", "below 10 % (cells)", "10 to 25 %", "25 to 40 %", "above 40 %"], rows)
 
 
 # --- suspects ---------------------------------------------------------------------------------------------------------
