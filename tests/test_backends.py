@@ -235,6 +235,7 @@ def _train_in_users_run(tracker: Tracker, folder: Path) -> Trained:
         monitor = training.watch(folder, backend=tracker.backend, run=run)
         for _ in range(EPOCHS):
             training.epoch(monitor, each_step=lambda index: index % 3 or tracker.log(run, 0.5))
+            monitor.flush()  # what a slow writer has not delivered before the user's last row would get rows of its own
             tracker.log(run, 0.25)
         monitor.close()
         ended = tracker.ended(run)

@@ -75,7 +75,8 @@ def trained(look: Any, directory: Path, *, how: str, noise: bool, keep_best: Any
     model = Net(noise)
     torch.manual_seed(7)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    monitor = gwa_logging.watch(model, directory=directory, look=look, keep_best=keep_best)
+    rule = EarlyStop(patience=4)  # the same with and without a look
+    monitor = gwa_logging.watch(model, directory=directory, look=look, keep_best=keep_best, early_stop=rule)
     run: nn.Module = model
     if how == "compiled":
         run = torch.compile(model, backend="aot_eager")  # type: ignore[assignment]
@@ -91,7 +92,7 @@ def trained(look: Any, directory: Path, *, how: str, noise: bool, keep_best: Any
     F.cross_entropy(run(x), y).backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     history = [
-        report.model_copy(update={"time": 0.0, "consensus": None, "is_best": False}) for report in monitor.history
+        report.model_copy(update={"time": 0.0, "consensus": None}) for report in monitor.history
     ]
     consensus = [report.consensus for report in monitor.history]
     best = monitor.best_weights() if keep_best else None

@@ -114,8 +114,10 @@ def test_the_inputs_of_a_look_are_chosen_from_the_trainers_data_set(given):
 def test_the_inputs_of_a_look_are_chosen_also_with_ids_and_a_column_that_the_trainer_keeps():
     callback, bare = GWACallback(look="auto", num_samples=SAMPLES, sample_ids="id"), net()
     trainer(callback, label_names=["labels"]).train()
-    x = torch.from_numpy(samples()[0])
-    assert_equal(callback.monitor.history, plain(bare, look=list(x.split(BATCH)))[0])
+    assert callback.monitor.history[0].consensus is not None  # formed by training's predictions, which the ids name
+    without = [r.model_copy(update={"consensus": None, "is_best": False}) for r in callback.monitor.history]
+    expected = [r.model_copy(update={"is_best": False}) for r in plain(bare)[0]]
+    assert_equal(without, expected)
     assert callback.monitor.faults == {}
     assert len(callback.monitor.suspects()) == min(100, SAMPLES)
 
