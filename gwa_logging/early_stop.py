@@ -30,12 +30,12 @@ TIE_MARGIN = 2.0
 
 TYPICAL_LOSS = {
     "consensus": (
-        "in our study the epoch that this rule named was within 1.1 points of test accuracy of the best epoch in half of the "
-        "runs, and within 4.9 points in nine of ten"
+        "in our study the epoch that this rule named was within 1.0 points of test accuracy of the best epoch in half of the "
+        "runs, and within 4.4 points in nine of ten"
     ),
     "separation": (
         "in our study the epoch that this rule named was within 1.4 points of test accuracy of the best epoch in half of the "
-        "runs, and within 8.0 points in nine of ten"
+        "runs, and within 8.2 points in nine of ten"
     ),
 }
 """How sure an alert is, for the statistics that the study has examined with their default rule. Source: `docs/study.md`."""

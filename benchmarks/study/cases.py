@@ -95,6 +95,17 @@ def false_alarms(criterion: Criterion, cases: list[Case]) -> tuple[int, int]:
     return sum(stopped), len(stopped)
 
 
+def clean_gain(criterion: Criterion, cases: list[Case]) -> tuple[float, int]:
+    """In clean runs, mean accuracy of the kept model minus that of the last epoch, in points; and the number of runs."""
+    gains = []
+    for case in cases:
+        if case.run.noise == "clean" and criterion.needs in case.parts.get(criterion.part, {}):
+            series = case.parts[criterion.part]
+            kept = series["averaged_test_accuracy" if criterion.averaged else "test_accuracy"]
+            gains.append(100 * (kept[criterion.pick(series).epoch] - series["test_accuracy"][-1]))
+    return float(np.mean(gains)) if gains else 0.0, len(gains)
+
+
 def interval(values: Floats) -> tuple[float, float]:
     """95 % bootstrap interval of the mean over cells."""
     rng = np.random.default_rng(0)

@@ -59,7 +59,7 @@ def fill(cases: list[Case]) -> dict[str, str]:
         "first": str(len(first)),
         "first choosing": str(len(parts["first choosing"])),
         "improving": str(sum(case.is_improving for case in unseen)),
-        "groups": table(["group", "", "data", "cells for reporting"], of_group),
+        "groups": table(["group", "question", "data", "cells for reporting"], of_group),
         "regret": regret_table(reporting),
         "by group": group_table([*reporting, *first]),
         "by noise": noise_table(reporting),
@@ -79,7 +79,6 @@ def fill(cases: list[Case]) -> dict[str, str]:
         "calibration": verdict(shares),
         "comparisons": comparison_table([case for case in cases if case.run.group == "first"]),
         "typical": typical_table(cases),
-        "full runs": str(len(cases)),
         **_numbers(reporting, first, unseen),
     }
 
@@ -107,13 +106,15 @@ def _numbers(reporting: list[Case], first: list[Case], unseen: list[Case]) -> di
         "ours gain": gain(ours),
         "last averaged gain": f"{averages.mean():.1f}",
         "ours alarms": of(false_alarms(CRITERIA[OURS], unseen)),
+        "default alarms": of(false_alarms(CRITERIA[DEFAULT], unseen)),
         "rival alarms": of(false_alarms(CRITERIA[RIVAL], unseen)),
         "oracle": f"{found[ORACLE].regret.mean():.1f}",
         "first rival": f"{of_first[RIVAL].regret.mean():.2f}",
         "first blinded": f"{of_first[BLINDED].regret.mean():.2f}",
         "first default": f"{of_first[DEFAULT].regret.mean():.2f}",
         "targets": f"Reached by the rule with a look: mean {ours.regret.mean():.1f}, worst {ours.regret.max():.1f}, "
-        f"{of(false_alarms(CRITERIA[OURS], unseen))} clean runs stopped early, {gain(ours)} points more than held-out data; "
+        f"{of(false_alarms(CRITERIA[OURS], unseen))} improving clean runs stopped early, {gain(ours)} points more than "
+        "held-out data; "
         f"its regret is above that of held-out data for {', '.join(above) or 'no noise'}.",
         "typical text": " ".join(f'"{sentence}"' for sentence in TYPICAL_LOSS.values()),
     }

@@ -58,7 +58,7 @@ def score_series(bins: npt.NDArray[np.int32]) -> Series:
 
 
 def look_series(raw: Series, classes: int) -> Series:
-    """The consensus and its variants, for the weights in training and for the averaged ones ("averaged_").
+    """The consensus and its variants for the weights in training, and the consensus for the averaged ones ("averaged_").
 
     "consensus" is what the library computes with sample ids. Variants: the consensus is formed by the looks' own outputs
     ("own_looks"), by training's softmax outputs ("softmax"), by all epochs so far ("all_epochs"); or the statistic is the
@@ -78,16 +78,17 @@ def look_series(raw: Series, classes: int) -> Series:
             earlier = own.add(look)
             half = (epoch + 1) // 2 or 1
             by_votes = votes[:half].sum(0).argmax(1)
+            rows.setdefault(f"{prefix}consensus", []).append(found.value if found else np.nan)
+            if prefix:
+                continue
             values = {
-                "consensus": found.value if found else np.nan,
-                "consensus_error": found.standard_error if found else 0.0,
                 "own_looks": earlier.value if earlier else np.nan,
                 "softmax": _share(logits, outputs[:half].sum(0).argmax(1)),
                 "all_epochs": _share(logits, votes[: epoch + 1].sum(0).argmax(1)),
                 "alignment": _alignment(logits, bias[epoch], by_votes),
             }
             for name, value in values.items():
-                rows.setdefault(prefix + name, []).append(value)
+                rows.setdefault(name, []).append(value)
         series |= {name: np.array(values) for name, values in rows.items()}
     return series
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from benchmarks.study.cases import Case, Floats, Verdict, false_alarms, interval, judge
+from benchmarks.study.cases import Case, Floats, Verdict, clean_gain, false_alarms, interval, judge
 from benchmarks.study.criteria import AGREEMENT, AVERAGED, CRITERIA, DEFAULT, OURS, RIVAL, VARIANTS, Criterion
 from benchmarks.study.grid import GROUPS, NOISE
 from benchmarks.study.series import SUSPECT_SCORES
@@ -110,9 +110,10 @@ def false_alarm_table(cases: list[Case]) -> str:
     rows = []
     for name, (stopped, improving) in sorted(counted.items(), key=lambda item: item[1][0] / max(item[1][1], 1)):
         if improving:
-            cells = [name, f"{stopped} of {improving}", f"{100 * stopped / improving:.0f} %"]
+            gain, runs = clean_gain(CRITERIA[name], cases)
+            cells = [name, f"{stopped} of {improving}", f"{gain:+.2f} ({runs})"]
             rows.append([_bold(name, cell) for cell in cells])
-    return table(["criterion", "stopped early", "share"], rows)
+    return table(["criterion", "stopped early", "kept minus last epoch, points (clean runs)"], rows)
 
 
 def jitter_table(cases: list[Case]) -> str:

@@ -91,9 +91,7 @@ def trained(look: Any, directory: Path, *, how: str, noise: bool, keep_best: Any
     x, y = data(9)
     F.cross_entropy(run(x), y).backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
-    history = [
-        report.model_copy(update={"time": 0.0, "consensus": None}) for report in monitor.history
-    ]
+    history = [report.model_copy(update={"time": 0.0, "consensus": None}) for report in monitor.history]
     consensus = [report.consensus for report in monitor.history]
     best = monitor.best_weights() if keep_best else None
     monitor.close()
