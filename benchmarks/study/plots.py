@@ -31,7 +31,7 @@ def draw_regret(cases: list[Case], path: Path) -> None:
         axes.plot([np.percentile(v.regret, 90)], [y], "|", color=colour, markersize=9)
     axes.set_yticks(range(len(every)), list(reversed(every)))
     axes.set_xlabel(
-        f"test accuracy lost against the best epoch, points; dot: mean with 95 %, bar: 90 % of {len(cases)} cells"
+        f"points of test accuracy below the best epoch\ndot: mean with 95 %; bar: 90 % of {len(cases)} cells"
     )
     axes.axvline(0, color="#94a3b8", linewidth=0.8)
     axes.grid(axis="x", color="#e2e8f0")
@@ -57,7 +57,7 @@ def draw_suspects(cases: list[Case], path: Path) -> None:
             axes.plot([position], [np.mean(values)], "_", color=_COLOURS[i], markersize=12, markeredgewidth=2)
         axes.plot([], [], "s", color=_COLOURS[i], label=NAMES[name])
     axes.set_yscale("log")
-    axes.set_xticks(range(len(noises)), noises)
+    axes.set_xticks(range(len(noises)), [n.replace(" by", "\nby").replace("human ", "human\n") for n in noises])
     axes.set_ylabel("1 - AUROC (lower is better)")
     axes.set_xlabel("wrong labels")
     axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
