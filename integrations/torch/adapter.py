@@ -369,7 +369,7 @@ class TorchAdapter:
         """The logits of rank 0 for the inputs of a look (a collective: every rank must call it)."""
         problems = self._attendance.problems() if is_distributed() else {}
         logits = self._look.evaluate(inputs, problems, self._weights)
-        return None if logits is None else Evaluated(logits, self._look.ids(self._num_samples))
+        return None if logits is None else Evaluated(logits, self._look.ids(self._num_samples, problems))
 
     def weights(self, *, averaged: bool) -> TorchWeights:
         """The weights of the model; see `protocols.Adapter`."""

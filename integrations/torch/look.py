@@ -42,6 +42,9 @@ from gwa_logging.integrations.torch.look_inputs import DatasetInputs
 from gwa_logging.integrations.torch.weights import TorchWeights
 from gwa_logging.settings import WatchSettings
 
+_HALF = 2**16
+"""An id is sent as two numbers below this, which float32 has exactly."""
+
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of the model."""
 
@@ -104,9 +107,28 @@ class ModelLook:
             raise error
         return logits
 
-    def ids(self, num_samples: int | None) -> npt.NDArray[np.int64] | None:
-        """The ids in a ledger of this size of inputs that were chosen from the training set; None if they are unknown."""
-        return None if self._from_dataset is None else self._from_dataset.ids(num_samples)
+    def ids(self, num_samples: int | None, problems: Mapping[str, str]) -> npt.NDArray[np.int64] | None:
+        """The ids of inputs that were chosen from the training set, those of rank 0; None if they are unknown.
+
+        Args:
+            num_samples: size of the ledger, if there is one.
+            problems: what prevents collectives.
+        """
+        if self._from_dataset is None or num_samples is None:
+            return None
+        if not is_distributed() or problems:
+            return self._from_dataset.ids(num_samples)
+        parts, error = None, None
+        if rank() == 0:
+            try:
+                found = self._from_dataset.ids(num_samples)
+                parts = None if found is None else np.stack(np.divmod(found, _HALF), axis=1).astype(np.float32)
+            except Exception as raised:  # noqa: BLE001 - the other ranks wait for the result
+                error = raised
+        parts = broadcast_array(parts)
+        if error is not None:
+            raise error
+        return None if parts is None else parts.astype(np.int64) @ np.array([_HALF, 1])
 
     def close(self) -> None:
         """Frees the inputs that were chosen from the training set."""

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import gwa_logging
+from gwa_logging import with_ids
 from gwa_logging.integrations.torch.find_head import unwrapped
-from tests.core.test_consensus import expected
+from gwa_logging.integrations.torch.look_inputs import spread
+from tests.core.test_consensus import expected, expected_from_votes
 from tests.torch.ranks import World
 from tests.torch.test_distributed import Net, batches, by_classes, compiled, ddp, fsdp, fsdp_1, fsdp_by_parts, rank
 from tests.torch.test_distributed import world_size as size
@@ -102,6 +104,54 @@ class ReadOn:
         return inputs()[index], 0
 
 
+IDS = 70_000
+"""Size of the ledger, above 2**16."""
+
+
+class Numbered:
+    """A data set of this size, which only rank 0 may read if every rank has the whole model."""
+
+    def __init__(self, wrap: Callable[[Net], Any]) -> None:
+        self.reads = rank() == 0 or wrap is not ddp
+
+    def __len__(self) -> int:
+        return IDS
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        assert self.reads
+        return torch.randn(8, generator=torch.Generator().manual_seed(index)), 0
+
+
+def voted(wrap: Callable[[Net], Any]) -> Outcome:
+    """Training votes for the consensus: each rank sees half of the look's inputs. `outputs`: the statistic expected."""
+    model = wrap(Net())
+    monitor = gwa_logging.watch(model, look="auto", dataset=with_ids(Numbered(wrap)), num_samples=IDS)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    ids = torch.tensor(spread(IDS)[::8])
+    x = torch.stack([torch.randn(8, generator=torch.Generator().manual_seed(int(i))) for i in ids])
+    votes: list[dict[int, int]] = []
+    want: list[float | None] = []
+    for _ in range(EPOCHS):
+        share = slice(rank(), None, size())
+        monitor.tag(ids[share])
+        optimizer.zero_grad()
+        logits = model(x[share])
+        F.cross_entropy(logits, ids[share] // 7 % 5).backward()
+        optimizer.step()
+        own = dict(zip(ids[share].tolist(), logits.argmax(1).tolist(), strict=True))
+        of_all: list[Any] = [None] * size()
+        torch.distributed.all_gather_object(of_all, own)
+        votes.append({number: predicted for part in of_all for number, predicted in part.items()})
+        model.eval()
+        with torch.no_grad():
+            looked = dict(zip(ids.tolist(), model(x).argmax(1).tolist(), strict=True))
+        model.train()
+        want.append(expected_from_votes(votes, looked))
+        monitor.end_epoch()
+    monitor.close()
+    return Outcome([r.consensus for r in monitor.history], [[[value or 0.0 for value in want]]], True, monitor.faults)
+
+
 def no_data() -> Tensor:
     raise RuntimeError("no data on this rank")
 
@@ -121,6 +171,7 @@ def rejected(wrap: Callable[[Net], Any], keep_best: Any = False) -> Outcome:
 SCENARIOS: dict[str, Callable[[], Outcome]] = {
     **{f"look, {name}": partial(trained, wrap, inputs()) for name, wrap in WRAPS.items()},
     **{f"auto, {name}": partial(trained, WRAPS[name], "auto") for name in AUTO},
+    **{f"votes, {name}": partial(voted, WRAPS[name]) for name in ("DDP", "FSDP2")},
     "a look fails on rank 0, DDP": partial(fails_on, 0, ddp),
     "a look fails on rank 1, DDP": partial(fails_on, 1, ddp),
     "a look fails on rank 0, FSDP2": partial(fails_on, 0, fsdp),
@@ -171,6 +222,16 @@ def test_all_ranks_have_the_consensus_of_the_whole_model_and_training_does_not_c
         assert found.consensus == ranks[0].consensus
         assert found.consensus[0] is None
         assert found.consensus[1:] == pytest.approx(want[1:], abs=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["votes, DDP", "votes, FSDP2"])
+def test_the_predictions_of_all_ranks_vote(name, ranks_of):
+    ranks = ranks_of(name)
+    for found in ranks:
+        assert found.faults == {}
+        assert found.consensus == pytest.approx(found.outputs[0][0], abs=1e-12)
+    assert len({*ranks[0].consensus}) > 1
 
 
 @pytest.mark.parametrize(
