@@ -1,5 +1,6 @@
 """The study of stop criteria and suspect scores runs, and its criteria behave as their papers define them."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from benchmarks.study.grid import GROUPS, Data, Run, grid
 from benchmarks.study.series import auroc, precision, reduced
 from benchmarks.study.shares import Cell, left_out_errors, measure, verdict
 from benchmarks.study.train import train
+from gwa_logging.early_stop import TYPICAL_LOSS
 
 
 def test_halves_of_the_first_group_are_balanced_and_keep_seeds_together():
@@ -205,6 +207,13 @@ def test_the_pages_figures_are_those_of_the_archive():
         assert value in text or name == "first choosing", name
     shares = [measure(case.run, case.full) for case in cases if case.run.group in ("first", "grid")]
     assert verdict(shares) in text
+
+
+@pytest.mark.parametrize(("statistic", "criterion"), [("consensus", OURS), ("separation", DEFAULT)])
+def test_an_alert_states_what_its_rule_lost_in_the_archive(statistic, criterion):
+    half, most = tables.typical_loss(load_cases(archive.load()), criterion)
+    found = re.findall(r"within (\d+\.\d) points", TYPICAL_LOSS[statistic])
+    assert found == [f"{half:.1f}", f"{most:.1f}"]
 
 
 def test_the_archive_is_small_and_has_runs_of_the_grid_only():
