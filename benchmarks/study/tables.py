@@ -93,6 +93,17 @@ def group_table(cases: list[Case]) -> str:
     return table(["criterion", *(f"{g} ({n})" for g, n in zip(groups, counts, strict=True))], rows)
 
 
+def tables_of_groups(cases: list[Case]) -> str:
+    """The table of the main criteria for each group, with intervals."""
+    criteria = {name: CRITERIA[name] for name in MAIN}
+    parts = []
+    for group, text in GROUPS.items():
+        of_group = [case for case in cases if case.run.group == group]
+        if of_group:
+            parts.append(f"{text[0].upper()}{text[1:]}, {len(of_group)} cells:\n\n{regret_table(of_group, criteria)}")
+    return "\n\n".join(parts)
+
+
 def variants_table(cases: list[Case]) -> str:
     """Regret of the variants of our criterion."""
     rows = []
