@@ -241,16 +241,17 @@ class StopRule:
     def _alert(self, report: EpochReport, value: Estimate, history: Sequence[EpochReport]) -> StopAlert:
         statistic, state = self.settings.statistic, self.state
         epochs = "1 epoch" if self.settings.patience == 1 else f"{self.settings.patience} epochs"
+        name = f"{statistic} + separation" if statistic in ("consensus", "agreement") else statistic
         best = f"Best epoch: {state.best_epoch} ({state.best:.4g})" if state.best_epoch >= 0 else "No epoch was best"
         if state.undefined:
-            reason, cause = StopReason.UNDEFINED, f"the {statistic} statistic has been undefined for {epochs}"
+            reason, cause = StopReason.UNDEFINED, f"the {name} statistic has been undefined for {epochs}"
         elif self.settings.drop:
             reason = StopReason.DECLINE
-            cause = f"the {statistic} statistic has been clearly below its best for {epochs}"
+            cause = f"the {name} statistic has been clearly below its best for {epochs}"
         else:
-            reason, cause = StopReason.NO_IMPROVEMENT, f"the {statistic} statistic has had no new best for {epochs}"
+            reason, cause = StopReason.NO_IMPROVEMENT, f"the {name} statistic has had no new best for {epochs}"
         if statistic == "consensus" and not state.undefined:
-            cause += ", and the separation is clearly below its best"
+            cause += ", and the separation alone is clearly below its best"
         message = f"GWA recommends stopping: {cause}. {best}; epoch {report.epoch}: {value.value:.4g}"
         noise = math.hypot(value.standard_error, state.best_error)
         if noise and math.isfinite(value.value):

@@ -78,7 +78,7 @@ def test_the_rule_follows_the_mean_of_agreement_and_separation_over_two_epochs(t
     assert (monitor.alert.epoch, monitor.alert.value) == pytest.approx(fired[0])
     assert (monitor.alert.best_epoch, monitor.alert.best_value) == pytest.approx((state.best_epoch, state.best))
     assert monitor.alert.reason is StopReason.DECLINE
-    assert "the agreement statistic has been clearly below its best for 2 epochs" in monitor.alert.message
+    assert "the agreement + separation statistic has been clearly below its best for 2 epochs" in monitor.alert.message
 
 
 def test_the_rule_waits_two_epochs_unless_the_user_says_otherwise():

@@ -201,6 +201,8 @@ def judged(
             alerts.append(alert.epoch)
             sums = [r.consensus + r.separation for r in reports[2:] if r.consensus is not None]
             assert (alert.statistic, alert.best_value) == ("consensus", max(sums))
+            assert "the consensus + separation statistic has had no new best" in alert.message
+            assert "the separation alone is clearly below its best" in alert.message
     return reports, alerts
 
 
