@@ -174,10 +174,10 @@ def _products(group: str) -> Iterator[Run]:
         case "table":
             yield from cells("made-up-2k", _SYNTHETIC, ("mlp",), _RECIPES[:3])
         case "clean":
-            for data, nets in (("digits", ("mlp", "cnn", "vit")), ("fashion-3k", ("mlp",))):
-                for seed in range(2, 6):
-                    for net, recipe in product(nets, ("adamw-cosine", "sgd-cosine-augment")):
-                        yield Run(group, data, "clean", net, recipe, seed)
+            for data, nets, seeds in (("digits", ("mlp", "cnn", "vit"), 6), ("fashion-3k", ("mlp", "cnn"), 10)):
+                for cell in product(range(2, seeds), nets, ("adamw-cosine", "sgd-cosine-augment")):
+                    seed, net, recipe = cell
+                    yield Run(group, data, "clean", net, recipe, seed)
         case "first":
             yield from (Run(group, *rest) for rest in product(*_FIRST, range(2)))
 
