@@ -1,6 +1,6 @@
 """The series of all runs, in one file of the repository, so that the page can be rewritten without training.
 
-Raw signals, some gigabytes, are not kept: `train` makes them again.
+Raw signals, 2 MB a run, are not kept: `train` makes them again.
 """
 
 import io
