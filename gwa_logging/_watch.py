@@ -116,8 +116,8 @@ def watch(
             a dict of runs by backend. None uses the active run; if there is none, a run is started and finished on close.
         head: the classifier head: a dotted path, or the module itself. None finds it. With a list (PyTorch), the alert follows
             the first head; each of the others has its own keys, `gwa/<path>/...`, and its own monitor in `Monitor.heads`.
-        early_stop: the stop rule, or None for no alert. By default a language model of transformers gets none, since the rule
-            was validated on classifiers.
+        early_stop: the stop rule, or None for no alert. With a look the default is `EarlyStop(statistic="consensus")`. By
+            default a language model of transformers gets none, since the rules were validated on classifiers.
         on_alert: called with each StopAlert. A second alert comes only after a clearly better epoch has withdrawn the first.
         log_every_n_steps: steps between two histograms; at least 1. After 10,000 histograms it doubles each time the run has
             become twice as long, which bounds the size of the journal; with samples_per_epoch it stays constant.

@@ -177,7 +177,8 @@ class EpochReport(TimedRecord):
         histogram: distribution of the scores.
         gwa_defined: False where the denominator of `gwa` is not clearly positive; then `gwa` is meaningless.
         consensus: agreement of the checkpoint with the model's own early predictions for the inputs of the look, in [0, 1]; see
-            `gwa_logging.consensus`. None without a look, in the first epoch, and if the look failed.
+            `gwa_logging.consensus`. None without a look and if it failed, and in the first epoch unless sample ids name its
+            inputs.
         agreement: share of the samples whose scores in this epoch have the sign of their earlier ones, in [0, 1]; see
             `gwa_logging.agreement`. None in the first epoch, and unless the stop alert watches it.
         is_best: True if this is the best epoch so far by the statistic that the stop alert watches.

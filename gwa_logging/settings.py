@@ -113,7 +113,7 @@ class EarlyStop(Settings):
     """When to alert that training should stop.
 
     Attributes:
-        statistic: what to watch: "separation" (how well the scores fall into two groups; it predicted the best epoch best, see
+        statistic: what to watch: "separation" (how well the scores fall into two groups; needs neither ids nor a look, see
             `docs/study.md`), "stable" (mean / (excess kurtosis + 3)), "gwa" (as published), "mean", "consensus" (separation
             plus how well the checkpoint agrees with the model's early predictions: needs a look, has other defaults, warmup=2
             and drop=0, and fires once the separation alone would fire too), or "agreement" (separation plus the share of

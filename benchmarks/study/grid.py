@@ -175,8 +175,7 @@ def _products(group: str) -> Iterator[Run]:
             yield from cells("made-up-2k", _SYNTHETIC, ("mlp",), _RECIPES[:3])
         case "clean":
             for data, nets, seeds in (("digits", ("mlp", "cnn", "vit"), 6), ("fashion-3k", ("mlp", "cnn"), 10)):
-                for cell in product(range(2, seeds), nets, ("adamw-cosine", "sgd-cosine-augment")):
-                    seed, net, recipe = cell
+                for seed, net, recipe in product(range(2, seeds), nets, ("adamw-cosine", "sgd-cosine-augment")):
                     yield Run(group, data, "clean", net, recipe, seed)
         case "first":
             yield from (Run(group, *rest) for rest in product(*_FIRST, range(2)))

@@ -6,7 +6,7 @@ from pathlib import Path
 from benchmarks.study.archive import ARCHIVE, load
 from benchmarks.study.cases import Case, Verdict, false_alarms, interval, load_cases
 from benchmarks.study.comparisons import comparison_table
-from benchmarks.study.criteria import AVERAGED, BLINDED, CRITERIA, DEFAULT, ORACLE, OURS, RIVAL
+from benchmarks.study.criteria import BLINDED, CRITERIA, DEFAULT, ORACLE, OURS, RIVAL
 from benchmarks.study.grid import DATA, GROUPS
 from benchmarks.study.shares import columns, measure, share_rows, verdict
 from benchmarks.study.tables import (
@@ -59,7 +59,6 @@ def fill(cases: list[Case]) -> dict[str, str]:
         "reporting": str(len(reporting)),
         "first": str(len(first)),
         "first choosing": str(len(parts["first choosing"])),
-        "improving": str(sum(case.is_improving for case in unseen)),
         "groups": table(["group", "question", "data", "cells for reporting"], of_group),
         "regret": regret_table(reporting),
         "by group": group_table([*reporting, *first]),
@@ -102,11 +101,9 @@ def _numbers(reporting: list[Case], first: list[Case], unseen: list[Case]) -> di
         for noise in dict.fromkeys(case.run.noise for case in ours.cases)
     }
     above = sorted(noise for noise, (a, b) in by_noise.items() if a > b)
-    averages = found["last epoch" + AVERAGED].gain - found["last epoch"].gain
     return {
         "ours": f"{ours.regret.mean():.1f}",
         "ours gain": gain(ours),
-        "last averaged gain": f"{averages.mean():.1f}",
         "ours alarms": of(false_alarms(CRITERIA[OURS], unseen)),
         "default alarms": of(false_alarms(CRITERIA[DEFAULT], unseen)),
         "rival alarms": of(false_alarms(CRITERIA[RIVAL], unseen)),

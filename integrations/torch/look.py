@@ -114,7 +114,7 @@ class ModelLook:
             num_samples: size of the ledger, if there is one.
             problems: what prevents collectives.
         """
-        if self._from_dataset is None or num_samples is None:
+        if self._from_dataset is None:
             return None
         if not is_distributed() or problems:
             return self._from_dataset.ids(num_samples)

@@ -47,7 +47,8 @@ class DatasetInputs:
             find: returns the data set, or its DataLoader. Called at the first look, since a trainer makes its loader late.
         """
         self._find: Callable[[], Any] | None = find
-        self._chosen: _Chosen | None = None
+        self._chosen: _Chosen | None = None  # until the ids are known
+        self._ids: npt.NDArray[np.int64] | None = None
         self._batches: list[Inputs] = []
 
     def __call__(self) -> Any:
@@ -62,26 +63,24 @@ class DatasetInputs:
         """
         if not self._batches and self._find is not None:
             try:
-                self._batches = _read(self._choice(self._find), model)
-                self._find = None  # which may keep a trainer alive
+                chosen = _choose(self._find())
+                self._batches = _read(chosen, model)
             except Exception as error:
                 raise InvalidInputError(
                     f"look='auto': no inputs could be made of the training set: {type(error).__name__}: {error}. {_REMEDY}"
                 ) from error
+            self._chosen, self._find = chosen, None  # which may keep a trainer alive
         return self._batches
 
     def ids(self, num_samples: int | None) -> npt.NDArray[np.int64] | None:
-        """The sample ids of the inputs, int64 [inputs], in a ledger of this size; None if they are unknown. Reads no sample."""
-        if num_samples is None:
-            return None
-        if self._chosen is None and self._find is not None:
-            self._choice(self._find)
-        return None if self._chosen is None else _ids_of(self._chosen.dataset, self._chosen.indices, num_samples)
+        """The sample ids of the inputs, int64 [inputs], in a ledger of this size; None if they are unknown.
 
-    def _choice(self, find: Callable[[], Any]) -> "_Chosen":
-        if self._chosen is None:
-            self._chosen = _choose(find())
-        return self._chosen
+        Call it after `batches`. Only the first call looks for them, and frees the data set.
+        """
+        if self._chosen is not None:
+            chosen, self._chosen = self._chosen, None
+            self._ids = None if num_samples is None else _ids_of(chosen.dataset, chosen.indices, num_samples)
+        return self._ids
 
     def clear(self) -> None:
         """Frees the inputs, after the last look."""

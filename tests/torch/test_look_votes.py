@@ -130,17 +130,23 @@ def test_the_ids_of_chosen_inputs_are_those_of_the_ledger(kind):
         "plain": (whole, 2000),
     }
     dataset, num_samples = cases[kind]
-    ids = DatasetInputs(lambda: dataset).ids(num_samples)
+    inputs = DatasetInputs(lambda: dataset)
+    (chosen_inputs,) = zip(*inputs.batches(nn.Identity()), strict=True)
+    ids = inputs.ids(num_samples)
     chosen = spread(1000 if kind not in ("with_ids", "plain") else 2000)
     expected = chosen if kind in ("with_ids", "with_ids of a Subset", "plain") else [part[i] for i in chosen]
     assert ids is not None
     assert ids.tolist() == expected
+    read = torch.cat(chosen_inputs).long().tolist()  # an input is its place in the whole data set
+    assert read == (expected if kind != "with_ids of a Subset" else [part[i] for i in expected])
 
 
 def test_ids_are_unknown_where_no_data_set_fits_the_ledger():
     dataset = TensorDataset(torch.zeros(100))
-    assert DatasetInputs(lambda: dataset).ids(None) is None
-    assert DatasetInputs(lambda: dataset).ids(200) is None
+    for num_samples in (None, 200):
+        inputs = DatasetInputs(lambda: dataset)
+        inputs.batches(nn.Identity())
+        assert inputs.ids(num_samples) is None
 
 
 @pytest.mark.parametrize(
