@@ -10,6 +10,8 @@ import contextlib
 import json
 import os
 import platform
+import subprocess
+import sys
 import tempfile
 import time
 from datetime import UTC, datetime
@@ -20,7 +22,7 @@ import jax
 import numpy as np
 import torch
 
-from benchmarks import jax_steps, page, scale, scoring, torch_steps
+from benchmarks import jax_steps, page, scoring, torch_steps
 from benchmarks.measuring import measure, overheads
 from benchmarks.score_forms import bytes_read
 
@@ -79,6 +81,15 @@ def measured_groups(args: argparse.Namespace, directory: str, seconds: float) ->
     return results
 
 
+def measured_scale(*options: str) -> dict[str, Any]:
+    """The figures of `benchmarks.scale`, from a process of its own: this one has imported much that its ranks do not need."""
+    root = str(Path(__file__).parent.parent)
+    command = [sys.executable, "-m", "benchmarks.scale", "--json=scale.json", *options]
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": root}, check=True, stdout=subprocess.DEVNULL)
+    figures: dict[str, Any] = json.loads(Path("scale.json").read_text())
+    return figures
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0, help="approximate time in all")
@@ -103,7 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
         if args.only:
             return
         results["scoring"] = scoring.measure(0.1 if args.tiny else 8.0, args.tiny)
-        results["scale"] = scale.measure(60, (1, 2)) if args.tiny else scale.measure(1000)
+        results["scale"] = measured_scale(*(("--steps=60", "--ranks", "1", "2", "--losing=0") if args.tiny else ()))
     if not args.tiny:
         RESULTS.write_text(json.dumps(results, indent=1))
     print(page.write(results, docs))

@@ -183,28 +183,44 @@ def scale_section(scale: dict[str, Any]) -> str:
     ends = ", ".join(f"{p['ranks']}: {p['measured']['end_epoch_ms']:.1f} ms" for p in scale["points"])
     merging = ", ".join(f"{world}: {ms:.1f} ms" for world, ms in scale["merging_ms"].items())
     large, long = scale["large"], scale["long"]
-    return f"""Nothing that a rank stores, sends or writes depends on the length of an epoch, except the journal, which grows
-with the number of intervals: one line of {scale["line_bytes"]:,.0f} bytes each. After 10,000 intervals, the length of an
-interval doubles whenever the length of the run does.
+    return f"""Without a ledger, nothing that a rank stores, sends or writes depends on the length of an epoch, except the
+journal, which grows with the number of intervals: one line of {scale["line_bytes"]:,.0f} bytes each. After 10,000 intervals,
+the length of an interval doubles whenever the length of the run does. Each rank keeps its part of the ledger, and at the end
+of an epoch it sends the others 16 bytes for each sample that it has scored. The runs (`python -m benchmarks.scale`) have uneven
+numbers of steps, and check that every sample is counted once, by the rank that keeps it.
 
 {table(["ranks", "what", "measured", "model"], rows)}
 
-`end_epoch` on a rank, median, by ranks (gloo, this machine): {ends}. Merging the summaries of this number of ranks on one
-rank: {merging}.
+`end_epoch` on a rank, median, by ranks (gloo; all ranks share the CPUs of this machine): {ends}. Merging the summaries of this
+number of ranks on one rank: {merging}.{_lost(scale["lost"])}
 
 The model at 1,024 ranks and 1e9 samples per epoch, 256 of them per step on each rank, which gives {large["steps"]:,.0f} steps:
 
 - a step: no communication, no wait, and no transfer to the host except {large["to_host_bytes"] / 1e3:,.0f} KB over the whole
   epoch;
-- an epoch: each rank sends {large["sent_bytes"]:,.0f} bytes once and receives {large["received_bytes"] / 1e6:.1f} MB,
-  and merges them in the time given above;
+- an epoch: each rank sends {scale["summary_bytes"]:,.0f} bytes once and receives
+  {scale["summary_bytes"] * 1024 / 1e6:.1f} MB, and merges them in the time given above;
 - the journal: only rank 0 writes, at first {large["intervals_per_epoch"]:.0f} intervals and
   {large["journal_bytes_per_epoch"] / 1e3:,.0f} KB per epoch; a run of 1,000 such epochs,
   {1000 * large["steps"]:,.0f} steps, writes {long["journal_bytes"] / 1e6:,.0f} MB;
 - the queue: a record waits in the journal until a tracker takes it; the latest 4 MB are kept in memory;
-- the ledger, if enabled: 12 bytes per sample on every rank, here {large["ledger_bytes"] / 1e9:.0f} GB, added up over the ranks
-  whenever suspects or a state are requested, and at the end of every epoch if the stop rule watches the
-  agreement, which keeps 8 bytes per sample on each host. At this size, leave it off."""
+- the ledger, if enabled: {large["ledger_bytes"] / 1e6:.1f} MB on each rank, 12 bytes for each of its samples. The scores of an
+  epoch wait in 13 bytes each until it ends. Then a rank sorts them, in {scale["compact_ms"]:,.0f} ms on this machine,
+  sends {large["sent_bytes"] / 1e6:.1f} MB and receives {large["received_bytes"] / 1e6:.1f} MB in all. `suspects(100)` gathers
+  4 KB of each rank. A stop alert keeps a copy of each rank's part; a stop rule that watches the agreement keeps 8 bytes per
+  sample. Save with `state_dict(whole_ledger=False)`, one file for each rank: the default collects the ledger of all ranks on
+  each, and so do `suspects_table()` and `label_quality()`."""
+
+
+def _lost(lost: dict[str, Any]) -> str:
+    """What happened when a rank died."""
+    if not lost["ranks"]:
+        return ""
+    return (
+        f" When one of {lost['ranks']} ranks\ndies in the middle of an epoch, `end_epoch` ends with PyTorch's own error "
+        f"({', '.join(lost['errors'])}) on the\nothers, here within {lost['seconds']:.1f} s; the journal has the "
+        f"{lost['intervals']} intervals until then."
+    )
 
 
 def picture(groups: dict[str, Any], path: Path) -> None:

@@ -10,13 +10,13 @@ for the rounded sums; a score below 1e-7 of the earlier sum may be lost in the r
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from gwa_logging.faults import Faults
-from gwa_logging.ledger import Ledger
+from gwa_logging.ledger import LedgerPart
 from gwa_logging.settings import EarlyStop
 from gwa_logging.statistic import Estimate
 
@@ -27,15 +27,15 @@ class PastScores(NamedTuple):
     """The ledger at the end of an epoch.
 
     Attributes:
-        sums: float32 [num_samples], sum of each sample's scores so far.
-        seen: float32 [num_samples], how often each sample was scored so far.
+        sums: float32 [N], sum of each sample's scores so far.
+        seen: float32 [N], how often each sample was scored so far.
     """
 
     sums: npt.NDArray[np.float32]
     seen: npt.NDArray[np.float32]
 
 
-def agreement(past: PastScores, now: PastScores) -> Estimate:
+def agreement(past: PastScores, now: PastScores, total: Callable[[np.integer[Any]], int] = int) -> Estimate:
     """The share of samples whose scores since `past` have the sign of their scores until then.
 
     Samples that were not scored both before and since are left out. A sum of zero agrees with zero only.
@@ -43,16 +43,18 @@ def agreement(past: PastScores, now: PastScores) -> Estimate:
     Args:
         past: at the end of the epoch before.
         now: at the end of this epoch.
+        total: adds up a count over all processes, if each of them has some of the samples.
 
     Returns:
         The share in [0, 1] and its standard error, with the samples taken as independent. NaN if no sample can be compared.
     """
     compared = (past.seen > 0) & (now.seen > past.seen)
-    count = int(np.count_nonzero(compared))
+    before, after = past.sums[compared], now.sums[compared]
+    agreeing = total(np.count_nonzero(np.sign(after - before) == np.sign(before)))
+    count = total(np.count_nonzero(compared))
     if not count:
         return Estimate(math.nan, math.nan)
-    before, after = past.sums[compared], now.sums[compared]
-    share = float(np.count_nonzero(np.sign(after - before) == np.sign(before))) / count
+    share = agreeing / count
     return Estimate(share, math.sqrt(share * (1 - share) / count))
 
 
@@ -64,7 +66,7 @@ class EpochAgreement:
             statistic.
     """
 
-    def __init__(self, read: Callable[[str], Ledger], rule: EarlyStop | None, faults: Faults) -> None:
+    def __init__(self, read: Callable[[str], LedgerPart], rule: EarlyStop | None, faults: Faults) -> None:
         """Reads nothing yet. `read(caller)` returns the ledger of all processes."""
         self.past: PastScores | None = None
         self._read, self._faults = read, faults
@@ -84,14 +86,14 @@ class EpochAgreement:
         if not self._is_watched:
             return None
         try:
-            ledger = self._read("agreement")
+            part = self._read("agreement")
         except Exception as error:  # noqa: BLE001 - training must continue
             self._faults.record(FAULT, f"{type(error).__name__}: {error}")
             return None
-        past, self.past = self.past, PastScores(ledger.sums, ledger.seen)
+        past, self.past = self.past, PastScores(part.ledger.sums, part.ledger.seen)
         if past is None:
             return None
-        found = agreement(past, self.past)
+        found = agreement(past, self.past, part.total)
         if has_scores and math.isnan(found.value):
             self._faults.record(
                 FAULT,

@@ -10,16 +10,15 @@ from collections.abc import Mapping
 from typing import Annotated, Any, NamedTuple, Self
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from gwa_logging.agreement import PastScores
 from gwa_logging.alignment import SCORE_TOLERANCE
 from gwa_logging.best_weights import BestWeightsFile
 from gwa_logging.consensus import Consensus
 from gwa_logging.early_stop import StopState
 from gwa_logging.errors import InvalidInputError
 from gwa_logging.histogram import BINS
-from gwa_logging.ledger import UNKNOWN, FrozenLedger, Ledger
+from gwa_logging.ledger_state import LedgerState, SavedLedger
 from gwa_logging.protocols import Adapter
 from gwa_logging.records import EpochReport, StopAlert
 from gwa_logging.settings import shortened
@@ -29,11 +28,9 @@ from gwa_logging.state_values import (
     EpochOrNone,
     Finite,
     Flag,
-    Floats,
-    FloatsOrNone,
-    Integers,
     Positive,
     Real,
+    StatePart,
     real,
     whole,
 )
@@ -87,12 +84,10 @@ class MonitorState(NamedTuple):
         history, alert: as in the monitor.
         epoch: summary of the epoch in progress, over all processes.
         interval: summary of the interval in progress.
-        ledger: the ledger over all processes; None if there is none.
+        ledger: the ledger over all processes, or the part of this one; None if there is none.
         look: `Consensus.state`, with arrays in the framework's form; None before the first look.
         heads: the states of the further heads by path, as `to_dict` returns them.
         best_weights: the file with the weights of the best epoch, if they are kept.
-        frozen: the ledger at the stop alert that stands; None without an alert or a ledger.
-        past: the ledger at the end of the last epoch, for the agreement; None unless the stop rule watches it.
     """
 
     head: HeadShape | None
@@ -106,19 +101,16 @@ class MonitorState(NamedTuple):
     alert: StopAlert | None
     epoch: AlignmentSummary
     interval: AlignmentSummary
-    ledger: Ledger | None
+    ledger: LedgerState | None
     heads: dict[str, Any]
     look: dict[str, Any] | None = None
     best_weights: BestWeightsFile | None = None
-    frozen: FrozenLedger | None = None
-    past: PastScores | None = None
 
     def to_dict(self, adapter: Adapter) -> dict[str, Any]:
         """Converts the state to plain data."""
-        plain = {name: value for name, value in self._asdict().items() if name not in ("frozen", "past")}
         return {
             "version": STATE_VERSION,
-            **plain,
+            **self._asdict(),
             "head": self.head and self.head._asdict(),
             "stop": {name: _to_json(value) for name, value in self.stop._asdict().items()},
             "history": [report.model_dump(mode="json") for report in self.history],
@@ -126,14 +118,7 @@ class MonitorState(NamedTuple):
             "best_weights": self.best_weights and self.best_weights.model_dump(),
             "epoch": [_to_json(number) for number in self.epoch.to_vector().tolist()],
             "interval": [_to_json(number) for number in self.interval.to_vector().tolist()],
-            "ledger": self.ledger
-            and {
-                **_arrays(self.ledger, adapter),
-                **(_arrays(self.frozen.ledger, adapter, "frozen_") if self.frozen else {}),
-                **(_arrays(self.past, adapter, "past_") if self.past else {}),
-                "invalid_ids": self.ledger.invalid_ids,
-                "untagged": self.ledger.untagged,
-            },
+            "ledger": self.ledger and self.ledger.to_dict(adapter),
         }
 
     @classmethod
@@ -158,7 +143,6 @@ class MonitorState(NamedTuple):
                 f"state: not a state_dict() of a monitor, or a damaged one: {_explain(error)}. Nothing was loaded: use an "
                 "earlier checkpoint, or start without the state"
             ) from None
-        ledger = read.ledger
         return cls(
             head=None if read.head is None else HeadShape(**dict(read.head)),
             processes=read.processes,
@@ -171,16 +155,10 @@ class MonitorState(NamedTuple):
             alert=read.alert,
             epoch=read.epoch,
             interval=read.interval,
-            ledger=None
-            if ledger is None
-            else Ledger(**ledger.arrays(""), invalid_ids=ledger.invalid_ids, untagged=ledger.untagged),
+            ledger=None if read.ledger is None else read.ledger.state(),
             heads=read.heads,
             look=read.look,
             best_weights=read.best_weights,
-            frozen=FrozenLedger(Ledger(**ledger.arrays("frozen_")), read.alert.epoch)
-            if read.alert is not None and ledger is not None and ledger.frozen_sums is not None
-            else None,
-            past=None if ledger is None or ledger.past_sums is None else PastScores(**ledger.arrays("past_")),
         )
 
     def check(self, adapter: Adapter, num_samples: int | None, heads: set[str]) -> None:
@@ -190,7 +168,6 @@ class MonitorState(NamedTuple):
             InvalidInputError: its head, further heads, number of processes or size of the ledger differ.
         """
         head = HeadShape.of(adapter)
-        size = None if self.ledger is None else len(self.ledger.sums)
         if head and self.head and not head.matches(self.head):
             problem = f"it was saved with the head {self.head}, this model's is {head}"
         elif self.heads.keys() != heads:
@@ -202,20 +179,13 @@ class MonitorState(NamedTuple):
                 f"it was saved by {self.processes} processes, this run has {adapter.processes}; resume with the same number, "
                 "or start without it"
             )
-        elif size != num_samples:
-            problem = f"its ledger has size {size}, but num_samples={num_samples}"
+        elif self.ledger is None and num_samples is not None:
+            problem = f"it has no ledger, but num_samples={num_samples}"
+        elif self.ledger is not None and (found := self.ledger.problem(adapter, num_samples)):
+            problem = found
         else:
             return
         raise InvalidInputError(f"state: {problem}")
-
-
-def _arrays(part: Ledger | PastScores, adapter: Adapter, prefix: str = "") -> dict[str, Any]:
-    """The arrays of a ledger in the framework's form; their names begin with the prefix."""
-    arrays = {name: value for name, value in part._asdict().items() if name in _LEDGER_ARRAYS}
-    return {prefix + name: None if a is None else adapter.to_checkpoint_array(a) for name, a in arrays.items()}
-
-
-_LEDGER_ARRAYS = ("sums", "seen", "predicted", "details")
 
 
 def _to_json(value: Any) -> Any:
@@ -262,19 +232,13 @@ _EXPECTED = {
 """What a field should be, by pydantic's type of the error."""
 
 
-class _Part(BaseModel):
-    """Base class of the parts of a state. Nothing is converted silently."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-
-class _Head(_Part):
+class _Head(StatePart):
     path: str
     features: Positive
     classes: Positive
 
 
-class _Stop(_Part):
+class _Stop(StatePart):
     epochs: Count
     lowest: Real
     rising: Flag
@@ -324,43 +288,7 @@ def _summary(value: Any) -> AlignmentSummary:
     return AlignmentSummary.from_vector(vector)
 
 
-class _Ledger(_Part):
-    sums: Floats
-    seen: Floats
-    predicted: Integers
-    details: Integers = None
-    frozen_sums: FloatsOrNone = None
-    frozen_seen: FloatsOrNone = None
-    frozen_predicted: Integers = None
-    frozen_details: Integers = None
-    past_sums: FloatsOrNone = None
-    past_seen: FloatsOrNone = None
-    invalid_ids: Count
-    untagged: Count
-
-    def arrays(self, prefix: str) -> dict[str, Any]:
-        """The arrays whose names begin with the prefix, by name without it."""
-        names = {name: prefix + name for name in _LEDGER_ARRAYS}
-        return {name: getattr(self, full) for name, full in names.items() if full in type(self).model_fields}
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        parts = [
-            part for part in map(self.arrays, ("", "frozen_", "past_")) if any(a is not None for a in part.values())
-        ]
-        shapes = [array.shape for part in parts for array in part.values() if array is not None]
-        if len({*shapes}) != 1:
-            raise ValueError(f"expected arrays of one length, found the shapes {', '.join(map(str, shapes))}")
-        for part in parts:
-            if part["sums"] is None or part["seen"] is None:
-                raise ValueError("sums or seen: one of the two is missing")
-            predicted = part.get("predicted")
-            if (part["seen"] < 0).any() or (predicted is not None and (predicted < UNKNOWN).any()):
-                raise ValueError("seen or predicted: found negative numbers")
-        return self
-
-
-class _Saved(_Part):
+class _Saved(StatePart):
     """A whole state, as `MonitorState.to_dict` returns it."""
 
     head: _Head | None
@@ -374,7 +302,7 @@ class _Saved(_Part):
     alert: StopAlert | None
     epoch: Annotated[Any, BeforeValidator(_summary)]
     interval: Annotated[Any, BeforeValidator(_summary)]
-    ledger: _Ledger | None
+    ledger: SavedLedger | None
     heads: dict[str, Any]
     look: Annotated[Any, BeforeValidator(lambda value: Consensus.from_state(value).state())] = None
     best_weights: BestWeightsFile | None = None

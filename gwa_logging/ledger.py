@@ -4,7 +4,8 @@ The adapters add these up on the device, by sample id. This is the form in which
 """
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -169,6 +170,15 @@ class Ledger(NamedTuple):
             means = self.sums.astype(np.float64) / self.seen
         return np.where(self.seen > 0, means, np.nan)
 
+    def map(self, change: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]) -> "Ledger":
+        """The ledger with each known array changed, in the order of the attributes."""
+        return self._replace(
+            sums=change(self.sums),
+            seen=change(self.seen),
+            predicted=None if self.predicted is None else change(self.predicted),
+            details=None if self.details is None else change(self.details),
+        )
+
     def merge(self, other: "Ledger") -> "Ledger":
         """The ledger of two processes together. Where both know a prediction or details, the other's win."""
         return Ledger(
@@ -181,15 +191,61 @@ class Ledger(NamedTuple):
         )
 
 
-class FrozenLedger(NamedTuple):
-    """The ledger of all processes at a stop alert, on the host.
+def _alone(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The values of all processes, if this process has all of them."""
+    return values
+
+
+class LedgerPart(NamedTuple):
+    """What one process keeps of the ledger of all processes: the samples first, first + 1, ...
+
+    A process keeps all samples if there is only one, or if each of them has the whole ledger.
 
     Attributes:
-        ledger: its contents.
-        epoch: the epoch after which the alert fired.
+        ledger: the samples of this process. Its `invalid_ids` and `untagged` are those of all processes.
+        first: id of the first of them.
+        gather: joins an array [n] of each process, of one dtype, in the order of the samples; the result is the same in every
+            process. Every process must call it.
     """
 
     ledger: Ledger
+    first: int = 0
+    gather: Callable[[npt.NDArray[Any]], npt.NDArray[Any]] = _alone
+
+    @classmethod
+    def of(cls, ledger: Ledger, samples: range, gather: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]) -> Self:
+        """The part of a whole ledger with these samples."""
+        return cls(ledger.map(lambda column: column[samples.start : samples.stop]), samples.start, gather)
+
+    def whole(self) -> Ledger:
+        """The ledger of all samples. In a distributed run every process must call this."""
+        return self.ledger.map(self.gather)
+
+    def checked(self) -> Self:
+        """The part without details if no sample of any process has several scored rows. Every process must call this."""
+        details = self.ledger.details
+        if details is None or self.total(int(bool(((details & MAX_ROWS) > 1).any()))):
+            return self
+        return self._replace(ledger=self.ledger._replace(details=None))
+
+    def own(self, of_all: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """What belongs to the samples of this process, of an array [num_samples]."""
+        return of_all[self.first : self.first + len(self.ledger.sums)]
+
+    def total(self, count: int | np.integer[Any]) -> int:
+        """The sum of a number over all processes. Every process must call this."""
+        return int(self.gather(np.array([count], np.int64)).sum())
+
+
+class FrozenLedger(NamedTuple):
+    """The ledger at a stop alert, on the host.
+
+    Attributes:
+        part: what this process keeps of it.
+        epoch: the epoch after which the alert fired.
+    """
+
+    part: LedgerPart
     epoch: int
 
 
@@ -199,11 +255,6 @@ def _latest(
     if own is None or other is None:
         return other if own is None else own
     return np.where(other == unknown, own, other)
-
-
-def details_or_none(details: npt.NDArray[np.int32]) -> npt.NDArray[np.int32] | None:
-    """The details, or None if no sample has several scored rows: then each sample is one row."""
-    return details if bool(((details & MAX_ROWS) > 1).any()) else None
 
 
 def check_number(k: int) -> None:

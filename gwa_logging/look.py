@@ -9,7 +9,7 @@ import numpy.typing as npt
 from gwa_logging.consensus import Consensus, LookRows, read_logits, read_predictions
 from gwa_logging.errors import InvalidInputError
 from gwa_logging.faults import Faults
-from gwa_logging.ledger import UNKNOWN, Ledger
+from gwa_logging.ledger import UNKNOWN, LedgerPart
 from gwa_logging.protocols import Adapter
 from gwa_logging.sample_ids import sample_ids
 from gwa_logging.settings import WatchSettings
@@ -33,7 +33,7 @@ class EpochLook:
     """
 
     def __init__(
-        self, adapter: Adapter, settings: WatchSettings, faults: Faults, read_ledger: Callable[[str], Ledger]
+        self, adapter: Adapter, settings: WatchSettings, faults: Faults, read_ledger: Callable[[str], LedgerPart]
     ) -> None:
         """Evaluates nothing yet. If the stop rule watches the statistic, an epoch without a look is a fault.
 
@@ -43,7 +43,7 @@ class EpochLook:
         """
         self.consensus = Consensus()
         self._read_ledger, self._ids = read_ledger, settings.look_ids
-        self._seen: npt.NDArray[np.float32] | None = None  # of the ledger, at the end of the last epoch
+        self._seen: npt.NDArray[np.float32] | None = None  # of this process's part, at the end of the last epoch
         self._adapter, self._inputs, self._faults = adapter, settings.look, faults
         self._size = settings.num_samples
         self._is_needed = settings.early_stop is not None and settings.early_stop.statistic == "consensus"
@@ -134,18 +134,18 @@ class EpochLook:
         """What training predicted for the inputs in this epoch; None if earlier looks form the consensus."""
         if self._size is None or self.consensus.inputs or self.consensus.from_training is False:
             return None
-        ledger = self._read_ledger("look")
-        predicted = ledger.predicted
-        if self.consensus.from_training is None and (
-            predicted is None or rows.ids.max() >= len(predicted) or not (predicted[rows.ids] != UNKNOWN).any()
-        ):
+        part = self._read_ledger("look")
+        predicted, seen = part.ledger.predicted, part.ledger.seen
+        own = rows.ids[(rows.ids >= part.first) & (rows.ids < part.first + len(seen))] - part.first
+        known = own[:0] if predicted is None else own[predicted[own] != UNKNOWN]
+        is_open = self.consensus.from_training is None
+        if is_open and not (rows.ids.max() < self._size and part.total(known.size)):
             return None
-        ids = rows.ids[:0]
+        new = known[seen[known] > (0 if self._seen is None else self._seen[known])]
         if predicted is not None:
-            is_new = ledger.seen[rows.ids] > (0 if self._seen is None else self._seen[rows.ids])
-            ids = rows.ids[is_new & (predicted[rows.ids] != UNKNOWN)]
-            self._seen = ledger.seen
-        return read_predictions(np.empty(0, np.int32) if predicted is None else predicted[ids], ids, rows.num_classes)
+            self._seen = seen
+        classes = np.empty(0, np.int32) if predicted is None else predicted[new]
+        return read_predictions(part.gather(classes), part.gather(new + part.first), rows.num_classes)
 
 
 def _logits(logits: Any) -> npt.NDArray[np.float32]:

@@ -304,19 +304,23 @@ class Monitor(GradientCalls, LookCalls, WeightsCalls):
         _all_heads.notify(self._recordings())
         return suspects
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, whole_ledger: bool = True) -> dict[str, Any]:
         """Everything needed to resume, also in the middle of an epoch. Waits for the device.
 
         In a distributed run every process must call this; all get the state of all processes together, except that the step
         is each process's own.
+
+        Args:
+            whole_ledger: False leaves each process its own part of the ledger, for ledgers that do not fit into the memory of
+                one host. Then each process must save its state to a file of its own, and load it from there.
 
         Returns:
             JSON-able values, and the ledger's arrays: tensors in PyTorch (for `torch.save` and `torch.load`), NumPy in JAX.
         """
         self._refuse_copy("state_dict()")
         with self._recording.lock:
-            heads = {path: other.state_dict() for path, other in self.heads.items()}
-            return self._recording.state(heads)
+            heads = {path: other.state_dict(whole_ledger=whole_ledger) for path, other in self.heads.items()}
+            return self._recording.state(heads, whole_ledger=whole_ledger)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resumes from a `state_dict`, in a new monitor. Changes nothing if the state does not fit.

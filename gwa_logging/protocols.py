@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from gwa_logging.best_weights import ModelWeights
 from gwa_logging.faults import Faults
-from gwa_logging.ledger import Ledger, TaggedBatch
+from gwa_logging.ledger import LedgerPart, TaggedBatch
 from gwa_logging.records import (
     AnyRecord,
     CloseRecord,
@@ -120,12 +120,20 @@ class Adapter(Protocol):
         """Merges the summaries of all processes; the result is the same on each. Every process must call this."""
         ...
 
-    def ledger(self) -> Ledger:
-        """Merges the ledgers of all processes, on the host; the result is the same on each. Every process must call this."""
+    def ledger(self) -> LedgerPart:
+        """The part of the ledger of all processes that this one keeps, on the host. Every process must call this."""
         ...
 
-    def load_ledger(self, ledger: Ledger) -> None:
-        """Restores what `ledger` returned, so that the sum over processes is unchanged."""
+    def own_samples(self, num_samples: int) -> range:
+        """The ids of the samples that this process keeps of a ledger; all of them if each process keeps the whole ledger."""
+        ...
+
+    def gather(self, own: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """See `LedgerPart.gather`."""
+        ...
+
+    def load_ledger(self, part: LedgerPart) -> None:
+        """Restores what `ledger` returned, so that the ledger of all processes is unchanged."""
         ...
 
     def evaluate(self, inputs: Any) -> Evaluated | None:

@@ -265,7 +265,7 @@ class Recording:
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
-    def state(self, heads: dict[str, Any]) -> dict[str, Any]:
+    def state(self, heads: dict[str, Any], *, whole_ledger: bool) -> dict[str, Any]:
         """The state as plain data; `heads` are the states of the further heads. Waits for the device."""
         recorded_steps, interval = self.intervals.peek()
         self.group.notify(self.deliveries)
@@ -283,9 +283,7 @@ class Recording:
             epoch=self.adapter.reduce(epoch) if self.intervals.in_epoch else epoch,
             interval=interval,
             look=self.look.consensus.state(self.adapter.to_checkpoint_array),
-            ledger=self.adapter.ledger() if self.suspects.has_ledger else None,
-            frozen=self.suspects.frozen,
-            past=self.agreement.past,
+            ledger=self.suspects.state(self.agreement.past, whole=whole_ledger),
             heads=heads,
             best_weights=self.best_weights.last_file() if self.best_weights else None,
         ).to_dict(self.adapter)
@@ -304,12 +302,10 @@ class Recording:
         """Resumes from a state."""
         with self.lock:
             self.intervals.flush()
-            if state.ledger is not None:
-                self.adapter.load_ledger(state.ledger)
             self.history, self.alert = state.history, state.alert
             self.rule.restore(state.stop, state.planned, state.history)
             self.look.consensus = Consensus.from_state(state.look)
-            self.suspects.frozen, self.agreement.past = state.frozen, state.past
+            self.agreement.past = self.suspects.restore(state.ledger, state.alert)
             self._restored_head, self._awaits_first_step = state.head, True
             self.intervals.restore(
                 steps=state.step,

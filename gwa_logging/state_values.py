@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from gwa_logging.settings import shortened
 
@@ -68,3 +68,9 @@ FloatsOrNone = Annotated[
 Integers = Annotated[
     Any, BeforeValidator(lambda value: None if value is None else _array(value, "iuf").astype(np.int32))
 ]
+
+
+class StatePart(BaseModel):
+    """Base class of the parts of a state. Nothing is converted silently."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")

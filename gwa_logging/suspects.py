@@ -3,6 +3,9 @@
 A sample with a low mean score over the run is suspect: its gradient keeps opposing the direction in which the other samples
 push the head. Once the model memorises wrong labels, the scores of these samples rise. So a stop alert freezes the ranking, and
 later scores do not change it.
+
+The processes of a distributed run may each keep a part of the ledger (`gwa_logging.ledger.LedgerPart`). Then each finds the
+suspects and counts of its part, and only those are exchanged.
 """
 
 from pathlib import Path
@@ -11,12 +14,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gwa_logging.class_pairs import concentration
+from gwa_logging.agreement import PastScores
+from gwa_logging.class_pairs import concentration, count_pairs
 from gwa_logging.document_details import unpack
 from gwa_logging.errors import InvalidInputError
 from gwa_logging.exports import SuspectsTable
 from gwa_logging.faults import Faults
-from gwa_logging.ledger import UNKNOWN, FrozenLedger, Ledger, check_number, lowest, record_invalid_ids
+from gwa_logging.ledger import UNKNOWN, FrozenLedger, LedgerPart, check_number, lowest, record_invalid_ids
+from gwa_logging.ledger_state import LedgerState
 from gwa_logging.protocols import Adapter
 from gwa_logging.records import StopAlert, Suspect, SuspectsRecord
 from gwa_logging.thumbnail import thumbnail
@@ -50,8 +55,8 @@ class SuspectFinder:
         """Returns True if the run has a per-sample ledger."""
         return self._num_samples is not None
 
-    def read(self, caller: str) -> Ledger:
-        """The ledger of all processes. Waits for the device. In a distributed run every process must call this.
+    def read(self, caller: str) -> LedgerPart:
+        """What this process keeps of the ledger. Waits for the device. In a distributed run every process must call this.
 
         Args:
             caller: the user's call, for the error.
@@ -61,7 +66,8 @@ class SuspectFinder:
         """
         if self._num_samples is None:
             raise InvalidInputError(f"{caller}: there is no ledger: watch(..., num_samples=<size of the training set>)")
-        ledger = self._adapter.ledger()
+        part = self._adapter.ledger()
+        ledger = part.ledger
         record_invalid_ids(self._faults, ledger.invalid_ids, self._num_samples)
         untagged = max(0, ledger.untagged - self._untagged)
         self._untagged = ledger.untagged
@@ -72,13 +78,13 @@ class SuspectFinder:
                 "pass, or update(scores, ids)",
                 untagged,
             )
-        return ledger
+        return part
 
     def freeze_at(self, alert: StopAlert) -> StopAlert:
         """Keeps the ledger as it is at a stop alert: the ranking is read from it from now on.
 
-        Waits for the device. In a distributed run every process must call this; what reads the frozen ledger later needs no
-        other process. It takes 8 to 16 bytes per sample on the host. Never raises; an error is a fault.
+        Waits for the device. In a distributed run every process must call this. It takes 8 to 16 bytes on the host for each
+        sample that this process keeps. Never raises; an error is a fault.
 
         Returns:
             The alert with what the ledger has against it, see `caveats`; unchanged without a ledger.
@@ -96,9 +102,27 @@ class SuspectFinder:
         """Drops the frozen ledger, because the alert was withdrawn."""
         self.frozen = None
 
-    def _shown(self, caller: str, *, whole_run: bool = False) -> Ledger:
+    def state(self, past: PastScores | None, *, whole: bool) -> LedgerState | None:
+        """The ledger for a state. In a distributed run every process must call this."""
+        if self._num_samples is None:
+            return None
+        frozen = None if self.frozen is None else self.frozen.part
+        return LedgerState.of(self._adapter.ledger(), frozen, past, self._num_samples, whole=whole)
+
+    def restore(self, state: LedgerState | None, alert: StopAlert | None) -> PastScores | None:
+        """Resumes from a state and its alert. Returns the ledger at the end of the last epoch."""
+        self.frozen = None
+        if state is None:
+            return None
+        part, frozen, past = state.parts(self._adapter)
+        self._adapter.load_ledger(part)
+        if frozen is not None and alert is not None:
+            self.frozen = FrozenLedger(frozen, alert.epoch)
+        return past
+
+    def _shown(self, caller: str, *, whole_run: bool = False) -> LedgerPart:
         """The frozen ledger, or that of the whole run if there is none or `whole_run` is set."""
-        return self.read(caller) if whole_run or self.frozen is None else self.frozen.ledger
+        return self.read(caller) if whole_run or self.frozen is None else self.frozen.part
 
     def suspects(self, k: int, *, whole_run: bool = False) -> list[Suspect]:
         """The k samples with the lowest mean score, most suspect first.
@@ -112,12 +136,12 @@ class SuspectFinder:
     def record(self, k: int, images: Any, *, step: int, epoch: int) -> SuspectsRecord:
         """The suspects as a record for the journal; `step` and `epoch` are the run's at this moment. See `suspects`."""
         check_number(k)
-        ledger = self._shown("log_suspects()")
+        part = self._shown("log_suspects()")
         return SuspectsRecord(
             step=step,
             epoch=epoch,
-            samples=int(np.count_nonzero(ledger.seen)),
-            suspects=tuple(self._most_suspect(ledger, k, images)),
+            samples=part.total(np.count_nonzero(part.ledger.seen)),
+            suspects=tuple(self._most_suspect(part, k, images)),
             until_epoch=None if self.frozen is None else self.frozen.epoch,
         )
 
@@ -130,11 +154,13 @@ class SuspectFinder:
 
     def label_quality(self, *, whole_run: bool = False) -> npt.NDArray[np.float64]:
         """float64 [num_samples]: (mean score + 1) / 2, in [0, 1]; NaN for samples never seen."""
-        return np.clip((self._shown("label_quality()", whole_run=whole_run).means + 1) / 2, 0, 1)
+        part = self._shown("label_quality()", whole_run=whole_run)
+        quality: npt.NDArray[np.float64] = part.gather(np.clip((part.ledger.means + 1) / 2, 0, 1))
+        return quality
 
     def table(self, *, whole_run: bool = False) -> SuspectsTable:
         """All samples, in the order of their ids."""
-        ledger = self._shown("suspects_table()", whole_run=whole_run)
+        ledger = self._shown("suspects_table()", whole_run=whole_run).whole()
         labels = np.full(len(ledger.seen), UNKNOWN) if self._labels is None else np.asarray(self._labels)
         return SuspectsTable(
             mean_score=ledger.means,
@@ -149,27 +175,38 @@ class SuspectFinder:
 
         Waits for the device. In a distributed run every process must call this.
         """
-        ledger = self._shown("caveats()")
-        found = [_collapse(ledger, self._labels)]
-        if self._labels is not None and ledger.predicted is not None:
-            negative = ledger.means < 0
-            classes = len(np.unique(self._labels))
-            found.append(concentration(self._labels[negative], ledger.predicted[negative], classes))
+        part = self._shown("caveats()")
+        found = [_collapse(part, self._labels)]
+        if self._labels is not None and part.ledger.predicted is not None:
+            negative = part.ledger.means < 0
+            pairs = count_pairs(part.own(self._labels)[negative], part.ledger.predicted[negative], part.gather)
+            found.append(concentration(pairs, len(np.unique(self._labels))))
         return tuple(caveat for caveat in found if caveat)
 
-    def _most_suspect(self, ledger: Ledger, k: int, images: Any = None) -> list[Suspect]:
-        return [self._suspect(ledger, int(sample), images) for sample in lowest(ledger.means, k)]
+    def _most_suspect(self, part: LedgerPart, k: int, images: Any = None) -> list[Suspect]:
+        ledger = part.ledger
+        own = lowest(ledger.means, k)
+        predicted, details = (
+            np.zeros(len(own)) if column is None else column[own] for column in (ledger.predicted, ledger.details)
+        )
+        columns = (own + part.first, ledger.sums[own], ledger.seen[own], predicted, details)
+        rows = np.stack([np.asarray(column, np.float64) for column in columns], axis=1)
+        rows = part.gather(rows.ravel()).reshape(-1, len(columns))
+        if ledger.predicted is None:
+            rows[:, 3] = UNKNOWN
+        return [self._suspect(rows[row], images) for row in lowest(rows[:, 1] / rows[:, 2], k)]
 
-    def _suspect(self, ledger: Ledger, sample: int, images: Any) -> Suspect:
-        predicted = UNKNOWN if ledger.predicted is None else int(ledger.predicted[sample])
+    def _suspect(self, row: npt.NDArray[np.float64], images: Any) -> Suspect:
+        """The suspect of a row: id, sum of the scores, times seen, predicted class and details."""
+        sample, predicted, details = (int(row[place]) for place in (0, 3, 4))
         return Suspect(
             id=sample,
-            mean_score=float(ledger.sums[sample]) / float(ledger.seen[sample]),
-            times_seen=float(ledger.seen[sample]),
+            mean_score=float(row[1] / row[2]),
+            times_seen=float(row[2]),
             label=None if self._labels is None else int(self._labels[sample]),
             predicted=None if predicted == UNKNOWN else predicted,
             thumbnail=None if images is None else self._thumbnail(images, sample),
-            **_details(ledger, sample),
+            **_details(details),
         )
 
     def _thumbnail(self, images: Any, sample: int) -> str | None:
@@ -180,21 +217,28 @@ class SuspectFinder:
             return None
 
 
-def _details(ledger: Ledger, sample: int) -> dict[str, Any]:
+def _details(details: int) -> dict[str, Any]:
     """The fields of a Suspect that describe a document; empty if the sample is one row."""
-    if ledger.details is None or not ledger.details[sample]:
+    if not details:
         return {}
-    return {name: column.item() for name, column in unpack(ledger.details[sample : sample + 1])._asdict().items()}
+    return {name: column.item() for name, column in unpack(np.array([details], np.int32))._asdict().items()}
 
 
-def _collapse(ledger: Ledger, labels: npt.NDArray[np.integer[Any]] | None) -> str | None:
-    """Returns a sentence if the model predicts one class for nearly all samples; None if not, or if their labels agree."""
-    known = np.empty(0) if ledger.predicted is None else ledger.predicted[ledger.predicted != UNKNOWN]
-    if not known.size:
+def _collapse(part: LedgerPart, labels: npt.NDArray[np.integer[Any]] | None) -> str | None:
+    """Returns a sentence if the model predicts one class for nearly all samples; None if not, or if their labels agree.
+
+    A class of nearly all samples is the most frequent one in the parts that hold most of them. So the parts name their most
+    frequent classes, and then count the one that was named for most samples.
+    """
+    predicted = part.ledger.predicted
+    own = np.empty(0, np.int32) if predicted is None else predicted[predicted != UNKNOWN]
+    classes, counts = np.unique(own, return_counts=True)
+    most = np.argmax(counts, keepdims=True) if counts.size else np.empty(0, np.int64)
+    named, supporters = part.gather(classes[most].astype(np.int64)), part.gather(counts[most])
+    if not named.size:
         return None
-    classes, counts = np.unique(known, return_counts=True)
-    top = int(classes[np.argmax(counts)])
-    share = float(counts.max()) / known.size
+    top = int(max(set(named.tolist()), key=lambda label: int(supporters[named == label].sum())))
+    share = part.total(np.count_nonzero(own == top)) / part.total(own.size)
     labelled = 0.0 if labels is None else float(np.mean(labels == top))
     if share < COLLAPSED or labelled >= COLLAPSED:
         return None

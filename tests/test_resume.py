@@ -254,7 +254,7 @@ WRONG = {
         changed(heads={"head_dist": {}}),
         r"further heads \['head_dist'\], but the watched ones are \[\]",
     ),
-    "no ledger": (changed(ledger=None), "its ledger has size None, but num_samples=40"),
+    "no ledger": (changed(ledger=None), "it has no ledger, but num_samples=40"),
     "a small ledger": (
         lambda state: {
             **state,

@@ -18,7 +18,7 @@ from PIL import Image
 
 import gwa_logging
 from gwa_logging import EarlyStop, InvalidInputError, Monitor
-from gwa_logging.class_pairs import class_pairs, concentration
+from gwa_logging.class_pairs import class_pairs, concentration, count_pairs
 from gwa_logging.journal import read_journal
 from gwa_logging.records import RECORDS, SuspectsRecord
 from gwa_logging.replay import replay
@@ -372,7 +372,8 @@ def test_class_pairs_count_the_suspects_whose_label_differs_from_the_prediction(
 
 
 def concentration_of(*pairs: tuple[int, int], classes: int = 10) -> str | None:
-    return concentration(*np.array(pairs, np.int32).reshape(-1, 2).T, classes=classes)
+    labels, predicted = np.array(pairs, np.int32).reshape(-1, 2).T
+    return concentration(count_pairs(labels, predicted, np.asarray), classes)
 
 
 def test_few_class_pairs_that_hold_most_suspects_are_reported():

@@ -189,7 +189,7 @@ class _Full(_Training):
 
     def _sample_signals(self) -> Row:
         """The signals of each sample in this epoch, and what some criteria make of them."""
-        ledger = self.monitor._adapter.ledger()
+        ledger = self.monitor._adapter.ledger().ledger
         sums = torch.as_tensor(ledger.sums).to(self.device)
         scores, agrees = sums - self.past, torch.sign(sums - self.past) == torch.sign(self.past)
         self.past = sums

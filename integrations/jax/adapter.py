@@ -9,6 +9,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from gwa_logging.checkpoint import HeadShape
@@ -29,7 +30,7 @@ from gwa_logging.integrations.jax.ledger import DeviceLedger, add_to_ledger
 from gwa_logging.integrations.jax.probe import ProbeSession
 from gwa_logging.integrations.jax.sessions import LayerCall, fresh_trace
 from gwa_logging.integrations.jax.weights import JaxWeights
-from gwa_logging.ledger import Ledger, TaggedBatch
+from gwa_logging.ledger import LedgerPart, TaggedBatch
 from gwa_logging.protocols import Evaluated
 from gwa_logging.ranks import Attendance, check_windows
 from gwa_logging.settings import WatchSettings
@@ -283,16 +284,24 @@ class JaxAdapter:
         return self._ledger
 
     @_allows_transfers
-    def ledger(self) -> Ledger:
-        """The ledger over all processes, on the host. Every process must call it."""
+    def ledger(self) -> LedgerPart:
+        """The ledger over all processes, on the host; each process keeps all of it. Every process must call it."""
         own = self._device_ledger().to_host(self._untagged)
-        return own if jax.process_count() == 1 else self._processes.merge_ledgers(own)
+        return LedgerPart(own if jax.process_count() == 1 else self._processes.merge_ledgers(own)).checked()
+
+    def own_samples(self, num_samples: int) -> range:
+        """All ids."""
+        return range(num_samples)
+
+    def gather(self, own: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The array itself, since every process keeps the whole ledger."""
+        return own
 
     @_allows_transfers
-    def load_ledger(self, ledger: Ledger) -> None:
+    def load_ledger(self, part: LedgerPart) -> None:
         """Restores what `ledger` returned, in the first process, so that the sum over processes is the same."""
         if self.writes:
-            self._ledger, self._untagged = DeviceLedger.from_host(ledger), ledger.untagged
+            self._ledger, self._untagged = DeviceLedger.from_host(part.ledger), part.ledger.untagged
         else:
             self._ledger, self._untagged = None, 0
 

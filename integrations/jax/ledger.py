@@ -10,7 +10,7 @@ from jax import Array
 
 from gwa_logging.integrations.jax.documents import Documents, by_input, by_position
 from gwa_logging.integrations.jax.scores import classify_scores
-from gwa_logging.ledger import UNKNOWN, Ledger, TaggedBatch, details_or_none
+from gwa_logging.ledger import UNKNOWN, Ledger, TaggedBatch
 
 
 class DeviceLedger(NamedTuple):
@@ -67,7 +67,7 @@ class DeviceLedger(NamedTuple):
             None if predicted is None else predicted[:-1].copy(),
             invalid_ids=round(float(seen[-1])),
             untagged=untagged,
-            details=None if details is None else details_or_none(details[:-1].copy()),
+            details=None if details is None else details[:-1].copy(),
         )
 
 

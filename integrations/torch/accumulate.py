@@ -17,6 +17,7 @@ from gwa_logging.histogram import EDGES
 from gwa_logging.integrations.torch.distributed import full_tensor, is_first_owner, is_split
 from gwa_logging.integrations.torch.fold import fold, fold_device
 from gwa_logging.integrations.torch.ledger import DeviceLedger, TaggedScores, moved
+from gwa_logging.integrations.torch.ledger_entries import nothing
 from gwa_logging.integrations.torch.rows import (
     COLUMNS,
     FIRST,
@@ -32,8 +33,8 @@ from gwa_logging.integrations.torch.rows import (
 )
 from gwa_logging.integrations.torch.scores import Terms, alignment_scores
 from gwa_logging.integrations.torch.tags import Tags
-from gwa_logging.ledger import SAMPLE_IDS, Ledger, TaggedBatch, mismatch, record_invalid_ids
-from gwa_logging.ranks import Attendance
+from gwa_logging.ledger import SAMPLE_IDS, Ledger, LedgerPart, TaggedBatch, mismatch, record_invalid_ids
+from gwa_logging.ranks import Attendance, Identity, RankSelection
 from gwa_logging.summary import AlignmentSummary
 
 FOLD_AT = 65_536
@@ -278,15 +279,35 @@ class Accumulator:
         return self._edges[device]
 
     def ledger(self) -> Ledger:
-        """Returns the ledger on the host. Blocks on the device."""
+        """Returns the ledger of this process alone, on the host. Blocks on the device."""
         with self._lock:
             self._fold()
+            self._ledger.keep_all()
             return self._ledger.to_host()
 
-    def load_ledger(self, ledger: Ledger, device: torch.device) -> None:
-        """Restores what `ledger` returned."""
+    def meet(self, identity: Identity, device: torch.device) -> tuple[list[int], RankSelection]:
+        """Brings the ledger's entries to the ranks that keep them (a collective); see `DeviceLedger.meet`.
+
+        An error before that is a fault, since the other ranks would wait for this one.
+        """
         with self._lock:
-            self._ledger.load(ledger, device)
+            try:
+                self._fold()
+                own = self._ledger.collect(device)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must not wait
+                self._faults.record("ledger", f"the scores of an epoch were lost: {type(error).__name__}: {error}")
+                own = nothing(device)
+            return self._ledger.meet(own, identity)
+
+    def own_ledger(self) -> Ledger:
+        """Returns the samples of the ledger that this process keeps, on the host. Blocks on the device."""
+        with self._lock:
+            return self._ledger.to_host()
+
+    def load_ledger(self, part: LedgerPart, device: torch.device) -> None:
+        """Restores a part of the ledger."""
+        with self._lock:
+            self._ledger.load(part, device)
 
 
 def _is_by_input(samples: TaggedBatch | None, rows: int) -> bool:

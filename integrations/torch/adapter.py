@@ -14,9 +14,7 @@ from gwa_logging.errors import InvalidInputError
 from gwa_logging.faults import Faults
 from gwa_logging.integrations.torch.accumulate import Accumulator, TorchSnapshot
 from gwa_logging.integrations.torch.distributed import (
-    empty_like,
     is_distributed,
-    ledger_over_ranks,
     merged_over_ranks,
     rank,
     ranks,
@@ -37,6 +35,7 @@ from gwa_logging.integrations.torch.forward_tracker import ForwardTracker
 from gwa_logging.integrations.torch.fused_losses import silent_loss
 from gwa_logging.integrations.torch.head_layers import layer_of, sizes_of
 from gwa_logging.integrations.torch.head_location import HeadLocation
+from gwa_logging.integrations.torch.ledger_calls import LedgerCalls
 from gwa_logging.integrations.torch.look import ModelLook, check_look
 from gwa_logging.integrations.torch.no_observation import no_observation_hint
 from gwa_logging.integrations.torch.probe import HeadProbe
@@ -44,7 +43,7 @@ from gwa_logging.integrations.torch.step_watchdog import StepWatchdog
 from gwa_logging.integrations.torch.trl_head import FusedHead, watch_fused_head
 from gwa_logging.integrations.torch.units import Unit
 from gwa_logging.integrations.torch.weights import TorchWeights
-from gwa_logging.ledger import Ledger, TaggedBatch
+from gwa_logging.ledger import TaggedBatch
 from gwa_logging.protocols import Evaluated
 from gwa_logging.ranks import Attendance, Identity, check_windows, first_scores
 from gwa_logging.settings import WatchSettings
@@ -79,7 +78,7 @@ def _check_parameters(head: Head) -> None:
         )
 
 
-class TorchAdapter:
+class TorchAdapter(LedgerCalls):
     """Watches one model. See `gwa_logging.protocols.Adapter`."""
 
     def __init__(
@@ -140,6 +139,8 @@ class TorchAdapter:
         problems = self._attendance.problems()
         if not problems:
             summary, (_, problems) = merged_over_ranks(summary, self._identity())
+            if self._accumulator.keeps_samples:
+                self._meet()
         self._faults.record_once(problems)
         self.notes = tuple(problems.values())
         return summary
@@ -345,25 +346,6 @@ class TorchAdapter:
         if is_distributed() and len(self._early) < _EARLY and self._first == Identity().first:
             self._early.append(snapshot)
         return snapshot
-
-    def ledger(self) -> Ledger:
-        """The ledger of all ranks that count, on the host (a collective: every rank must call it)."""
-        ledger = self._accumulator.ledger()
-        if not is_distributed():
-            return ledger
-        problems = self._attendance.problems()
-        if not problems:
-            ledger, (_, problems) = ledger_over_ranks(ledger, self._identity())
-        self._faults.record_once(problems)
-        return ledger
-
-    def load_ledger(self, ledger: Ledger) -> None:
-        """Restores what `ledger` returned, on rank 0 only, so that the sum over ranks is the same."""
-        if rank() != 0:
-            ledger = empty_like(ledger)
-        model = self._model()
-        parameter = next(iter(model.parameters()), None) if model is not None else None
-        self._accumulator.load_ledger(ledger, parameter.device if parameter is not None else torch.device("cpu"))
 
     def evaluate(self, inputs: Any) -> Evaluated | None:
         """The logits of rank 0 for the inputs of a look (a collective: every rank must call it)."""

@@ -21,7 +21,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, distributed, nn
 
-from gwa_logging.ledger import UNKNOWN, Ledger
 from gwa_logging.ranks import Identity, RankSelection, select_ranks
 from gwa_logging.summary import AlignmentSummary
 
@@ -196,54 +195,6 @@ def merged_over_ranks(summary: AlignmentSummary, identity: Identity) -> tuple[Al
     return AlignmentSummary.merge_all(summaries[number] for number in found.ranks), found
 
 
-def ledger_over_ranks(ledger: Ledger, identity: Identity) -> tuple[Ledger, RankSelection]:
-    """The ledger of all ranks that count, the same on each rank (a collective).
-
-    The predicted class of a sample, and the details of a document, are those of the highest rank that has seen it.
-    """
-    columns = (ledger.predicted, ledger.details)
-    counts = [ledger.invalid_ids, ledger.untagged, *(column is not None for column in columns)]
-    gathered = gather_vectors(np.concatenate([counts, identity.to_vector()]))
-    found = select_ranks([Identity.from_vector(vector[len(counts) :]) for vector in gathered])
-    if rank() not in found.ranks:
-        ledger = empty_like(ledger)
-        columns = (None, None)
-    device = _exchange_device()
-    sums, seen = torch.from_numpy(ledger.sums).to(device), torch.from_numpy(ledger.seen).to(device)
-    for tensor in (sums, seen):
-        distributed.all_reduce(tensor)
-    size = len(ledger.sums)
-    predicted, details = (
-        _of_highest_rank(column, size, unknown, device) if any(vector[place] for vector in gathered) else None
-        for place, column, unknown in zip((2, 3), columns, (UNKNOWN, 0), strict=True)
-    )
-    invalid_ids, untagged = (int(sum(gathered[number][i] for number in found.ranks)) for i in range(2))
-    return Ledger(sums.cpu().numpy(), seen.cpu().numpy(), predicted, invalid_ids, untagged, details), found
-
-
-def _of_highest_rank(
-    own: npt.NDArray[np.int32] | None, size: int, unknown: int, device: torch.device
-) -> npt.NDArray[np.int32]:
-    """int32 [size]: each element of the highest rank that knows it (a collective).
-
-    Args:
-        own: this rank's elements, or None if it knows none.
-        size: number of elements.
-        unknown: the value of elements that are not known.
-        device: where the ranks can exchange tensors.
-    """
-    values = torch.full((size,), unknown, dtype=torch.int32) if own is None else torch.from_numpy(own)
-    values = values.to(device, torch.int64)
-    ranked = torch.where(values == unknown, -1, (rank() << 32) + (values & 0xFFFFFFFF))
-    distributed.all_reduce(ranked, op=distributed.ReduceOp.MAX)
-    return torch.where(ranked < 0, unknown, ranked & 0xFFFFFFFF).cpu().numpy().astype(np.uint32).view(np.int32)
-
-
-def empty_like(ledger: Ledger) -> Ledger:
-    """An empty ledger of the same size."""
-    return Ledger(np.zeros_like(ledger.sums), np.zeros_like(ledger.seen))
-
-
 def broadcast_array(array: npt.NDArray[np.float32] | None) -> npt.NDArray[np.float32] | None:
     """The array of rank 0, or None if it has none (a collective).
 
@@ -252,13 +203,13 @@ def broadcast_array(array: npt.NDArray[np.float32] | None) -> npt.NDArray[np.flo
     """
     shape = () if array is None else array.shape
     # -1: no array; a second number of 0: it has one dimension
-    header = torch.tensor([*shape, 0, 0][:2] if shape else [-1, 0], device=_exchange_device())
+    header = torch.tensor([*shape, 0, 0][:2] if shape else [-1, 0], device=exchange_device())
     distributed.broadcast(header, 0)
     rows, columns = header.tolist()
     if rows < 0:
         return None
     own = array if array is not None and rank() == 0 else np.empty((rows, columns) if columns else rows, np.float32)
-    tensor = torch.from_numpy(np.ascontiguousarray(own)).to(_exchange_device())
+    tensor = torch.from_numpy(np.ascontiguousarray(own)).to(exchange_device())
     distributed.broadcast(tensor, 0)
     shared: npt.NDArray[np.float32] = tensor.cpu().numpy()
     return shared
@@ -266,13 +217,13 @@ def broadcast_array(array: npt.NDArray[np.float32] | None) -> npt.NDArray[np.flo
 
 def gather_vectors(own: np.ndarray) -> list[np.ndarray]:
     """The vectors of all ranks, float64 of the same length (a collective)."""
-    vector = torch.from_numpy(own).to(_exchange_device())
+    vector = torch.from_numpy(own).to(exchange_device())
     gathered = [torch.empty_like(vector) for _ in range(distributed.get_world_size())]
     distributed.all_gather(gathered, vector)
     return [part.cpu().numpy() for part in gathered]
 
 
-def _exchange_device() -> torch.device:
+def exchange_device() -> torch.device:
     """Where the ranks can exchange tensors: on the host if their backend supports it, else on the accelerator."""
     kinds = [part.partition(":")[0] for part in distributed.get_backend_config().split(",")]
     if "cpu" in kinds:

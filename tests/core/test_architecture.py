@@ -70,6 +70,7 @@ LAYERS = (
     "summary _epoch_bar _announce",
     "_journal_file journal ranks early_stop",
     "protocols class_pairs exports",
+    "ledger_state",
     "registry interval_recorder delivery checkpoint suspects report.heatmap report.run_history report.figures report.tables "
     "report.page replay",
     "_closing_report look",
@@ -233,7 +234,7 @@ MONITOR = {
     "log_suspects": "k=100 images=None",
     "best_weights": "",
     "restore_best": "",
-    "state_dict": "",
+    "state_dict": "whole_ledger=True",
     "load_state_dict": "state",
     "flush": "timeout=10.0",
     "close": "",

@@ -18,7 +18,7 @@ from gwa_logging.integrations.torch import document_ids
 from gwa_logging.integrations.torch.accumulate import Accumulator
 from gwa_logging.integrations.torch.ledger import DeviceLedger, TaggedScores
 from gwa_logging.integrations.torch.rows import pack_details
-from gwa_logging.ledger import TaggedBatch
+from gwa_logging.ledger import LedgerPart, TaggedBatch
 from tests.documents import check_documents, documents
 from tests.torch.tiers import tiered
 
@@ -322,7 +322,7 @@ def test_any_ids_and_scores_agree_with_a_loop_over_the_documents(passes):
     for scores, ids in passes:
         accumulator.add_scores(torch.from_numpy(scores), TaggedBatch(torch.from_numpy(ids)))
         expected.append(documents(scores, ids))
-    ledger, summary = accumulator.ledger(), accumulator.snapshot().result()
+    ledger, summary = LedgerPart(accumulator.ledger()).checked().ledger, accumulator.snapshot().result()
     last = {document: each for found in expected for document, each in found.items()}
     several = any(each.tokens > 1 for each in last.values())
     assert (ledger.details is not None) == several

@@ -532,7 +532,7 @@ def test_the_first_pass_counts_if_it_changes_its_logits_in_place(head):
     monitor = gwa_logging.watch(model, num_samples=6)
     monitor.tag(torch.arange(6))
     F.cross_entropy(model(x), y).backward()
-    ledger = monitor._adapter.ledger()
+    ledger = monitor._adapter.ledger().ledger
     assert torch.from_numpy(ledger.sums).tolist() == pytest.approx(torch.stack(wants).tolist(), abs=1e-6)
     assert ledger.predicted.tolist() == head(torch.relu(model.body(x))).argmax(1).tolist()
     assert monitor.faults == {}

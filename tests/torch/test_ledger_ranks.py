@@ -173,6 +173,87 @@ def until_the_alert() -> tuple[list[Any], list[int], list[int], list[int], list[
     return monitor.history, at_alert, *lists, monitor.faults
 
 
+ALONE = {"num_samples": N, "log_every_n_steps": 2, "early_stop": None, "labels": np.arange(N) % 5}
+
+
+def draw(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores, ids (some of them twice, some never), and predicted classes, of which one is nearly always the same."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(40, generator=generator) - 0.6
+    ids = torch.randint(0, N - 3, (40,), generator=generator)
+    return scores, ids, torch.where(torch.rand(40, generator=generator) < 0.96, 3, ids % 5)
+
+
+class Parts(NamedTuple):
+    """What one rank has of a ledger that all ranks keep together."""
+
+    kept: list[range]
+    answers: list[Any]
+    """From the monitor, from one that resumed from its own part, and from one that resumed from the state of all."""
+    sizes: list[int]
+    refused: str
+    device_bytes: int
+
+
+def answers(monitor: Monitor) -> Any:
+    """Everything that is read from the ledger."""
+    table = monitor.suspects_table()
+    columns = (table.mean_score, table.times_seen, table.label, table.predicted, monitor.label_quality())
+    caveats = monitor._recording.suspects.caveats()
+    return monitor.suspects(4), monitor.suspects(N), [column.tolist() for column in columns], caveats
+
+
+def parts() -> Parts:
+    """Both ranks score samples of any id; then the state is loaded in part and as a whole."""
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    monitor = gwa_logging.watch(net(), **ALONE)
+    for epoch in range(2):
+        scores, ids, predicted = draw(ranks * epoch + rank)
+        monitor.update(scores, ids, predicted=predicted)
+        monitor.end_epoch()
+    kept = [monitor._adapter.own_samples(N)]
+    found = [answers(monitor)]
+    saved, whole = monitor.state_dict(whole_ledger=False), monitor.state_dict()
+    for state in (saved, whole):
+        resumed = gwa_logging.watch(net(), **ALONE)
+        resumed.load_state_dict(state)
+        found.append(answers(resumed))
+    states: list[Any] = [None] * ranks
+    torch.distributed.all_gather_object(states, saved)
+    try:
+        gwa_logging.watch(net(), **ALONE).load_state_dict(states[(rank + 1) % ranks])
+        refused = ""
+    except InvalidInputError as error:
+        refused = str(error)
+    sizes = [len(state["ledger"]["sums"]) for state in (saved, whole)]
+    return Parts(kept, found, sizes, refused, monitor._adapter._accumulator._ledger.nbytes)
+
+
+def check_parts(found: list[Parts], want_sizes: list[int]) -> None:
+    """Compares the answers of all ranks with those of one process that has seen the same samples."""
+    ranks = len(found)
+    alone = gwa_logging.watch(net(), **ALONE)
+    for epoch in range(2):
+        for rank in range(ranks):
+            scores, ids, predicted = draw(ranks * epoch + rank)
+            alone.update(scores, ids, predicted=predicted)
+        alone.end_epoch()
+    few, everyone, columns, caveats = answers(alone)
+    assert "predicted as class 3: the model may have collapsed to it" in caveats[0]
+    for rank, outcome in enumerate(found):
+        for some, all_of_them, values, said in outcome.answers:
+            assert [(s.id, s.times_seen, s.predicted, s.label) for s in all_of_them] == [
+                (s.id, s.times_seen, s.predicted, s.label) for s in everyone
+            ]
+            assert [s.mean_score for s in some] == pytest.approx([s.mean_score for s in few], abs=1e-6)
+            for ours, want in zip(values, columns, strict=True):
+                assert ours == pytest.approx(want, abs=1e-6, nan_ok=True)
+            assert said == caveats
+        assert outcome.sizes == [want_sizes[rank], N]
+        assert outcome.device_bytes == 12 * (want_sizes[rank] + 1)
+        assert f"this process keeps the {want_sizes[rank]} from" in outcome.refused
+
+
 WORLD = {
     function.__name__: function
     for function in (
@@ -184,6 +265,7 @@ WORLD = {
         own_scores,
         documents_and_predictions,
         until_the_alert,
+        parts,
     )
 }
 
@@ -303,3 +385,35 @@ def ranked(epochs: list[Any]) -> list[int]:
     seen = np.bincount(ids, minlength=SAMPLES)
     means = np.divide(sums, seen, out=np.full(SAMPLES, np.inf), where=seen > 0)
     return np.argsort(means, kind="stable")[: np.count_nonzero(seen)].tolist()
+
+
+def test_each_rank_keeps_a_part_of_the_ledger_and_the_answers_are_those_of_one_process(two_ranks: World) -> None:
+    check_parts(two_ranks["parts"], [13, 12])
+    assert two_ranks["parts"][0].kept == [range(13)]
+
+
+@pytest.mark.slow
+def test_a_rank_may_keep_no_sample_at_all(shared_world: Any) -> None:
+    world = shared_world("ledger of fewer samples", 3, "tests.torch.test_ledger_ranks:TINY")
+    for suspects, state, again in world["tiny"]:
+        assert [(s.id, s.times_seen, s.mean_score) for s in suspects] == [
+            (1, 3, pytest.approx(-0.5)),
+            (0, 3, pytest.approx(0.5)),
+        ]
+        assert state == 2
+        assert again == suspects
+
+
+def tiny() -> Any:
+    """A ledger of two samples and three ranks."""
+    options = OPTIONS | {"num_samples": 2}
+    monitor = gwa_logging.watch(net(), **options)
+    monitor.update(torch.tensor([0.5, -0.5]), torch.tensor([0, 1]))
+    monitor.end_epoch()
+    saved = monitor.state_dict(whole_ledger=False)
+    resumed = gwa_logging.watch(net(), **options)
+    resumed.load_state_dict(saved)
+    return monitor.suspects(), len(monitor.state_dict()["ledger"]["sums"]), resumed.suspects()
+
+
+TINY = {"tiny": tiny}

@@ -29,7 +29,7 @@ class Recorder:
     def scores(self) -> np.ndarray:
         adapter = self.monitor._adapter
         assert isinstance(adapter, TorchAdapter)
-        ledger = adapter.ledger()
+        ledger = adapter.ledger().ledger
         assert (ledger.seen <= 1).all()
         self.monitor.close()
         return np.where(ledger.seen == 1, ledger.sums, np.nan)
@@ -385,7 +385,7 @@ def test_nothing_is_observed_after_close_even_by_a_pass_under_way():
     loss = F.cross_entropy(model(x), y)
     monitor.close()
     loss.backward()
-    assert not monitor._adapter.ledger().seen.any()
+    assert not monitor._adapter.ledger().ledger.seen.any()
 
 
 def test_nan_and_infinite_logits_are_excluded_and_training_goes_on(caplog):

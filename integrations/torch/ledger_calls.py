@@ -1,0 +1,62 @@
+"""The part of the PyTorch adapter that concerns the per-sample ledger."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from gwa_logging.faults import Faults
+from gwa_logging.integrations.torch.accumulate import Accumulator
+from gwa_logging.integrations.torch.distributed import is_distributed
+from gwa_logging.integrations.torch.ledger_ranks import gather, own_samples
+from gwa_logging.ledger import LedgerPart
+from gwa_logging.ranks import Attendance, Identity, RankSelection
+
+
+class LedgerCalls:
+    """Mixed into `TorchAdapter`. Each rank keeps the samples of a range of ids, see `ledger_ranks`."""
+
+    _accumulator: Accumulator
+    _attendance: Attendance
+    _faults: Faults
+    _model: Callable[[], nn.Module | None]
+    _num_samples: int | None
+
+    def _identity(self) -> Identity:
+        raise NotImplementedError
+
+    def ledger(self) -> LedgerPart:
+        """The part that this rank keeps of the ledger of all ranks that count (a collective: every rank must call it)."""
+        if is_distributed():
+            problems = self._attendance.problems()
+            if not problems:
+                (invalid_ids, untagged), (_, problems) = self._meet()
+                self._faults.record_once(problems)
+                ledger = self._accumulator.own_ledger()._replace(invalid_ids=invalid_ids, untagged=untagged)
+                return LedgerPart(ledger, self.own_samples(self._num_samples or 0).start, self.gather).checked()
+            self._faults.record_once(problems)
+        return LedgerPart(self._accumulator.ledger()).checked()
+
+    def own_samples(self, num_samples: int) -> range:
+        """The ids that this rank keeps."""
+        return own_samples(num_samples)
+
+    def gather(self, own: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Joins the arrays of all ranks (a collective: every rank must call it)."""
+        return gather(own) if is_distributed() and not self._attendance.missing() else own
+
+    def load_ledger(self, part: LedgerPart) -> None:
+        """Restores what `ledger` returned."""
+        self._accumulator.load_ledger(part, self._device())
+
+    def _meet(self) -> tuple[list[int], RankSelection]:
+        """Sends each rank the entries of the samples that it keeps (a collective)."""
+        return self._accumulator.meet(self._identity(), self._device())
+
+    def _device(self) -> torch.device:
+        """Where the model is."""
+        model = self._model()
+        parameter = None if model is None else next(iter(model.parameters()), None)
+        return torch.device("cpu") if parameter is None else parameter.device
