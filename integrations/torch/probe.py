@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from gwa_logging.faults import Faults
 from gwa_logging.integrations.torch.accumulate import Accumulator
 from gwa_logging.integrations.torch.compiled_probe import CompiledProbe, inputs_of
+from gwa_logging.integrations.torch.compiled_terms import terms_of
 from gwa_logging.integrations.torch.distributed import is_distributed, is_freed, is_split
 from gwa_logging.integrations.torch.forward_tracker import ForwardTracker, is_exporting
 from gwa_logging.integrations.torch.head_layers import Linear, Pointwise, by_input, ghost_norms, terms_of_inputs
@@ -70,6 +71,7 @@ class HeadProbe:
         """Calls `on_step` after each observed backward pass, and `copied` as a `ModulePatch` does."""
         self.enabled = True
         self.layer = layer
+        self.terms = terms_of(layer, faults)
         self.tags = accumulator.tags
         self.saw_call = self.saw_evaluation = False
         self.accumulator = accumulator
@@ -244,7 +246,7 @@ class HeadProbe:
             patch.remove()
         if self._forward_tracker is not None:
             self._forward_tracker.close()
-        self.layer.close()
+        self.terms.close()
 
 
 class _Pass:
@@ -324,7 +326,7 @@ class _Pass:
                 terms = terms_of_inputs(delta, logits, embeddings, self.bias, self.weight_norm)
                 self.set_predicted(pooled_prediction(delta, logits))
             else:
-                terms = layer.terms_by_logits(delta, logits, self.embeddings, self.bias, self.weight_norm)
+                terms = self.probe.terms.terms_by_logits(delta, logits, self.embeddings, self.bias, self.weight_norm)
             self.observe(terms)
         except Exception as error:  # noqa: BLE001 - nothing may reach the user's backward pass
             self.probe.fault(error)
@@ -357,8 +359,8 @@ class _Pass:
                 product = (by_input(gradient, self.groups) * by_input(self.embeddings, self.groups)).sum((1, 2))
                 self.observe(Terms(product, *norms, self.weight_norm))
             elif norms:
-                layer = self.probe.layer
-                self.observe(layer.terms_by_embeddings(norms[0], gradient, self.embeddings, self.weight_norm))
+                terms = self.probe.terms
+                self.observe(terms.terms_by_embeddings(norms[0], gradient, self.embeddings, self.weight_norm))
         except Exception as error:  # noqa: BLE001 - as above
             self.probe.fault(error)
 
