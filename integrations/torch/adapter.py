@@ -68,7 +68,7 @@ def attach(model: nn.Module, settings: WatchSettings, faults: Faults) -> "TorchA
     head = find_head(model, settings.head)
     if head is not None:
         _check_parameters(head)
-    return TorchAdapter(model, head, settings, faults, Attendance(settings.name, shared_store))
+    return TorchAdapter(model, head, settings, faults, Attendance.for_settings(settings, shared_store))
 
 
 def _check_parameters(head: Head) -> None:
@@ -358,8 +358,8 @@ class TorchAdapter:
         return ledger
 
     def load_ledger(self, ledger: Ledger) -> None:
-        """Restores what `ledger` returned, on rank 0 only, so that the sum over ranks is the same."""
-        if rank() != 0:
+        """Restores what `ledger` returned, on the rank that writes only, so that the sum over ranks is the same."""
+        if not self.writes:
             ledger = empty_like(ledger)
         model = self._model()
         parameter = next(iter(model.parameters()), None) if model is not None else None
