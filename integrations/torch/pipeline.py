@@ -83,6 +83,7 @@ class _Place(NamedTuple):
         writes: True if this rank writes the journal and the trackers.
         head: as in `watch`.
         where: the ranks with the head that this rank knows of.
+        stage: the stage of `torch.distributed.pipelining`; None if the module was watched.
     """
 
     module: nn.Module
@@ -90,6 +91,7 @@ class _Place(NamedTuple):
     writes: bool
     head: Any
     where: tuple[int, ...]
+    stage: Any = None
 
 
 def is_stage(model: Any) -> bool:
@@ -174,7 +176,7 @@ def _place_of_stage(stage: Any, head: Any) -> _Place:
             "several stages, pass the last one where it is. Create the schedule before watch(): it places the stages"
         )
     # Of several copies of the pipeline, the one with rank 0 writes.
-    return _Place(stage.submod, stage.is_last, stage.is_last and 0 in members, head, (last,))
+    return _Place(stage.submod, stage.is_last, stage.is_last and 0 in members, head, (last,), stage)
 
 
 class StageWithHead(TorchAdapter):
@@ -185,7 +187,8 @@ class StageWithHead(TorchAdapter):
     ) -> None:
         super().__init__(place.module, head, settings, faults, attendance)
         self._writes = place.writes
-        self._stage = weakref.ref(place.module)
+        self._module = weakref.ref(place.module)
+        self._stage: Callable[[], Any] = weakref.ref(place.stage) if place.stage is not None else lambda: None
         self._waiting: TaggedBatch | None = None  # ids of the microbatches that have not begun
         self._hook: Any = None
 
@@ -198,11 +201,16 @@ class StageWithHead(TorchAdapter):
         """Sets which samples the next batch has. Each microbatch takes as many ids as it has inputs, in order."""
         self.check_head()
         self._waiting = self._checked(samples, None)
-        stage = self._stage()
-        if self._hook is None and stage is not None:  # only now, since a hook is noticeable in a compiled stage
-            self._hook = stage.register_forward_pre_hook(self._tag_microbatch, with_kwargs=True)
+        module = self._module()
+        if self._hook is None and module is not None:  # only now, since a hook is noticeable in a compiled stage
+            self._hook = module.register_forward_pre_hook(self._tag_microbatch, with_kwargs=True)
 
     def _tag_microbatch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        stage = self._stage()
+        if (
+            stage is not None and not stage.args_recv_info
+        ):  # this pass only finds out the shapes that the stages exchange
+            return
         waiting, inputs = self._waiting, _inputs_of(args, kwargs)
         if waiting is None or not inputs or not module.training or not torch.is_grad_enabled() or self.is_paused:
             return

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.slow
 
 EPOCHS, BATCHES, BATCH, MICROBATCHES = 3, 4, 24, 4
 LAST = 1
+ZERO_BUBBLE = torch_schedules.ScheduleInterleavedZeroBubble
 IDS = 2 * BATCH
 
 
@@ -132,12 +134,13 @@ def case(*arguments: Any, **named: Any) -> Callable[[], Outcome]:
     return run
 
 
+SEVERAL_STAGES = {"cuts": (2, 4, 6)}
 CASES: dict[str, Callable[[], Outcome]] = {
     "GPipe": case(ScheduleGPipe),
     "1F1B": case(Schedule1F1B),
     "1F1B, a wide head": case(Schedule1F1B, wide),
-    "interleaved 1F1B, two stages per rank": case(ScheduleInterleaved1F1B, cuts=(2, 4, 6)),
-    "zero bubble": case(torch_schedules.ScheduleInterleavedZeroBubble, cuts=(2, 4, 6)),
+    "interleaved 1F1B, two stages per rank": case(ScheduleInterleaved1F1B, **SEVERAL_STAGES),
+    "zero bubble": case(ZERO_BUBBLE, **SEVERAL_STAGES),
 }
 
 
@@ -167,9 +170,9 @@ def by_hand() -> Outcome:
     return Outcome.of(monitor)
 
 
-def with_ids() -> Outcome:
+def with_ids(*arguments: Any, **named: Any) -> Outcome:
     """Saved in the middle of the second epoch, resumed in a new monitor; every rank with its own state."""
-    pipeline = Pipeline(ScheduleGPipe)
+    pipeline = Pipeline(*arguments, **named)
     monitor = gwa_logging.watch(pipeline.watched, num_samples=IDS)
     for epoch in range(EPOCHS):
         for i, (x, y, ids) in enumerate(batches(epoch)):
@@ -315,9 +318,14 @@ def copies() -> Outcome:
     return Outcome.of(monitor)
 
 
-OTHERS = (by_hand, with_ids, stopping, tracked, messages, wrong_stage, disagreeing)
+WITH_IDS: dict[str, Callable[[], Outcome]] = {
+    "ids, GPipe": partial(with_ids, ScheduleGPipe),
+    "ids, 1F1B": partial(with_ids, Schedule1F1B),
+    "ids, zero bubble": partial(with_ids, ZERO_BUBBLE, **SEVERAL_STAGES),
+}
+OTHERS = (by_hand, stopping, tracked, messages, wrong_stage, disagreeing)
 OTHERS += (watched_by_the_first_alone, without_telling, last_dies)  # the last one ends a rank
-WORLD = CASES | {function.__name__: function for function in OTHERS}
+WORLD = CASES | WITH_IDS | {function.__name__: function for function in OTHERS}
 WORLD_OF_FOUR = {"copies": copies}
 
 
@@ -348,8 +356,9 @@ def test_a_pipeline_by_hand_reports_the_same_with_the_rank_of_the_head(stages: W
     assert (first.faults, last.faults, first.journal) == ({}, {}, None)
 
 
-def test_every_microbatch_takes_its_ids_and_a_resumed_pipeline_counts_everything_once(stages: World) -> None:
-    first, last = stages["with_ids"]
+@pytest.mark.parametrize("name", WITH_IDS)
+def test_every_microbatch_takes_its_ids_and_a_resumed_pipeline_counts_everything_once(stages: World, name: str) -> None:
+    first, last = stages[name]
     want = alone(num_samples=IDS)
     assert_the_same([first.history, last.history])
     assert_equal(last.history, want.history)
@@ -382,7 +391,7 @@ def test_the_journal_and_the_tracker_have_every_interval_of_the_last_stage_once(
     (run,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
     counts = [metric.value for metric in client.get_metric_history(run.info.run_id, "gwa/stats/count")]
     assert counts == [BATCHES * BATCH] * EPOCHS
-    assert len(client.get_metric_history(run.info.run_id, "gwa/step_mean")) == len(intervals)
+    assert len(client.get_metric_history(run.info.run_id, "gwa/negative_fraction")) == len(intervals)
 
 
 def test_wrong_calls_say_what_to_do(stages: World) -> None:
