@@ -19,6 +19,7 @@ from gwa_logging.faults import Faults
 from gwa_logging.integrations.torch import adapter
 from gwa_logging.integrations.torch.adapter import TorchAdapter
 from gwa_logging.integrations.torch.distributed import (
+    is_deepspeed_engine,
     is_distributed,
     ledger_over_ranks,
     merged_over_ranks,
@@ -164,6 +165,7 @@ def _place(model: Any, head: Any) -> _Place | None:
         raise InvalidInputError(f"head={head}: the PipelineStage knows which rank has the head; pass a path or nothing")
     if head.ranks[-1] >= ranks():
         raise InvalidInputError(f"head={head}: this run has {ranks()} ranks, from 0 to {ranks() - 1}")
+    model = model.module if is_deepspeed_engine(model) else model  # its pipeline engine calls the module directly
     return _Place(model, rank() in head.ranks, rank() == head.ranks[0], head.head, head.ranks)
 
 
