@@ -190,7 +190,7 @@ class Attendance:
         """The attendance for these arguments of `watch`. Those that decide what the processes exchange must agree."""
         agreed = {
             "num_samples": str(settings.num_samples),
-            "early_stop": str(settings.early_stop),
+            "early_stop": repr(settings.early_stop),
             "unit": repr(settings.unit),
             "look": "None" if settings.look is None else "given",
             "keep_best": repr(settings.keep_best),

@@ -6,6 +6,7 @@ Needs deepspeed (tested with 0.19.8), installed with DS_BUILD_OPS=0. Without it 
 import importlib.util
 import os
 from collections.abc import Callable
+from itertools import chain
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,6 +16,8 @@ from torch import nn
 
 import gwa_logging
 from gwa_logging import EpochReport, InvalidInputError, Monitor
+from gwa_logging.integrations.torch import HeadOnRanks
+from tests.torch import test_pipeline
 from tests.torch.ranks import World
 from tests.torch.test_distributed import (
     BATCH,
@@ -29,6 +32,7 @@ from tests.torch.test_distributed import (
     wide,
     world_size,
 )
+from tests.torch.test_pipeline import MICROBATCHES, layers
 
 pytestmark = [
     pytest.mark.slow,
@@ -151,7 +155,27 @@ def keep_best() -> str:
     return str(error.value)
 
 
-OTHERS = (bfloat16, looked, keep_best)
+def pipeline() -> Outcome:
+    """Two stages of DeepSpeed's own pipeline engine."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+    from deepspeed.pipe import PipelineModule
+
+    deepspeed.init_distributed("gloo", dist_init_required=False)
+    model = PipelineModule(list(layers()), num_stages=2, loss_fn=F.cross_entropy, partition_method="uniform")
+    accumulated = {"gradient_accumulation_steps": MICROBATCHES, "train_micro_batch_size_per_gpu": BATCH // MICROBATCHES}
+    engine = engine_of(model, 0, **accumulated)
+    with gwa_logging.watch(engine, head=HeadOnRanks(1)) as monitor:
+        for epoch in monitor.epochs(test_pipeline.EPOCHS):
+            batches_of_epoch = list(test_pipeline.batches(epoch))
+            parts = [zip(x.chunk(MICROBATCHES), y.chunk(MICROBATCHES), strict=True) for x, y, _ in batches_of_epoch]
+            feed = chain(*parts)
+            for _ in batches_of_epoch:
+                engine.train_batch(feed)
+    return Outcome.of(monitor)
+
+
+OTHERS = (bfloat16, looked, keep_best, pipeline)
 SCENARIOS: dict[str, Callable[[], Any]] = CASES | {function.__name__: function for function in OTHERS}
 
 
@@ -195,6 +219,16 @@ def test_a_look_and_a_resume_work_under_zero_3(engines: dict[str, list[Any]]) ->
         assert outcome.history[-1].consensus is not None
         assert outcome.resumed == [5] * BATCH
         assert outcome.faults == {}
+
+
+def test_deepspeeds_pipeline_reports_the_same_as_one_process_and_the_last_stage_writes(
+    engines: dict[str, list[Any]],
+) -> None:
+    first, last = engines["pipeline"]
+    assert_the_same([first.history, last.history])
+    assert_equal(last.history, test_pipeline.alone().history)
+    assert (first.faults, last.faults) == ({}, {})
+    assert (first.writes, last.writes) == (False, True)
 
 
 def test_keeping_the_best_weights_is_refused_under_zero_3(engines: dict[str, list[Any]]) -> None:

@@ -418,7 +418,7 @@ def test_ranks_that_disagree_on_settings_are_refused_when_the_second_one_calls_w
     first, second = stages["disagreeing"]
     assert first == ["", "", ""]
     assert "num_samples: this process passes 11 to watch(), another one 10. Pass the same value" in second[0]
-    assert "early_stop: this process passes None to watch(), another one action='stop'" in second[1]
+    assert "early_stop: this process passes None to watch(), another one EarlyStop(action='stop')" in second[1]
     assert "unit: this process passes 'position' to watch(), another one 'sample'" in second[2]
 
 
