@@ -107,8 +107,9 @@ def watch(
     once it is no longer referenced, or by the next `watch`.
 
     Args:
-        model: a `torch.nn.Module` (also compiled or wrapped), a `PipelineStage` of `torch.distributed.pipelining`,
-            a model of Flax (Linen, NNX), Equinox, Haiku or Keras 3 (on PyTorch or JAX), or a JAX function that calls `gwa_logging.integrations.jax.tap`.
+        model: a `torch.nn.Module` (also compiled or wrapped), a `PipelineStage` of `torch.distributed.pipelining`, a
+            model of Flax (Linen, NNX), Equinox, Haiku or Keras 3 (on PyTorch or JAX), or a JAX function that calls
+            `gwa_logging.integrations.jax.tap`.
         backend: where to send the results: "wandb", "mlflow", "tensorboard", "trackio", "local" (only the journal and the
             report), the name of an entry point in the group `gwa_logging.backends`, an object with `write` and `close`, or a
             list of these.
