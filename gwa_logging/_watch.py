@@ -107,15 +107,17 @@ def watch(
     once it is no longer referenced, or by the next `watch`.
 
     Args:
-        model: a `torch.nn.Module` (also compiled or wrapped), a model of Flax (Linen, NNX), Equinox, Haiku or Keras 3 (on
-            PyTorch or JAX), or a JAX function that calls `gwa_logging.integrations.jax.tap`.
+        model: a `torch.nn.Module` (also compiled or wrapped), a `PipelineStage` of `torch.distributed.pipelining`, a
+            model of Flax (Linen, NNX), Equinox, Haiku or Keras 3 (on PyTorch or JAX), or a JAX function that calls
+            `gwa_logging.integrations.jax.tap`.
         backend: where to send the results: "wandb", "mlflow", "tensorboard", "trackio", "local" (only the journal and the
             report), the name of an entry point in the group `gwa_logging.backends`, an object with `write` and `close`, or a
             list of these.
         run: a run of W&B, MLflow or Trackio, or its id; a TensorBoard log directory or SummaryWriter; with several backends
             a dict of runs by backend. None uses the active run; if there is none, a run is started and finished on close.
         head: the classifier head: a dotted path, or the module itself. None finds it. With a list (PyTorch), the alert follows
-            the first head; each of the others has its own keys, `gwa/<path>/...`, and its own monitor in `Monitor.heads`.
+            the first head; each of the others has its own keys, `gwa/<path>/...`, and its own monitor in `Monitor.heads`. In
+            a pipeline `gwa_logging.integrations.torch.HeadOnRanks(3)`, unless the model is a `PipelineStage`.
         early_stop: the stop rule, or None for no alert. With a look the default is `EarlyStop(statistic="consensus")`. By
             default a language model of transformers gets none, since the rules were validated on classifiers.
         on_alert: called with each StopAlert. A second alert comes only after a clearly better epoch has withdrawn the first.

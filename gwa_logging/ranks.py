@@ -5,16 +5,19 @@ Tensor-parallel ranks that replicate the head all see the same samples, and each
 decides from the same reports of all processes, so all reach the same result.
 """
 
+import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
+from types import MappingProxyType
 from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 
 from gwa_logging.alignment import FloatArray
 from gwa_logging.errors import InvalidInputError
+from gwa_logging.settings import WatchSettings
 from gwa_logging.summary import AlignmentSummary
 
 logger = logging.getLogger("gwa_logging")
@@ -118,7 +121,8 @@ def select_ranks(identities: Sequence[Identity], summaries: Sequence[AlignmentSu
         first, other = next(iter(heads)), next(iter(foreign))
         problems[DIFFERENT_HEADS] = (
             f"rank {first} watches {own}, rank {other} watches {heads[other]}; only the scores of rank {first}'s head are "
-            "reported. Watch the same head on every rank; the stages of a pipeline cannot be watched yet"
+            "reported. Watch the same head on every rank. In a pipeline, pass the PipelineStage to watch(), or "
+            "head=HeadOnRanks(<the ranks with the head>)"
         )
     ranks: list[int] = []
     groups: dict[int, list[Identity]] = {}
@@ -164,20 +168,63 @@ class Attendance:
     that all processes act on the same result.
     """
 
-    def __init__(self, name: str, find_store: Callable[[], SharedStore | None]) -> None:
-        """`find_store` returns the current store; None if there are no other processes, or they have not connected yet."""
+    def __init__(
+        self, name: str, find_store: Callable[[], SharedStore | None], agreed: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        """Does nothing yet.
+
+        Args:
+            name: as in `gwa_logging.watch`.
+            find_store: returns the current store; None if there are no other processes, or they have not connected yet.
+            agreed: the settings that must be equal in all processes, as text by name.
+        """
         self._name = name
+        self._agreed = agreed
         self._find_store = find_store
         self._store: SharedStore | None = None
         self._key = ""
         self._missing: tuple[int, ...] | None = None
 
+    @classmethod
+    def for_settings(cls, settings: WatchSettings, find_store: Callable[[], SharedStore | None]) -> Self:
+        """The attendance for these arguments of `watch`. Those that decide what the processes exchange must agree."""
+        agreed = {
+            "num_samples": str(settings.num_samples),
+            "early_stop": repr(settings.early_stop),
+            "unit": repr(settings.unit),
+            "look": "None" if settings.look is None else "given",
+            "keep_best": repr(settings.keep_best),
+        }
+        return cls(settings.name, find_store, agreed)
+
     def enter(self) -> None:
-        """Stores the key of this process: it has called watch()."""
+        """Stores the key of this process: it has called watch(). Does not wait for other processes.
+
+        Raises:
+            InvalidInputError: another process has called watch() with settings that this one must share.
+        """
         self._store = self._find_store()
         if self._store is not None:
             self._key = f"gwa_logging/watch/{self._name}/{self._store.count_watch(self._name)}"
+            self._check_agreement(self._store)
             self._store.publish(self._key)
+
+    def _check_agreement(self, store: SharedStore) -> None:
+        """Compares the settings with those of the first process that has called watch()."""
+        try:
+            first = json.loads(store.store_once(f"{self._key}/settings", json.dumps(dict(self._agreed))))
+        except RuntimeError as error:  # the first reduction will fail as well, with an error that says more
+            logger.debug("gwa_logging: the shared store of the processes failed: %s", error)
+            return
+        differences = [
+            f"{name}: this process passes {value} to watch(), another one {first[name]}"
+            for name, value in self._agreed.items()
+            if first.get(name, value) != value
+        ]
+        if differences:
+            raise InvalidInputError(
+                f"{'; '.join(differences)}. Pass the same value in every process of a distributed run"
+            )
 
     def missing(self) -> tuple[int, ...]:
         """Returns the ranks that have not called watch(), the same on every rank. The first call blocks up to 60 s."""

@@ -119,14 +119,14 @@ def find_adapter(model: Any) -> AdapterModule:
     """
     bases = {f"{base.__module__}.{base.__qualname__}" for base in type(model).__mro__}
     is_function = callable(model) and not isinstance(model, type)
-    if "torch.nn.modules.module.Module" in bases:
+    if bases & {"torch.nn.modules.module.Module", "torch.distributed.pipelining.stage._PipelineStageBase"}:
         adapter = import_integration("gwa_logging.integrations.torch", "torch", "torch")
     elif bases & _JAX_MODELS or (is_function and type(model).__module__ in ("builtins", "functools", "jaxlib._jax")):
         adapter = import_integration("gwa_logging.integrations.jax", "jax", "jax")
     else:
         hint = " (the class; pass an instance)" if isinstance(model, type) else ""
         raise InvalidInputError(
-            "model: expected a torch.nn.Module, a model of Flax, Equinox, Haiku or Keras, or a JAX function, found "
-            f"{type(model).__module__}.{type(model).__qualname__}{hint}"
+            "model: expected a torch.nn.Module, a PipelineStage, a model of Flax, Equinox, Haiku or Keras, or a JAX function, "
+            f"found {type(model).__module__}.{type(model).__qualname__}{hint}"
         )
     return cast("AdapterModule", adapter)

@@ -60,7 +60,7 @@ def attach(model: Any, settings: WatchSettings, faults: Faults) -> "JaxAdapter":
             "look: in JAX the monitor does not have the parameters; call monitor.look(logits) before monitor.end_epoch()"
         )
     check_windows(settings.samples_per_epoch, jax.process_count())
-    return JaxAdapter(model, settings, faults, Attendance(settings.name, shared_store))
+    return JaxAdapter(model, settings, faults, Attendance.for_settings(settings, shared_store))
 
 
 def _is_tracing() -> bool:

@@ -1,11 +1,11 @@
 """The PyTorch integration: `attach` puts a probe at a model's classifier head. See `gwa_logging.protocols.AdapterModule`."""
 
-from gwa_logging.integrations.torch.adapter import TorchAdapter, attach
+from gwa_logging.integrations.torch.adapter import TorchAdapter
 from gwa_logging.integrations.torch.find_head import Head, describe, find_head
-from gwa_logging.integrations.torch.find_head import inside_adapters as subject
 from gwa_logging.integrations.torch.fused_losses import FusedLossPatch, patch_fused_loss
 from gwa_logging.integrations.torch.linear_cross_entropy import linear_cross_entropy
 from gwa_logging.integrations.torch.packing import document_ids
+from gwa_logging.integrations.torch.pipeline import HeadOnRanks, attach, subject
 
 SEVERAL_HEADS = True
 """True: `head=` accepts a list."""
@@ -13,6 +13,7 @@ SEVERAL_HEADS = True
 __all__ = [
     "FusedLossPatch",
     "Head",
+    "HeadOnRanks",
     "TorchAdapter",
     "attach",
     "describe",

@@ -15,7 +15,6 @@ from gwa_logging.faults import Faults
 from gwa_logging.integrations.torch.accumulate import Accumulator, TorchSnapshot
 from gwa_logging.integrations.torch.distributed import (
     is_distributed,
-    merged_over_ranks,
     rank,
     ranks,
     replica_group,
@@ -35,10 +34,10 @@ from gwa_logging.integrations.torch.forward_tracker import ForwardTracker
 from gwa_logging.integrations.torch.fused_losses import silent_loss
 from gwa_logging.integrations.torch.head_layers import layer_of, sizes_of
 from gwa_logging.integrations.torch.head_location import HeadLocation
-from gwa_logging.integrations.torch.ledger_calls import LedgerCalls
 from gwa_logging.integrations.torch.look import ModelLook, check_look
 from gwa_logging.integrations.torch.no_observation import no_observation_hint
 from gwa_logging.integrations.torch.probe import HeadProbe
+from gwa_logging.integrations.torch.rank_calls import RankCalls
 from gwa_logging.integrations.torch.step_watchdog import StepWatchdog
 from gwa_logging.integrations.torch.trl_head import FusedHead, watch_fused_head
 from gwa_logging.integrations.torch.units import Unit
@@ -47,7 +46,6 @@ from gwa_logging.ledger import TaggedBatch
 from gwa_logging.protocols import Evaluated
 from gwa_logging.ranks import Attendance, Identity, check_windows, first_scores
 from gwa_logging.settings import WatchSettings
-from gwa_logging.summary import AlignmentSummary
 
 logger = logging.getLogger("gwa_logging")
 
@@ -67,7 +65,7 @@ def attach(model: nn.Module, settings: WatchSettings, faults: Faults) -> "TorchA
     head = find_head(model, settings.head)
     if head is not None:
         _check_parameters(head)
-    return TorchAdapter(model, head, settings, faults, Attendance(settings.name, shared_store))
+    return TorchAdapter(model, head, settings, faults, Attendance.for_settings(settings, shared_store))
 
 
 def _check_parameters(head: Head) -> None:
@@ -78,7 +76,7 @@ def _check_parameters(head: Head) -> None:
         )
 
 
-class TorchAdapter(LedgerCalls):
+class TorchAdapter(RankCalls):
     """Watches one model. See `gwa_logging.protocols.Adapter`."""
 
     def __init__(
@@ -131,19 +129,6 @@ class TorchAdapter(LedgerCalls):
         if isinstance(watching, HeadProbe):
             return watching.layer.features, watching.layer.classes
         return None if self._found is None else sizes_of(self._found.module)
-
-    def reduce(self, summary: AlignmentSummary) -> AlignmentSummary:
-        """The summary of all ranks that count (a collective: every rank must call it)."""
-        if not is_distributed():
-            return summary
-        problems = self._attendance.problems()
-        if not problems:
-            summary, (_, problems) = merged_over_ranks(summary, self._identity())
-            if self._accumulator.keeps_samples:
-                self._meet()
-        self._faults.record_once(problems)
-        self.notes = tuple(problems.values())
-        return summary
 
     def _identity(self) -> Identity:
         """What this rank reports about itself to the others."""

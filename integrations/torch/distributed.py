@@ -9,6 +9,7 @@ The exception is a head that is itself split over ranks (tensor parallelism). Ev
 """
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,19 @@ if distributed.is_available():  # some builds of PyTorch lack it
 
     WRAPPERS += (FullyShardedDataParallel,)
     _SPLIT, _SHARDED, _FLAT = (DTensor,), (FSDPModule,), (FullyShardedDataParallel,)
+
+
+def is_deepspeed_engine(module: nn.Module) -> bool:
+    """Returns True for the engine of DeepSpeed, which wraps the user's model, as its attribute `module`."""
+    return any(
+        base.__module__ == "deepspeed.runtime.engine" and base.__name__ == "DeepSpeedEngine"
+        for base in type(module).__mro__
+    )
+
+
+def is_partitioned(parameter: Any) -> bool:
+    """Returns True for a parameter of DeepSpeed ZeRO-3, which is empty except while its module is called."""
+    return hasattr(parameter, "ds_id")
 
 
 def rank() -> int:
@@ -131,10 +145,16 @@ def is_freed(weight: Any) -> bool:
 
 @contextmanager
 def unsharded(model: nn.Module, head: nn.Module) -> Iterator[None]:
-    """Gathers a head's weight again if fully_shard has already resharded it, and reshards it at the end (a collective).
+    """Gathers a head's weight again if fully_shard or ZeRO-3 has already freed it, and reshards it at the end (a collective).
 
     Needed once, when the first pass has shown which layer is the head.
     """
+    partitioned = [parameter for parameter in head.parameters() if is_partitioned(parameter)]
+    if partitioned:
+        deepspeed: Any = sys.modules["deepspeed"]  # its parameters exist, so it is imported
+        with deepspeed.zero.GatheredParameters(partitioned):
+            yield
+        return
     owner = _sharded_in(model, head) if is_distributed() else None
     if owner is None:
         yield
@@ -154,7 +174,7 @@ def needs_all_ranks(model: nn.Module) -> bool:
     """Returns True if a pass of the model needs all ranks, because its parameters are split."""
     if any(isinstance(part, (*_SHARDED, *_FLAT)) for part in model.modules()):
         return True
-    return any(is_split(parameter) for parameter in model.parameters())
+    return any(is_split(parameter) or is_partitioned(parameter) for parameter in model.parameters())
 
 
 def reshard(model: nn.Module) -> None:

@@ -24,7 +24,7 @@ from gwa_logging.integrations.torch.candidates import (
     outputs_of,
     refusal,
 )
-from gwa_logging.integrations.torch.distributed import WRAPPERS
+from gwa_logging.integrations.torch.distributed import WRAPPERS, is_deepspeed_engine
 from gwa_logging.integrations.torch.graph_walk import Producer, traced_producers
 from gwa_logging.integrations.torch.head_layers import shape_of
 
@@ -48,8 +48,9 @@ def unwrapped(model: nn.Module, wrappers: tuple[type[Any], ...] = WRAPPERS) -> n
     while True:
         if isinstance(model, torch._dynamo.OptimizedModule):
             model = model._orig_mod
-        elif isinstance(model, wrappers):
-            model = model.module
+        elif isinstance(model, wrappers) or is_deepspeed_engine(model):
+            wrapped: Any = model.module
+            model = wrapped
         else:
             return model
 

@@ -29,6 +29,7 @@ from gwa_logging.integrations.torch.distributed import (
     full_tensor,
     is_distributed,
     is_flattened,
+    is_partitioned,
     is_split,
     rank,
     reshard,
@@ -300,6 +301,11 @@ class TorchWeights:
             raise InvalidInputError("keep_best: the model was deleted; monitor.best_weights() still has its weights")
         if is_flattened(model):
             raise InvalidInputError("keep_best: FullyShardedDataParallel is not supported; use fully_shard")
+        if any(map(is_partitioned, model.parameters())):
+            raise InvalidInputError(
+                "keep_best: DeepSpeed ZeRO-3 keeps the parameters in parts; leave it out, and call engine.save_checkpoint() "
+                "when a report has is_best"
+            )
         return model
 
 

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from gwa_logging import InvalidInputError
-from gwa_logging.ranks import Identity, check_windows, first_scores, select_ranks
+from gwa_logging import EarlyStop, InvalidInputError
+from gwa_logging.ranks import Attendance, Identity, check_windows, first_scores, select_ranks
+from gwa_logging.settings import WatchSettings
 from gwa_logging.summary import AlignmentSummary
 
 
@@ -67,3 +68,64 @@ def test_windows_of_samples_are_refused_in_a_distributed_run():
     check_windows(100, 1)
     with pytest.raises(InvalidInputError, match=r"samples_per_epoch=100: the 2 processes .* monitor\.end_epoch\(\)"):
         check_windows(100, 2)
+
+
+class Store(dict[str, str]):
+    """A store in this process. See `gwa_logging.ranks.SharedStore`."""
+
+    __hash__ = object.__hash__
+
+    def count_watch(self, name: str) -> int:
+        return 1
+
+    def publish(self, key: str) -> None:
+        self[key] = ""
+
+    def find_missing(self, key: str, within: float) -> list[int]:
+        return []
+
+    def store_once(self, key: str, value: str) -> str:
+        return self.setdefault(key, value)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ({"num_samples": 10}, {"num_samples": 11}, "num_samples: this process passes 11 to watch(), another one 10"),
+        ({}, {"labels": [0, 1]}, "num_samples: this process passes 2 to watch(), another one None"),
+        ({"early_stop": None}, {}, "early_stop: this process passes "),
+        (
+            {"early_stop": EarlyStop(patience=3)},
+            {"early_stop": EarlyStop(patience=4)},
+            "another one EarlyStop(patience=3)",
+        ),
+        ({"unit": "sample"}, {"unit": "position"}, "unit: this process passes 'position'"),
+        ({"look": np.zeros((2, 3))}, {}, "early_stop: "),
+        ({"look": np.zeros((2, 3)), "early_stop": None}, {"early_stop": None}, "look: this process passes None"),
+        ({"keep_best": True}, {"keep_best": "averaged"}, "keep_best: this process passes 'averaged'"),
+    ],
+)
+def test_processes_that_disagree_on_a_setting_are_refused(first, second, message):
+    store = Store()
+    Attendance.for_settings(WatchSettings(**first), lambda: store).enter()
+    with pytest.raises(InvalidInputError) as error:
+        Attendance.for_settings(WatchSettings(**second), lambda: store).enter()
+    assert message in str(error.value)
+    assert "Pass the same value in every process" in str(error.value)
+
+
+def test_what_only_the_writing_process_uses_may_differ():
+    store = Store()
+    for values in ({"backend": "mlflow", "directory": "a", "log_every_n_steps": 1}, {"on_alert": print}):
+        Attendance.for_settings(WatchSettings(**values), lambda: store).enter()
+
+
+def test_a_store_that_fails_refuses_nothing():
+    class Broken(Store):
+        def store_once(self, key: str, value: str) -> str:
+            raise RuntimeError("connection reset")
+
+    store = Broken()
+    attendance = Attendance.for_settings(WatchSettings(), lambda: store)
+    attendance.enter()
+    assert attendance.problems() == {}

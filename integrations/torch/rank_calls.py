@@ -1,4 +1,4 @@
-"""The part of the PyTorch adapter that concerns the per-sample ledger."""
+"""The calls of an adapter that all ranks make together: the summary of an epoch, and the per-sample ledger."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,14 +9,21 @@ from torch import nn
 
 from gwa_logging.faults import Faults
 from gwa_logging.integrations.torch.accumulate import Accumulator
-from gwa_logging.integrations.torch.distributed import is_distributed
+from gwa_logging.integrations.torch.distributed import is_distributed, merged_over_ranks
 from gwa_logging.integrations.torch.ledger_ranks import gather, own_samples
 from gwa_logging.ledger import LedgerPart
 from gwa_logging.ranks import Attendance, Identity, RankSelection
+from gwa_logging.summary import AlignmentSummary
 
 
-class LedgerCalls:
-    """Mixed into `TorchAdapter`. Each rank keeps the samples of a range of ids, see `ledger_ranks`."""
+class RankCalls:
+    """Mixed into the adapters. Each rank keeps the samples of a range of ids, see `ledger_ranks`.
+
+    Attributes:
+        notes: what is wrong with the ranks, for the report of an epoch.
+    """
+
+    notes: tuple[str, ...]
 
     _accumulator: Accumulator
     _attendance: Attendance
@@ -26,6 +33,19 @@ class LedgerCalls:
 
     def _identity(self) -> Identity:
         raise NotImplementedError
+
+    def reduce(self, summary: AlignmentSummary) -> AlignmentSummary:
+        """The summary of all ranks that count (a collective: every rank must call it)."""
+        if not is_distributed():
+            return summary
+        problems = self._attendance.problems()
+        if not problems:
+            summary, (_, problems) = merged_over_ranks(summary, self._identity())
+            if self._accumulator.keeps_samples:
+                self._meet()
+        self._faults.record_once(problems)
+        self.notes = tuple(problems.values())
+        return summary
 
     def ledger(self) -> LedgerPart:
         """The part that this rank keeps of the ledger of all ranks that count (a collective: every rank must call it)."""
