@@ -89,8 +89,9 @@ class GWACallback(Callback):  # type: ignore[misc]  # fastai has no types
     def after_train(self) -> None:
         session = self._gwa_session
         report = session.end_epoch()
-        if report is not None and getattr(getattr(self.learn, "progress", None), "mbar", None) is not None:
-            self.learn.progress.mbar.write(str(report))
+        if report is not None:
+            bar = getattr(getattr(self.learn, "progress", None), "mbar", None)
+            (self.learn.logger if bar is None else bar.write)(str(report))
         if self._backup is not None and session.is_training(self.learn):
             state = session.state_dict()  # every process must call this
             if not int(os.environ.get("RANK", 0)):
