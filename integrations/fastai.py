@@ -110,7 +110,7 @@ class GWACallback(Callback):  # type: ignore[misc]  # fastai has no types
     def _replace(self, name: str, method: Callable[..., None]) -> None:
         """Replaces a method of this Learner until the fit ends."""
         setattr(self.learn, name, method)
-        self._patches.callback(vars(self.learn).pop, name, None)
+        self._patches.callback(self.learn.__dict__.pop, name, None)
 
     def _end_if_it_fails(self, do_epoch: Callable[[], None]) -> Callable[[], None]:
         """Returns `do_epoch`, which also ends the session if it raises an error. fastai has no event for that."""

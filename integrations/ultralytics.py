@@ -76,8 +76,9 @@ class GWACallback:
     def on_train_start(self, trainer: Any) -> None:
         session = self._gwa_session
         self._backup = EpochBackup(trainer.save_dir / "gwa_logging.json") if trainer.args.save else None
-        is_resumed = self._backup is not None and trainer.start_epoch > 0
-        session.resume_from(self._backup.load(trainer.start_epoch) if is_resumed else None)
+        session.resume_from(None)
+        if self._backup is not None and trainer.start_epoch > 0:
+            session.resume_from(self._backup.load(trainer.start_epoch))
         session.begin(trainer.model, training=trainer, planned=trainer.epochs, runs=_runs(trainer), head=_head(trainer))
         if session.sample_ids is not None:
             preprocess = trainer.preprocess_batch

@@ -66,8 +66,8 @@ def modules_in(folder: str) -> list[Path]:
 
 
 LAYERS = (
-    "errors redact faults dataset sample_ids forks alignment histogram settings statistic consensus document_details ledger "
-    "agreement thumbnail "
+    "errors redact faults dataset dataset_streams sample_ids forks alignment histogram settings statistic consensus "
+    "document_details ledger agreement thumbnail "
     "report report.notebook _closer _run_folder "
     "best_weights state_values",
     "_record_base _suspects_record epoch_backup",

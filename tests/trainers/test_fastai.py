@@ -125,7 +125,7 @@ def test_the_alert_ends_the_fit_only_with_action_stop_after_the_epoch_was_record
 
 
 class Saves(Callback):
-    """Saves the model after each epoch, and fails in an epoch if it is told to."""
+    """Saves the model after each epoch, and fails in the epoch `fails_in`."""
 
     def __init__(self, fails_in: int = -1) -> None:
         super().__init__()
