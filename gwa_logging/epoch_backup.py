@@ -52,7 +52,7 @@ class EpochBackup:
     @staticmethod
     def _epochs(path: Path) -> int | None:
         try:
-            epochs: int | None = json.loads(path.read_text()).get("epochs")
+            saved = json.loads(path.read_text())
         except (OSError, ValueError):  # it does not exist, or a machine crashed while it was written
             return None
-        return epochs
+        return saved.get("epochs") if isinstance(saved, dict) else None

@@ -29,8 +29,8 @@ class NumberedStream(IterableDataset[Any]):
         if int(os.environ.get("WORLD_SIZE") or 1) > 1 and not self._is_warned:
             self._is_warned = True
             logger.warning(
-                "gwa_logging: with_ids: the ids of a %s are positions in the stream of each process. If it yields another share "
-                "in each of the %s processes, their ids are wrong: have it yield ids, and pass them to monitor.tag(ids)",
+                "gwa_logging: with_ids: the ids of a %s are positions in the stream of each process. If it yields another "
+                "share in each of the %s processes, their ids are wrong: have it yield ids, and pass them to monitor.tag(ids)",
                 *(type(self.dataset).__name__, os.environ["WORLD_SIZE"]),
             )
         worker = get_worker_info()
