@@ -1,8 +1,11 @@
 """Adds the sample ids to a data set, for the per-sample ledger, and checks the data set that a look takes its inputs from."""
 
+import importlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
+from gwa_logging.dataset_streams import number_shards
 from gwa_logging.errors import InvalidInputError
 
 ID_COLUMN = "sample_id"
@@ -22,22 +25,41 @@ def with_ids(dataset: Any) -> Any:
 
     Args:
         dataset: an object with `__getitem__`, for indices from 0, and `__len__`. The id is appended to items that are tuples
-            or lists and added to dicts as "sample_id"; any other item becomes a pair of the item and the id. A
-            `datasets.Dataset` gets a column "sample_id", which `map`, `filter` and `shuffle` keep.
+            or lists and added to dicts as "sample_id"; any other item becomes a pair of the item and the id. Or one of these:
+
+            - A `datasets.Dataset` gets a column "sample_id", which `map`, `filter` and `shuffle` keep.
+            - A `grain.MapDataset`: wrap before `shuffle`, `repeat` and `batch`.
+            - An `IterableDataset` of PyTorch, which must yield the same samples in the same order each time: the id is the
+              position in the stream. Each worker of a loader reads the whole stream and keeps its share, whether or not the
+              stream splits itself, so wrap the part that is cheap to read and decode afterwards.
+            - A `datasets.IterableDataset`, before `shuffle` and `split_dataset_by_node`: the id is the position in its shard
+              times the number of shards, plus the number of the shard. So `num_samples` is the length of the longest shard
+              times the number of shards.
+            - A `streaming.StreamingDataset` of MosaicML, which is changed and returned: the id is its own index of the sample.
 
     Returns:
-        A data set of the same length, with the attributes of the wrapped one. It can be pickled if the wrapped one can. A
-        `datasets.Dataset` for one.
+        A data set of the same length, with the attributes of the wrapped one. It can be pickled if the wrapped one can. For a
+        data set of `datasets`, Grain or MosaicML, one of the same kind.
 
     Raises:
-        InvalidInputError: the data set has no index, since it can only be iterated over, or it has ids already.
+        InvalidInputError: the ids would not be right, or it has ids already. The message has the remedy.
     """
-    if any(
-        base.__module__ == "datasets.arrow_dataset" and base.__name__ == "Dataset" for base in type(dataset).__mro__
-    ):
+    if _is_a(dataset, "datasets.arrow_dataset", "Dataset"):
         if ID_COLUMN in dataset.column_names:
             raise InvalidInputError(f"dataset: it has a column {ID_COLUMN!r} already; rename it, or use its ids")
         return dataset.add_column(ID_COLUMN, list(range(len(dataset))))
+    if _is_a(dataset, "datasets.iterable_dataset", "IterableDataset"):
+        return number_shards(dataset, ID_COLUMN)
+    if _is_a(dataset, "streaming.base.dataset", "StreamingDataset"):
+        return _number_by_index(dataset)
+    if _is_a(dataset, "grain", "MapDataset"):
+        return dataset.map_with_index(AddIndex(len(dataset)))
+    if _is_a(dataset, "torch.utils.data.dataset", "IterableDataset"):
+        # by name, since the core imports no framework
+        stream = importlib.import_module("gwa_logging.integrations.numbered_stream").NumberedStream
+        if isinstance(dataset, stream):
+            raise InvalidInputError("dataset: it has ids already, from with_ids")
+        return stream(dataset)
     if not has_index(dataset):
         raise InvalidInputError(
             f"dataset: expected one with __getitem__ and __len__, found {type(dataset).__name__}"
@@ -49,6 +71,13 @@ def with_ids(dataset: Any) -> Any:
             f"dataset: expected one with indices from 0 and without ids, found {type(dataset).__name__}"
         )
     return WithIds(dataset)
+
+
+def _is_a(dataset: Any, module: str, name: str) -> bool:
+    """Returns True if a base class has this name, and is defined in this module or in a part of it."""
+    return any(
+        base.__name__ == name and f"{base.__module__}.".startswith(f"{module}.") for base in type(dataset).__mro__
+    )
 
 
 def _is_stream(dataset: Any) -> bool:
@@ -122,14 +151,14 @@ class WithIds:
 
     def __getitem__(self, index: Any) -> Any:
         position = self._position(index)
-        return _with_id(self.dataset[position], position)
+        return add_id(self.dataset[position], position)
 
     def __getitems__(self, indices: Sequence[Any]) -> list[Any]:
         """Returns several items at once. PyTorch's loaders call this instead of `__getitem__`."""
         positions = [self._position(index) for index in indices]
         get_items = getattr(self.dataset, "__getitems__", None)
         items = [self.dataset[position] for position in positions] if get_items is None else get_items(positions)
-        return [_with_id(item, position) for item, position in zip(items, positions, strict=True)]
+        return [add_id(item, position) for item, position in zip(items, positions, strict=True)]
 
     def _position(self, index: Any) -> int:
         try:
@@ -149,7 +178,33 @@ class WithIds:
         return getattr(self.dataset, name)
 
 
-def _with_id(item: Any, sample: int) -> Any:
+class AddIndex:
+    """Adds to an item its id, which is its index modulo the size of the data set. Can be pickled, for worker processes."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __call__(self, index: int, item: Any) -> Any:
+        return add_id(item, int(index) % self.size)
+
+
+def _number_by_index(dataset: Any) -> Any:
+    """Makes the iteration over a StreamingDataset add its own sample index to each item.
+
+    The object remains the same: MosaicML's loader recognises the class, and the data set is registered in shared memory.
+    """
+    if "__getitem__" in vars(dataset):
+        raise InvalidInputError("dataset: it has ids already, from with_ids")
+    dataset.__getitem__ = partial(_get_numbered, dataset)  # its __iter__ calls this
+    return dataset
+
+
+def _get_numbered(dataset: Any, index: Any) -> Any:
+    return add_id(type(dataset).__getitem__(dataset, index), int(index))
+
+
+def add_id(item: Any, sample: int) -> Any:
+    """Returns the item with its id: appended to a tuple or list, as "sample_id" in a dict, else as a pair."""
     if isinstance(item, Mapping):
         return {**item, ID_COLUMN: sample}
     if isinstance(item, list):

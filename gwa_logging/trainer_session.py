@@ -61,8 +61,19 @@ class TrainerSession:
         self._open_epoch: int | None = None  # the trainer's epoch that has steps not yet reported
         self._pending_state: dict[str, Any] | None = None  # loaded when the next training begins
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out the current training: a trainer that is copied or pickled with its callbacks takes the arguments along."""
+        return vars(self) | {"monitor": None, "cleanup": ExitStack(), "_training": None, "_open_epoch": None}
+
     def begin(
-        self, model: Any, *, training: object, planned: int | None, runs: Mapping[str, Any], inputs: Any = None
+        self,
+        model: Any,
+        *,
+        training: object,
+        planned: int | None,
+        runs: Mapping[str, Any],
+        inputs: Any = None,
+        head: Any = None,
     ) -> Monitor:
         """Watches the model, and resumes from the state if one was loaded.
 
@@ -72,6 +83,7 @@ class TrainerSession:
             planned: number of epochs planned, if known.
             runs: the trainer's own runs by backend, None for the active one. Used where the user named no backend or run.
             inputs: the look that stands for look="auto" if the user named no data set, from the trainer's training set.
+            head: the head to watch if the user named none, where the trainer knows it.
 
         Raises:
             InvalidInputError: the trainer has two of these callbacks, or the loaded state does not fit.
@@ -86,6 +98,8 @@ class TrainerSession:
         arguments = self._arguments | self._destination(runs)
         if isinstance(self.settings.look, str) and self.settings.dataset is None and inputs is not None:
             arguments |= {"look": inputs}
+        if self.settings.head is None and head is not None:
+            arguments |= {"head": head}
         self.monitor = self._watch(model, arguments)
         self._training, self._open_epoch, self.epoch = training, None, -1
         _training_now.add(self)
@@ -172,6 +186,11 @@ class TrainerSession:
     def parameters(self) -> Any:
         """The parameters to keep (`keep_best`), if the trainer holds them (JAX); else None."""
         return None
+
+    @property
+    def is_within_epoch(self) -> bool:
+        """Returns True if the training has made steps that no report includes yet."""
+        return self._training is not None and self._open_epoch is not None
 
     @property
     def ends_training(self) -> bool:

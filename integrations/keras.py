@@ -7,12 +7,11 @@
 On PyTorch the callback only watches the model. On JAX it also makes Keras's jitted train step return the scores.
 """
 
-import json
-import logging
 import os
 from pathlib import Path
 from typing import Any
 
+from gwa_logging.epoch_backup import EpochBackup
 from gwa_logging.errors import InvalidInputError, MissingDependencyError
 from gwa_logging.monitor import Monitor
 from gwa_logging.trainer_session import TrainerSession
@@ -24,50 +23,22 @@ except ModuleNotFoundError as error:
         raise
     raise MissingDependencyError("keras", "keras") from error
 
-logger = logging.getLogger("gwa_logging")
-
 
 class _FitSession(TrainerSession):
     """A session that saves its state at the end of each epoch, beside Keras's own backup.
 
     Attributes:
-        backup: path of the file; None for no backup.
+        backup: the files; None for no backup.
         model: the model of the current fit; None outside a fit.
     """
 
-    backup: Path | None = None
+    backup: EpochBackup | None = None
     model: Any = None
 
     def parameters(self) -> Any:
         """The weights of the model on JAX; on PyTorch the monitor reads them itself."""
         is_kept = self.settings.keep_best and keras.backend.backend() == "jax"
         return self.model.get_weights() if is_kept else None
-
-    def resume_at(self, epoch: int) -> None:
-        """Resumes a fit whose first epoch is a later one than 0, from the backup of the epoch before."""
-        if self.backup is None:
-            return
-        saved = json.loads(self.backup.read_text()) if self.backup.exists() else {}
-        if saved.get("epochs") == epoch:
-            self.load_state_dict(saved["state"])
-        else:
-            logger.warning(
-                "gwa_logging: GWA starts again from zero: %s does not have the state at the end of epoch %d",
-                *(self.backup, epoch - 1),
-            )
-
-    def save(self) -> None:
-        """Writes the backup of the present epoch."""
-        if self.backup is not None:
-            self.backup.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = self.backup.with_suffix(".new")
-            unfinished.write_text(json.dumps({"epochs": self.epoch + 1, "state": self.state_dict()}))
-            unfinished.replace(self.backup)
-
-    def remove_backup(self) -> None:
-        """Deletes the file: the fit is complete."""
-        if self.backup is not None:
-            self.backup.unlink(missing_ok=True)
 
 
 class GWACallback(keras.callbacks.Callback):  # type: ignore[misc]  # keras has no types
@@ -106,7 +77,7 @@ class GWACallback(keras.callbacks.Callback):  # type: ignore[misc]  # keras has 
                 f"num_samples={session.settings.num_samples}: Keras's fit does not reveal which samples a batch holds; for a "
                 "ledger, write your own training loop"
             )
-        session.backup = None if backup_dir is None else Path(backup_dir, "gwa_logging.json")
+        session.backup = None if backup_dir is None else EpochBackup(Path(backup_dir, "gwa_logging.json"))
         self._gwa_session = session
 
     @property
@@ -126,10 +97,10 @@ class GWACallback(keras.callbacks.Callback):  # type: ignore[misc]  # keras has 
             session.cleanup.callback(watch_fit(self.model, monitor))
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        is_first = self._gwa_session.epoch < 0
-        if is_first and epoch > 0:
-            self._gwa_session.resume_at(epoch)
-        self._gwa_session.enter_epoch(epoch)
+        session = self._gwa_session
+        if session.backup is not None and session.epoch < 0 < epoch and (state := session.backup.load(epoch)):
+            session.load_state_dict(state)
+        session.enter_epoch(epoch)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         self._gwa_session.count_step()
@@ -141,9 +112,11 @@ class GWACallback(keras.callbacks.Callback):  # type: ignore[misc]  # keras has 
         if report is not None and logs is not None:
             logs.update(session.progress(report))
         self.model.stop_training |= session.ends_training
-        session.save()
+        if session.backup is not None:
+            session.backup.save(epoch + 1, session.state_dict())
 
     def on_train_end(self, logs: Any = None) -> None:
         self._gwa_session.end()
         self._gwa_session.model = None
-        self._gwa_session.remove_backup()
+        if self._gwa_session.backup is not None:
+            self._gwa_session.backup.remove()

@@ -1,6 +1,7 @@
 """Shared by the tests of README and docs/: a page's code and links, and the setup that its code assumes."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -23,7 +24,8 @@ def links(page: Path) -> list[str]:
 
 def run(code: str, folder: Path) -> None:
     """Runs code as a separate program in a folder."""
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))}
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -100,6 +102,23 @@ import keras, numpy as np
 x, y = np.ones((40, 8), np.float32), np.arange(40) % 4
 model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
 model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+""",
+    "ignite": MODEL
+    + """
+from ignite.engine import Engine
+def step(engine, batch):
+    loss_of(model(batch["x"]), batch["labels"]).backward()
+    optimizer.step()
+trainer = Engine(step)
+""",
+    "fastai": MODEL
+    + """
+from tests.trainers.torchvision_operators import define_operators
+define_operators()
+from fastai.basics import DataLoaders, Learner
+from fastai.callback import schedule
+pairs = [(row["x"], row["labels"]) for row in data]
+dls = DataLoaders.from_dsets(pairs, pairs, bs=20, device="cpu")
 """,
     "accelerate": MODEL + "from accelerate import Accelerator\naccelerator = Accelerator(cpu=True)\n",
 }

@@ -128,6 +128,7 @@ TRAINERS = {
     "lightning": "lightning",
     "transformers": "transformers",
     "accelerate": "accelerate",
+    "ignite": "ignite,tensorboard",
     "keras": "keras,jax,tensorboard",
 }
 

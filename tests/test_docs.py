@@ -1,6 +1,7 @@
 """The pages of docs/: links have a target, code runs, and quoted messages and figures are the real ones."""
 
 import ast
+import importlib.util
 import re
 from pathlib import Path
 
@@ -82,14 +83,17 @@ def test_the_code_for_transformers_and_accelerate_runs(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trainer", ["lightning", "transformers", "keras", "accelerate"])
+@pytest.mark.parametrize("trainer", ["lightning", "transformers", "keras", "accelerate", "ignite", "fastai"])
 def test_the_code_for_each_trainer_runs_in_its_own_process(trainer, tmp_path):
+    """examples/ultralytics_digits.py has the lines for Ultralytics."""
+    if importlib.util.find_spec(trainer) is None:
+        pytest.skip(f"{trainer} is not installed")
     run(in_trainer_as_documented(trainer), tmp_path)
     assert_two_epochs(tmp_path)
 
 
 def test_the_page_on_trainers_has_one_block_per_trainer():
-    assert len(TRAINERS) == 4
+    assert len(TRAINERS) == 7
 
 
 def literals() -> list[str]:

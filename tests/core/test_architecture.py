@@ -33,9 +33,14 @@ HEAVY = (
     "accelerate",
     "keras",
     "apprise",
+    "fastai",
+    "ignite",
+    "ultralytics",
+    "grain",
+    "datasets",
 )
 ADAPTERS, BACKENDS = ("torch", "jax"), ("wandb", "mlflow", "tensorboard", "trackio")
-TRAINERS = ("lightning", "transformers", "accelerate", "keras")
+TRAINERS = ("lightning", "transformers", "accelerate", "keras", "fastai", "ignite", "ultralytics")
 
 
 def loaded_by(code: str) -> set[str]:
@@ -61,11 +66,11 @@ def modules_in(folder: str) -> list[Path]:
 
 
 LAYERS = (
-    "errors redact faults dataset sample_ids forks alignment histogram settings statistic consensus document_details ledger "
-    "agreement thumbnail "
+    "errors redact faults dataset dataset_streams sample_ids forks alignment histogram settings statistic consensus "
+    "document_details ledger agreement thumbnail "
     "report report.notebook _closer _run_folder "
     "best_weights state_values",
-    "_record_base _suspects_record",
+    "_record_base _suspects_record epoch_backup",
     "records",
     "summary _epoch_bar _announce",
     "_journal_file journal ranks early_stop",

@@ -65,7 +65,8 @@ def two_processes() -> Callable[[str, str, Path], None]:
     def run(module: str, function: str, folder: Path) -> None:
         script = folder / "script.py"
         script.write_text(f"from {module} import {function}; {function}({str(folder)!r})")
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+        search = os.pathsep.join((str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")))
+        environment = {**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1"}
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         command = [sys.executable, *torchrun, str(script)]
         done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=600)
