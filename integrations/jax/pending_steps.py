@@ -97,7 +97,9 @@ def owned(samples: TaggedBatch) -> TaggedBatch:
 
 def _owned(leaf: Any) -> Any:
     if isinstance(leaf, jax.core.Tracer):
-        raise InvalidInputError("sample_ids: found a tracer; return the ids from the jitted step and call update outside")
+        raise InvalidInputError(
+            "sample_ids: found a tracer; return the ids from the jitted step and call update outside"
+        )
     if isinstance(leaf, jax.Array):
         return leaf
     array = np.array(leaf)
@@ -114,7 +116,7 @@ class Parts(NamedTuple):
 
 
 def side_by_side(steps: list[TaggedBatch]) -> Any:
-    """The samples of several steps as one `TaggedBatch`: arrays on the host stacked [steps, ...], those on the device as `Parts`."""
+    """The samples of several steps as one `TaggedBatch`: arrays on the host are stacked [steps, ...], others become `Parts`."""
     return jax.tree.map(lambda *leaves: Parts(leaves) if isinstance(leaves[0], jax.Array) else np.stack(leaves), *steps)
 
 

@@ -40,7 +40,9 @@ def test_the_report_equals_that_of_all_scores_for_any_number_of_steps_and_any_sh
     scores = np.concatenate(steps)
     expected = AlignmentSummary.from_scores(scores)
     valid = scores[np.abs(scores) <= 1].astype(np.float64)
-    assert (report.count, report.excluded) == (len(valid), len(scores) - len(valid)) == (expected.count, expected.excluded)
+    assert (
+        (report.count, report.excluded) == (len(valid), len(scores) - len(valid)) == (expected.count, expected.excluded)
+    )
     assert report.mean == pytest.approx(valid.mean(), rel=1e-6)
     assert report.std == pytest.approx(valid.std(), rel=1e-6)
     np.testing.assert_array_equal(report.histogram.dense(), expected.histogram.dense())
