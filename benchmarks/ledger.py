@@ -17,7 +17,7 @@ import torch
 
 import gwa_logging
 
-BATCH, BATCHES = 256, 50
+BATCH, BATCHES, JAX_BATCHES = 256, 50, 13
 
 
 def megabytes() -> float:
@@ -76,7 +76,8 @@ def time_operations(samples: int) -> None:
     import jax.numpy as jnp
 
     from gwa_logging.integrations.jax.ledger import DeviceLedger as JaxLedger
-    from gwa_logging.integrations.jax.ledger import add_to_ledger
+    from gwa_logging.integrations.jax.ledger import add_steps_to_ledger
+    from gwa_logging.integrations.jax.pending_steps import side_by_side
     from gwa_logging.integrations.torch.head_layers import Linear
     from gwa_logging.integrations.torch.ledger import DeviceLedger, TaggedScores
     from gwa_logging.ledger import TaggedBatch
@@ -92,14 +93,15 @@ def time_operations(samples: int) -> None:
     print(f"PyTorch, adding {BATCHES} batches at once: {took:.0f} us per batch")
 
     jax_ledger, jax_scores = JaxLedger.empty(samples), jnp.asarray(scores.numpy())
-    jax_batch = TaggedBatch(ids.numpy().astype(np.int32))
+    jax_batches = [TaggedBatch(ids.numpy().astype(np.int32))] * JAX_BATCHES
 
     def add() -> None:
         nonlocal jax_ledger
-        jax_ledger = jax.block_until_ready(add_to_ledger(jax_ledger, jax_batch, jax_scores))
+        samples, steps = side_by_side(jax_batches), [jax_scores] * JAX_BATCHES
+        jax_ledger = jax.block_until_ready(add_steps_to_ledger(jax_ledger, samples, steps, np.int32(JAX_BATCHES)))
 
     add()
-    print(f"JAX, adding a batch: {median_us(add):.0f} us\n")
+    print(f"JAX, adding {JAX_BATCHES} batches at once: {median_us(add) / JAX_BATCHES:.0f} us per batch\n")
 
 
 def main() -> None:

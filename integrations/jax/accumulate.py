@@ -1,10 +1,10 @@
-"""Accumulates scores on the device, in one small jitted update per step, and copies their summary to the host.
+"""Accumulates scores on the device, in one small jitted update for many steps, and copies their summary to the host.
 
 JAX computes in float32. The moments are centred and kept relative to a pivot near the scores, so that a small spread around a
 large mean keeps its precision. The host continues in float64.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, Self
@@ -54,8 +54,15 @@ class AlignmentState(NamedTuple):
 
     def update(self, scores: Array) -> "AlignmentState":
         """The state after more scores, float [...]; a pure function, for use in jit and scan."""
+        return self._update(scores)
+
+    def _update(self, scores: Array, is_present: Array | None = None) -> "AlignmentState":
+        """`update` with those scores that are present, bool [...]."""
         x = scores.astype(jnp.float32).ravel()
-        valid, no_gradient, dead, not_finite = classify_scores(x)
+        kinds = classify_scores(x)
+        if is_present is not None:
+            kinds = tuple(kind & is_present.ravel() for kind in kinds)  # type: ignore[assignment]
+        valid = kinds[0]
         number = jnp.sum(valid, dtype=jnp.int32)
         share = 1 / jnp.maximum(number, 1).astype(jnp.float32)
 
@@ -72,7 +79,7 @@ class AlignmentState(NamedTuple):
         moments = _merge(self.counts[0], self.numbers[1], self.numbers[2:5], number, mean, batch)
         smallest = jnp.minimum(self.numbers[5], jnp.min(jnp.where(valid, x, _BEYOND), initial=_BEYOND))
         largest = jnp.maximum(self.numbers[6], jnp.max(jnp.where(valid, x, -_BEYOND), initial=-_BEYOND))
-        counts = [jnp.sum(kind, dtype=jnp.int32) for kind in (valid, no_gradient, dead, not_finite)]
+        counts = [jnp.sum(kind, dtype=jnp.int32) for kind in kinds]
         index = jnp.clip(jnp.searchsorted(EDGES, x, side="right") - 1, 0, BINS - 1)
         bins = jnp.zeros(BINS, jnp.int32).at[jnp.where(valid, index, BINS)].add(1, mode="drop")
         return AlignmentState(
@@ -144,6 +151,17 @@ def _merge(count_a: Array, mean_a: Array, a: Array, count_b: Array, mean_b: Arra
 def update_state(state: AlignmentState, scores: Array) -> AlignmentState:
     """`AlignmentState.update`, jitted; the new state takes the memory of the old one."""
     return state.update(scores)
+
+
+@partial(jax.jit, donate_argnums=0)
+def update_state_with_steps(state: AlignmentState, steps: Sequence[Array], number: Array) -> AlignmentState:
+    """`update_state` with the scores of the first `number` of some steps. All steps have the same shape.
+
+    The number is an argument, so that JAX compiles one program for the steps of a full list and of one that is not full.
+    """
+    scores = jnp.stack(steps)
+    place = jnp.arange(len(steps)).reshape(-1, *(1,) * (scores.ndim - 1))
+    return state._update(scores, jnp.broadcast_to(place < number, scores.shape))
 
 
 merge_states = jax.jit(AlignmentState.merge)

@@ -23,10 +23,12 @@ from gwa_logging.integrations.jax.accumulate import (
     merge_states,
     transfers_allowed,
     update_state,
+    update_state_with_steps,
 )
 from gwa_logging.integrations.jax.distributed import Processes, shared_store
 from gwa_logging.integrations.jax.find_head import find_head, library_of
-from gwa_logging.integrations.jax.ledger import DeviceLedger, add_to_ledger
+from gwa_logging.integrations.jax.ledger import DeviceLedger, add_steps_to_ledger
+from gwa_logging.integrations.jax.pending_steps import PendingSteps, Step, is_deleted, owned, side_by_side
 from gwa_logging.integrations.jax.probe import ProbeSession
 from gwa_logging.integrations.jax.sessions import LayerCall, fresh_trace
 from gwa_logging.integrations.jax.weights import JaxWeights
@@ -38,6 +40,9 @@ from gwa_logging.summary import AlignmentSummary
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+LEFT_OUT = "steps left out"
+"""Fault: steps whose scores could not be added up."""
 
 
 def subject(model: Any) -> Any:
@@ -66,13 +71,6 @@ def attach(model: Any, settings: WatchSettings, faults: Faults) -> "JaxAdapter":
 def _is_tracing() -> bool:
     """Returns True inside a transformation such as jit."""
     return isinstance(jnp.zeros(()), jax.core.Tracer)
-
-
-def _narrow_ids(array: Any) -> Any:
-    """Makes NumPy integers 32 bits wide; -1, which is invalid, where they do not fit. JAX would cut off the upper bits."""
-    if isinstance(array, np.ndarray) and array.dtype.kind in "iu":
-        return np.where((array < 0) | (array >= 2**31), -1, array).astype(np.int32)
-    return array
 
 
 def _explicit_mesh(scores: Any) -> Mesh | None:
@@ -117,6 +115,8 @@ class JaxAdapter:
         self._pools_rows = settings.unit == "sample"
         self._state: AlignmentState | None = None  # made on the devices of the first scores
         self._ledger: DeviceLedger | None = None
+        self._pending = PendingSteps(settings.log_every_n_steps)
+        self._faults = faults
         self._untagged = 0
         self._call: LayerCall | None = None  # of the head, once it has been traced
         self._mesh: Mesh | None = None
@@ -229,22 +229,63 @@ class JaxAdapter:
             raise InvalidInputError(f"scores: expected a floating-point array [batch], found {found}")
         if samples is not None:
             samples.check(scores.shape, self._num_samples)
-            samples = TaggedBatch(*map(_narrow_ids, samples))
+            samples = owned(samples)
         elif self._num_samples is not None:
             self._untagged += scores.size
         mesh = _explicit_mesh(scores)
         if mesh is not None:  # with explicit axes each of our operations would have to name its sharding
-            self._mesh = _with_auto_axes(mesh)
-            scores = jax.device_put(scores, NamedSharding(self._mesh, scores.sharding.spec))
+            mesh = _with_auto_axes(mesh)
+            scores = jax.device_put(scores, NamedSharding(mesh, scores.sharding.spec))
             samples = None if samples is None else jax.tree.map(np.asarray, samples)
         if isinstance(scores, jax.Array) and not scores.is_fully_addressable:
+            self._mesh = mesh or self._mesh
             self._observe_global(scores, samples)
             return
+        step = Step(jnp.array(scores) if isinstance(scores, np.ndarray) else scores, samples)
+        if not self._pending.accepts(step):
+            self._add_pending()
+        self._mesh = mesh or self._mesh
+        self._pending.append(step)
+        if self._pending.is_full:
+            self._add_pending()
+
+    def _add_pending(self) -> None:
+        """Adds the pending steps to the summary and the ledger. A step that cannot be added is a fault."""
+        steps, length = self._pending.take()
+        deleted = sum(map(is_deleted, steps))
+        if deleted:
+            self._pending.add_at_once()
+            self._faults.record(
+                LEFT_OUT,
+                f"the scores or ids of {deleted} steps were deleted or donated to another function after update(); from now on "
+                "each step is added at once, which takes longer",
+                deleted,
+            )
+            steps = [step for step in steps if not is_deleted(step)]
+        if not steps:
+            return
+        try:
+            self._add(steps, length)
+        except Exception as error:  # noqa: BLE001 - training must continue
+            reason = str(error).partition("\n")[0][:200]
+            self._faults.record(LEFT_OUT, f"{len(steps)} steps: {type(error).__name__}: {reason}", len(steps))
+            # A call that failed may have taken the memory of its arguments.
+            self._state = None if is_deleted(self._state) else self._state
+            self._ledger = None if is_deleted(self._ledger) else self._ledger
+
+    def _add(self, steps: list[Step], length: int) -> None:
+        number = np.int32(len(steps))
+        steps = steps + steps[-1:] * (length - len(steps))  # the rest is not counted
+        scores = tuple(step.scores for step in steps)
+        samples = [step.samples for step in steps if step.samples is not None]
         with self._auto_mesh_context():
-            if samples is not None:
-                ledger = self._device_ledger().prepared_for(samples, scores.shape)
-                self._ledger = add_to_ledger(ledger, samples, scores)
-            self._state = update_state(self._state or AlignmentState.empty(), scores)
+            if samples:
+                ledger = self._device_ledger().prepared_for(samples[0], scores[0].shape)
+                self._ledger = add_steps_to_ledger(ledger, side_by_side(samples), scores, number)
+            state = self._state or AlignmentState.empty()
+            self._state = (
+                update_state(state, scores[0]) if length == 1 else update_state_with_steps(state, scores, number)
+            )
 
     def _observe_global(self, scores: jax.Array, samples: TaggedBatch | None) -> None:
         """Adds scores of which this process holds a part."""
@@ -274,6 +315,7 @@ class JaxAdapter:
     @_allows_transfers
     def snapshot(self) -> JaxSnapshot:
         """Returns what has accumulated since the last snapshot, and starts an empty summary."""
+        self._add_pending()
         with self._auto_mesh_context():
             state, self._state = self._state or AlignmentState.empty(), None
         return JaxSnapshot(state)
@@ -286,6 +328,7 @@ class JaxAdapter:
     @_allows_transfers
     def ledger(self) -> LedgerPart:
         """The ledger over all processes, on the host; each process keeps all of it. Every process must call it."""
+        self._add_pending()
         own = self._device_ledger().to_host(self._untagged)
         return LedgerPart(own if jax.process_count() == 1 else self._processes.merge_ledgers(own)).checked()
 
@@ -300,6 +343,7 @@ class JaxAdapter:
     @_allows_transfers
     def load_ledger(self, part: LedgerPart) -> None:
         """Restores what `ledger` returned, in the first process, so that the sum over processes is the same."""
+        self._add_pending()
         if self.writes:
             self._ledger, self._untagged = DeviceLedger.from_host(part.ledger), part.ledger.untagged
         else:

@@ -1,7 +1,8 @@
 """The per-sample ledger on the device: sums of scores by sample id."""
 
+from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from gwa_logging.integrations.jax.documents import Documents, by_input, by_position
+from gwa_logging.integrations.jax.pending_steps import stacked
 from gwa_logging.integrations.jax.scores import classify_scores
 from gwa_logging.ledger import UNKNOWN, Ledger, TaggedBatch
 
@@ -80,11 +82,26 @@ def _has_documents(samples: TaggedBatch, scores: tuple[int, ...]) -> bool:
     return samples.is_by_position or samples.ids.shape[0] != np.prod(scores)
 
 
-@partial(jax.jit, donate_argnums=0)
-def add_to_ledger(ledger: DeviceLedger, samples: TaggedBatch, scores: Array) -> DeviceLedger:
-    """The ledger after another batch. It must be `prepared_for` the batch."""
-    sums, seen, predicted, details = ledger
-    size = sums.shape[0] - 1
+class _Entries(NamedTuple):
+    """What batches add to the ledger. Entries that are left out have the id that the last element of the arrays has.
+
+    Attributes:
+        ids: int [...].
+        sums, shares: float32 [...], what is added to the sums and to the times that a sample was seen.
+        targets: int [...], the ids to which predictions and details belong.
+        predicted, details: int32 [...]; None if there are none.
+    """
+
+    ids: Array
+    sums: Array
+    shares: Array
+    targets: Array
+    predicted: Array | None
+    details: Array | None
+
+
+def _entries(samples: TaggedBatch, scores: Array, is_present: Array, *, size: int) -> _Entries:
+    """The entries of one batch, none if it is not present, bool []; `size` is the number of samples in the ledger."""
     ids = samples.ids
     ids = ids.astype(jnp.int32) if ids.dtype.itemsize < 4 else ids  # the size may be too large for a narrower type
     documents: Documents | None = None
@@ -98,6 +115,7 @@ def add_to_ledger(ledger: DeviceLedger, samples: TaggedBatch, scores: Array) -> 
         x = jnp.where(counted, x, 0)
     else:
         ids, x, counted = documents.ids, documents.means, documents.counts > 0
+    counted &= is_present
     is_invalid = (ids < 0) | (ids >= size)
     shares = counted.astype(jnp.float32)
     if samples.weights is not None:
@@ -106,11 +124,37 @@ def add_to_ledger(ledger: DeviceLedger, samples: TaggedBatch, scores: Array) -> 
         shares = jnp.where(counted[:, None], jnp.where(is_invalid, 1.0, weights), 0.0)
         x = x[:, None]
     ids = jnp.where(is_invalid, size, ids)
-    # A mixed input has no single class, and its rows belong to no single sample.
-    if samples.weights is None:
-        targets = jnp.where(counted, ids, size)
-        if samples.predicted is not None and predicted is not None:
-            predicted = predicted.at[targets].set(samples.predicted.astype(jnp.int32))
-        if documents is not None and details is not None:
-            details = details.at[targets].set(documents.details())
-    return DeviceLedger(sums.at[ids].add(shares * x), seen.at[ids].add(shares), predicted, details)
+    if samples.weights is not None:  # A mixed input has no single class, and its rows belong to no single sample.
+        return _Entries(ids, shares * x, shares, ids, None, None)
+    predicted = None if samples.predicted is None else samples.predicted.astype(jnp.int32)
+    details = None if documents is None else documents.details()
+    return _Entries(ids, shares * x, shares, jnp.where(counted, ids, size), predicted, details)
+
+
+@partial(jax.jit, donate_argnums=0)
+def add_steps_to_ledger(ledger: DeviceLedger, samples: Any, steps: Sequence[Array], number: Array) -> DeviceLedger:
+    """The ledger after the first `number` of some steps. It must be `prepared_for` them.
+
+    Args:
+        ledger: the ledger before. The new one takes its memory.
+        samples: of all steps, from `pending_steps.side_by_side`.
+        steps: the scores of each step.
+        number: int [], at most the number of steps.
+    """
+    samples = stacked(samples)
+    present = jnp.arange(len(steps)) < number
+    entries = jax.vmap(partial(_entries, size=ledger.sums.shape[0] - 1))(samples, jnp.stack(steps), present)
+    return DeviceLedger(
+        ledger.sums.at[entries.ids].add(entries.sums),
+        ledger.seen.at[entries.ids].add(entries.shares),
+        _after(ledger.predicted, entries.targets, entries.predicted),
+        _after(ledger.details, entries.targets, entries.details),
+    )
+
+
+def _after(kept: Array | None, targets: Array, values: Array | None) -> Array | None:
+    """What is kept of each sample after the values [steps, ...], of which the last one stays."""
+    if kept is None or values is None:
+        return kept
+    # Step by step: of several writes to one element, a single operation may keep any.
+    return jax.lax.scan(lambda kept, step: (kept.at[step[0]].set(step[1]), None), kept, (targets, values))[0]

@@ -16,7 +16,8 @@ import gwa_logging
 from gwa_logging import InvalidInputError, Monitor
 from gwa_logging.document_details import unpack
 from gwa_logging.integrations.jax.documents import Documents
-from gwa_logging.integrations.jax.ledger import DeviceLedger, add_to_ledger
+from gwa_logging.integrations.jax.ledger import DeviceLedger, add_steps_to_ledger
+from gwa_logging.integrations.jax.pending_steps import side_by_side
 from gwa_logging.ledger import TaggedBatch
 from tests.documents import check_documents, documents
 
@@ -182,7 +183,7 @@ def test_any_ids_and_scores_agree_with_a_loop_over_the_documents(seed):
     ids = random.integers(-1, 6, shape).astype(np.int32)
     samples = TaggedBatch(jnp.asarray(ids))
     ledger = DeviceLedger.empty(6).prepared_for(samples, scores.shape)
-    found = add_to_ledger(ledger, samples, jnp.asarray(scores))
+    found = add_steps_to_ledger(ledger, side_by_side([samples]), [jnp.asarray(scores)], np.int32(1))
     expected = documents(scores, ids)
     tokens, share, lowest = unpack(np.asarray(found.details)[:6])
     assert {i: n for i, n in enumerate(tokens) if n} == {i: each.tokens for i, each in expected.items()}
@@ -198,7 +199,8 @@ def test_ten_million_documents_take_12_bytes_each():
     samples = TaggedBatch(jnp.zeros((2, 3), jnp.int32))
 
     def after_a_batch(scores):
-        return add_to_ledger(DeviceLedger.empty(10_000_000).prepared_for(samples, scores.shape), samples, scores)
+        ledger = DeviceLedger.empty(10_000_000).prepared_for(samples, scores.shape)
+        return add_steps_to_ledger(ledger, side_by_side([samples]), [scores], np.int32(1))
 
     ledger = jax.eval_shape(after_a_batch, jax.ShapeDtypeStruct((2, 3), jnp.float32))
     assert sum(math.prod(array.shape) * array.dtype.itemsize for array in jax.tree.leaves(ledger)) == 12 * 10_000_001

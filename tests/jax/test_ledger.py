@@ -93,15 +93,15 @@ def test_batches_without_ids_are_counted_and_reported():
 
 
 def test_a_step_with_new_numbers_of_the_same_shape_compiles_nothing():
-    from gwa_logging.integrations.jax.ledger import add_to_ledger
+    from gwa_logging.integrations.jax.ledger import add_steps_to_ledger
 
     with watched() as monitor:
         for i in range(3):
             lam = 0.1 * (i + 1)
             monitor.update(jnp.asarray(SCORES), np.full((6, 2), i), weights=(lam, 1 - lam))
             if i == 0:
-                compiled = add_to_ledger._cache_size()
-        assert add_to_ledger._cache_size() == compiled
+                compiled = add_steps_to_ledger._cache_size()
+        assert add_steps_to_ledger._cache_size() == compiled
 
 
 def test_update_with_ids_does_not_block_on_the_scores():

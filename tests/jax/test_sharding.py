@@ -41,12 +41,12 @@ def results(request, tmp_path_factory) -> dict:
 def test_scores_and_reports_equal_those_of_one_device(results, way):
     one, many = results["one_device"], results[way]
     np.testing.assert_allclose(many["scores"], one["scores"], atol=1e-6)
-    assert many["report"].pop("count") == one["report"].get("count") == 64
+    assert many["report"].pop("count") == one["report"].get("count") == 128
     for name, value in many["report"].items():
         assert value == pytest.approx(one["report"][name], rel=1e-5, abs=1e-6), name
-    assert sum(many["bins"]) == 64
+    assert sum(many["bins"]) == 128
     assert many["seen"] == 32
-    assert many["faults"] == {"samples without ids": 32}  # of the second update
+    assert many["faults"] == {"samples without ids": 96}  # of the last three updates
 
 
 @pytest.mark.parametrize("way", ["auto", "explicit", "shard_map", "tensor_parallel_head"])
