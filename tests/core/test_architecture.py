@@ -32,10 +32,11 @@ HEAVY = (
     "transformers",
     "accelerate",
     "keras",
+    "ray",
     "apprise",
 )
 ADAPTERS, BACKENDS = ("torch", "jax"), ("wandb", "mlflow", "tensorboard", "trackio")
-TRAINERS = ("lightning", "transformers", "accelerate", "keras")
+TRAINERS = ("lightning", "transformers", "accelerate", "keras", "ray")
 
 
 def loaded_by(code: str) -> set[str]:
