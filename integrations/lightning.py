@@ -123,6 +123,7 @@ def _close_epoch(session: TrainerSession, trainer: Any, pl_module: Any) -> None:
     if report is not None:
         # For the progress bar, and for ModelCheckpoint(monitor=...); nothing goes to the user's loggers.
         pl_module.log_dict(session.progress(report), prog_bar=True, logger=False, batch_size=1)
+        pl_module.log(f"{session.settings.name}/stop", float(report.stop), logger=False, batch_size=1)
     if session.ends_training:
         trainer.should_stop = True
 

@@ -154,6 +154,7 @@ RUNS = {
     "workspace": WORKSPACE,
     "cleanlab": CLEANLAB,
     "trl": trainer("transformers") + "import trl\n",
+    "ray": python_blocks(ROOT / "docs" / "ray.md")[0],
     **{extras: trainer(name) for name, extras in TRAINERS.items()},
 }
 

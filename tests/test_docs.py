@@ -18,8 +18,8 @@ PRESUMED = {
 }
 """Code that the blocks of a page presume."""
 
-TESTED_ELSEWHERE = {"backends.md", "trainers.md", "language-models.md"}
-"""Pages whose code is run by test_backends.py, below block by block, and by trainers/test_trl.py."""
+TESTED_ELSEWHERE = {"backends.md", "trainers.md", "language-models.md", "ray.md"}
+"""Pages whose code is run by test_backends.py, below block by block, by trainers/test_trl.py and by trainers/test_ray.py."""
 
 
 def anchors(page: Path) -> set[str]:

@@ -32,6 +32,7 @@ HEAVY = (
     "transformers",
     "accelerate",
     "keras",
+    "ray",
     "apprise",
     "fastai",
     "ignite",
@@ -40,7 +41,7 @@ HEAVY = (
     "datasets",
 )
 ADAPTERS, BACKENDS = ("torch", "jax"), ("wandb", "mlflow", "tensorboard", "trackio")
-TRAINERS = ("lightning", "transformers", "accelerate", "keras", "fastai", "ignite", "ultralytics")
+TRAINERS = ("lightning", "transformers", "accelerate", "keras", "fastai", "ignite", "ultralytics", "ray")
 
 
 def loaded_by(code: str) -> set[str]:
