@@ -48,9 +48,10 @@ def unwrapped(model: nn.Module, wrappers: tuple[type[Any], ...] = WRAPPERS) -> n
     while True:
         if isinstance(model, torch._dynamo.OptimizedModule):
             model = model._orig_mod
-        elif isinstance(model, wrappers) or is_deepspeed_engine(model):
-            wrapped: Any = model.module
-            model = wrapped
+        elif isinstance(model, wrappers):
+            model = model.module
+        elif is_deepspeed_engine(model):
+            model = model.module  # type: ignore[assignment]
         else:
             return model
 

@@ -176,7 +176,7 @@ def _place_of_stage(stage: Any, head: Any) -> _Place:
             f"model: this is stage {stage.stage_index} of {stage.num_stages}, and rank {last} has the last one. If a rank has "
             "several stages, pass the last one where it is. Create the schedule before watch(): it places the stages"
         )
-    # Of several copies of the pipeline, the one with rank 0 writes.
+    # If there are several copies of the pipeline, the one with rank 0 writes.
     return _Place(stage.submod, stage.is_last, stage.is_last and 0 in members, head, (last,), stage)
 
 

@@ -216,7 +216,7 @@ def messages() -> dict[str, str]:
         "look": lambda: gwa_logging.watch(stage, look=torch.zeros(2, 8)),
         "keep_best": lambda: gwa_logging.watch(stage, keep_best=True),
         "both": lambda: gwa_logging.watch(stage, head=HeadOnRanks(LAST)),
-        "no such rank": lambda: gwa_logging.watch(stage.submod, head=HeadOnRanks(2)),
+        "unknown rank": lambda: gwa_logging.watch(stage.submod, head=HeadOnRanks(2)),
         "not a rank": lambda: HeadOnRanks("last"),  # type: ignore[arg-type]
         "no rank": lambda: HeadOnRanks([]),
         "not a path": lambda: HeadOnRanks(1, head=3),  # type: ignore[arg-type]
@@ -399,7 +399,7 @@ def test_wrong_calls_say_what_to_do(stages: World) -> None:
         assert "a stage of a pipeline cannot be evaluated alone" in found["look"]
         assert "save a checkpoint on every rank" in found["keep_best"]
         assert "the PipelineStage knows which rank has the head" in found["both"]
-        assert "this run has 2 ranks, from 0 to 1" in found["no such rank"]
+        assert "this run has 2 ranks, from 0 to 1" in found["unknown rank"]
         assert "HeadOnRanks(ranks='last')" in found["not a rank"]
         assert "HeadOnRanks(ranks=[])" in found["no rank"]
         assert "expected a dotted path" in found["not a path"]
