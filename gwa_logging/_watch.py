@@ -264,6 +264,7 @@ def _open(
             folder=folder,
             group=group,
             best_weights=best_weights,
+            is_taken=lambda backend, run: _writer_to(backend, run, name) is not None,
         )
     )
     try:

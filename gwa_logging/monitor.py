@@ -18,6 +18,7 @@ from gwa_logging._closer import closer
 from gwa_logging._epoch_bar import EpochBar
 from gwa_logging._gradient_calls import GradientCalls
 from gwa_logging._look_calls import LookCalls
+from gwa_logging._recording_state import state_of
 from gwa_logging._weights_calls import WeightsCalls
 from gwa_logging.errors import InvalidInputError
 from gwa_logging.exports import SuspectsTable
@@ -316,15 +317,16 @@ class Monitor(GradientCalls, LookCalls, WeightsCalls):
         self._refuse_copy("state_dict()")
         with self._recording.lock:
             heads = {path: other.state_dict() for path, other in self.heads.items()}
-            return self._recording.state(heads)
+            return state_of(self._recording, heads)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resumes from a `state_dict`, in a new monitor. Changes nothing if the state does not fit.
 
-        Steps and epochs continue to count. The journal is a new one and begins where the state ends. If the run of a tracker
-        is resumed too (`watch(run=)`), it may already have steps after the state; these are not sent again.
+        Steps and epochs continue to count. The journal, the report and the trackers' runs of the state are continued, as far as
+        they can be found: the journal in `directory`, a tracker's run unless `watch(run=)` or an active run names another one.
+        What the trackers already have is not sent again. See "Restarts" in the documentation.
 
-        In a distributed run every process must call this, with the state of any of them.
+        In a distributed run every process must call this, with the state of rank 0 for the journal to be continued.
 
         Raises:
             InvalidInputError: the version, head, number of processes or size of the ledger differs from the state's.

@@ -70,10 +70,12 @@ LAYERS = (
     "summary _epoch_bar _announce",
     "_journal_file journal ranks early_stop",
     "protocols class_pairs exports",
-    "registry interval_recorder delivery checkpoint suspects report.heatmap report.run_history report.figures report.tables "
+    "saved_run",
+    "registry interval_recorder delivery checkpoint _continued_journal suspects report.heatmap report.run_history report.figures report.tables "
     "report.page replay",
     "_closing_report look",
     "recording",
+    "_recording_state _continued_run",
     "_all_heads _gradient_calls _look_calls _weights_calls",
     "monitor",
     "_watch",
