@@ -1,8 +1,8 @@
 """Continues the run of a loaded state: its journal, and the trackers' runs that it names.
 
 `watch` has already started new runs, because it cannot know that a state follows. They hold nothing but their beginning, so
-they are discarded. A run that the user names, with `run=` or by making it the active one, stays; the journal is then a new one too,
-because the two runs are branches of the same training.
+they are discarded. A run that the user names, with `run=` or by making it the active one, stays; the journal is then a new one
+too, because the two runs are branches of the same training.
 
 Nothing here raises: if something cannot be continued, that is a fault, and the new run or the new journal is used.
 """
@@ -158,8 +158,8 @@ class _Continuation:
                 backend.close()
             first.faults.record(
                 FAULT,
-                f"backend {name}: the state's run {saved.run or self._saved.folder} cannot be continued, so the records go to a "
-                f"new one ({error})",
+                f"backend {name}: the state's run {saved.run or self._saved.folder} cannot be continued, so the records go to "
+                f"a new one ({error})",
             )
             return []
         return backends

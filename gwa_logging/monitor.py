@@ -360,17 +360,21 @@ class Monitor(GradientCalls, LookCalls, WeightsCalls):
             return False
         return _all_heads.flush(self._recordings(), timeout)
 
-    def close(self) -> None:
+    def close(self, *, resumable: bool = False) -> None:
         """Removes the probe, reports an epoch in progress, writes report.html if plotly is installed, and closes the backends.
 
         Never raises; a second call does nothing. Waits at most 10 s for the report and the backends; what a tracker has not
         accepted by then remains in the journal. A run without any training step leaves no journal.
+
+        Args:
+            resumable: True if another process will resume from a `state_dict` of this moment, as after a preemption. Then the
+                epoch in progress is not reported, so that its complete report is the only one.
         """
         if self._is_refused("close()"):
             for recording in self._recordings():
                 recording.abandon()
         else:
-            _all_heads.close([self._recordings()])
+            _all_heads.close([self._recordings()], resumable=resumable)
 
     def __del__(self) -> None:
         if not self._closed and not self.is_copy:

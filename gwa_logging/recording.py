@@ -309,21 +309,37 @@ class Recording:
         self.is_closed = True
         self.adapter.close()
 
-    def finish(self) -> bool:
-        """Writes the end of the run to the journal and removes the probe. Returns False if that was done before."""
+    def finish(self, *, resumable: bool = False) -> bool:
+        """Writes the end of the run to the journal and removes the probe. Returns False if that was done before.
+
+        With `resumable`, the epoch and the interval in progress are left to the process that resumes from the state.
+        """
         with self.lock:
             if self.is_closed:
                 return False
             try:
-                self.intervals.flush()
-                if self.intervals.summary.seen:
-                    self.end_epoch(partial=True)
-                if self.adapter.processes == 1:  # in a distributed run the other processes may be gone
-                    self.write_suspects()
+                if resumable:
+                    self.intervals.peek()
+                else:
+                    self._finish_epoch()
             except Exception as error:  # noqa: BLE001 - closing must continue
                 self.faults.record("close", f"{type(error).__name__}: {error}")
             self.is_closed = True
             self.adapter.close()
+        if not resumable:
+            self._write_close()
+        if self.journal is not None and self.history and not self._is_unused:
+            self.closing_report = ClosingReport(self.journal.path.parent, self.faults)
+        return True
+
+    def _finish_epoch(self) -> None:
+        self.intervals.flush()
+        if self.intervals.summary.seen:
+            self.end_epoch(partial=True)
+        if self.adapter.processes == 1:  # in a distributed run the other processes may be gone
+            self.write_suspects()
+
+    def _write_close(self) -> None:
         state = self.rule.state
         self.write(
             CloseRecord(
@@ -335,9 +351,6 @@ class Recording:
             ),
             sync=True,
         )
-        if self.journal is not None and self.history and not self._is_unused:
-            self.closing_report = ClosingReport(self.journal.path.parent, self.faults)
-        return True
 
     @property
     def _is_unused(self) -> bool:

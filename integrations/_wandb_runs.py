@@ -82,7 +82,7 @@ def discard_run(run: wandb.Run) -> None:
     run.finish()
     try:
         if not is_offline:
-            wandb.Api().run(path).delete()  # type: ignore[no-untyped-call]
+            wandb.Api().run(path).delete()
     except Exception as error:  # noqa: BLE001 - whatever wandb raises
         logger.info("gwa_logging: backend wandb: the empty run %s remains (%s)", path, redact_urls(repr(error)))
         return

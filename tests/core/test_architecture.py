@@ -71,7 +71,8 @@ LAYERS = (
     "_journal_file journal ranks early_stop",
     "protocols class_pairs exports",
     "saved_run",
-    "registry interval_recorder delivery checkpoint _continued_journal suspects report.heatmap report.run_history report.figures report.tables "
+    "registry interval_recorder delivery checkpoint _continued_journal suspects "
+    " report.heatmap report.run_history report.figures report.tables "
     "report.page replay",
     "_closing_report look",
     "recording",
@@ -238,7 +239,7 @@ MONITOR = {
     "state_dict": "",
     "load_state_dict": "state",
     "flush": "timeout=10.0",
-    "close": "",
+    "close": "resumable=False",
 }
 MONITOR_ATTRIBUTES = {"journal", "history", "alert", "heads", "faults", "should_stop", "is_copy"}
 FIELDS = {
