@@ -64,16 +64,15 @@ def restore(recordings: Sequence[Recording], state: Any) -> None:
         restore_recording(recording, part)
 
 
-def close(families: Sequence[Sequence[Recording]], *, resumable: bool = False) -> None:
+def close(families: Sequence[Sequence[Recording]]) -> None:
     """Closes the recordings of several models, with one deadline for their reports and all backends. Never raises.
 
     Args:
         families: for each model the recordings of its heads, the first head first.
-        resumable: see `Monitor.close`.
     """
     closing = [(family[0], family[1:]) for family in families]
     members = [(head, ()) for _, further in closing for head in further] + closing
-    open_members = [(recording, others) for recording, others in members if recording.finish(resumable=resumable)]
+    open_members = [(recording, others) for recording, others in members if recording.finish()]
     deadline = monotonic() + CLOSE_WITHIN
     write_in_thread([recording.closing_report for recording, _ in open_members if recording.closing_report])
     for recording, others in open_members:

@@ -11,6 +11,7 @@ from gwa_logging.summary import AlignmentSummary
 
 def state_of(recording: Recording, heads: dict[str, Any]) -> dict[str, Any]:
     """The state as plain data; `heads` are the states of the further heads. Waits for the device."""
+    recording.has_state = True
     recorded_steps, interval = recording.intervals.peek()
     recording.group.notify(recording.deliveries)
     epoch = recording.intervals.summary
@@ -50,6 +51,7 @@ def read_state(recording: Recording, state: Any, heads: set[str]) -> MonitorStat
 def restore(recording: Recording, state: MonitorState) -> None:
     """Resumes from a state."""
     with recording.lock:
+        recording.has_state = True
         recording.intervals.flush()
         if state.ledger is not None:
             recording.adapter.load_ledger(state.ledger)

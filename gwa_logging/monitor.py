@@ -368,13 +368,16 @@ class Monitor(GradientCalls, LookCalls, WeightsCalls):
 
         Args:
             resumable: True if another process will resume from a `state_dict` of this moment, as after a preemption. Then the
-                epoch in progress is not reported, so that its complete report is the only one.
+                epoch in progress is not reported, so that its complete report is the only one. The same happens if an
+                exception ends the program or the `with` statement after a call of `state_dict`.
         """
         if self._is_refused("close()"):
             for recording in self._recordings():
                 recording.abandon()
         else:
-            _all_heads.close([self._recordings()], resumable=resumable)
+            for recording in self._recordings():
+                recording.is_resumable = resumable
+            _all_heads.close([self._recordings()])
 
     def __del__(self) -> None:
         if not self._closed and not self.is_copy:
@@ -383,5 +386,5 @@ class Monitor(GradientCalls, LookCalls, WeightsCalls):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self.close(resumable=self._recording.has_state and kind is not None and issubclass(kind, Exception))

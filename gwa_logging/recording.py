@@ -50,6 +50,8 @@ class Recording:
         best_weights: keeps the weights of the best epoch; None if they are not kept.
         is_taken: returns True if another monitor writes to this run of a backend under this name.
         lock: held while a step or a call of the user changes anything.
+        has_state: True if a state was taken or restored.
+        is_resumable: True if `finish` must leave the epoch and the interval in progress to the process that resumes.
         is_closed: True after `finish`.
         closing_report: the report to write after `finish`; None if the run has no epoch, or another process writes.
     """
@@ -90,7 +92,7 @@ class Recording:
         self.best_weights = best_weights
         self.is_taken = is_taken
         self.lock = RLock()
-        self.is_closed = False
+        self.has_state = self.is_resumable = self.is_closed = False
         self.closing_report: ClosingReport | None = None
         self._folder = folder
         self._pauses = 0
@@ -309,16 +311,13 @@ class Recording:
         self.is_closed = True
         self.adapter.close()
 
-    def finish(self, *, resumable: bool = False) -> bool:
-        """Writes the end of the run to the journal and removes the probe. Returns False if that was done before.
-
-        With `resumable`, the epoch and the interval in progress are left to the process that resumes from the state.
-        """
+    def finish(self) -> bool:
+        """Writes the end of the run to the journal and removes the probe. Returns False if that was done before."""
         with self.lock:
             if self.is_closed:
                 return False
             try:
-                if resumable:
+                if self.is_resumable:
                     self.intervals.peek()
                 else:
                     self._finish_epoch()
@@ -326,7 +325,7 @@ class Recording:
                 self.faults.record("close", f"{type(error).__name__}: {error}")
             self.is_closed = True
             self.adapter.close()
-        if not resumable:
+        if not self.is_resumable:
             self._write_close()
         if self.journal is not None and self.history and not self._is_unused:
             self.closing_report = ClosingReport(self.journal.path.parent, self.faults)
