@@ -118,7 +118,12 @@ class Torchrun:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", *arguments],
             cwd=folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLE.parents[1])},
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "GLOO_SOCKET_IFNAME": "lo",
+                "PYTHONPATH": str(EXAMPLE.parents[1]),
+            },
             start_new_session=True,
             stdout=(folder / "output.txt").open("a"),
             stderr=subprocess.STDOUT,
