@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from gwa_logging.protocols import Backend
 from gwa_logging.redact import MASK
@@ -52,6 +52,12 @@ class SavedTracker(BaseModel):
     owned: Flag
 
 
+def _check_folder(name: str) -> str:
+    if not re.fullmatch(r"[^/\\\x00]{1,255}", name) or name in (".", ".."):
+        raise ValueError(f"expected the name of a run's folder, found {name[:80]!r}")
+    return name
+
+
 class SavedRun(BaseModel):
     """The run of one head.
 
@@ -62,7 +68,7 @@ class SavedRun(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
-    folder: Annotated[str, Field(pattern=r"^[^/\\\x00]{1,255}$")]
+    folder: Annotated[str, AfterValidator(_check_folder)]
     trackers: dict[str, SavedTracker]
 
     @classmethod
