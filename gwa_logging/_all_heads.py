@@ -5,6 +5,9 @@ from time import monotonic
 from typing import Any
 
 from gwa_logging._closing_report import write_in_thread
+from gwa_logging._continued_run import continue_run
+from gwa_logging._recording_state import read_state
+from gwa_logging._recording_state import restore as restore_recording
 from gwa_logging.delivery import wait_for
 from gwa_logging.errors import NoObservationsError
 from gwa_logging.recording import Recording
@@ -51,13 +54,14 @@ def restore(recordings: Sequence[Recording], state: Any) -> None:
     """Resumes all heads of a model from the state of the first one. Changes nothing if a head's part does not fit.
 
     Raises:
-        InvalidInputError: see `Recording.read_state`.
+        InvalidInputError: see `read_state`.
     """
     first, *others = recordings
-    own = first.read_state(state, {other.adapter.path for other in others})
-    states = [own, *(other.read_state(own.heads[other.adapter.path], set()) for other in others)]
+    own = read_state(first, state, {other.adapter.path for other in others})
+    states = [own, *(read_state(other, own.heads[other.adapter.path], set()) for other in others)]
+    continue_run(recordings, states)
     for recording, part in zip(recordings, states, strict=True):
-        recording.restore(part)
+        restore_recording(recording, part)
 
 
 def close(families: Sequence[Sequence[Recording]]) -> None:

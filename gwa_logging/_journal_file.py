@@ -1,5 +1,6 @@
 """One file of the journal: reads single lines of it, and locks it against other processes."""
 
+from array import array
 from contextlib import suppress
 from io import FileIO
 from typing import BinaryIO
@@ -36,6 +37,19 @@ class JournalFile:
                 break
         line = b"".join(pieces)
         return line if self.truncated_to is None or offset + len(line) <= self.truncated_to else b""
+
+
+def line_offsets(file: FileIO) -> "array[int]":
+    """Returns where each complete line of a file begins."""
+    offsets, begin, position = array("Q"), 0, 0
+    file.seek(0)
+    while piece := file.read(1 << 20):
+        found = -1
+        while (found := piece.find(b"\n", found + 1)) >= 0:
+            offsets.append(begin)
+            begin = position + found + 1
+        position += len(piece)
+    return offsets
 
 
 def lock(file: BinaryIO | FileIO) -> None:

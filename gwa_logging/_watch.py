@@ -4,6 +4,7 @@ import atexit
 import gc
 import re
 import secrets
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -266,6 +267,7 @@ def _open(
             folder=folder,
             group=group,
             best_weights=best_weights,
+            is_taken=lambda backend, run: _writer_to(backend, run, name) is not None,
         )
     )
     try:
@@ -368,5 +370,8 @@ def _close_earlier(subject: Any = None) -> None:
 def _close_all() -> None:
     """Closes all monitors at the end of the program."""
     monitors = [monitor for watch in _watches if (monitor := watch.monitor()) is not None and not monitor.is_copy]
+    has_failed = isinstance(getattr(sys, "last_value", None), Exception)  # set by the exception that ended the program
+    for recording in (recording for monitor in monitors for recording in monitor._recordings()):
+        recording.is_resumable = has_failed and recording.has_state
     _all_heads.close([monitor._recordings() for monitor in monitors])
     closer.wait(_all_heads.CLOSE_WITHIN)

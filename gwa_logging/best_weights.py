@@ -188,6 +188,11 @@ class BestWeights:
         self.wait()
         self.file = file
 
+    def move_to(self, folder: Path) -> None:
+        """Writes later files to another folder."""
+        self.wait()
+        self._folder = folder
+
     def sentence(self, epoch: int) -> str:
         """Where the weights of the epoch are, for the alert's message; empty if they are not there."""
         self.wait(WRITE_WITHIN)

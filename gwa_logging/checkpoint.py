@@ -21,8 +21,10 @@ from gwa_logging.histogram import BINS
 from gwa_logging.ledger_state import LedgerState, SavedLedger
 from gwa_logging.protocols import Adapter
 from gwa_logging.records import EpochReport, StopAlert
+from gwa_logging.saved_run import SavedRun
 from gwa_logging.settings import shortened
 from gwa_logging.state_values import (
+    EXPECTED,
     LARGEST,
     Count,
     EpochOrNone,
@@ -88,6 +90,7 @@ class MonitorState(NamedTuple):
         look: `Consensus.state`, with arrays in the framework's form; None before the first look.
         heads: the states of the further heads by path, as `to_dict` returns them.
         best_weights: the file with the weights of the best epoch, if they are kept.
+        run: the journal and the trackers' runs; None in a process that does not write, and in older states.
     """
 
     head: HeadShape | None
@@ -105,6 +108,7 @@ class MonitorState(NamedTuple):
     heads: dict[str, Any]
     look: dict[str, Any] | None = None
     best_weights: BestWeightsFile | None = None
+    run: SavedRun | None = None
 
     def to_dict(self, adapter: Adapter) -> dict[str, Any]:
         """Converts the state to plain data."""
@@ -116,6 +120,7 @@ class MonitorState(NamedTuple):
             "history": [report.model_dump(mode="json") for report in self.history],
             "alert": self.alert and self.alert.model_dump(mode="json"),
             "best_weights": self.best_weights and self.best_weights.model_dump(),
+            "run": self.run and self.run.model_dump(),
             "epoch": [_to_json(number) for number in self.epoch.to_vector().tolist()],
             "interval": [_to_json(number) for number in self.interval.to_vector().tolist()],
             "ledger": self.ledger and self.ledger.to_dict(adapter),
@@ -159,6 +164,7 @@ class MonitorState(NamedTuple):
             heads=read.heads,
             look=read.look,
             best_weights=read.best_weights,
+            run=read.run,
         )
 
     def check(self, adapter: Adapter, num_samples: int | None, heads: set[str]) -> None:
@@ -213,23 +219,8 @@ def _explain(error: ValidationError) -> str:
         return f"{field}: it is missing"
     if first["type"] == "extra_forbidden":
         return f"{field}: it is unknown"
-    expected = _EXPECTED.get(first["type"], "another value").format(**first.get("ctx", {}))
+    expected = EXPECTED.get(first["type"], "another value").format(**first.get("ctx", {}))
     return f"{field}: expected {expected}, found {shortened(first['input'])}"
-
-
-_EXPECTED = {
-    "greater_than": "a number above {gt}",
-    "greater_than_equal": "a number of at least {ge}",
-    "less_than": "a number below {lt}",
-    "less_than_equal": "a number of at most {le}",
-    "finite_number": "a finite number",
-    "string_type": "text",
-    "list_type": "a list",
-    "dict_type": "a dictionary",
-    "model_type": "a dictionary",
-    "enum": "one of {expected}",
-}
-"""What a field should be, by pydantic's type of the error."""
 
 
 class _Head(StatePart):
@@ -306,6 +297,7 @@ class _Saved(StatePart):
     heads: dict[str, Any]
     look: Annotated[Any, BeforeValidator(lambda value: Consensus.from_state(value).state())] = None
     best_weights: BestWeightsFile | None = None
+    run: SavedRun | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -11,7 +11,7 @@ at most in total, and share one deadline in `flush` and `close`.
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from threading import Event, Lock, Thread
 from time import monotonic
 
@@ -47,21 +47,34 @@ class Delivery:
         delivered: number of records that the backend has accepted.
     """
 
-    def __init__(self, backend: Backend, journal: Journal, faults: Faults) -> None:
+    def __init__(
+        self, backend: Backend, journal: Journal, faults: Faults, *, first: int = 0, is_restart: bool = False
+    ) -> None:
+        """Starts the thread.
+
+        Args:
+            backend: where to send the records.
+            journal: what to send.
+            faults: counts errors.
+            first: number of the first line to send.
+            is_restart: True if the tracker may have some of the records, which are then not sent again; see `resume`.
+        """
         self.backend = backend
         self.delivered = 0
         self._folder = journal.path.parent
         self._feed = JournalFeed(journal)
+        self._feed.advance(first)
         self._faults = faults
         self._pause, self._not_before = FIRST_PAUSE, 0.0
         # What the tracker already has and need not be sent. None: to be read from the tracker.
-        self._contents: TrackerContents | None = TrackerContents()
+        self._contents: TrackerContents | None = None if is_restart else TrackerContents()
         self._call_began: float | None = None  # when the current call into the backend began
         self._reported: float | None = None  # the `_call_began` of the last call that was reported as hanging
         self._refusal: str | None = None
         self._deadline = 0.0  # of `begin_close`
         self._after: tuple[Delivery, ...] = ()
         self._report: Event | None = None
+        self._instead_of_close: Callable[[], None] | None = None
         self._wake, self._idle, self._closing, self._closed = Event(), Event(), Event(), Event()
         self._idle.set()
         Thread(target=self._run, name=f"gwa_logging {backend.name}", daemon=True).start()
@@ -100,6 +113,16 @@ class Delivery:
         self._closing.set()
         self._wake.set()
 
+    def retire(self, deadline: float, close: Callable[[], None]) -> bool:
+        """Ends the thread, because another delivery takes over: sends no more, and calls `close` instead of the backend's.
+
+        Returns:
+            False if that has not happened before `deadline` on the monotonic clock.
+        """
+        self._instead_of_close = close
+        self.begin_close(deadline)
+        return self._closed.wait(max(0.0, deadline - monotonic()))
+
     def close(self, deadline: float) -> bool:
         """Sends what is left and closes the backend, until `deadline` at the latest. Returns True if that succeeded."""
         self.begin_close(deadline)
@@ -124,6 +147,11 @@ class Delivery:
         if self.backend.is_notifier:
             return f"An alert is in the journal. To send it: gwa-logging notify {self._folder} URL"
         return f"To send what it lacks: gwa-logging replay {self._folder} --backend {self.backend.name}"
+
+    @property
+    def position(self) -> int:
+        """Number of the next line of the journal."""
+        return self._feed.position
 
     def refusal(self) -> str | None:
         """Returns why the tracker refuses records for good, or None. Records the reason as a fault, once."""
@@ -173,13 +201,14 @@ class Delivery:
                 self._write_new(None if self.backend.threaded else RECORDS_PER_NOTICE)
             self._idle.set()
         self._not_before = 0.0
-        self._write_new()
+        if self._instead_of_close is None:
+            self._write_new()
         for other in self._after:
             other._closed.wait(max(0.0, self._deadline - monotonic()))
         if self._report is not None:
             self._report.wait(max(0.0, self._deadline - CLOSING_TAKES - monotonic()))
         try:
-            self.backend.close()
+            (self._instead_of_close or self.backend.close)()
         except BaseException as error:  # noqa: BLE001 - as in `_write_new`
             self._record_fault(error)
         self._closed.set()

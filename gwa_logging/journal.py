@@ -22,7 +22,7 @@ from typing import BinaryIO
 
 from pydantic import ValidationError
 
-from gwa_logging._journal_file import JournalFile, lock, unlock
+from gwa_logging._journal_file import JournalFile, line_offsets, lock, unlock
 from gwa_logging.errors import BackendError, InvalidInputError
 from gwa_logging.faults import Faults
 from gwa_logging.records import JOURNAL_VERSION, RECORDS, AnyRecord, RunRecord, TimedRecord
@@ -44,8 +44,13 @@ class Journal:
         lost: number of lines that were written and no longer exist, because another process damaged the file.
     """
 
-    def __init__(self, path: Path, faults: Faults) -> None:
+    def __init__(self, path: Path, faults: Faults, *, is_continued: bool = False) -> None:
         """Creates the file and its folder, or opens the file to append to it.
+
+        Args:
+            path: path of the file.
+            faults: counts errors.
+            is_continued: True if the lines in the file belong to this journal, which then numbers and reads them as its own.
 
         Raises:
             BackendError: the folder is not writable, or another process is writing this journal.
@@ -69,6 +74,9 @@ class Journal:
             ) from error
         self._files = [JournalFile(0, file)]
         self._size = os.fstat(file.fileno()).st_size  # of the current file, when last seen
+        if is_continued:
+            self._offsets = line_offsets(file)
+            self._run_line = self._files[-1].line(0)
 
     def append(self, record: AnyRecord, *, sync: bool = False) -> None:
         """Writes one record with the current time. Never raises.
@@ -261,6 +269,11 @@ class JournalFeed:
     def advance(self, position: int) -> None:
         """Continues at a position that `peek` returned."""
         self._next = position
+
+    @property
+    def position(self) -> int:
+        """Number of the next line."""
+        return self._next
 
     def behind(self) -> bool:
         """Returns True if there is more to read. Any thread may call it."""

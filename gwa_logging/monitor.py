@@ -18,6 +18,7 @@ from gwa_logging._closer import closer
 from gwa_logging._epoch_bar import EpochBar
 from gwa_logging._gradient_calls import GradientCalls
 from gwa_logging._look_calls import LookCalls
+from gwa_logging._recording_state import state_of
 from gwa_logging._weights_calls import WeightsCalls
 from gwa_logging.errors import InvalidInputError
 from gwa_logging.exports import SuspectsTable
@@ -320,15 +321,16 @@ class Monitor(GradientCalls, LookCalls, WeightsCalls):
         self._refuse_copy("state_dict()")
         with self._recording.lock:
             heads = {path: other.state_dict(whole_ledger=whole_ledger) for path, other in self.heads.items()}
-            return self._recording.state(heads, whole_ledger=whole_ledger)
+            return state_of(self._recording, heads, whole_ledger=whole_ledger)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resumes from a `state_dict`, in a new monitor. Changes nothing if the state does not fit.
 
-        Steps and epochs continue to count. The journal is a new one and begins where the state ends. If the run of a tracker
-        is resumed too (`watch(run=)`), it may already have steps after the state; these are not sent again.
+        Steps and epochs continue to count. The journal, the report and the trackers' runs of the state are continued, as far as
+        they can be found: the journal in `directory`, a tracker's run unless `watch(run=)` or an active run names another one.
+        What the trackers already have is not sent again. See "Restarts" in the documentation.
 
-        In a distributed run every process must call this, with the state of any of them.
+        In a distributed run every process must call this, with the state of rank 0 for the journal to be continued.
 
         Raises:
             InvalidInputError: the version, head, number of processes or size of the ledger differs from the state's.
@@ -362,16 +364,23 @@ class Monitor(GradientCalls, LookCalls, WeightsCalls):
             return False
         return _all_heads.flush(self._recordings(), timeout)
 
-    def close(self) -> None:
+    def close(self, *, resumable: bool = False) -> None:
         """Removes the probe, reports an epoch in progress, writes report.html if plotly is installed, and closes the backends.
 
         Never raises; a second call does nothing. Waits at most 10 s for the report and the backends; what a tracker has not
         accepted by then remains in the journal. A run without any training step leaves no journal.
+
+        Args:
+            resumable: True if another process will resume from a `state_dict` of this moment, as after a preemption. Then the
+                epoch in progress is not reported, so that its complete report is the only one. The same happens if an
+                exception ends the program or the `with` statement after a call of `state_dict`.
         """
         if self._is_refused("close()"):
             for recording in self._recordings():
                 recording.abandon()
         else:
+            for recording in self._recordings():
+                recording.is_resumable = resumable
             _all_heads.close([self._recordings()])
 
     def __del__(self) -> None:
@@ -381,5 +390,5 @@ class Monitor(GradientCalls, LookCalls, WeightsCalls):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self.close(resumable=self._recording.has_state and kind is not None and issubclass(kind, Exception))

@@ -201,11 +201,13 @@ class RunContext(NamedTuple):
         name: prefix of every metric key.
         run: what the user passed as `watch(run=)`: a run of the tracker or its id. None means the active one.
         directory: the run's own folder, which contains the journal.
+        is_restart: True if `run` is a run that this library started in an earlier process: `close` ends it.
     """
 
     name: str
     run: object
     directory: Path
+    is_restart: bool = False
 
 
 class TrackerContents(NamedTuple):
@@ -294,6 +296,9 @@ class Backend(ABC):
             time; then `write` should take about a millisecond.
         records_per_call: how many records `write_many` accepts in one call.
         is_notifier: True for what only sends alerts to people: it has no run, and nothing can be replayed to it.
+        owns_run: True if the backend started the run, or continues one that this library started, and ends it on `close`. If
+            a state of another run is loaded, that run takes its place, unless the user has named one.
+        is_in_folder: True if the run is stored in the run's own folder (`RunContext.directory`), next to the journal.
     """
 
     name: str = ""
@@ -302,6 +307,8 @@ class Backend(ABC):
     threaded: bool = True
     records_per_call: int = 1
     is_notifier: bool = False
+    owns_run: bool = False
+    is_in_folder: bool = False
 
     def __init_subclass__(cls) -> None:
         cls.name = cls.name or cls.__name__
@@ -326,6 +333,13 @@ class Backend(ABC):
     def contents(self) -> TrackerContents:
         """Reads back which records the run contains. `gwa-logging replay` and a resumed run send only the others."""
         return TrackerContents()
+
+    def discard(self) -> None:
+        """Called instead of `close` if another run takes the place of this one, which holds nothing but its beginning.
+
+        Removes the run if this backend has started it.
+        """
+        self.close()
 
     def refusal(self) -> str | None:
         """Returns why the tracker has stopped accepting records for good, or None.
@@ -362,9 +376,12 @@ class _WithDefaults(Backend):
             "run_ref",
             "threaded",
             "is_notifier",
+            "owns_run",
+            "is_in_folder",
             "records_per_call",
             "write_many",
             "contents",
+            "discard",
             "refusal",
         )
         for member in own:

@@ -1,7 +1,7 @@
 """Recording: everything that happens to the scores of one head, from a training step to the journal and the trackers."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from threading import RLock
 from time import monotonic
@@ -12,8 +12,7 @@ from gwa_logging._closing_report import ClosingReport
 from gwa_logging._run_folder import RunFolder
 from gwa_logging.agreement import EpochAgreement
 from gwa_logging.best_weights import BestWeights
-from gwa_logging.checkpoint import HeadShape, MonitorState
-from gwa_logging.consensus import Consensus
+from gwa_logging.checkpoint import HeadShape
 from gwa_logging.delivery import Delivery, DeliveryGroup
 from gwa_logging.early_stop import StopRule, withdrawal_of
 from gwa_logging.errors import InvalidInputError, NoObservationsError
@@ -22,9 +21,8 @@ from gwa_logging.interval_recorder import IntervalRecorder
 from gwa_logging.journal import Journal
 from gwa_logging.look import EpochLook
 from gwa_logging.protocols import Adapter, Backend
-from gwa_logging.records import AnyRecord, CloseRecord, EpochReport, RunRecord, StopAlert, Suspect
+from gwa_logging.records import AnyRecord, CloseRecord, EpochReport, RunRecord, StopAlert, Suspect, TrackerRunRef
 from gwa_logging.settings import EarlyStop, WatchSettings
-from gwa_logging.summary import AlignmentSummary
 from gwa_logging.suspects import SUSPECTS, SuspectFinder
 
 logger = logging.getLogger("gwa_logging")
@@ -50,7 +48,10 @@ class Recording:
         suspects: reads the ledger.
         look, agreement: compute the statistics of each epoch that need more than its scores.
         best_weights: keeps the weights of the best epoch; None if they are not kept.
+        is_taken: returns True if another monitor writes to this run of a backend under this name.
         lock: held while a step or a call of the user changes anything.
+        has_state: True if a state was taken or restored.
+        is_resumable: True if `finish` must leave the epoch and the interval in progress to the process that resumes.
         is_closed: True after `finish`.
         closing_report: the report to write after `finish`; None if the run has no epoch, or another process writes.
     """
@@ -67,6 +68,7 @@ class Recording:
         folder: RunFolder | None = None,
         group: DeliveryGroup | None = None,
         best_weights: BestWeights | None = None,
+        is_taken: Callable[[str, TrackerRunRef], bool] = lambda backend, run: False,
     ) -> None:
         """Takes over the adapter, which has not been started, the backends and the journal: `_all_heads.close` closes them.
 
@@ -75,7 +77,7 @@ class Recording:
             backends: where the journal is delivered.
             folder: the journal's folder.
             group: of the first head, if this is a further head of the same model.
-            best_weights: see the class.
+            best_weights, is_taken: see the class.
         """
         self.settings, self.name, self.adapter, self.journal, self.faults = settings, name, adapter, journal, faults
         self.history: list[EpochReport] = []
@@ -88,8 +90,9 @@ class Recording:
         self.look = EpochLook(adapter, settings, faults, self.suspects.read)
         self.agreement = EpochAgreement(self.suspects.read, settings.early_stop, faults)
         self.best_weights = best_weights
+        self.is_taken = is_taken
         self.lock = RLock()
-        self.is_closed = False
+        self.has_state = self.is_resumable = self.is_closed = False
         self.closing_report: ClosingReport | None = None
         self._folder = folder
         self._pauses = 0
@@ -97,22 +100,60 @@ class Recording:
         self._head_at_start = adapter.head
         self._awaits_first_step = True
         self._restored_head: HeadShape | None = None  # of a loaded state, until the present head is known
-        self.write(
-            RunRecord(
-                name=name,
-                head=adapter.head,
-                created=datetime.now(UTC).isoformat(timespec="seconds"),
-                settings=settings.to_dict(),
-                places={backend.name: backend.run_ref for backend in backends if not backend.is_notifier},
-                classes=adapter.shape[1] if adapter.shape else None,
-            )
-        )
+        self.write(self.run_record(backends))
         if journal is not None:
             _open_journals.add(journal)
         self.group = group or DeliveryGroup()
         self.deliveries = [Delivery(backend, journal, faults) for backend in backends] if journal else []
         for delivery in self.deliveries:
             self.group.add(delivery)
+
+    def run_record(self, backends: Sequence[Backend], created: str | None = None) -> RunRecord:
+        """The first line of the journal, for a run that was started now or at `created`."""
+        return RunRecord(
+            name=self.name,
+            head=self.adapter.head,
+            created=created or datetime.now(UTC).isoformat(timespec="seconds"),
+            settings=self.settings.to_dict(),
+            places={backend.name: backend.run_ref for backend in backends if not backend.is_notifier},
+            classes=self.adapter.shape[1] if self.adapter.shape else None,
+        )
+
+    def move_to(self, journal: Journal) -> None:
+        """Continues in another journal. The earlier one is closed, and removed if it is in another folder.
+
+        The deliveries must be replaced, see `replace_deliveries`.
+        """
+        earlier, self.journal = self.journal, journal
+        _open_journals.add(journal)
+        if earlier is not None:
+            _open_journals.discard(earlier)
+            earlier.close()
+            if self._folder is not None and earlier.path != journal.path:
+                self._folder.remove(earlier.path)
+                self._folder = None
+        if self.best_weights is not None:
+            self.best_weights.move_to(journal.path.parent)
+
+    def replace_deliveries(self, deliveries: Sequence[Delivery]) -> None:
+        """Delivers the journal with other deliveries. The earlier ones have been retired or closed."""
+        earlier = [delivery for delivery in self.deliveries if delivery not in deliveries]
+        for delivery in deliveries:
+            if delivery not in self.deliveries:
+                self.group.add(delivery)
+        self.group.remove(earlier)
+        self.deliveries[:] = deliveries
+
+    @property
+    def trackers(self) -> dict[str, Delivery]:
+        """The deliveries to trackers that `watch(backend=)` named, by that name."""
+        wanted = [backend for backend in self.settings.backend if backend != "local"]
+        pairs = zip(wanted, self.deliveries, strict=False)  # after these come the notifiers
+        return {name: delivery for name, delivery in pairs if isinstance(name, str)}
+
+    def expect_head(self, head: HeadShape | None) -> None:
+        """Has the next step compare the head with that of a loaded state."""
+        self._restored_head, self._awaits_first_step = head, True
 
     def write(self, record: AnyRecord, *, sync: bool = False) -> None:
         """Appends a record to the journal; `sync` waits until it is on the disk."""
@@ -263,65 +304,6 @@ class Recording:
         except Exception as error:  # noqa: BLE001 - training must continue
             self.faults.record("suspects", f"{type(error).__name__}: {error}")
 
-    # --- checkpoints ------------------------------------------------------------------------------------------------
-
-    def state(self, heads: dict[str, Any], *, whole_ledger: bool) -> dict[str, Any]:
-        """The state as plain data; `heads` are the states of the further heads. Waits for the device."""
-        recorded_steps, interval = self.intervals.peek()
-        self.group.notify(self.deliveries)
-        epoch = self.intervals.summary
-        return MonitorState(
-            head=HeadShape.of(self.adapter),
-            processes=self.adapter.processes,
-            step=self.intervals.steps,
-            recorded_steps=recorded_steps,
-            display_limit=self.intervals.display_limit,
-            planned=self.rule.planned,
-            stop=self.rule.state,
-            history=self.history,
-            alert=self.alert,
-            epoch=self.adapter.reduce(epoch) if self.intervals.in_epoch else epoch,
-            interval=interval,
-            look=self.look.consensus.state(self.adapter.to_checkpoint_array),
-            ledger=self.suspects.state(self.agreement.past, whole=whole_ledger),
-            heads=heads,
-            best_weights=self.best_weights.last_file() if self.best_weights else None,
-        ).to_dict(self.adapter)
-
-    def read_state(self, state: Any, heads: set[str]) -> MonitorState:
-        """Reads a state and changes nothing.
-
-        Raises:
-            InvalidInputError: it does not fit this head, or the paths of the further heads.
-        """
-        read = MonitorState.from_dict(state)
-        read.check(self.adapter, self.settings.num_samples, heads)
-        return read
-
-    def restore(self, state: MonitorState) -> None:
-        """Resumes from a state."""
-        with self.lock:
-            self.intervals.flush()
-            self.history, self.alert = state.history, state.alert
-            self.rule.restore(state.stop, state.planned, state.history)
-            self.look.consensus = Consensus.from_state(state.look)
-            self.agreement.past = self.suspects.restore(state.ledger, state.alert)
-            self._restored_head, self._awaits_first_step = state.head, True
-            self.intervals.restore(
-                steps=state.step,
-                epoch=len(state.history),
-                # All processes may load the state of one of them: its samples must count once.
-                summary=state.epoch if self.adapter.writes else AlignmentSummary(),
-                display_limit=state.display_limit,
-                recorded_steps=state.recorded_steps,
-                partial=state.interval,
-                in_epoch=bool(state.epoch.seen),
-            )
-            if self.best_weights is not None:
-                self.best_weights.resume(state.best_weights)
-            for delivery in self.deliveries:
-                delivery.resume()
-
     # --- the end ----------------------------------------------------------------------------------------------------
 
     def abandon(self) -> None:
@@ -335,15 +317,28 @@ class Recording:
             if self.is_closed:
                 return False
             try:
-                self.intervals.flush()
-                if self.intervals.summary.seen:
-                    self.end_epoch(partial=True)
-                if self.adapter.processes == 1:  # in a distributed run the other processes may be gone
-                    self.write_suspects()
+                if self.is_resumable:
+                    self.intervals.peek()
+                else:
+                    self._finish_epoch()
             except Exception as error:  # noqa: BLE001 - closing must continue
                 self.faults.record("close", f"{type(error).__name__}: {error}")
             self.is_closed = True
             self.adapter.close()
+        if not self.is_resumable:
+            self._write_close()
+        if self.journal is not None and self.history and not self._is_unused:
+            self.closing_report = ClosingReport(self.journal.path.parent, self.faults)
+        return True
+
+    def _finish_epoch(self) -> None:
+        self.intervals.flush()
+        if self.intervals.summary.seen:
+            self.end_epoch(partial=True)
+        if self.adapter.processes == 1:  # in a distributed run the other processes may be gone
+            self.write_suspects()
+
+    def _write_close(self) -> None:
         state = self.rule.state
         self.write(
             CloseRecord(
@@ -355,9 +350,6 @@ class Recording:
             ),
             sync=True,
         )
-        if self.journal is not None and self.history and not self._is_unused:
-            self.closing_report = ClosingReport(self.journal.path.parent, self.faults)
-        return True
 
     @property
     def _is_unused(self) -> bool:

@@ -8,8 +8,7 @@ checkpoint. Of two records about the same interval or epoch, only the one from t
 """
 
 import logging
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +32,7 @@ from gwa_logging.records import (
 )
 from gwa_logging.redact import MASK, has_secret
 from gwa_logging.report.page import REPORT_NAME, write_report
+from gwa_logging.saved_run import is_allowed
 
 logger = logging.getLogger("gwa_logging")
 
@@ -118,33 +118,17 @@ def _run_to_open(first: RunRecord, folder: Path, backend: str, run: str | None) 
     return known
 
 
-_RUN_IDS = {
-    "mlflow": r"[\w-]{1,256}",
-    "wandb": r"(?:[^/\\#?%:]{1,128}/){0,2}[^/\\#?%:]{1,128}",  # [entity/]project/id
-    "trackio": r"[^/\\]{1,256}/.{1,256}",  # project/run
-}
-
-
 def _check_run(known: str, name: str, folder: Path, backend: str) -> None:
     """Checks the run that a journal names. The journal may be untrusted, so its run must not be any path on this machine.
 
     Raises:
         InvalidInputError: this is not a run of the backend, or it is a folder outside the journal's and the working directory.
     """
-    if backend == "tensorboard":
-        where = f"{known}/{name}"
-        allowed = "\0" not in where and "://" not in where and _is_inside(Path(where), (folder, Path.cwd()))
-        remedy = f"outside {str(folder)!r} and the working directory. If you trust it, pass --run PATH"
-    else:
-        shape = re.fullmatch(_RUN_IDS.get(backend, ".{1,4096}"), known)
-        allowed = bool(shape) and known.isprintable() and not {"", ".", ".."} & set(known.split("/"))
-        remedy = f"which is not a run of {backend}. Pass --run ID or --run {NEW}"
-    if not allowed:
+    if not is_allowed(backend, known, name, (folder, Path.cwd())):
+        outside = f"outside {str(folder)!r} and the working directory. If you trust it, pass --run PATH"
+        unknown = f"which is not a run of {backend}. Pass --run ID or --run {NEW}"
+        remedy = outside if backend == "tensorboard" else unknown
         raise InvalidInputError(f"this journal was logged to {known[:300]!r}, {remedy}")
-
-
-def _is_inside(path: Path, folders: Iterable[Path]) -> bool:
-    return any(path.resolve().is_relative_to(folder.resolve()) for folder in folders)
 
 
 def _send(journals: list[Path], tracker: Backend) -> Replayed:

@@ -69,6 +69,20 @@ Integers = Annotated[
     Any, BeforeValidator(lambda value: None if value is None else _array(value, "iuf").astype(np.int32))
 ]
 
+EXPECTED = {
+    "greater_than": "a number above {gt}",
+    "greater_than_equal": "a number of at least {ge}",
+    "less_than": "a number below {lt}",
+    "less_than_equal": "a number of at most {le}",
+    "finite_number": "a finite number",
+    "string_type": "text",
+    "list_type": "a list",
+    "dict_type": "a dictionary",
+    "model_type": "a dictionary",
+    "enum": "one of {expected}",
+}
+"""What a field should be, by pydantic's type of the error."""
+
 
 class StatePart(BaseModel):
     """Base class of the parts of a state. Nothing is converted silently."""

@@ -1,5 +1,6 @@
 """Starts, resumes and checks runs of W&B."""
 
+import shutil
 from datetime import datetime
 from pathlib import Path
 from time import sleep
@@ -73,6 +74,19 @@ def resume(wanted: str) -> wandb.Run:
     elif not settings.project and "project" not in options and _is_in_project(options["id"]):
         project = PROJECT
     return wandb.init(reinit="create_new", resume="must", **({"project": project} if project else {}) | options)
+
+
+def discard_run(run: wandb.Run) -> None:
+    """Finishes a run and deletes it, from the server and from disk. If the server refuses, only logs it: the run is empty."""
+    path, folder, is_offline = run.path, Path(run.settings.sync_dir), run.offline or run.disabled
+    run.finish()
+    try:
+        if not is_offline:
+            wandb.Api().run(path).delete()
+    except Exception as error:  # noqa: BLE001 - whatever wandb raises
+        logger.info("gwa_logging: backend wandb: the empty run %s remains (%s)", path, redact_urls(repr(error)))
+        return
+    shutil.rmtree(folder, ignore_errors=True)  # otherwise `wandb sync` would upload it
 
 
 def _is_in_project(run_id: str) -> bool:

@@ -19,7 +19,7 @@ from importlib import metadata
 from queue import SimpleQueue
 from threading import Thread
 from time import sleep
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlflow
 from mlflow import MlflowClient
@@ -67,10 +67,12 @@ def open_backend(context: RunContext) -> "MlflowBackend":
     wanted = _wanted_run(context.run)
     try:
         client = MlflowClient(tracking_uri=uri)
-        own = _OwnRun() if wanted is None else None
+        own = _OwnRun() if wanted is None else _RestartedRun(wanted) if context.is_restart else None
         run = client.get_run(own.run_id if own else wanted)
         if run.info.lifecycle_stage != "active":
             raise LookupError("the run is deleted")
+        if context.is_restart:
+            client.update_run(run.info.run_id, status="RUNNING")
     except Exception as error:  # noqa: BLE001 - whatever MLflow raises: logging would be impossible
         what = "backend='mlflow'" if wanted is None else f"run={wanted!r}"
         if uri.startswith(DATABASES) and not _is_full_mlflow():
@@ -82,7 +84,7 @@ def open_backend(context: RunContext) -> "MlflowBackend":
             f"{what}: MLflow at {uri} refuses: {error!r}. Pass a run that exists, or choose another server with "
             "mlflow.set_tracking_uri() or MLFLOW_TRACKING_URI"
         ) from None
-    if own:
+    if wanted is None and own:
         logger.info("gwa_logging: no MLflow run is active in this thread; started one: %s", own.run_id)
     # Importing MLflow makes a full garbage collection due, which would otherwise delay a training step by 0.2 to 0.4 s.
     gc.collect()
@@ -100,7 +102,9 @@ class MlflowBackend(Tracker):
     name = "mlflow"
     records_per_call = 100
 
-    def __init__(self, client: MlflowClient, run: Run, context: RunContext, own: "_OwnRun | None" = None) -> None:
+    def __init__(
+        self, client: MlflowClient, run: Run, context: RunContext, own: "_OwnRun | _RestartedRun | None" = None
+    ) -> None:
         """Writes to `run`. `own` is the same run if this library started it, and is ended by `close`."""
         super().__init__(context.name)
         address = redact_urls(client.tracking_uri)
@@ -112,6 +116,7 @@ class MlflowBackend(Tracker):
         )
         self._directory = context.directory
         self._own = own
+        self.owns_run = own is not None
         self._begun = False
         self._pictures = PictureSeries()
         self._picture_tries = PICTURE_TRIES
@@ -219,6 +224,17 @@ class MlflowBackend(Tracker):
             if (report := self._directory / REPORT_NAME).exists():
                 self._client.log_artifact(self.run, str(report), self.prefix)
 
+    def discard(self) -> None:
+        """Deletes the run if this library started it; `mlflow gc` removes it for good.
+
+        Raises:
+            BackendError: MLflow has not accepted it.
+        """
+        if self._own:
+            with _as_backend_errors():
+                self._own.end(self._client, "KILLED")
+                self._client.delete_run(self.run)
+
     def _history(self, key: str) -> list[Metric]:
         """All values of a metric. The client requests as many pages as there are."""
         return list(self._client.get_metric_history(self.run, f"{self.prefix}/{key}"))
@@ -313,6 +329,16 @@ class _OwnRun:
             except Exception as error:  # noqa: BLE001 - raised by `_do`
                 done.set_exception(error)
                 return
+
+
+class _RestartedRun(NamedTuple):
+    """A run that this library started in an earlier process."""
+
+    run_id: str
+
+    def end(self, client: MlflowClient, status: str) -> None:
+        """Ends the run."""
+        client.set_terminated(self.run_id, status)
 
 
 def _wanted_run(run: object) -> str | None:

@@ -55,7 +55,8 @@ def open_backend(context: RunContext) -> "TensorBoardBackend":
     """
     log_directory = _log_directory(context.directory if context.run is None else context.run)
     try:
-        return TensorBoardBackend(log_directory, context.name)
+        is_further_head = "/" in context.name and Path(log_directory) == context.directory.parent
+        return TensorBoardBackend(log_directory, context.name, is_in_folder=context.run is None or is_further_head)
     except Exception as error:  # noqa: BLE001 - whatever a local or remote file system raises
         raise BackendError(
             f"backend='tensorboard': {log_directory!r} cannot be written to ({type(error).__name__}: {error}). "
@@ -73,10 +74,11 @@ class TensorBoardBackend(Tracker):
 
     name = "tensorboard"
 
-    def __init__(self, log_directory: str, prefix: str) -> None:
-        """Opens an event file in the folder `prefix` of `log_directory`."""
+    def __init__(self, log_directory: str, prefix: str, *, is_in_folder: bool = False) -> None:
+        """Opens an event file in the folder `prefix` of `log_directory`; `is_in_folder` if that is the journal's folder."""
         super().__init__(prefix)
         self.run: str = log_directory
+        self.is_in_folder = self.owns_run = is_in_folder
         absolute = _absolute(log_directory)
         self.run_ref = TrackerRunRef(run=absolute)
         self._folder = os.path.join(absolute, prefix)  # noqa: PTH118 - it may be an address, gs://
@@ -144,6 +146,14 @@ class TensorBoardBackend(Tracker):
         """Closes the event file."""
         if self._file:
             self._file.close()
+
+    def discard(self) -> None:
+        """Closes the event file, and deletes it and its folder if that is in the journal's folder."""
+        self.close()
+        if self.is_in_folder:
+            for path in Path(self._folder).glob("events.out.tfevents.*"):
+                path.unlink()
+            Path(self._folder).rmdir()
 
     def _draw(self, record: AnyRecord, step: int) -> None:
         png = BytesIO()

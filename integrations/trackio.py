@@ -99,7 +99,7 @@ class TrackioBackend(Tracker):
         super().__init__(prefix)
         self.run: Run = run
         self.run_ref = _reference_to(run)
-        self._owned = owned
+        self._owned = self.owns_run = owned
         self._pictures = PictureSeries()
         self._drawing = DrawingThread[_Drawing]()
         self._draws = True

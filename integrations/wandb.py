@@ -25,6 +25,7 @@ from gwa_logging.integrations._wandb_rows import RunWriters, UserRunWriter, defi
 from gwa_logging.integrations._wandb_runs import (
     check_run,
     check_server,
+    discard_run,
     is_finished,
     new_run_options,
     parse_path,
@@ -114,7 +115,7 @@ class WandbBackend(Tracker):
         super().__init__(prefix)
         self.run: wandb.Run = run
         self.run_ref = _reference_to(run)
-        self._owned = owned
+        self._owned = self.owns_run = owned
         writers = writers_of.setdefault(run, RunWriters())
         writers.prefixes.add(prefix)
         self._folders = writers.folders
@@ -214,6 +215,12 @@ class WandbBackend(Tracker):
             if self._owned:
                 self._log_files()
                 self.run.finish()
+
+    def discard(self) -> None:
+        """Deletes the run if this library started it. Its row would be empty in the project forever."""
+        with self._lock:
+            if self._owned and not is_finished(self.run):
+                discard_run(self.run)
 
     def _log(self, record: IntervalRecord | EpochReport, *, picture: bool) -> None:
         if self._user_run is None:

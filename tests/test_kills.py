@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from multiprocessing import get_context
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import pytest
@@ -42,8 +43,9 @@ def _clean() -> Iterator[None]:
 class Lives:
     """A training in a sequence of processes that log to the same run of a tracker."""
 
-    def __init__(self, folder: Path, tracker: Tracker, run: str, steps: int) -> None:
+    def __init__(self, folder: Path, tracker: Tracker, run: str | None, steps: int) -> None:
         self.folder, self.tracker, self.run, self.steps = folder, tracker, run, steps
+        self.linger = 0.0  # seconds that a process still trains before it is killed
         self.done = 0
 
     def live(self, until: Callable[[int], bool], target: Callable[..., None] = train, *first: Any) -> int | None:
@@ -66,6 +68,9 @@ class Lives:
                 except (EOFError, ConnectionResetError):  # it has ended or died
                     break
                 if until(self.done):
+                    if self.linger:
+                        ticks.send(None)
+                        sleep(self.linger)
                     process.kill()
                     break
                 ticks.send(None)
@@ -83,6 +88,7 @@ class Lives:
     def check(self) -> None:
         """Checks that the tracker contains exactly the records of the uninterrupted training, each once."""
         wanted = numbers_in(read_journal(uninterrupted(self.folder / "uninterrupted", self.steps))[0])
+        assert self.run is not None
         found = numbers_of(self.tracker, self.run)
         for key in (*INTERVAL_KEYS, *EPOCH_KEYS):
             assert [step for step, _ in found[key]] == [step for step, _ in wanted[key]], key

@@ -333,6 +333,9 @@ class WandbServer:
                 stored = self.runs.setdefault(name, StoredRun(name, in_project))
                 stored.config = variables.get("config") or stored.config
                 return {"upsertBucket": {"bucket": stored.bucket(), "inserted": run is None}}
+            case "DeleteRun":
+                self.runs = {id: stored for id, stored in self.runs.items() if f"id-{id}" != variables["id"]}
+                return {"deleteRun": {"clientMutationId": None}}
             case "CreateRunFiles":
                 urls = {file: self._upload_url("run", name, file) for file in variables["files"]}
                 files = [{"name": file, "uploadUrl": url} for file, url in urls.items()]

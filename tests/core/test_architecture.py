@@ -76,11 +76,13 @@ LAYERS = (
     "summary _epoch_bar _announce",
     "_journal_file journal ranks early_stop",
     "protocols class_pairs exports",
-    "ledger_state",
-    "registry interval_recorder delivery checkpoint suspects report.heatmap report.run_history report.figures report.tables "
+    "ledger_state saved_run",
+    "registry interval_recorder delivery checkpoint _continued_journal suspects "
+    " report.heatmap report.run_history report.figures report.tables "
     "report.page replay",
     "_closing_report look",
     "recording",
+    "_recording_state _continued_run",
     "_all_heads _gradient_calls _look_calls _weights_calls",
     "monitor",
     "_watch",
@@ -243,7 +245,7 @@ MONITOR = {
     "state_dict": "whole_ledger=True",
     "load_state_dict": "state",
     "flush": "timeout=10.0",
-    "close": "",
+    "close": "resumable=False",
 }
 MONITOR_ATTRIBUTES = {"journal", "history", "alert", "heads", "faults", "should_stop", "is_copy"}
 FIELDS = {

@@ -330,9 +330,13 @@ def test_every_optional_member_of_a_backend_has_a_default_and_an_objects_own_one
     class Full(Minimal):
         name, run, run_ref = "full", 7, TrackerRunRef(run="7")
         threaded, records_per_call, is_notifier = False, 5, True
+        owns_run, is_in_folder = True, True
 
         def contents(self) -> TrackerContents:
             return TrackerContents(alerts={3})
+
+        def discard(self) -> None:
+            self.records.clear()
 
         def write_many(self, records) -> None:
             self.records.append(records)
