@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -141,7 +142,7 @@ def _end_with_parent(seconds: float) -> None:
         os.killpg(os.getpgrp(), signal.SIGKILL)
 
     def wait_for_parent() -> None:
-        sys.stdin.buffer.read()
+        os.read(0, 1)  # not through a file object, whose lock would be held when the interpreter ends
         end()
 
     threading.Thread(target=wait_for_parent, daemon=True).start()
@@ -155,7 +156,12 @@ def main(signature: str, target: str, seconds: str) -> None:
     _end_with_parent(float(seconds))
     os.nice(19)
     torch.set_num_threads(1)
-    compile_library(Signature.from_json(signature), Path(target))
+    try:
+        compile_library(Signature.from_json(signature), Path(target))
+    except Exception as error:
+        traceback.print_exc()
+        message = str(error).strip().partition("\n")[0]
+        sys.exit(f"{type(error).__name__}: {message}")
 
 
 if __name__ == "__main__":

@@ -88,7 +88,8 @@ class CompiledTerms:
 
     def join(self, timeout: float) -> bool:
         """Waits for the libraries that are being made, `timeout` seconds for each; returns True if one is ready."""
-        return any([library.join(timeout) for library in (self._by_logits, self._by_embeddings)])
+        libraries = (self._by_logits, self._by_embeddings)
+        return True in [library.join(timeout) for library in libraries]
 
     def close(self) -> None:
         """Stops a compilation that is still running, and ends the observation of the layer."""
