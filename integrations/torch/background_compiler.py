@@ -80,9 +80,13 @@ def cache_directory() -> Path:
 def _key(signature: Signature) -> str:
     """The name of a library: a hash of what its machine code depends on."""
     sources = [Path(str(module.__file__)).read_text() for module in (scores, compile_worker)]
-    device = torch.cuda.get_device_properties(torch.device("cuda")) if signature.device == "cuda" else ""
+    device = torch.device(signature.device)
+    gpu = (
+        (torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)) if device.type == "cuda" else ()
+    )
     versions = torch.__version__, torch.version.git_version, torch.version.cuda, platform.libc_ver(), sys.version
-    text = json.dumps([signature, sources, str(device), versions, platform.machine(), _processor()])
+    machine = platform.machine(), _processor(), device.type, gpu
+    text = json.dumps([signature._replace(device=""), sources, versions, machine])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

@@ -36,7 +36,7 @@ class Signature(NamedTuple):
 
     Attributes:
         form: `BY_LOGITS` or `BY_EMBEDDINGS`, see `scores`.
-        device: type of the device, "cpu" or "cuda".
+        device: such as "cpu" or "cuda:0". A library can be loaded on another device of the same model.
         dtypes: of the inputs, such as "float32".
         widths: C or D, the last dimension of each input. Inputs are delta, logits, embeddings and perhaps the bias, or dL/dh
             and embeddings.
@@ -156,9 +156,12 @@ def main(signature: str, target: str, seconds: str) -> None:
     _end_with_parent(float(seconds))
     os.nice(19)
     torch.set_num_threads(1)
+    wanted = Signature.from_json(signature)
     try:
-        compile_library(Signature.from_json(signature), Path(target))
-    except Exception as error:
+        if torch.device(wanted.device).type == "cuda":
+            torch.cuda.set_device(wanted.device)
+        compile_library(wanted, Path(target))
+    except Exception as error:  # noqa: BLE001 - whatever the compiler raises
         traceback.print_exc()
         message = str(error).strip().partition("\n")[0]
         sys.exit(f"{type(error).__name__}: {message}")

@@ -188,29 +188,32 @@ class Library:
     def _get(self) -> None:
         """Gets the library from the cache or the compiler, in a thread that waits for another process."""
         try:
-            self._check_supported()
+            if reason := self._unsupported():
+                return self._give_up(reason)
             # These need a POSIX system.
-            from gwa_logging.integrations.torch.background_compiler import Cancelled, library_for
+            from gwa_logging.integrations.torch.background_compiler import Cancelled, CompilationError, library_for
             from gwa_logging.integrations.torch.compile_worker import FEWEST_ROWS, Signature, load_library
 
             dtypes, widths, _ = zip(*self._expected, strict=True)
-            signature = Signature(self._form, self._device.type, tuple(_DTYPES[dtype] for dtype in dtypes), widths)
+            signature = Signature(self._form, str(self._device), tuple(_DTYPES[dtype] for dtype in dtypes), widths)
             try:
                 path = library_for(signature, self.cancelled)
             except Cancelled:
-                return
+                return None
+            except CompilationError as error:
+                return self._give_up(str(error))
             self._fewest_rows = FEWEST_ROWS
             self._run = load_library(path, self._device)
             logger.info("gwa_logging: the scores are computed by a compiled library from now on: %s", path)
         except Exception as error:  # noqa: BLE001 - training continues without the library
             self._give_up(f"{type(error).__name__}: {error}")
 
-    def _check_supported(self) -> None:
+    def _unsupported(self) -> str:
+        """Why there is no library for these inputs; empty if there may be one."""
         if self._device.type not in _DEVICES:
-            raise NotImplementedError(f"the device {self._device.type} is not supported, only cpu and cuda")
+            return f"the device {self._device.type} is not supported, only cpu and cuda"
         unsupported = [str(dtype) for dtype, *_ in self._expected if dtype not in _DTYPES]
-        if unsupported:
-            raise NotImplementedError(f"{unsupported[0]} is not supported, only float32, bfloat16 and float16")
+        return f"{unsupported[0]} is not supported, only float32, bfloat16 and float16" if unsupported else ""
 
     def _give_up(self, reason: str) -> None:
         self._faults.note(f"{SWITCH}: the scoring is not compiled, and continues in eager mode: {reason}")
