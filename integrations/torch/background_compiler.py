@@ -1,7 +1,7 @@
 """Compiles the terms of the score in another process, and keeps the libraries in a cache on disk.
 
-The compiler runs once per machine for each head's sizes and dtypes. Of several processes that need the same library, one
-compiles it and the others wait for the file. The key of a library contains everything that its machine code depends on, so
+The compiler runs once per machine for each head's sizes and dtypes. If several processes need the same library, one compiles
+it and the others wait for the file. The key of a library contains everything that its machine code depends on, so
 different machines can share a home directory.
 """
 
@@ -116,8 +116,11 @@ def _locked(path: Path) -> Iterator[bool]:
 
 
 def _compile(signature: Signature, library: Path, cancelled: Event, end: float) -> None:
-    """Runs the worker, and moves its library to the cache."""
-    folder = Path(tempfile.mkdtemp(dir=library.parent))
+    """Runs the worker, and moves its library to the cache. Only the process that has the lock may call this."""
+    prefix = f"{library.stem}-"
+    for left in library.parent.glob(f"{prefix}*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=library.parent))
     try:
         made, log = folder / "terms.pt2", folder / "log"
         _run_worker(signature, made, log, cancelled, end)
