@@ -66,6 +66,17 @@ def with_own_arrays(step):
     return scores
 
 
+def with_a_flush_in_one_process() -> dict:
+    """Only the first process flushes, between steps whose scores are global arrays."""
+    with gwa_logging.watch(model) as monitor:
+        step = jax.jit(monitor.value_and_grad(loss))
+        for i in range(9):
+            monitor.update(with_global_arrays(step))
+            if i == 4 and number == 0:
+                monitor.flush()
+        return {"count": monitor.end_epoch().count, "faults": monitor.faults}
+
+
 def with_different_heads() -> dict:
     """The first process trains five classes on 16 samples, the second one seven on 12."""
     classes, size = (7, 12) if number else (5, 16)
@@ -162,6 +173,7 @@ if sys.argv[3:] == ["dies"]:
 out = {
     "global": trained(with_global_arrays),
     "own": trained(with_own_arrays),
+    "flush": with_a_flush_in_one_process(),
     "heads": with_different_heads(),
     "documents": with_documents(),
     "alert": until_the_alert(),

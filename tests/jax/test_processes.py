@@ -87,6 +87,11 @@ def test_the_agreement_is_that_of_all_processes_and_the_alert_freezes_their_susp
         assert found["faults"] == {}
 
 
+def test_one_process_may_flush_while_the_scores_are_global_arrays(results):
+    """Nothing that waits to be added up may need the other process."""
+    assert [result["flush"] for result in results] == [{"count": 9 * 32, "faults": {}}] * 2
+
+
 def test_documents_of_one_process_and_predictions_of_another_are_merged(results):
     first, second = (result["documents"] for result in results)
     assert first == second
