@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 DEMO_READY := .venv/.demo-ready
+ENGINES_READY := .venv/.engines-ready
 
 setup: $(READY)
 
@@ -11,6 +12,11 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $(READY) $(DEMO_READY)
+
+# The engines and trainers that only slow tests use, 2 GB. DeepSpeed compiles nothing.
+$(ENGINES_READY): $(READY)
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet -c constraints.txt -e '.[engines]'
+	touch $(ENGINES_READY)
 
 $(DEMO_READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -37,8 +43,8 @@ check: setup
 	$(BIN)/mypy
 	$(PYTEST) -m "not slow"
 
-# The other tests: full cross products, compilers, examples, benchmarks in small, killed and unreachable trackers.
-test-slow: setup
+# The other tests: full cross products, compilers, examples, benchmarks in small, killed and unreachable trackers, engines.
+test-slow: $(ENGINES_READY)
 	$(PYTEST) -m slow
 
 # The core with the lowest versions that pyproject.toml allows. PyTorch 2.6.0 brings CUDA: a download of gigabytes.
