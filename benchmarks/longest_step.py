@@ -63,7 +63,9 @@ def measure(steps: int, folder: Path) -> dict[str, np.ndarray]:
 
     def every(n: int) -> tuple[Step, gwa_logging.Monitor | None]:
         return _training(
-            lambda model: gwa_logging.watch(model, directory=folder, log_every_n_steps=n, early_stop=None, name=f"gwa{n}")
+            lambda model: gwa_logging.watch(
+                model, directory=folder, log_every_n_steps=n, early_stop=None, name=f"gwa{n}"
+            )
         )
 
     rows = {"bare": _training(None), "bare again": _training(None), "every 50": every(50), "every step": every(1)}

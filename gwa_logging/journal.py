@@ -70,15 +70,16 @@ class Journal:
         self._files = [JournalFile(0, file)]
         self._size = os.fstat(file.fileno()).st_size  # of the current file, when last seen
 
-    def append(self, record: AnyRecord, *, sync: bool = False) -> None:
-        """Writes one record with the current time. Never raises.
+    def append(self, record: AnyRecord, *, sync: bool = False, at: float | None = None) -> None:
+        """Writes one record. Never raises.
 
         Args:
             record: the record.
             sync: block until the record is on the disk.
+            at: its time, in seconds since 1970; None takes the current time.
         """
         if isinstance(record, TimedRecord):
-            record = record.model_copy(update={"time": time()})
+            record = record.model_copy(update={"time": time() if at is None else at})
         line = record.model_dump_json().encode() + b"\n"
         with self._lock:
             if isinstance(record, RunRecord):

@@ -20,6 +20,7 @@ from gwa_logging.errors import InvalidInputError, NoObservationsError
 from gwa_logging.faults import Faults
 from gwa_logging.interval_recorder import IntervalRecorder
 from gwa_logging.journal import Journal
+from gwa_logging.journal_writer import JournalWriter
 from gwa_logging.look import EpochLook
 from gwa_logging.protocols import Adapter, Backend
 from gwa_logging.records import AnyRecord, CloseRecord, EpochReport, RunRecord, StopAlert, Suspect
@@ -41,6 +42,7 @@ class Recording:
         name: prefix of the metric keys.
         adapter: watches the head.
         journal: None in a process that does not write.
+        writer: writes it in a thread.
         faults: counts errors.
         group: the deliveries of all heads of the model.
         deliveries: those of this head, one for each backend.
@@ -78,6 +80,7 @@ class Recording:
             best_weights: see the class.
         """
         self.settings, self.name, self.adapter, self.journal, self.faults = settings, name, adapter, journal, faults
+        self.writer = JournalWriter(journal, faults)
         self.history: list[EpochReport] = []
         self.alert: StopAlert | None = None
         self.rule = StopRule(settings.early_stop or EarlyStop())
@@ -107,17 +110,18 @@ class Recording:
                 classes=adapter.shape[1] if adapter.shape else None,
             )
         )
+        self.writer.drain()
         if journal is not None:
             _open_journals.add(journal)
         self.group = group or DeliveryGroup()
         self.deliveries = [Delivery(backend, journal, faults) for backend in backends] if journal else []
         for delivery in self.deliveries:
             self.group.add(delivery)
+        self.writer.listeners += [delivery.notify for delivery in self.deliveries if delivery.backend.threaded]
 
     def write(self, record: AnyRecord, *, sync: bool = False) -> None:
         """Appends a record to the journal; `sync` waits until it is on the disk."""
-        if self.journal is not None:
-            self.journal.append(record, sync=sync)
+        self.writer.append(record, sync=sync)
 
     def disown(self) -> None:
         """In a forked process: replaces the locks, which a thread of the parent may have held, and leaves the journal alone."""
@@ -268,6 +272,7 @@ class Recording:
     def state(self, heads: dict[str, Any]) -> dict[str, Any]:
         """The state as plain data; `heads` are the states of the further heads. Waits for the device."""
         recorded_steps, interval = self.intervals.peek()
+        self.writer.drain()
         self.group.notify(self.deliveries)
         epoch = self.intervals.summary
         return MonitorState(
@@ -390,8 +395,7 @@ class Recording:
         if self.best_weights is not None:
             self.best_weights.wait(max(0.0, deadline - monotonic()))
         self.group.remove(self.deliveries)
-        if self.journal is not None:
-            self.journal.close()
+        if self.writer.close() and self.journal is not None:
             _open_journals.discard(self.journal)
             if self._folder is not None and self._is_unused and is_delivered:
                 self._folder.remove(self.journal.path)

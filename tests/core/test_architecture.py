@@ -61,14 +61,14 @@ def modules_in(folder: str) -> list[Path]:
 
 
 LAYERS = (
-    "errors redact faults dataset sample_ids forks alignment histogram settings statistic consensus document_details ledger "
-    "agreement thumbnail "
+    "errors redact faults dataset sample_ids forks alignment histogram score_bins settings statistic consensus "
+    "document_details ledger agreement thumbnail "
     "report report.notebook _closer _run_folder "
     "best_weights state_values",
     "_record_base _suspects_record",
     "records",
     "summary _epoch_bar _announce",
-    "_journal_file journal ranks early_stop",
+    "_journal_file journal journal_writer ranks early_stop",
     "protocols class_pairs exports",
     "registry interval_recorder delivery checkpoint suspects report.heatmap report.run_history report.figures report.tables "
     "report.page replay",
