@@ -47,7 +47,7 @@ def flush(recordings: Sequence[Recording], timeout: float) -> bool:
         with recording.lock:
             recording.intervals.flush()
     deadline = monotonic() + timeout
-    is_written = all([recording.writer.drain(max(0.0, deadline - monotonic())) for recording in recordings])
+    is_written = all(recording.writer.drain(max(0.0, deadline - monotonic())) for recording in recordings)
     is_delivered = wait_for([d for recording in recordings for d in recording.deliveries], deadline)
     return is_written and is_delivered and all(recording.writer.is_complete for recording in recordings)
 

@@ -30,9 +30,6 @@ from gwa_logging.suspects import SUSPECTS, SuspectFinder
 
 logger = logging.getLogger("gwa_logging")
 
-_open_journals: set[Journal] = set()
-"""Kept here, because the garbage collector closes all files in what it collects, even before a dropped monitor is closed."""
-
 
 class Recording:
     """Records one head: closes its epochs, applies the stop rule and writes everything to the journal.
@@ -111,8 +108,6 @@ class Recording:
             )
         )
         self.writer.drain()
-        if journal is not None:
-            _open_journals.add(journal)
         self.group = group or DeliveryGroup()
         self.deliveries = [Delivery(backend, journal, faults) for backend in backends] if journal else []
         for delivery in self.deliveries:
@@ -395,7 +390,6 @@ class Recording:
         if self.best_weights is not None:
             self.best_weights.wait(max(0.0, deadline - monotonic()))
         self.group.remove(self.deliveries)
-        if self.writer.close() and self.journal is not None:
-            _open_journals.discard(self.journal)
-            if self._folder is not None and self._is_unused and is_delivered:
-                self._folder.remove(self.journal.path)
+        is_closed = self.writer.close()
+        if self.journal is not None and self._folder is not None and self._is_unused and is_delivered and is_closed:
+            self._folder.remove(self.journal.path)
