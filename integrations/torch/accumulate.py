@@ -5,7 +5,7 @@ vector in the order of `AlignmentSummary.to_vector`. Vectors are merged on the h
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from functools import partial
 from threading import Lock
 from typing import NamedTuple, TypeGuard
 
@@ -31,7 +31,7 @@ from gwa_logging.integrations.torch.rows import (
     sort_by_document,
 )
 from gwa_logging.integrations.torch.scores import Terms, alignment_scores
-from gwa_logging.integrations.torch.snapshot import SlicedWork, TorchSnapshot
+from gwa_logging.integrations.torch.snapshot import Slice, SlicedWork, TorchSnapshot
 from gwa_logging.integrations.torch.tags import Tags
 from gwa_logging.ledger import SAMPLE_IDS, Ledger, TaggedBatch, mismatch, record_invalid_ids
 from gwa_logging.ranks import Attendance
@@ -231,7 +231,7 @@ class Accumulator:
         """Returns everything since the last snapshot, on its way to the host."""
         with self._lock:
             snapshot, self._arriving = self._arriving, self._new_snapshot()
-            self._folding.begin(self._fold(snapshot))
+            self._folding.begin(snapshot, self._fold(snapshot))
             if not self._sliced:
                 self._folding.end()
             return snapshot
@@ -251,31 +251,20 @@ class Accumulator:
 
     def _fold_all(self) -> None:
         """Folds all batches at once into the next snapshot. The caller holds the lock."""
-        self._folding.begin(self._fold(self._arriving))
+        self._folding.begin(self._arriving, self._fold(self._arriving))
         self._folding.end()
 
-    def _fold(self, snapshot: TorchSnapshot) -> Iterator[None]:
-        """Takes all batches, and returns the work of folding them into the snapshot, in slices."""
+    def _fold(self, snapshot: TorchSnapshot) -> list[Slice]:
+        """Takes all batches, and returns the work of folding them into the snapshot."""
         batches, self._batches, self._rows = self._batches, [], 0
-        snapshot.is_folded = not batches
-        return self._slices(batches, snapshot)
+        by_device: dict[torch.device, list[_Batch]] = defaultdict(list)
+        for batch in batches:
+            by_device[batch.device].append(batch)
+        by_device.pop(torch.device("meta"), None)  # tensors without numbers
+        return [partial(self._join, group, device, snapshot) for device, group in by_device.items()]
 
-    def _slices(self, batches: list[_Batch], snapshot: TorchSnapshot) -> Iterator[None]:
-        try:
-            by_device: dict[torch.device, list[_Batch]] = defaultdict(list)
-            for batch in batches:
-                by_device[batch.device].append(batch)
-            by_device.pop(torch.device("meta"), None)  # tensors without numbers
-            for device, group in by_device.items():
-                yield from self._fold_group(group, device, snapshot)
-        finally:  # also after an error
-            snapshot.is_folded = True
-
-    def _fold_group(self, group: list[_Batch], device: torch.device, snapshot: TorchSnapshot) -> Iterator[None]:
-        """Adds the batches on one device with ids to the ledger, and folds all of them, in slices.
-
-        The last slice only releases the batches.
-        """
+    def _join(self, group: list[_Batch], device: torch.device, snapshot: TorchSnapshot) -> list[Slice]:
+        """Joins the batches on one device. The following slices enter them in the ledger, fold them and release them."""
         group.sort(key=lambda batch: batch.values.ndim if isinstance(batch.values, Tensor) else 0)
         scores, encoded = _joined_scores(group)
         sizes = [batch.rows for batch in group]
@@ -284,7 +273,7 @@ class Accumulator:
             grouped = [batch.grouped(piece) for batch, piece in zip(group, scores.split(sizes), strict=True)]
             scores = torch.cat([piece for piece, *_ in grouped])
             scores = drop_idle_rows(scores, torch.cat([starts for _, starts, *_ in grouped]))
-        yield
+        slices: list[Slice] = []
         if self.keeps_samples:
             untagged = [batch.values for batch in group if batch.samples is None and _are_encoded(batch.values)]
             if untagged:
@@ -294,13 +283,16 @@ class Accumulator:
                 for index, (batch, piece) in enumerate(zip(group, scores.split(sizes), strict=True))
                 if batch.samples is not None
             ]
-            for begin in range(0, len(tagged), LEDGER_SLICE):
-                self._ledger.add(tagged[begin : begin + LEDGER_SLICE])
-                yield
+            parts = (tagged[begin : begin + LEDGER_SLICE] for begin in range(0, len(tagged), LEDGER_SLICE))
+            slices += [partial(self._ledger.add, part) for part in parts]
+        return [*slices, partial(self._fold_scores, scores, encoded, device, snapshot), group.clear]
+
+    def _fold_scores(
+        self, scores: Tensor, encoded: Tensor | None, device: torch.device, snapshot: TorchSnapshot
+    ) -> None:
         is_on_host = fold_device(device).type == "cpu"
         vector = fold_on_host(scores) if is_on_host else fold(scores, self._edges_on(device))
         snapshot.add(torch.cat([vector, self._losses(vector, encoded)]))
-        yield
 
     def _losses(self, vector: Tensor, encoded: Tensor | None) -> Tensor:
         """[2], like a folded vector: how many samples were lost in rows added to each other, and how many ids are invalid."""

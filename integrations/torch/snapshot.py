@@ -1,6 +1,7 @@
 """The scores of an interval on their way to the host: first they are folded, a slice per training step, then copied."""
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Sequence
 from threading import Lock
 
 import torch
@@ -8,26 +9,38 @@ from torch import Tensor
 
 from gwa_logging.summary import AlignmentSummary
 
+Slice = Callable[[], Sequence["Slice"] | None]
+"""A part of some work. Returns the parts that follow it, if only it knows them."""
+
 
 class SlicedWork:
-    """Work that training steps do little by little, so that none of them becomes much longer than the others."""
+    """Work that training steps do little by little, so that none of them becomes much longer than the others.
+
+    It consists of functions and not of a generator: the garbage collector closes a generator of a dropped monitor, even
+    before the monitor is closed, and its scores would be lost.
+
+    Attributes:
+        owner: what the work is done for; None if all is done.
+    """
 
     def __init__(self, lock: Lock) -> None:
         """`lock` is held while a slice is done."""
+        self.owner: object = None
         self._lock = lock
-        self._slices: Iterator[None] = iter(())
+        self._slices: deque[Slice] = deque()
 
-    def begin(self, slices: Iterator[None]) -> None:
+    def begin(self, owner: object, slices: Sequence[Slice]) -> None:
         """Begins further work, after the rest of the earlier work. The caller holds the lock."""
         try:
             self.end()
         finally:  # an error in the earlier work must not lose this one
-            self._slices = slices
+            self._slices.extend(slices)
+            self.owner = owner if slices else None
 
     def advance(self) -> None:
         """Does one slice."""
         with self._lock:
-            next(self._slices, None)
+            self._do_one()
 
     def finish(self) -> None:
         """Does the rest."""
@@ -36,25 +49,31 @@ class SlicedWork:
 
     def end(self) -> None:
         """Does the rest. The caller holds the lock."""
-        for _ in self._slices:
-            pass
+        while self._slices:
+            self._do_one()
+
+    def _do_one(self) -> None:
+        try:
+            following = self._slices.popleft()() if self._slices else None
+            self._slices.extendleft(reversed(following or ()))
+        except BaseException:
+            self._slices.clear()  # they need what this slice should have computed
+            raise
+        finally:
+            if not self._slices:
+                self.owner = None
 
 
 class TorchSnapshot:
-    """The summary of an interval. See `gwa_logging.protocols.Snapshot`.
-
-    Attributes:
-        is_folded: False while there are scores that have not been folded. Only that of the latest snapshot may be False.
-    """
+    """The summary of an interval. See `gwa_logging.protocols.Snapshot`."""
 
     def __init__(self, record_losses: Callable[[int, int], None], folding: SlicedWork) -> None:
         """Prepares an empty summary.
 
         Args:
             record_losses: called with (overlaid, invalid_ids), the last two numbers of each vector, once it has arrived.
-            folding: what remains to be done while `is_folded` is False.
+            folding: folds the scores of this snapshot, as long as it is its owner.
         """
-        self.is_folded = True
         self._record_losses = record_losses
         self._folding = folding
         self._vectors: list[tuple[Tensor, torch.cuda.Event | None]] = []
@@ -80,7 +99,7 @@ class TorchSnapshot:
 
     def ready(self) -> bool:
         """Returns True if everything has arrived. Otherwise folds a slice of what is left: call it once per training step."""
-        if not self.is_folded:
+        if self._folding.owner is self:
             self._folding.advance()
             return False
         self._merge_arrived()
@@ -88,7 +107,7 @@ class TorchSnapshot:
 
     def result(self) -> AlignmentSummary:
         """The summary. Blocks until everything has arrived."""
-        if not self.is_folded:
+        if self._folding.owner is self:
             self._folding.finish()
         for _, event in self._vectors:
             if event is not None:

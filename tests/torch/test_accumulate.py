@@ -1,14 +1,19 @@
 """The device's summary against SciPy and NumPy, for any spread and any division of the scores into batches."""
 
+import gc
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import gwa_logging
 from gwa_logging import AlignmentSummary
+from gwa_logging._closer import closer
 from gwa_logging.integrations.torch.accumulate import FOLD_AT, Accumulator
 from gwa_logging.integrations.torch.scores import Terms
+from gwa_logging.journal import read_journal
 from gwa_logging.ledger import TaggedBatch
 from tests.core.test_summary import assert_equals_scipy, spread_scores
 
@@ -197,3 +202,18 @@ def test_weight_norms_for_a_batch_and_for_each_row_may_be_mixed(ndims):
         weight = torch.full((3,), norm) if ndim else torch.tensor(norm)
         accumulator.add_terms(Terms(torch.full((3,), -1.0), torch.ones(3), torch.ones(3), weight), None)
     assert accumulator.snapshot().result().mean == pytest.approx((1 / 2 + 1 / 4) / 2)
+
+
+def test_a_dropped_monitor_has_reported_the_scores_whose_slices_were_not_done(tmp_path):
+    """The garbage collector must not end the slices before the monitor is closed."""
+
+    def run():
+        model = torch.nn.Linear(4, 3)
+        monitor = gwa_logging.watch(model, directory=tmp_path, log_every_n_steps=1)
+        model(torch.ones(2, 4)).sum().backward()
+        return monitor.journal
+
+    journal = run()
+    gc.collect()
+    assert closer.wait(60)
+    assert [record.count for record in read_journal(journal)[0] if record.kind == "epoch"] == [2]
