@@ -3,8 +3,8 @@
     python -m benchmarks.flush [--intervals 300] [--json FILE]
 
 Trains a small MLP with 20 steps per interval and one real tracker at a time: healthy, then killed, stopped or taken away. Times
-what a step does after a summary has arrived on the host: build the record, write the journal's line and notify the backend.
-For Trackio, and for W&B in a user's run, the notification is the write itself.
+the step in which a summary has arrived on the host: it builds the record, and queues it for the thread that writes the journal
+and notifies the backend. For Trackio, and for W&B in a user's run, the notification is the write itself.
 """
 
 import argparse
@@ -38,6 +38,7 @@ from benchmarks.trackers import (
 )
 from gwa_logging.interval_recorder import IntervalRecorder
 from gwa_logging.monitor import Monitor
+from gwa_logging.summary import AlignmentSummary
 
 STEPS = 20
 """Steps per interval."""
@@ -91,27 +92,29 @@ ROWS = {
 
 
 def measure(row: Row, intervals: int, folder: Path) -> np.ndarray:
-    """Seconds on the training thread per interval, float [intervals], without the device's part, which no tracker changes."""
-    times: list[float] = []
-    on_step, snapshot = Monitor._on_step, IntervalRecorder._snapshot
-    device = 0.0
+    """Seconds on the training thread per interval, float [intervals], in the step that records it.
 
-    def timed_snapshot(self: IntervalRecorder) -> None:
-        nonlocal device
-        begin = time.perf_counter()
-        snapshot(self)
-        device = time.perf_counter() - begin
+    Its scores are folded in other steps, which no tracker changes.
+    """
+    times: list[float] = []
+    on_step, record = Monitor._on_step, IntervalRecorder._record
+    has_recorded = False
+
+    def noted_record(self: IntervalRecorder, step: int, steps: int, summary: AlignmentSummary) -> None:
+        nonlocal has_recorded
+        has_recorded = True
+        record(self, step, steps, summary)
 
     def timed_step(monitor: Monitor) -> None:
-        nonlocal device
-        device, begin = 0.0, time.perf_counter()
+        nonlocal has_recorded
+        has_recorded, begin = False, time.perf_counter()
         on_step(monitor)
-        if device:
-            times.append(time.perf_counter() - begin - device)
+        if has_recorded:
+            times.append(time.perf_counter() - begin)
 
     # This process measures one row and ends, so nothing is restored.
     Monitor._on_step = timed_step  # type: ignore[method-assign]
-    IntervalRecorder._snapshot = timed_snapshot  # type: ignore[method-assign]
+    IntervalRecorder._record = noted_record  # type: ignore[method-assign]
     tracker = row.tracker
     if tracker is not None:
         tracker.set_up(folder)

@@ -8,7 +8,7 @@ from gwa_logging._closing_report import write_in_thread
 from gwa_logging._continued_run import continue_run
 from gwa_logging._recording_state import read_state
 from gwa_logging._recording_state import restore as restore_recording
-from gwa_logging.delivery import wait_for
+from gwa_logging.delivery import MAX_BLOCKING, wait_for
 from gwa_logging.errors import NoObservationsError
 from gwa_logging.recording import Recording
 from gwa_logging.records import EpochReport
@@ -20,6 +20,9 @@ CLOSE_WITHIN = 10.0
 def notify(recordings: Sequence[Recording]) -> None:
     """Notifies the backends about new records. Blocks for a few milliseconds at most, see `delivery`."""
     first = recordings[0]
+    for recording in recordings:
+        if any(not delivery.backend.threaded for delivery in recording.deliveries):
+            recording.writer.drain(MAX_BLOCKING)  # these backends read the journal now, while this thread waits
     first.group.notify(delivery for recording in recordings for delivery in recording.deliveries)
     first.group.take_turns(id(first))
 
@@ -46,8 +49,10 @@ def flush(recordings: Sequence[Recording], timeout: float) -> bool:
     for recording in recordings:
         with recording.lock:
             recording.intervals.flush()
-    is_delivered = wait_for([d for recording in recordings for d in recording.deliveries], monotonic() + timeout)
-    return is_delivered and all(r.journal is None or r.journal.is_complete for r in recordings)
+    deadline = monotonic() + timeout
+    is_written = all(recording.writer.drain(max(0.0, deadline - monotonic())) for recording in recordings)
+    is_delivered = wait_for([d for recording in recordings for d in recording.deliveries], deadline)
+    return is_written and is_delivered and all(recording.writer.is_complete for recording in recordings)
 
 
 def restore(recordings: Sequence[Recording], state: Any) -> None:

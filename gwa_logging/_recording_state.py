@@ -13,6 +13,7 @@ def state_of(recording: Recording, heads: dict[str, Any], *, whole_ledger: bool)
     """The state as plain data; `heads` are the states of the further heads. Waits for the device."""
     recording.has_state = True
     recorded_steps, interval = recording.intervals.peek()
+    recording.writer.drain()
     recording.group.notify(recording.deliveries)
     epoch = recording.intervals.summary
     return MonitorState(

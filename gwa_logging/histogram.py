@@ -68,7 +68,10 @@ class Histogram(BaseModel):
         if not occupied.size:
             return cls()
         first, last = int(occupied[0]), int(occupied[-1])
-        return cls(first=first, counts=tuple(dense[first : last + 1].tolist()))
+        counts = tuple(dense[first : last + 1].tolist())
+        if not (len(dense) == BINS and min(counts) >= 0 and max(counts) < MAX_COUNT):
+            return cls(first=first, counts=counts)  # which raises
+        return cls.model_construct(first=first, counts=counts)  # a third of the time: it is in a training step
 
     def dense(self) -> npt.NDArray[np.int64]:
         """Returns int64 [512], the count of every bin."""
@@ -117,6 +120,10 @@ class Histogram(BaseModel):
         Returns:
             The smallest of these limits that leaves at most one score in a thousand outside.
         """
+        last = self.first + len(self.counts)
+        reaches = -float(EDGES[self.first]), float(EDGES[last])
+        if at_least in _DISPLAY_LIMITS and max(reaches) <= at_least:
+            return at_least  # all bins are inside
         low, high = self.quantiles([0.0005, 0.9995])
         reach = max(abs(low), abs(high)) if self.total else 0.0
         return next((limit for limit in _DISPLAY_LIMITS if limit >= max(reach, at_least)), 1.0)

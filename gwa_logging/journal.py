@@ -78,15 +78,16 @@ class Journal:
             self._offsets = line_offsets(file)
             self._run_line = self._files[-1].line(0)
 
-    def append(self, record: AnyRecord, *, sync: bool = False) -> None:
-        """Writes one record with the current time. Never raises.
+    def append(self, record: AnyRecord, *, sync: bool = False, at: float | None = None) -> None:
+        """Writes one record. Never raises.
 
         Args:
             record: the record.
             sync: block until the record is on the disk.
+            at: its time, in seconds since 1970; None takes the current time.
         """
         if isinstance(record, TimedRecord):
-            record = record.model_copy(update={"time": time()})
+            record = record.model_copy(update={"time": time() if at is None else at})
         line = record.model_dump_json().encode() + b"\n"
         with self._lock:
             if isinstance(record, RunRecord):

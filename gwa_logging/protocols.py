@@ -45,7 +45,10 @@ class Snapshot(Protocol):
     """A summary that is being copied from the device to the host."""
 
     def ready(self) -> bool:
-        """Returns True if `result` would return without blocking on the device."""
+        """Returns True if `result` would return without blocking on the device.
+
+        The monitor calls it once per training step until then, so it may do a part of the work on the host each time.
+        """
         ...
 
     def result(self) -> AlignmentSummary:

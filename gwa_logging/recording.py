@@ -19,6 +19,7 @@ from gwa_logging.errors import InvalidInputError, NoObservationsError
 from gwa_logging.faults import Faults
 from gwa_logging.interval_recorder import IntervalRecorder
 from gwa_logging.journal import Journal
+from gwa_logging.journal_writer import JournalWriter
 from gwa_logging.look import EpochLook
 from gwa_logging.protocols import Adapter, Backend
 from gwa_logging.records import AnyRecord, CloseRecord, EpochReport, RunRecord, StopAlert, Suspect, TrackerRunRef
@@ -26,9 +27,6 @@ from gwa_logging.settings import EarlyStop, WatchSettings
 from gwa_logging.suspects import SUSPECTS, SuspectFinder
 
 logger = logging.getLogger("gwa_logging")
-
-_open_journals: set[Journal] = set()
-"""Kept here, because the garbage collector closes all files in what it collects, even before a dropped monitor is closed."""
 
 
 class Recording:
@@ -39,6 +37,7 @@ class Recording:
         name: prefix of the metric keys.
         adapter: watches the head.
         journal: None in a process that does not write.
+        writer: writes it in a thread.
         faults: counts errors.
         group: the deliveries of all heads of the model.
         deliveries: those of this head, one for each backend.
@@ -80,6 +79,7 @@ class Recording:
             best_weights, is_taken: see the class.
         """
         self.settings, self.name, self.adapter, self.journal, self.faults = settings, name, adapter, journal, faults
+        self.writer = JournalWriter(journal, faults)
         self.history: list[EpochReport] = []
         self.alert: StopAlert | None = None
         self.rule = StopRule(settings.early_stop or EarlyStop())
@@ -101,12 +101,12 @@ class Recording:
         self._awaits_first_step = True
         self._restored_head: HeadShape | None = None  # of a loaded state, until the present head is known
         self.write(self.run_record(backends))
-        if journal is not None:
-            _open_journals.add(journal)
+        self.writer.drain()
         self.group = group or DeliveryGroup()
         self.deliveries = [Delivery(backend, journal, faults) for backend in backends] if journal else []
         for delivery in self.deliveries:
             self.group.add(delivery)
+        self._notify_when_written()
 
     def run_record(self, backends: Sequence[Backend], created: str | None = None) -> RunRecord:
         """The first line of the journal, for a run that was started now or at `created`."""
@@ -125,10 +125,10 @@ class Recording:
         The deliveries must be replaced, see `replace_deliveries`.
         """
         earlier, self.journal = self.journal, journal
-        _open_journals.add(journal)
+        writer, self.writer = self.writer, JournalWriter(journal, self.faults)
+        self.writer.listeners += writer.listeners
         if earlier is not None:
-            _open_journals.discard(earlier)
-            earlier.close()
+            writer.close()
             if self._folder is not None and earlier.path != journal.path:
                 self._folder.remove(earlier.path)
                 self._folder = None
@@ -143,6 +143,11 @@ class Recording:
                 self.group.add(delivery)
         self.group.remove(earlier)
         self.deliveries[:] = deliveries
+        self._notify_when_written()
+
+    def _notify_when_written(self) -> None:
+        threaded = (delivery for delivery in self.deliveries if delivery.backend.threaded)
+        self.writer.listeners[:] = [delivery.notify for delivery in threaded]
 
     @property
     def trackers(self) -> dict[str, Delivery]:
@@ -157,8 +162,7 @@ class Recording:
 
     def write(self, record: AnyRecord, *, sync: bool = False) -> None:
         """Appends a record to the journal; `sync` waits until it is on the disk."""
-        if self.journal is not None:
-            self.journal.append(record, sync=sync)
+        self.writer.append(record, sync=sync)
 
     def disown(self) -> None:
         """In a forked process: replaces the locks, which a thread of the parent may have held, and leaves the journal alone."""
@@ -378,8 +382,6 @@ class Recording:
         if self.best_weights is not None:
             self.best_weights.wait(max(0.0, deadline - monotonic()))
         self.group.remove(self.deliveries)
-        if self.journal is not None:
-            self.journal.close()
-            _open_journals.discard(self.journal)
-            if self._folder is not None and self._is_unused and is_delivered:
-                self._folder.remove(self.journal.path)
+        is_closed = self.writer.close()
+        if self.journal is not None and self._folder is not None and self._is_unused and is_delivered and is_closed:
+            self._folder.remove(self.journal.path)

@@ -29,6 +29,7 @@ from gwa_logging.alignment import (
 )
 from gwa_logging.histogram import BINS, EDGES, Histogram
 from gwa_logging.records import EpochReport, score_quantiles
+from gwa_logging.score_bins import OUTCOMES, PADDING_OUTCOME, outcomes_of
 from gwa_logging.statistic import estimate
 
 FEW_SAMPLES = 200
@@ -231,3 +232,37 @@ def bin_counts(scores: FloatArray) -> npt.NDArray[np.int64]:
     """Returns int64 [512], the number of finite scores in each bin of `gwa_logging.histogram.EDGES`."""
     index = np.searchsorted(EDGES, scores, side="right") - 1
     return np.bincount(np.clip(index, 0, BINS - 1), minlength=BINS).astype(np.int64)
+
+
+def summary_vector(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """Summarises scores in float64.
+
+    Args:
+        scores: float32 [rows], with markers.
+
+    Returns:
+        float64 [522], in the order of `AlignmentSummary.to_vector`.
+    """
+    outcomes = outcomes_of(scores)
+    counts = np.bincount(outcomes, minlength=OUTCOMES)
+    bins, (no_gradient, dead, not_finite, _) = counts[:BINS], counts[BINS:].tolist()
+    count = scores.size - no_gradient - dead - not_finite - int(counts[PADDING_OUTCOME])
+    mean = m2 = m3 = m4 = 0.0
+    minimum, maximum = np.inf, -np.inf
+    if count:
+        if count < scores.size:
+            scores = scores[outcomes < BINS]
+        minimum, maximum = float(scores.min()), float(scores.max())
+        x = scores.astype(np.float64)
+        mean = float(x.mean())
+        x -= mean
+        correction = float(x.mean())  # of rounding, which matters if the spread is as small
+        x -= correction
+        mean += correction
+        square = x * x
+        x *= square
+        m2, m3 = float(square.sum()), float(x.sum())
+        square *= square
+        m4 = float(square.sum())
+    numbers = (count, mean, m2, m3, m4, minimum, maximum, no_gradient, dead, not_finite)
+    return np.concatenate([numbers, bins])

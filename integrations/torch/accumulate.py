@@ -5,7 +5,7 @@ vector in the order of `AlignmentSummary.to_vector`. Vectors are merged on the h
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from functools import partial
 from threading import Lock
 from typing import NamedTuple, TypeGuard
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from gwa_logging.faults import Faults
 from gwa_logging.histogram import EDGES
 from gwa_logging.integrations.torch.distributed import full_tensor, is_first_owner, is_split
-from gwa_logging.integrations.torch.fold import fold, fold_device
+from gwa_logging.integrations.torch.fold import fold, fold_device, fold_on_host
 from gwa_logging.integrations.torch.ledger import DeviceLedger, TaggedScores, moved
 from gwa_logging.integrations.torch.ledger_entries import nothing
 from gwa_logging.integrations.torch.rows import (
@@ -32,13 +32,16 @@ from gwa_logging.integrations.torch.rows import (
     sort_by_document,
 )
 from gwa_logging.integrations.torch.scores import Terms, alignment_scores
+from gwa_logging.integrations.torch.snapshot import Slice, SlicedWork, TorchSnapshot
 from gwa_logging.integrations.torch.tags import Tags
 from gwa_logging.ledger import SAMPLE_IDS, Ledger, LedgerPart, TaggedBatch, mismatch, record_invalid_ids
 from gwa_logging.ranks import Attendance, Identity, RankSelection
-from gwa_logging.summary import AlignmentSummary
 
 FOLD_AT = 65_536
 """Number of rows at which they are folded: 768 KB at most are kept on the device."""
+
+LEDGER_SLICE = 16
+"""Number of batches that a training step adds to the ledger when an interval has ended."""
 
 
 class _Batch(NamedTuple):
@@ -114,19 +117,31 @@ class Accumulator:
     """
 
     def __init__(
-        self, num_samples: int | None, faults: Faults | None = None, attendance: Attendance | None = None
+        self,
+        num_samples: int | None,
+        faults: Faults | None = None,
+        attendance: Attendance | None = None,
+        *,
+        sliced: bool = False,
     ) -> None:
+        """With `sliced`, each call of a snapshot's `ready` folds a slice of it.
+
+        Not for windows (`samples_per_epoch`): they end with the step that fills them, which only a folded snapshot shows.
+        """
         self.tags = Tags()
         self.keeps_samples = num_samples is not None
         self._faults = faults or Faults()
         self._attendance = attendance
         self._batches: list[_Batch] = []
         self._rows = 0
-        self._arriving = TorchSnapshot(self._record_losses)
+        self._sliced = sliced
         self._edges: dict[torch.device, Tensor] = {}
+        fold_on_host(torch.zeros(1))  # builds its table now and not in a training step
         self._num_samples = num_samples
         self._ledger = DeviceLedger(num_samples or 0)
         self._lock = Lock()  # DataParallel's replicas run their backward passes in threads
+        self._folding = SlicedWork(self._lock)
+        self._arriving = self._new_snapshot()
 
     def add_terms(self, terms: Terms, samples: TaggedBatch | None, inputs: int = 0) -> None:
         """Adds the terms of an eager backward pass.
@@ -211,14 +226,19 @@ class Accumulator:
             if samples is None and self.keeps_samples and not mismatched and not _are_encoded(values):
                 self._ledger.untagged += rows
             if self._rows >= FOLD_AT:
-                self._fold()
+                self._fold_all()
 
-    def snapshot(self) -> "TorchSnapshot":
+    def snapshot(self) -> TorchSnapshot:
         """Returns everything since the last snapshot, on its way to the host."""
         with self._lock:
-            self._fold()
-            snapshot, self._arriving = self._arriving, TorchSnapshot(self._record_losses)
+            snapshot, self._arriving = self._arriving, self._new_snapshot()
+            self._folding.begin(snapshot, self._fold(snapshot))
+            if not self._sliced:
+                self._folding.end()
             return snapshot
+
+    def _new_snapshot(self) -> TorchSnapshot:
+        return TorchSnapshot(self._record_losses, self._folding)
 
     def _record_losses(self, overlaid: int, invalid_ids: int) -> None:
         """Records the samples that were lost on the device, once a folded vector has arrived on the host."""
@@ -230,17 +250,22 @@ class Accumulator:
             )
         record_invalid_ids(self._faults, invalid_ids, self._num_samples)
 
-    def _fold(self) -> None:
+    def _fold_all(self) -> None:
+        """Folds all batches at once into the next snapshot. The caller holds the lock."""
+        self._folding.begin(self._arriving, self._fold(self._arriving))
+        self._folding.end()
+
+    def _fold(self, snapshot: TorchSnapshot) -> list[Slice]:
+        """Takes all batches, and returns the work of folding them into the snapshot."""
         batches, self._batches, self._rows = self._batches, [], 0
         by_device: dict[torch.device, list[_Batch]] = defaultdict(list)
         for batch in batches:
             by_device[batch.device].append(batch)
         by_device.pop(torch.device("meta"), None)  # tensors without numbers
-        for device, group in by_device.items():
-            self._fold_group(group, device)
+        return [partial(self._join, group, device, snapshot) for device, group in by_device.items()]
 
-    def _fold_group(self, group: list[_Batch], device: torch.device) -> None:
-        """Folds the batches on one device, and adds those with ids to the ledger."""
+    def _join(self, group: list[_Batch], device: torch.device, snapshot: TorchSnapshot) -> list[Slice]:
+        """Joins the batches on one device. The following slices enter them in the ledger, fold them and release them."""
         group.sort(key=lambda batch: batch.values.ndim if isinstance(batch.values, Tensor) else 0)
         scores, encoded = _joined_scores(group)
         sizes = [batch.rows for batch in group]
@@ -249,21 +274,26 @@ class Accumulator:
             grouped = [batch.grouped(piece) for batch, piece in zip(group, scores.split(sizes), strict=True)]
             scores = torch.cat([piece for piece, *_ in grouped])
             scores = drop_idle_rows(scores, torch.cat([starts for _, starts, *_ in grouped]))
-        vector = fold(scores, self._edges_on(device))
+        slices: list[Slice] = []
         if self.keeps_samples:
             untagged = [batch.values for batch in group if batch.samples is None and _are_encoded(batch.values)]
             if untagged:
                 self._ledger.add_untagged((torch.cat([rows[:, VALID] for rows in untagged]) > 0).sum())
-            self._ledger.add(
-                [
-                    TaggedScores(
-                        batch.samples, piece, *(grouped[index][1:] if batch.is_grouped else (None, None, None))
-                    )
-                    for index, (batch, piece) in enumerate(zip(group, scores.split(sizes), strict=True))
-                    if batch.samples is not None
-                ]
-            )
-        self._arriving.add(torch.cat([vector, self._losses(vector, encoded)]))
+            tagged = [
+                TaggedScores(batch.samples, piece, *(grouped[index][1:] if batch.is_grouped else (None, None, None)))
+                for index, (batch, piece) in enumerate(zip(group, scores.split(sizes), strict=True))
+                if batch.samples is not None
+            ]
+            parts = (tagged[begin : begin + LEDGER_SLICE] for begin in range(0, len(tagged), LEDGER_SLICE))
+            slices += [partial(self._ledger.add, part) for part in parts]
+        return [*slices, partial(self._fold_scores, scores, encoded, device, snapshot), group.clear]
+
+    def _fold_scores(
+        self, scores: Tensor, encoded: Tensor | None, device: torch.device, snapshot: TorchSnapshot
+    ) -> None:
+        is_on_host = fold_device(device).type == "cpu"
+        vector = fold_on_host(scores) if is_on_host else fold(scores, self._edges_on(device))
+        snapshot.add(torch.cat([vector, self._losses(vector, encoded)]))
 
     def _losses(self, vector: Tensor, encoded: Tensor | None) -> Tensor:
         """[2], like a folded vector: how many samples were lost in rows added to each other, and how many ids are invalid."""
@@ -275,13 +305,13 @@ class Accumulator:
 
     def _edges_on(self, device: torch.device) -> Tensor:
         if device not in self._edges:
-            self._edges[device] = torch.from_numpy(EDGES.copy()).to(fold_device(device))
+            self._edges[device] = torch.from_numpy(EDGES.copy()).to(device)
         return self._edges[device]
 
     def ledger(self) -> Ledger:
         """Returns the ledger of this process alone, on the host. Blocks on the device."""
         with self._lock:
-            self._fold()
+            self._fold_all()
             self._ledger.keep_all()
             return self._ledger.to_host()
 
@@ -292,7 +322,7 @@ class Accumulator:
         """
         with self._lock:
             try:
-                self._fold()
+                self._fold_all()
                 own = self._ledger.collect(device)
             except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must not wait
                 self._faults.record("ledger", f"the scores of an epoch were lost: {type(error).__name__}: {error}")
@@ -307,6 +337,7 @@ class Accumulator:
     def load_ledger(self, part: LedgerPart, device: torch.device) -> None:
         """Restores a part of the ledger."""
         with self._lock:
+            self._folding.end()
             self._ledger.load(part, device)
 
 
@@ -337,46 +368,13 @@ def _joined_scores(batches: list[_Batch]) -> tuple[Tensor, Tensor | None]:
 def _joined_terms(batches: list[Terms]) -> Terms:
     """The terms of all rows, with a weight norm for each row."""
     products, delta_norms, embedding_norms, weight_norms = zip(*batches, strict=True)
-    weight_norms = tuple(map(torch.Tensor.expand_as, weight_norms, products))
-    return Terms(*map(torch.cat, (products, delta_norms, embedding_norms, weight_norms)))
+    norms = _by_row(weight_norms, products)
+    return Terms(torch.cat(products), torch.cat(delta_norms), torch.cat(embedding_norms), norms)
 
 
-class TorchSnapshot:
-    """Folded vectors on their way to the host."""
-
-    def __init__(self, record_losses: Callable[[int, int], None]) -> None:
-        """Calls `record_losses(overlaid, invalid_ids)` with the last two numbers of each vector once it has arrived."""
-        self._record_losses = record_losses
-        self._vectors: list[tuple[Tensor, torch.cuda.Event | None]] = []
-        self._merged = AlignmentSummary()
-
-    def add(self, vector: Tensor) -> None:
-        """Starts copying a folded vector to the host, and merges those that have arrived."""
-        self._merge_arrived()
-        if vector.device.type == "cuda":
-            host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
-            host.copy_(vector, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(vector.device))
-            self._vectors.append((host, event))
-        else:
-            self._vectors.append((vector, None))
-
-    def _merge_arrived(self) -> None:
-        while self._vectors and (self._vectors[0][1] is None or self._vectors[0][1].query()):
-            vector = self._vectors.pop(0)[0].numpy()
-            self._merged = self._merged.merge(AlignmentSummary.from_vector(vector[:-2]))
-            self._record_losses(*map(int, vector[-2:].tolist()))
-
-    def ready(self) -> bool:
-        """Returns True if everything has arrived."""
-        self._merge_arrived()
-        return not self._vectors
-
-    def result(self) -> AlignmentSummary:
-        """The summary. Blocks until everything has arrived."""
-        for _, event in self._vectors:
-            if event is not None:
-                event.synchronize()
-        self._merge_arrived()
-        return self._merged
+def _by_row(norms: tuple[Tensor, ...], products: tuple[Tensor, ...]) -> Tensor:
+    """[rows]: the weight's norm, [] or [rows] for each batch. With batches of one size, two operations instead of one each."""
+    rows = products[0].shape[0]
+    if all(norm.ndim == 0 for norm in norms) and all(product.shape[0] == rows for product in products):
+        return torch.stack(norms)[:, None].expand(-1, rows).reshape(-1)
+    return torch.cat(list(map(torch.Tensor.expand_as, norms, products)))

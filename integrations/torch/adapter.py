@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gwa_logging.checkpoint import HeadShape
 from gwa_logging.errors import InvalidInputError
 from gwa_logging.faults import Faults
-from gwa_logging.integrations.torch.accumulate import Accumulator, TorchSnapshot
+from gwa_logging.integrations.torch.accumulate import Accumulator
 from gwa_logging.integrations.torch.distributed import (
     is_distributed,
     rank,
@@ -43,7 +43,7 @@ from gwa_logging.integrations.torch.trl_head import FusedHead, watch_fused_head
 from gwa_logging.integrations.torch.units import Unit
 from gwa_logging.integrations.torch.weights import TorchWeights
 from gwa_logging.ledger import TaggedBatch
-from gwa_logging.protocols import Evaluated
+from gwa_logging.protocols import Evaluated, Snapshot
 from gwa_logging.ranks import Attendance, Identity, check_windows, first_scores
 from gwa_logging.settings import WatchSettings
 
@@ -91,9 +91,9 @@ class TorchAdapter(RankCalls):
         self._num_samples = settings.num_samples
         self._look = ModelLook(model, settings.dataset)
         self._attendance = attendance
-        self._accumulator = Accumulator(settings.num_samples, faults, attendance)
+        self._accumulator = Accumulator(settings.num_samples, faults, attendance, sliced=not settings.samples_per_epoch)
         self._unit = Unit(settings.unit, faults)
-        self._early: list[TorchSnapshot] = []  # until the first scores are known
+        self._early: list[Snapshot] = []  # until the first scores are known
         self._first = Identity().first
         self.notes: tuple[str, ...] = ()
         self._faults = faults
@@ -324,7 +324,7 @@ class TorchAdapter(RankCalls):
             raise InvalidInputError("sample_ids: expected numbers, found a tensor on the device 'meta'")
         return tensors
 
-    def snapshot(self) -> TorchSnapshot:
+    def snapshot(self) -> Snapshot:
         """Returns what has accumulated since the last snapshot."""
         self.check_head()
         snapshot = self._accumulator.snapshot()

@@ -67,14 +67,14 @@ def modules_in(folder: str) -> list[Path]:
 
 
 LAYERS = (
-    "errors redact faults dataset dataset_streams sample_ids forks alignment histogram settings statistic consensus "
+    "errors redact faults dataset dataset_streams sample_ids forks alignment histogram score_bins settings statistic consensus "
     "document_details ledger agreement thumbnail "
     "report report.notebook _closer _run_folder "
     "best_weights state_values",
     "_record_base _suspects_record epoch_backup",
     "records",
     "summary _epoch_bar _announce",
-    "_journal_file journal ranks early_stop",
+    "_journal_file journal journal_writer ranks early_stop",
     "protocols class_pairs exports",
     "ledger_state saved_run",
     "registry interval_recorder delivery checkpoint _continued_journal suspects "

@@ -153,6 +153,7 @@ def test_a_forked_process_that_trains_may_watch_for_itself(model, tmp_path):
         return [own.history[0].count, kinds(own)]
 
     assert in_child(watch_again) == [30, ["run", "interval", "interval", "epoch", "close"]]
+    assert monitor.flush()
     assert kinds(monitor) == ["run", "interval"]
 
 

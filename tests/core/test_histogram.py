@@ -97,3 +97,22 @@ def test_an_empty_histogram_has_no_quantiles():
 def test_impossible_display_arguments_are_named(arguments, named):
     with pytest.raises(InvalidInputError, match=named):
         histogram_of([0.1]).to_display(*arguments)
+
+
+@given(scores=any_scores, size=st.floats(1e-4, 1), at_least=st.sampled_from((0.001, 0.01, 0.3, 0.5, 1.0)))
+def test_the_display_limit_follows_from_the_quantiles(scores, size, at_least):
+    histogram = histogram_of(scores * np.float32(size))
+    low, high = histogram.quantiles([0.0005, 0.9995])
+    reach = max(abs(low), abs(high), at_least)
+    limits = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+    assert histogram.display_limit(at_least) == min(limit for limit in limits if limit >= reach)
+
+
+def test_an_empty_histogram_keeps_the_display_limit():
+    assert Histogram().display_limit(0.2) == 0.2
+
+
+@pytest.mark.parametrize("dense", [np.full(BINS, -1), np.full(BINS, 2**53), np.ones(BINS + 1, int)])
+def test_counts_that_a_histogram_cannot_have_are_refused(dense):
+    with pytest.raises(ValueError, match="counts"):
+        Histogram.from_dense(dense)

@@ -1,14 +1,19 @@
 """The device's summary against SciPy and NumPy, for any spread and any division of the scores into batches."""
 
+import gc
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import gwa_logging
 from gwa_logging import AlignmentSummary
+from gwa_logging._closer import closer
 from gwa_logging.integrations.torch.accumulate import FOLD_AT, Accumulator
 from gwa_logging.integrations.torch.scores import Terms
+from gwa_logging.journal import read_journal
 from gwa_logging.ledger import TaggedBatch
 from tests.core.test_summary import assert_equals_scipy, spread_scores
 
@@ -127,3 +132,88 @@ def test_what_was_added_may_be_overwritten(encoded):
     scores.zero_()
     rows.zero_()
     assert accumulator.snapshot().result().mean == 0.375
+
+
+def filled(sliced, between=lambda accumulator: None):
+    """Three snapshots of scores with ids; `between` is called after each step."""
+    accumulator, rng, snapshots = Accumulator(50, sliced=sliced), np.random.default_rng(0), []
+    for step in range(120):
+        size = 7 if step % 3 else 5
+        terms = (torch.from_numpy(rng.uniform(0.1, 1, size).astype(np.float32)) for _ in range(3))
+        ids = TaggedBatch(torch.from_numpy(rng.integers(-1, 50, size)))
+        accumulator.add_terms(Terms(*terms, torch.tensor(2.0)), ids)
+        if step % 40 == 39:
+            snapshots.append(accumulator.snapshot())
+        between(snapshots)
+    return accumulator, snapshots
+
+
+@pytest.mark.parametrize("polls", [0, 1, 2, 50])
+def test_slices_give_the_same_sums_to_the_last_bit_however_often_they_are_asked_for(polls):
+    def poll(snapshots):
+        for _ in range(polls if snapshots else 0):
+            snapshots[-1].ready()
+
+    (accumulator, snapshots), (whole, wanted) = filled(True, poll), filled(False)
+    for snapshot, want in zip(snapshots, wanted, strict=True):
+        np.testing.assert_array_equal(snapshot.result().to_vector(), want.result().to_vector())
+    for name in ("sums", "seen"):
+        np.testing.assert_array_equal(getattr(accumulator.ledger(), name), getattr(whole.ledger(), name))
+    assert accumulator.ledger().invalid_ids == whole.ledger().invalid_ids > 0
+
+
+def test_a_sliced_snapshot_is_ready_after_a_few_steps_and_a_whole_one_at_once():
+    _, (*_, last) = filled(True)
+    answers = [last.ready() for _ in range(7)]
+    assert answers == [False] * 6 + [True]  # join, three slices of the ledger, fold, release
+    assert filled(False)[1][-1].ready()
+
+
+def test_the_ledger_contains_an_interval_whose_slices_are_not_done():
+    accumulator, (*_, last) = filled(True)
+    assert not last.ready()
+    np.testing.assert_array_equal(accumulator.ledger().seen, filled(False)[0].ledger().seen)
+
+
+def test_an_error_in_a_slice_loses_its_interval_alone(monkeypatch):
+    accumulator = Accumulator(None, sliced=True)
+    accumulator.add_scores(torch.tensor([0.1]), None)
+    broken = accumulator.snapshot()
+
+    def fail(scores):
+        raise MemoryError("no memory for the vector")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gwa_logging.integrations.torch.accumulate.fold_on_host", fail)
+        assert not broken.ready()
+        accumulator.add_scores(torch.tensor([0.2, 0.3]), None)
+        with pytest.raises(MemoryError):
+            accumulator.snapshot()
+    assert broken.ready()
+    assert broken.result().count == 0
+    accumulator.add_scores(torch.tensor([0.4]), None)
+    assert accumulator.snapshot().result().count == 1
+
+
+@pytest.mark.parametrize("ndims", [(0, 0), (0, 1), (1, 1)])
+def test_weight_norms_for_a_batch_and_for_each_row_may_be_mixed(ndims):
+    accumulator = Accumulator(None)
+    for norm, ndim in zip((2.0, 4.0), ndims, strict=True):
+        weight = torch.full((3,), norm) if ndim else torch.tensor(norm)
+        accumulator.add_terms(Terms(torch.full((3,), -1.0), torch.ones(3), torch.ones(3), weight), None)
+    assert accumulator.snapshot().result().mean == pytest.approx((1 / 2 + 1 / 4) / 2)
+
+
+def test_a_dropped_monitor_has_reported_the_scores_whose_slices_were_not_done(tmp_path):
+    """The garbage collector must not end the slices before the monitor is closed."""
+
+    def run():
+        model = torch.nn.Linear(4, 3)
+        monitor = gwa_logging.watch(model, directory=tmp_path, log_every_n_steps=1)
+        model(torch.ones(2, 4)).sum().backward()
+        return monitor.journal
+
+    journal = run()
+    gc.collect()
+    assert closer.wait(60)
+    assert [record.count for record in read_journal(journal)[0] if record.kind == "epoch"] == [2]
