@@ -13,10 +13,17 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $(READY) $(DEMO_READY)
 
-# The engines and trainers that only slow tests use, 2 GB. DeepSpeed compiles nothing.
+# The engines that only slow tests use. DeepSpeed compiles nothing.
 $(ENGINES_READY): $(READY)
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet -c constraints.txt -e '.[engines]'
 	touch $(ENGINES_READY)
+
+# fastai and Ultralytics need torchvision. That of PyPI is built for CUDA, and Lightning fails to import it beside a PyTorch for
+# CPUs. So they are installed into a folder that only their own tests see.
+VISION := build/vision
+$(VISION)/.ready: $(READY) vision.txt
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VISION) -r vision.txt
+	touch $(VISION)/.ready
 
 $(DEMO_READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -44,8 +51,10 @@ check: setup
 	$(PYTEST) -m "not slow"
 
 # The other tests: full cross products, compilers, examples, benchmarks in small, killed and unreachable trackers, engines.
-test-slow: $(ENGINES_READY)
+test-slow: $(ENGINES_READY) $(VISION)/.ready
 	$(PYTEST) -m slow
+	PYTHONPATH=$(VISION) $(PYTEST) -m slow -k "fastai or ultralytics" tests/trainers/test_fastai.py tests/trainers/test_ultralytics.py \
+		tests/test_examples.py tests/test_docs.py
 
 # The core with the lowest versions that pyproject.toml allows. PyTorch 2.6.0 brings CUDA: a download of gigabytes.
 LOWEST := .venv-lowest/bin

@@ -39,6 +39,7 @@ from gwa_logging.integrations.torch.no_observation import no_observation_hint
 from gwa_logging.integrations.torch.probe import HeadProbe
 from gwa_logging.integrations.torch.rank_calls import RankCalls
 from gwa_logging.integrations.torch.step_watchdog import StepWatchdog
+from gwa_logging.integrations.torch.tagged_tensors import TaggedTensors
 from gwa_logging.integrations.torch.trl_head import FusedHead, watch_fused_head
 from gwa_logging.integrations.torch.units import Unit
 from gwa_logging.integrations.torch.weights import TorchWeights
@@ -89,6 +90,7 @@ class TorchAdapter(RankCalls):
         self.is_language_model = head is not None and predicts_tokens(model, head)
         self._found = head  # only until `start`: it keeps the head of a model alive
         self._num_samples = settings.num_samples
+        self._samples = TaggedTensors(settings.num_samples)
         self._look = ModelLook(model, settings.dataset)
         self._attendance = attendance
         self._accumulator = Accumulator(settings.num_samples, faults, attendance, sliced=not settings.samples_per_epoch)
@@ -298,14 +300,14 @@ class TorchAdapter(RankCalls):
             )
             raise InvalidInputError(f"scores: expected a floating-point tensor [batch], found {found}")
         if samples is not None:
-            samples = self._checked(samples, tuple(scores.shape))
+            samples = self._samples.read(samples, tuple(scores.shape))
         self._accumulator.add_scores(scores.detach(), samples)
         self._on_observed()
 
     def tag(self, samples: TaggedBatch) -> None:
         """Sets which samples the next forward pass is about."""
         self.check_head()
-        self._accumulator.tags.put(self._checked(samples, None))
+        self._accumulator.tags.put(self._samples.read(samples))
 
     def pause(self, paused: bool) -> None:
         """Stops counting passes, or resumes."""
@@ -315,14 +317,6 @@ class TorchAdapter(RankCalls):
             self._accumulator.tags.resume()
         if isinstance(self._watching, HeadProbe):
             self._watching.swap_slots()
-
-    def _checked(self, samples: TaggedBatch, scores: tuple[int, ...] | None) -> TaggedBatch:
-        samples.check(scores, self._num_samples)
-        # Cloned, because a buffer may be filled with the next batch before these ids are added to the ledger.
-        tensors = TaggedBatch(*(None if array is None else torch.as_tensor(array).clone() for array in samples))
-        if tensors.ids.device.type == "meta":
-            raise InvalidInputError("sample_ids: expected numbers, found a tensor on the device 'meta'")
-        return tensors
 
     def snapshot(self) -> Snapshot:
         """Returns what has accumulated since the last snapshot."""

@@ -201,7 +201,7 @@ class StageWithHead(TorchAdapter):
     def tag(self, samples: TaggedBatch) -> None:
         """Sets which samples the next batch has. Each microbatch takes as many ids as it has inputs, in order."""
         self.check_head()
-        self._waiting = self._checked(samples, None)
+        self._waiting = self._samples.read(samples, None)
         module = self._module()
         if self._hook is None and module is not None:  # only now, since a hook is noticeable in a compiled stage
             self._hook = module.register_forward_pre_hook(self._tag_microbatch, with_kwargs=True)

@@ -121,10 +121,8 @@ def test_a_state_cannot_name_a_folder_elsewhere(tmp_path, folder):
     second = watch(Model(), tmp_path / "runs", "local")
     if folder == "..":
         (tmp_path / "journal.jsonl").write_bytes(before := first.journal.read_bytes())
-    try:
+    with pytest.raises(InvalidInputError, match=r"run\.folder"):
         second.load_state_dict(state)
-    except InvalidInputError as error:
-        assert "run.folder" in str(error)
     assert second.journal.parent.parent == tmp_path / "runs"
     second.close()
     if folder == "..":

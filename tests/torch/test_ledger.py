@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 import gwa_logging
 from gwa_logging import InvalidInputError, Monitor
 from gwa_logging.integrations.torch.head_layers import layer_of
+from gwa_logging.integrations.torch.tagged_tensors import TaggedTensors
+from gwa_logging.ledger import TaggedBatch
 from tests.torch.tiers import tiered
 
 N, FEATURES = 23, 8
@@ -235,8 +237,21 @@ REFUSED = {
 @pytest.mark.parametrize("tag", REFUSED)
 def test_invalid_tags_are_refused(tag):
     arguments, message = REFUSED[tag]
-    with gwa_logging.watch(net(), num_samples=N) as monitor, pytest.raises(InvalidInputError, match=message):
-        monitor.tag(*arguments)
+    with gwa_logging.watch(net(), num_samples=N) as monitor:
+        for _ in range(2):  # the second time after a valid tag, whose dtype and shape are known to be right
+            with pytest.raises(InvalidInputError, match=message):
+                monitor.tag(*arguments)
+            monitor.tag(torch.arange(4))
+        with pytest.raises(InvalidInputError, match="sample_ids: expected an integer array"):
+            monitor.tag(torch.zeros(4))
+
+
+def test_ids_in_a_buffer_that_is_filled_again_before_they_are_used_are_copied():
+    reader, buffer = TaggedTensors(N), torch.arange(4)
+    read = []
+    for first in range(3):
+        read.append(reader.read(TaggedBatch(buffer.copy_(torch.arange(first, first + 4)))).ids)
+    assert [ids.tolist() for ids in read] == [[0, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 5]]
 
 
 WRONG = {

@@ -24,6 +24,7 @@ from tests.pages import DOCS, ROOT, python_blocks
 from tests.trainers.tasks import BATCH, EPOCHS, SAMPLES, assert_equal, net, plain
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.skipif(
         find_spec("ray") is None, reason="needs ray[train]; it is not imported while tests are collected"
@@ -104,7 +105,6 @@ def intervals(folder: Path) -> list[IntervalRecord]:
     return [last[step] for step in sorted(last)]
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_two_workers_report_the_same_as_the_plain_loop(tmp_path):
     from tests.trainers.ray_loops import train
@@ -121,7 +121,6 @@ def test_two_workers_report_the_same_as_the_plain_loop(tmp_path):
     assert result.metrics["loss"] == 1
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_after_workers_were_killed_at_random_moments_each_interval_is_there_once(tmp_path, mlflow_uri, capsys):
     from mlflow import MlflowClient
@@ -158,7 +157,6 @@ def test_after_workers_were_killed_at_random_moments_each_interval_is_there_once
         assert sorted({point.step for point in points}) == list(range(EPOCHS_OF_KILLS)), key
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_failed_run_continues_in_a_new_job_with_another_number_of_workers(tmp_path):
     from ray.train import WorkerGroupError
@@ -175,7 +173,6 @@ def test_a_failed_run_continues_in_a_new_job_with_another_number_of_workers(tmp_
 
 
 @pytest.mark.parametrize("trainer", ["lightning", "transformers"])
-@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_trainers_callback_under_ray_resumes_after_a_kill_and_reports_its_metrics(trainer, tmp_path):
     from tests.trainers import ray_loops
@@ -192,7 +189,6 @@ def test_a_trainers_callback_under_ray_resumes_after_a_kill_and_reports_its_metr
     assert result.metrics["gwa/stop"] == 0
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_tune_stops_a_trial_at_the_alert_and_its_journal_is_in_the_trials_storage(tmp_path):
     from ray import tune
@@ -211,7 +207,6 @@ def test_tune_stops_a_trial_at_the_alert_and_its_journal_is_in_the_trials_storag
         assert skipped == 0
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_wrong_calls_in_a_worker_name_the_argument_and_the_remedy(tmp_path):
     from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
@@ -289,7 +284,6 @@ def test_without_ray_the_error_names_the_extra(monkeypatch):
         __import__("gwa_logging.integrations.ray")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("source", ["page", "example"])
 def test_the_code_of_the_page_and_the_example_run(source, tmp_path, ray_environment):
     if source == "page":
