@@ -329,7 +329,7 @@ class Backend(ABC):
         """Called instead of `close` if another run takes the place of this empty one; removes it if it was started here."""
         self.close()
 
-    def move_to(self, directory: Path) -> None:
+    def move_to(self, directory: Path) -> None:  # noqa: B027 - optional
         """Called if the journal is continued in another folder; `close` may upload the files there."""
 
     def refusal(self) -> str | None:
