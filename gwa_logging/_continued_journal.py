@@ -74,7 +74,7 @@ class EarlierJournal:
             name: prefix of the metric keys, which must be that of the journal.
 
         Raises:
-            OSError: there is no such file, or it cannot be opened.
+            OSError: the file does not exist, or cannot be opened.
             BackendError: another process is writing it.
             InvalidInputError: it is not a journal of this name and version.
         """

@@ -197,6 +197,8 @@ class _Continuation:
             recording.faults.record(FAULT, f"the journal cannot be continued: {error}")
             journal = own if self.earlier else Journal(own.path, recording.faults, is_continued=True)
         deliveries: list[Delivery] = []
+        for backend in backends:
+            backend.move_to(journal.path.parent)
         for old, backend in zip(recording.deliveries, backends, strict=True):
             can_read_back = getattr(backend.contents, "__func__", None) is not Backend.contents
             if can_read_back:

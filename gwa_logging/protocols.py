@@ -299,8 +299,7 @@ class Backend(ABC):
             time; then `write` should take about a millisecond.
         records_per_call: how many records `write_many` accepts in one call.
         is_notifier: True for what only sends alerts to people: it has no run, and nothing can be replayed to it.
-        owns_run: True if the backend started the run, or continues one that this library started, and ends it on `close`. If
-            a state of another run is loaded, that run takes its place, unless the user has named one.
+        owns_run: True if this library started the run. If a state of another run is loaded, that run takes its place.
         is_in_folder: True if the run is stored in the run's own folder (`RunContext.directory`), next to the journal.
     """
 
@@ -338,11 +337,11 @@ class Backend(ABC):
         return TrackerContents()
 
     def discard(self) -> None:
-        """Called instead of `close` if another run takes the place of this one, which holds nothing but its beginning.
-
-        Removes the run if this backend has started it.
-        """
+        """Called instead of `close` if another run takes the place of this empty one; removes it if it was started here."""
         self.close()
+
+    def move_to(self, directory: Path) -> None:  # noqa: B027 - optional
+        """Called if the journal is continued in another folder; `close` may upload the files there."""
 
     def refusal(self) -> str | None:
         """Returns why the tracker has stopped accepting records for good, or None.
@@ -385,6 +384,7 @@ class _WithDefaults(Backend):
             "write_many",
             "contents",
             "discard",
+            "move_to",
             "refusal",
         )
         for member in own:

@@ -357,8 +357,8 @@ class Recording:
 
     @property
     def _is_unused(self) -> bool:
-        """Returns True if the journal of a closed run has only its RunRecord and its CloseRecord."""
-        return self.journal is not None and self.journal.count <= 2
+        """Returns True if the journal of a closed run has only its RunRecord and, unless it is resumable, its CloseRecord."""
+        return self.journal is not None and self.journal.count <= (1 if self.is_resumable else 2)
 
     def begin_close(self, deadline: float, others: "Sequence[Recording]") -> None:
         """Starts closing the backends, each after the report, which it may upload.

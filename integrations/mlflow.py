@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from importlib import metadata
+from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 from time import sleep
@@ -234,6 +235,10 @@ class MlflowBackend(Tracker):
             with _as_backend_errors():
                 self._own.end(self._client, "KILLED")
                 self._client.delete_run(self.run)
+
+    def move_to(self, directory: Path) -> None:
+        """Uploads the journal and the report from another folder."""
+        self._directory = directory
 
     def _history(self, key: str) -> list[Metric]:
         """All values of a metric. The client requests as many pages as there are."""

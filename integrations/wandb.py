@@ -222,6 +222,10 @@ class WandbBackend(Tracker):
             if self._owned and not is_finished(self.run):
                 discard_run(self.run)
 
+    def move_to(self, directory: Path) -> None:
+        """Uploads the journal and the report from another folder."""
+        self._folders[self.prefix] = directory
+
     def _log(self, record: IntervalRecord | EpochReport, *, picture: bool) -> None:
         if self._user_run is None:
             self.run.log(row_of(self.prefix, record) | (self._picture(self._newest) if picture else {}), commit=True)

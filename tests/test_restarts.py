@@ -130,7 +130,7 @@ class Torchrun:
         )
 
     def wait_for_steps(self, steps: int) -> None:
-        """Waits until the checkpoint of the training has at least so many steps, at most two minutes."""
+        """Waits until the checkpoint of the training has reached this step; fails after two minutes."""
         deadline = monotonic() + 120
         while self.process.poll() is None and monotonic() < deadline:
             with suppress(OSError):

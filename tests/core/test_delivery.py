@@ -338,6 +338,9 @@ def test_every_optional_member_of_a_backend_has_a_default_and_an_objects_own_one
         def discard(self) -> None:
             self.records.clear()
 
+        def move_to(self, directory) -> None:
+            self.records.append(directory)
+
         def write_many(self, records) -> None:
             self.records.append(records)
 
