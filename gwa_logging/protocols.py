@@ -283,7 +283,7 @@ class Backend(ABC):
     """Writes records to a tracker.
 
     `write` and `close` are required. All other members are optional and have defaults: subclasses inherit them, and
-    `with_defaults` adds them to any other object.
+    `backend_defaults.with_defaults` adds them to any other object.
 
     A module or entry point named by `watch(backend=)` has a function `open_backend(context: RunContext)`, which returns an
     object with `write` and `close`, and raises BackendError if the tracker cannot be used. The module may also have a
@@ -364,46 +364,3 @@ class BackendModule(Protocol):
             BackendError: it cannot be used.
         """
         ...
-
-
-class _WithDefaults(Backend):
-    """A backend made of an object that has `write`, `close`, and any of the optional members."""
-
-    def __init__(self, writer: BackendWriter) -> None:
-        self._writer = writer
-        self.name = type(writer).__name__
-        own = (
-            "name",
-            "run",
-            "run_ref",
-            "threaded",
-            "is_notifier",
-            "owns_run",
-            "is_in_folder",
-            "records_per_call",
-            "write_many",
-            "contents",
-            "discard",
-            "move_to",
-            "refusal",
-        )
-        for member in own:
-            if hasattr(writer, member):
-                setattr(self, member, getattr(writer, member))
-
-    def __eq__(self, other: object) -> bool:
-        return self._writer is (other._writer if isinstance(other, _WithDefaults) else other)
-
-    def __hash__(self) -> int:
-        return id(self._writer)
-
-    def write(self, record: AnyRecord) -> None:
-        self._writer.write(record)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-def with_defaults(writer: BackendWriter) -> Backend:
-    """Adds the defaults of `Backend` to an object that has `write` and `close`. Equal to that object, and hashable."""
-    return writer if isinstance(writer, Backend) else _WithDefaults(writer)

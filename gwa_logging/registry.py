@@ -6,8 +6,9 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, cast
 
+from gwa_logging.backend_defaults import with_defaults
 from gwa_logging.errors import InvalidInputError, MissingDependencyError
-from gwa_logging.protocols import AdapterModule, Backend, BackendModule, BackendWriter, RunContext, with_defaults
+from gwa_logging.protocols import AdapterModule, Backend, BackendModule, BackendWriter, RunContext
 from gwa_logging.records import TrackerRunRef
 from gwa_logging.settings import unknown_name
 

@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from gwa_logging import integrations
+from gwa_logging.backend_defaults import with_defaults
 from gwa_logging.integrations import BackendError, RunContext, SuspectsRecord, Tracker
-from gwa_logging.protocols import with_defaults
 from tests.records import close_record, epoch_report, interval_record, run_record, stop_alert
 
 METHODS = ("on_run", "on_interval", "on_epoch", "on_alert", "on_suspects", "on_close")

@@ -76,7 +76,7 @@ LAYERS = (
     "summary _epoch_bar _announce",
     "_journal_file journal journal_writer ranks early_stop",
     "protocols class_pairs exports",
-    "ledger_state saved_run",
+    "backend_defaults ledger_state saved_run",
     "registry interval_recorder delivery checkpoint _continued_journal suspects "
     " report.heatmap report.run_history report.figures report.tables "
     "report.page replay",
