@@ -279,8 +279,9 @@ ms runs three times per turn, and the first time is not counted, so that the cac
 on: scores at every step, a histogram every 50 steps, the journal on disk.
 
 The mean includes work that is done only at every n-th step. It is omitted where fewer than 50 rounds were run; the comparison
-then uses the median (a histogram takes about 1 ms, divided among four of 50 steps: `python -m
-benchmarks.longest_step`). For wandb.watch the mean is computed from a step that logs and one that does not. Values below zero are noise, or a compiler that fuses the step differently.
+then uses the median. A histogram takes about 1 ms, divided among four of 50 steps (`python -m benchmarks.longest_step`). For
+wandb.watch the mean is computed from a step that logs and one that does not. Values below zero are noise, or a compiler that
+fuses the step differently.
 
 ![Overheads of all steps](images/performance.png)
 

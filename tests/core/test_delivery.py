@@ -15,10 +15,11 @@ from torch import nn
 import gwa_logging
 from gwa_logging import InvalidInputError, _all_heads, registry
 from gwa_logging import delivery as delivery_module
+from gwa_logging.backend_defaults import with_defaults
 from gwa_logging.delivery import Delivery, DeliveryGroup, wait_for
 from gwa_logging.faults import Faults
 from gwa_logging.journal import Journal, read_journal
-from gwa_logging.protocols import Backend, TrackerContents, with_defaults
+from gwa_logging.protocols import Backend, TrackerContents
 from gwa_logging.records import AnyRecord, RunRecord, TrackerRunRef
 
 
