@@ -81,6 +81,8 @@ def exchange(
 def gather(own: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Joins the arrays [n] of all ranks, of one dtype, in the order of the ranks (a collective). The lengths may differ."""
     lengths = [int(length) for (length,) in gather_vectors(np.array([float(len(own))]))]
+    if not any(lengths):
+        return own
     padded = torch.zeros(max(lengths), dtype=torch.from_numpy(own[:0].copy()).dtype)
     padded[: len(own)] = torch.from_numpy(np.ascontiguousarray(own))
     padded = padded.to(exchange_device())

@@ -416,4 +416,21 @@ def tiny() -> Any:
     return monitor.suspects(), len(monitor.state_dict()["ledger"]["sums"]), resumed.suspects()
 
 
-TINY = {"tiny": tiny}
+def untagged() -> Any:
+    """A ledger to which nothing is ever added."""
+    model = net()
+    monitor = gwa_logging.watch(model, **OPTIONS)
+    F.cross_entropy(model(training_set()[0]), training_set()[1]).backward()
+    report = monitor.end_epoch()
+    return report.count, monitor.suspects(), monitor.suspects_table().times_seen.tolist(), monitor.faults
+
+
+@pytest.mark.slow
+def test_a_ledger_without_any_sample_is_read_by_all_ranks(shared_world: Any) -> None:
+    world = shared_world("ledger of fewer samples", 3, "tests.torch.test_ledger_ranks:TINY")
+    for count, suspects, times_seen, faults in world["untagged"]:
+        assert (count, suspects, times_seen) == (3 * N, [], [0.0] * N)
+        assert faults["samples without ids"] == 3 * N
+
+
+TINY = {"tiny": tiny, "untagged": untagged}
