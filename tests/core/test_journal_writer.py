@@ -1,9 +1,11 @@
 """The thread that writes the journal: order, a disk that hangs, kills, and its end."""
 
+import os
 import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from threading import Event, Timer
 from time import monotonic, time
 
@@ -15,6 +17,8 @@ from gwa_logging.journal import Journal, read_journal
 from gwa_logging.journal_writer import JournalWriter
 from gwa_logging.records import RunRecord
 from tests.records import interval_record
+
+ROOT = Path(__file__).parents[2]
 
 LONG = 60.0
 """Seconds after which a test gives up. None of them waits for so long."""
@@ -168,7 +172,8 @@ def test_without_a_journal_nothing_happens(faults):
 @pytest.mark.parametrize("steps", [1, 7, 20, 63, 400])
 def test_a_killed_process_has_written_all_that_an_epoch_or_a_state_was_built_on_and_nothing_twice(tmp_path, steps):
     command = [sys.executable, "-m", "tests.killed_trainer", str(tmp_path), "10", str(steps)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LONG * 4)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LONG * 4, env=environment)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     saved = [int(line) for line in done.stdout.split()]
     (path,) = tmp_path.rglob("journal.jsonl")
