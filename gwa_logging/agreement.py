@@ -87,13 +87,13 @@ class EpochAgreement:
             return None
         try:
             part = self._read("agreement")
+            past, self.past = self.past, PastScores(part.ledger.sums, part.ledger.seen)
+            if past is None:
+                return None
+            found = agreement(past, self.past, part.total)
         except Exception as error:  # noqa: BLE001 - training must continue
             self._faults.record(FAULT, f"{type(error).__name__}: {error}")
             return None
-        past, self.past = self.past, PastScores(part.ledger.sums, part.ledger.seen)
-        if past is None:
-            return None
-        found = agreement(past, self.past, part.total)
         if has_scores and math.isnan(found.value):
             self._faults.record(
                 FAULT,

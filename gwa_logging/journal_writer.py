@@ -18,6 +18,9 @@ from gwa_logging.records import AnyRecord
 WAITS = 10.0
 """Seconds that a call waits for the disk. While the disk still hangs, later calls do not wait again."""
 
+SOON = 0.05
+"""Seconds that a call waits at least: what an idle thread needs to answer, also on a busy machine."""
+
 MAX_QUEUED = 10_000
 """Number of records that wait for a hanging disk. Further ones are lost, and counted as a fault."""
 
@@ -83,7 +86,7 @@ class JournalWriter:
             return True
         done = Event()
         self._queue.put(_Item(None, done=done))
-        return self._wait(done, timeout)
+        return self._wait(done, max(timeout, SOON))
 
     @property
     def is_complete(self) -> bool:

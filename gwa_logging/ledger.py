@@ -217,6 +217,20 @@ class LedgerPart(NamedTuple):
         """The part of a whole ledger with these samples."""
         return cls(ledger.map(lambda column: column[samples.start : samples.stop]), samples.start, gather)
 
+    def fitted(self, samples: range) -> Self:
+        """The part with these samples: itself, or, if the other processes can no longer be reached, with unknown ones added."""
+        ledger = self.ledger
+        if samples == range(self.first, self.first + len(ledger.sums)):
+            return self
+
+        def placed(column: npt.NDArray[Any], unknown: int = 0) -> npt.NDArray[Any]:
+            whole = np.full(max(samples.stop, self.first + len(column)), unknown, column.dtype)
+            whole[self.first : self.first + len(column)] = column
+            return whole[samples.start : samples.stop]
+
+        predicted = None if ledger.predicted is None else placed(ledger.predicted, UNKNOWN)
+        return self._replace(ledger=ledger.map(placed)._replace(predicted=predicted), first=samples.start)
+
     def whole(self) -> Ledger:
         """The ledger of all samples. In a distributed run every process must call this."""
         return self.ledger.map(self.gather)

@@ -194,6 +194,7 @@ class Attendance:
             "unit": repr(settings.unit),
             "look": "None" if settings.look is None else "given",
             "keep_best": repr(settings.keep_best),
+            "labels": "None" if settings.labels is None else "given",
         }
         return cls(settings.name, find_store, agreed)
 

@@ -128,8 +128,8 @@ class Recording:
         writer, self.writer = self.writer, JournalWriter(journal, self.faults)
         self.writer.listeners += writer.listeners
         if earlier is not None:
-            writer.close()
-            if self._folder is not None and earlier.path != journal.path:
+            is_closed = writer.close()
+            if is_closed and self._folder is not None and earlier.path != journal.path:
                 self._folder.remove(earlier.path)
                 self._folder = None
         if self.best_weights is not None:
@@ -329,7 +329,9 @@ class Recording:
                 self.faults.record("close", f"{type(error).__name__}: {error}")
             self.is_closed = True
             self.adapter.close()
-        if not self.is_resumable:
+        if self.is_resumable:
+            self.writer.drain()
+        else:
             self._write_close()
         if self.journal is not None and self.history and not self._is_unused:
             self.closing_report = ClosingReport(self.journal.path.parent, self.faults)

@@ -106,8 +106,11 @@ class SuspectFinder:
         """The ledger for a state. In a distributed run every process must call this."""
         if self._num_samples is None:
             return None
-        frozen = None if self.frozen is None else self.frozen.part
-        return LedgerState.of(self._adapter.ledger(), frozen, past, self._num_samples, whole=whole)
+        part = self._adapter.ledger()
+        frozen = None if self.frozen is None else self._fitted(self.frozen.part)
+        if past is not None and len(past.sums) != len(part.ledger.sums):  # the other processes can no longer be reached
+            past = None
+        return LedgerState.of(part, frozen, past, self._num_samples, whole=whole)
 
     def restore(self, state: LedgerState | None, alert: StopAlert | None) -> PastScores | None:
         """Resumes from a state and its alert. Returns the ledger at the end of the last epoch."""
@@ -122,7 +125,11 @@ class SuspectFinder:
 
     def _shown(self, caller: str, *, whole_run: bool = False) -> LedgerPart:
         """The frozen ledger, or that of the whole run if there is none or `whole_run` is set."""
-        return self.read(caller) if whole_run or self.frozen is None else self.frozen.part
+        return self.read(caller) if whole_run or self.frozen is None else self._fitted(self.frozen.part)
+
+    def _fitted(self, part: LedgerPart) -> LedgerPart:
+        """A part that was kept earlier, with the samples that this process keeps now."""
+        return part.fitted(self._adapter.own_samples(self._num_samples or 0))
 
     def suspects(self, k: int, *, whole_run: bool = False) -> list[Suspect]:
         """The k samples with the lowest mean score, most suspect first.

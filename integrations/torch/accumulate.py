@@ -231,11 +231,19 @@ class Accumulator:
     def snapshot(self) -> TorchSnapshot:
         """Returns everything since the last snapshot, on its way to the host."""
         with self._lock:
+            self._end_folding()
             snapshot, self._arriving = self._arriving, self._new_snapshot()
             self._folding.begin(snapshot, self._fold(snapshot))
             if not self._sliced:
                 self._folding.end()
             return snapshot
+
+    def _end_folding(self) -> None:
+        """Does what is left of the interval before. An error there must not lose the next one. The caller holds the lock."""
+        try:
+            self._folding.end()
+        except Exception as error:  # noqa: BLE001 - whatever it is, it concerns the interval before
+            self._faults.record("scores", f"scores of an interval were lost: {type(error).__name__}: {error}")
 
     def _new_snapshot(self) -> TorchSnapshot:
         return TorchSnapshot(self._record_losses, self._folding)
@@ -252,6 +260,7 @@ class Accumulator:
 
     def _fold_all(self) -> None:
         """Folds all batches at once into the next snapshot. The caller holds the lock."""
+        self._end_folding()
         self._folding.begin(self._arriving, self._fold(self._arriving))
         self._folding.end()
 

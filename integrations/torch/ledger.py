@@ -90,7 +90,7 @@ class DeviceLedger:
         for _, alike in groupby(batches, key=_form):
             group = list(alike)
             entries = _entries(group, self._arrays_on(group[0].scores.device).sums.device, self._size)
-            if is_distributed():
+            if is_distributed() or self._samples != range(self._size):
                 self._let_wait(entries)
             else:
                 self._enter(entries)

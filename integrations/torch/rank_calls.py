@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
 
 from gwa_logging.faults import Faults
 from gwa_logging.integrations.torch.accumulate import Accumulator
-from gwa_logging.integrations.torch.distributed import is_distributed, merged_over_ranks
+from gwa_logging.integrations.torch.distributed import is_distributed, merged_over_ranks, rank
 from gwa_logging.integrations.torch.ledger_ranks import gather, own_samples
 from gwa_logging.ledger import LedgerPart
 from gwa_logging.ranks import Attendance, Identity, RankSelection
@@ -60,8 +61,8 @@ class RankCalls:
         return LedgerPart(self._accumulator.ledger()).checked()
 
     def own_samples(self, num_samples: int) -> range:
-        """The ids that this rank keeps."""
-        return own_samples(num_samples)
+        """The ids that this rank keeps; all of them if the other ranks cannot be reached."""
+        return own_samples(num_samples) if is_distributed() and not self._attendance.missing() else range(num_samples)
 
     def gather(self, own: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Joins the arrays of all ranks (a collective: every rank must call it)."""
@@ -69,6 +70,8 @@ class RankCalls:
 
     def load_ledger(self, part: LedgerPart) -> None:
         """Restores what `ledger` returned."""
+        if not is_distributed() and rank() != 0:  # before the ranks have connected, rank 0 keeps all
+            part = part._replace(ledger=part.ledger.map(np.zeros_like)._replace(predicted=None, details=None))
         self._accumulator.load_ledger(part, self._device())
 
     def _meet(self) -> tuple[list[int], RankSelection]:
