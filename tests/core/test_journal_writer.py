@@ -47,6 +47,11 @@ def steps_in(journal):
     return [record.step for record in records]
 
 
+def test_a_call_without_time_to_wait_knows_what_an_idle_thread_has_written(writer):
+    writer.append(interval_record(0), sync=True)
+    assert writer.drain(0.0)
+
+
 def test_records_are_written_in_their_order_with_the_time_at_which_they_were_queued(writer, journal):
     before = time()
     with journal._lock:  # what writing needs: the disk hangs

@@ -103,6 +103,7 @@ class Store(dict[str, str]):
         ({"look": np.zeros((2, 3))}, {}, "early_stop: "),
         ({"look": np.zeros((2, 3)), "early_stop": None}, {"early_stop": None}, "look: this process passes None"),
         ({"keep_best": True}, {"keep_best": "averaged"}, "keep_best: this process passes 'averaged'"),
+        ({"num_samples": 2, "labels": [0, 1]}, {"num_samples": 2}, "labels: this process passes None to watch()"),
     ],
 )
 def test_processes_that_disagree_on_a_setting_are_refused(first, second, message):

@@ -86,8 +86,7 @@ def test_a_journal_that_cannot_be_continued_is_left_alone_and_a_new_one_begins_w
     tmp_path, caplog, why
 ):
     first, state = trained(tmp_path / "a", STEPS + 9, save_at=STEPS + 5)
-    if why != "in use":
-        first.close()
+    first.flush() if why == "in use" else first.close()
     if why == "not a journal":
         first.journal.write_text("text\n")
     if why == "gone":

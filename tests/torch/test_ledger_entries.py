@@ -81,3 +81,17 @@ def test_entries_that_wait_for_long_are_as_many_as_the_samples_and_lose_nothing(
     np.testing.assert_array_equal(ours.seen, want.seen)
     np.testing.assert_array_equal(ours.predicted, want.predicted)
     assert ours.invalid_ids == want.invalid_ids > 0
+
+
+def test_scores_after_the_process_group_has_ended_are_kept(monkeypatch: pytest.MonkeyPatch):
+    batch = TaggedScores(TaggedBatch(torch.arange(N)), torch.linspace(-1, 1, N), None)
+    monkeypatch.setattr(ledger, "is_distributed", lambda: True)
+    monkeypatch.setattr(ledger, "own_samples", lambda size: range(size // 2))
+    rank = DeviceLedger(N)
+    rank.add([batch])
+    monkeypatch.setattr(ledger, "is_distributed", lambda: False)
+    rank.add([batch])
+    rank.keep_all()
+    found = rank.to_host()
+    assert found.seen.tolist() == [2.0] * N
+    np.testing.assert_allclose(found.sums, 2 * np.linspace(-1, 1, N), atol=1e-6)
