@@ -204,8 +204,6 @@ def test_after_a_kill_during_uploads_to_wandb_a_replay_completes_the_run_without
     uploaded = len(stored.history)
     lives.finish()
     assert len(stored.history) > uploaded
-    missing = 5 * STEPS - len(numbers_of(wandb_server, lives.run)["steps/mean"])
-    assert missing > 0
     lives.replay()
     lives.check()
     assert [row["_step"] for row in stored.history] == list(range(len(stored.history)))

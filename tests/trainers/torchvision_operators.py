@@ -17,6 +17,8 @@ def define_operators() -> None:
         return
     try:
         import torchvision  # noqa: F401
+    except ModuleNotFoundError:  # not needed then
+        return
     except RuntimeError as error:
         if "torchvision::nms does not exist" not in str(error):
             raise
