@@ -49,6 +49,7 @@ class Trainer:
 
     def step_and_die(self) -> dict[str, Any]:
         self.steps(1)
+        self.monitor.flush(0.0)  # writes the journal, and does not wait for the tracker
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError
 
