@@ -199,14 +199,15 @@ def scale_section(scale: dict[str, Any]) -> str:
         rows.append([str(point["ranks"]), "intervals in the journal", *lines])
         journal = f"{point['measured']['journal_bytes']:,.0f}", f"{point['model']['journal_bytes']:,.0f}"
         rows.append([str(point["ranks"]), "bytes of intervals in the journal", *journal])
-    ends = ", ".join(f"{p['ranks']}: {p['measured']['end_epoch_ms']:.1f} ms" for p in scale["points"])
+    ends = ", ".join(f"{p['ranks']}: {p['measured']['end_epoch_ms']:,.1f} ms" for p in scale["points"])
     merging = ", ".join(f"{world}: {ms:.1f} ms" for world, ms in scale["merging_ms"].items())
     large, long = scale["large"], scale["long"]
+    measured = f", {scale['date']}" if "date" in scale else ""
     return f"""Without a ledger, nothing that a rank stores, sends or writes depends on the length of an epoch, except the
 journal, which grows with the number of intervals: one line of {scale["line_bytes"]:,.0f} bytes each. After 10,000 intervals,
 the length of an interval doubles whenever the length of the run does. Each rank keeps its part of the ledger, and at the end
-of an epoch it sends the others 16 bytes for each sample that it has scored. The runs (`python -m benchmarks.scale`) have uneven
-numbers of steps, and check that every sample is counted once, by the rank that keeps it.
+of an epoch it sends the others 16 bytes for each sample that it has scored. The runs (`python -m benchmarks.scale`{measured})
+have uneven numbers of steps, and check that every sample is counted once, by the rank that keeps it.
 
 {table(["ranks", "what", "measured", "model"], rows)}
 
@@ -288,7 +289,7 @@ def write(results: dict[str, Any], docs: Path = DOCS) -> Path:
 
 Written by `make bench`, including the figures: {machine["date"]}, {machine["cpu"]}, {machine["cpus"]} CPUs,
 {machine["system"]}, Python {machine["python"]}, PyTorch {machine["torch"]} on one thread, JAX {machine["jax"]}.
-Load of the machine at the start: {machine["load"]:.2f}.
+Load of the machine at the start: {machine["load"]:.2f}. {machine.get("note", "")}
 
 ## Overhead of a step
 
