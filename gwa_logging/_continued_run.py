@@ -41,6 +41,12 @@ def continue_run(recordings: Sequence[Recording], states: Sequence[MonitorState]
         states: their states.
     """
     first, saved = recordings[0], states[0].run
+    if first.journal is not None and first.awaits_first_step and states[0].step < first.intervals.steps:
+        first.faults.record(
+            FAULT,
+            f"a state of step {states[0].step} was loaded after one of step {first.intervals.steps}: the journal keeps the "
+            "records between them, and training repeats them. Load a state once, into a new monitor",
+        )
     if saved is None or first.journal is None or first.intervals.steps or first.journal.count > 1:
         return
     with ExitStack() as locks:

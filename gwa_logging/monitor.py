@@ -247,7 +247,7 @@ class Monitor(GradientCalls, LookCalls, WeightsCalls):
         """The k training samples that are most probably mislabelled, most suspect first. Waits for the device.
 
         While a stop alert stands, only the scores up to it count, because later ones show what the model has memorised. In a
-        distributed run every process must call this, because the ledger is summed over them.
+        distributed run every process must call this, because each may keep a part of the ledger.
 
         Args:
             k: number of suspects.

@@ -98,7 +98,7 @@ class Recording:
         self._pauses = 0
         self._suspects_written_at = -1  # number of epochs at that time
         self._head_at_start = adapter.head
-        self._awaits_first_step = True
+        self.awaits_first_step = True
         self._restored_head: HeadShape | None = None  # of a loaded state, until the present head is known
         self.write(self.run_record(backends))
         self.writer.drain()
@@ -158,7 +158,7 @@ class Recording:
 
     def expect_head(self, head: HeadShape | None) -> None:
         """Has the next step compare the head with that of a loaded state."""
-        self._restored_head, self._awaits_first_step = head, True
+        self._restored_head, self.awaits_first_step = head, True
 
     def write(self, record: AnyRecord, *, sync: bool = False) -> None:
         """Appends a record to the journal; `sync` waits until it is on the disk."""
@@ -180,7 +180,7 @@ class Recording:
 
     def step(self) -> bool:
         """Counts a training step. Does not wait for the device. Returns True if a record was written."""
-        if self._awaits_first_step:
+        if self.awaits_first_step:
             self._check_head()
         return self.intervals.step()
 
@@ -209,7 +209,7 @@ class Recording:
 
     def _check_head(self) -> None:
         """Examines the head at the first step, when it is known."""
-        self._awaits_first_step = False
+        self.awaits_first_step = False
         restored, self._restored_head = self._restored_head, None
         head = HeadShape.of(self.adapter)
         if head is None:

@@ -115,16 +115,6 @@ class TorchAdapter(RankCalls):
         return rank() == 0
 
     @property
-    def is_detached(self) -> bool:
-        """Returns True if the model no longer exists."""
-        return self._model() is None
-
-    @property
-    def processes(self) -> int:
-        """The number of ranks."""
-        return ranks()
-
-    @property
     def shape(self) -> tuple[int, int] | None:
         """Number of features and of classes of the head; None until they are known."""
         watching = self._watching

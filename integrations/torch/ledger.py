@@ -164,6 +164,7 @@ class DeviceLedger:
         device = self._arrays_on(device).sums.device
         if self._samples != own_samples(self._size):  # there was no process group before
             self._waiting.insert(0, self._taken())
+            self._arrays_on(device)
         waiting, self._waiting = self._waiting, []
         return joined([nothing(device), *waiting]).compact()
 

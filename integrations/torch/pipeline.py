@@ -277,16 +277,6 @@ class StageWithoutHead(RankCalls):
         self._is_paused = False
         self._hook: Any = None
 
-    @property
-    def is_detached(self) -> bool:
-        """Returns True if the stage no longer exists."""
-        return self._model() is None
-
-    @property
-    def processes(self) -> int:
-        """The number of ranks."""
-        return ranks()
-
     def start(self, on_step: Callable[[], None]) -> None:
         """Starts counting; calls `on_step` after each backward pass of the stage."""
         self._on_step = on_step

@@ -1,4 +1,4 @@
-"""The calls of an adapter that all ranks make together: the summary of an epoch, and the per-sample ledger."""
+"""What the adapters of all ranks share: the calls that the ranks make together, for the summary of an epoch and the ledger."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from torch import nn
 
 from gwa_logging.faults import Faults
 from gwa_logging.integrations.torch.accumulate import Accumulator
-from gwa_logging.integrations.torch.distributed import is_distributed, merged_over_ranks, rank
+from gwa_logging.integrations.torch.distributed import is_distributed, merged_over_ranks, rank, ranks
 from gwa_logging.integrations.torch.ledger_ranks import gather, own_samples
 from gwa_logging.ledger import LedgerPart
 from gwa_logging.ranks import Attendance, Identity, RankSelection
@@ -34,6 +34,16 @@ class RankCalls:
 
     def _identity(self) -> Identity:
         raise NotImplementedError
+
+    @property
+    def is_detached(self) -> bool:
+        """Returns True if the model, or this rank's stage of it, no longer exists."""
+        return self._model() is None
+
+    @property
+    def processes(self) -> int:
+        """The number of ranks."""
+        return ranks()
 
     def reduce(self, summary: AlignmentSummary) -> AlignmentSummary:
         """The summary of all ranks that count (a collective: every rank must call it)."""

@@ -118,7 +118,10 @@ def test_processes_that_disagree_on_a_setting_are_refused(first, second, message
 def test_what_only_the_writing_process_uses_may_differ():
     store = Store()
     for values in ({"backend": "mlflow", "directory": "a", "log_every_n_steps": 1}, {"on_alert": print}):
-        Attendance.for_settings(WatchSettings(**values), lambda: store).enter()
+        attendance = Attendance.for_settings(WatchSettings(**values), lambda: store)
+        attendance.enter()
+        assert attendance.problems() == {}
+    assert [key for key, value in store.items() if not value] == ["gwa_logging/watch/gwa/1"]
 
 
 def test_a_store_that_fails_refuses_nothing():

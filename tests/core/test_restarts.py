@@ -67,6 +67,18 @@ def test_closing_a_resumable_run_leaves_the_epoch_and_the_interval_in_progress_t
     assert not (first.journal.parent / SUPERSEDED).exists()
 
 
+def test_an_earlier_state_that_is_loaded_after_a_later_one_is_a_fault(tmp_path):
+    first, earlier = trained(tmp_path, STEPS + 5, save_at=STEPS + 2)
+    later = first.state_dict()
+    first.close(resumable=True)
+    second = watch(Model(), tmp_path, "local")
+    second.load_state_dict(later)
+    assert second.faults == {}
+    second.load_state_dict(earlier)
+    assert second.faults == {"restart": 1}
+    second.close()
+
+
 @pytest.mark.parametrize("error", [ValueError, None])
 def test_an_exception_in_a_with_statement_closes_a_run_with_a_state_as_resumable(tmp_path, error):
     monitor = watch(Model(), tmp_path, "local")
