@@ -53,7 +53,7 @@ check: setup
 # The other tests: full cross products, compilers, examples, benchmarks in small, killed and unreachable trackers, engines.
 test-slow: $(ENGINES_READY) $(SEPARATE)/.ready
 	$(PYTEST) -m slow
-	PYTHONPATH=$(SEPARATE) $(PYTEST) -m slow -k "fastai or ultralytics or streaming_data_set" tests/trainers/test_fastai.py \
+	PYTHONPATH=$(CURDIR)/$(SEPARATE) $(PYTEST) -m slow -k "fastai or ultralytics or streaming_data_set" tests/trainers/test_fastai.py \
 		tests/trainers/test_ultralytics.py tests/test_examples.py tests/test_docs.py tests/core/test_dataset_streams.py
 
 # The core with the lowest versions that pyproject.toml allows. PyTorch 2.6.0 brings CUDA: a download of gigabytes.
