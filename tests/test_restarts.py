@@ -109,36 +109,59 @@ class NoTracker(Tracker):
 
 
 class Torchrun:
-    """The example under torchrun, with two workers."""
+    """The example under torchrun, with two workers.
+
+    At times Gloo cannot connect the workers, even after several restarts. Then the command is started again, as a user would.
+    """
 
     def __init__(self, folder: Path, tracker: Tracker) -> None:
-        self.folder = folder
-        # Many restarts, because Gloo's rendezvous hangs at times.
+        self.folder, self.tracker = folder, tracker
+        self.output = folder / "output.txt"
+        self.start()
+
+    def start(self) -> None:
+        """Starts the command, which may continue an earlier one."""
         arguments = ["--standalone", "--nproc-per-node=2", "--max-restarts=9", str(EXAMPLE)]
-        arguments += [f"--epochs={EPOCHS}", f"--backend={tracker.backend}", "--directory=runs", "--timeout=30"]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", *arguments],
-            cwd=folder,
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "GLOO_SOCKET_IFNAME": "lo",
-                "PYTHONPATH": str(EXAMPLE.parents[1]),
-            },
-            start_new_session=True,
-            stdout=(folder / "output.txt").open("a"),
-            stderr=subprocess.STDOUT,
-        )
+        arguments += [f"--epochs={EPOCHS}", f"--backend={self.tracker.backend}", "--directory=runs", "--timeout=30"]
+        with self.output.open("a") as output:
+            self.begin = output.tell()
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "torch.distributed.run", *arguments],
+                cwd=self.folder,
+                env={
+                    **os.environ,
+                    "OMP_NUM_THREADS": "1",
+                    "GLOO_SOCKET_IFNAME": "lo",
+                    "PYTHONPATH": str(EXAMPLE.parents[1]),
+                },
+                start_new_session=True,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    @property
+    def was_not_connected(self) -> bool:
+        """Returns True if the command has ended because Gloo could not connect the workers."""
+        said = self.output.read_text()[self.begin :]
+        return bool(self.process.poll()) and "connectFullMesh failed" in said.rpartition("Traceback")[0]
 
     def wait_for_steps(self, steps: int) -> None:
-        """Waits until the checkpoint of the training has reached this step; fails after five minutes."""
-        deadline = monotonic() + 300
-        while self.process.poll() is None and monotonic() < deadline:
+        """Waits until the checkpoint of the training has reached this step; fails after ten minutes."""
+        deadline = monotonic() + 600
+        while monotonic() < deadline and (self.process.poll() is None or self.was_not_connected):
+            if self.process.poll() is not None:
+                self.start()
             with suppress(OSError):
                 if torch.load(self.folder / "checkpoint.pt", weights_only=True)["step"] >= steps:
                     return
             sleep(0.01)
-        raise AssertionError((self.folder / "output.txt").read_text()[-4000:])
+        raise AssertionError(self.output.read_text()[-4000:])
+
+    def finish(self) -> None:
+        """Waits for the end of the training."""
+        while self.process.wait(600) and self.was_not_connected:
+            self.start()
+        assert self.process.returncode == 0, self.output.read_text()[-4000:]
 
     def workers(self) -> list[int]:
         """The process ids of the workers."""
@@ -146,22 +169,22 @@ class Torchrun:
         found = [int(pid) for path in children for pid in path.read_text().split()]
         return [pid for pid in found if EXAMPLE.name in Path(f"/proc/{pid}/cmdline").read_text()]
 
-    def end(self, how: int | None = None) -> int:
-        """Sends a signal to torchrun, or SIGKILL to all processes, and waits for the end. Returns the exit code."""
+    def end(self, how: int) -> None:
+        """Sends a signal to torchrun, or SIGKILL to all processes, and waits for the end."""
         if how == signal.SIGKILL:
             os.killpg(self.process.pid, how)
             for pid in self.workers():  # torchrun starts them in sessions of their own
                 os.kill(pid, how)
-        elif how is not None:
+        else:
             self.process.send_signal(how)
-        return self.process.wait(600)
+        self.process.wait(600)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Series]:
     """The numbers of the same training without any signal."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    assert Torchrun(folder, NoTracker()).end() == 0
+    Torchrun(folder, NoTracker()).finish()
     return numbers_in(read_journal(only_journal(folder))[0])
 
 
@@ -185,7 +208,7 @@ def test_workers_that_die_and_a_preempted_job_leave_each_record_once(
         job = Torchrun(tmp_path, tracker)
         job.wait_for_steps(290)
         job.end(signal.SIGKILL)
-        assert Torchrun(tmp_path, tracker).end() == 0
+        Torchrun(tmp_path, tracker).finish()
         assert (tmp_path / "finished").exists()
         journal = only_journal(tmp_path)
         records, skipped = read_journal(journal)
