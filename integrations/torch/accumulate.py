@@ -7,31 +7,25 @@ vector in the order of `AlignmentSummary.to_vector`. Vectors are merged on the h
 from collections import defaultdict
 from functools import partial
 from threading import Lock
-from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
 from gwa_logging.faults import Faults
 from gwa_logging.histogram import EDGES
+from gwa_logging.integrations.torch.batches import Batch, are_encoded, joined_scores
 from gwa_logging.integrations.torch.distributed import full_tensor, is_first_owner, is_split
 from gwa_logging.integrations.torch.fold import fold, fold_device, fold_on_host
 from gwa_logging.integrations.torch.ledger import DeviceLedger, TaggedScores, moved
 from gwa_logging.integrations.torch.ledger_entries import nothing
 from gwa_logging.integrations.torch.rows import (
     COLUMNS,
-    FIRST,
-    LENGTH,
     PASSES,
     PREDICTED,
     VALID,
-    decode_rows,
     drop_idle_rows,
-    first_rows,
-    gradient_lengths,
-    sort_by_document,
 )
-from gwa_logging.integrations.torch.scores import Terms, alignment_scores
+from gwa_logging.integrations.torch.scores import PendingTerms, Terms, terms_by_products
 from gwa_logging.integrations.torch.snapshot import Slice, SlicedWork, TorchSnapshot
 from gwa_logging.integrations.torch.tags import Tags
 from gwa_logging.ledger import SAMPLE_IDS, Ledger, LedgerPart, TaggedBatch, mismatch, record_invalid_ids
@@ -40,69 +34,11 @@ from gwa_logging.ranks import Attendance, Identity, RankSelection
 FOLD_AT = 65_536
 """Number of rows at which they are folded: 768 KB at most are kept on the device."""
 
+PENDING_NUMBERS = 2**20
+"""Number of logits of `PendingTerms` at which all rows are folded: 8 MB at most are kept on the device."""
+
 LEDGER_SLICE = 16
 """Number of batches that a training step adds to the ledger when an interval has ended."""
-
-
-class _Batch(NamedTuple):
-    """One backward pass.
-
-    Attributes:
-        values: terms (eager), encoded rows (compiled), or scores (from the user).
-        rows: number of rows; of encoded rows, including the padding.
-        samples: their ids, if known.
-        inputs: number of inputs that the rows belong to, if there are several rows per input. Encoded rows with all columns
-            hold that themselves.
-    """
-
-    values: Terms | Tensor
-    rows: int
-    samples: TaggedBatch | None
-    inputs: int
-
-    @property
-    def device(self) -> torch.device:
-        """Where the values are."""
-        return self.values.device if isinstance(self.values, Tensor) else self.values.product.device
-
-    @property
-    def is_grouped(self) -> bool:
-        """Returns True if several rows may belong to one id."""
-        has_starts = _are_encoded(self.values) and self.values.shape[1] > FIRST
-        return self.samples is not None and (has_starts or self.inputs > 0 or self.samples.is_by_position)
-
-    def grouped(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Brings the rows of each document together.
-
-        Args:
-            scores: float32 [rows], the decoded scores of this pass.
-
-        Returns:
-            The scores; bool [rows], True in the first row of each input or document, and in every row unless several belong to
-            one id; float32 [rows], the lengths of the rows' gradients; int64 [rows], the ids of rows that were sorted by
-            document, or None.
-        """
-        lengths = self._lengths(scores)
-        if self.samples is not None and self.samples.is_by_position:
-            rows, inputs = torch.ones_like(scores, dtype=torch.bool), None
-            if _are_encoded(self.values):
-                rows = self.values[:, VALID] > 0
-                inputs = (self.values[:, FIRST] > 0).sum() if self.values.shape[1] > FIRST else None
-            return sort_by_document(scores, lengths, rows, moved(self.samples.ids, scores.device), inputs)
-        if self.samples is not None and _are_encoded(self.values) and self.is_grouped:
-            rows, starts = self.values[:, VALID] > 0, self.values[:, FIRST] > 0
-            return scores, torch.where(rows.sum() == self.samples.ids.shape[0], rows, starts), lengths, None
-        return scores, first_rows(scores, self.inputs), lengths, None
-
-    def _lengths(self, scores: Tensor) -> Tensor:
-        """float32 [rows]: the lengths of the rows' gradients; ones where they are not known."""
-        if isinstance(self.values, Terms):
-            return gradient_lengths(self.values)
-        return (
-            self.values[:, LENGTH]
-            if self.values.ndim == 2 and self.values.shape[1] > LENGTH
-            else torch.ones_like(scores)
-        )
 
 
 class Accumulator:
@@ -132,8 +68,8 @@ class Accumulator:
         self.keeps_samples = num_samples is not None
         self._faults = faults or Faults()
         self._attendance = attendance
-        self._batches: list[_Batch] = []
-        self._rows = 0
+        self._batches: list[Batch] = []
+        self._rows = self._pending_numbers = 0
         self._sliced = sliced
         self._edges: dict[torch.device, Tensor] = {}
         fold_on_host(torch.zeros(1))  # builds its table now and not in a training step
@@ -143,7 +79,7 @@ class Accumulator:
         self._folding = SlicedWork(self._lock)
         self._arriving = self._new_snapshot()
 
-    def add_terms(self, terms: Terms, samples: TaggedBatch | None, inputs: int = 0) -> None:
+    def add_terms(self, terms: PendingTerms | Terms, samples: TaggedBatch | None, inputs: int = 0) -> None:
         """Adds the terms of an eager backward pass.
 
         Args:
@@ -151,14 +87,15 @@ class Accumulator:
             samples: their ids, if known: for each row, each input, or each position; see `gwa_logging.ledger.mismatch`.
             inputs: number of inputs, in order and with the same number of rows each; 0 if unknown.
         """
-        if is_split(terms.product):
+        if isinstance(terms, Terms) and is_split(terms.product):
             complete = self._complete(*terms)
             if complete is None:
                 return
             terms = Terms(*complete)
-        rows = terms.product.numel()
-        fitting = self._fitting(samples, rows, inputs)
-        self._add(terms, rows, fitting, inputs if _is_by_input(fitting, rows) else 0, mismatched=fitting is not samples)
+        rows = terms[0].shape[0]
+        fitting = None if samples is None else self._fitting(samples, rows, inputs)
+        inputs = inputs if _is_by_input(fitting, rows) else 0
+        self._add(terms, rows, fitting, inputs, mismatched=fitting is not samples)
 
     def add_rows(self, rows: Tensor, samples: TaggedBatch | None) -> None:
         """Adds the encoded rows of a compiled backward pass. They may be overwritten after this call."""
@@ -183,10 +120,10 @@ class Accumulator:
         inputs = scores.shape[0] if _is_by_input(samples, rows) else 0
         self._add(scores.flatten().clone(), rows, samples, inputs)
 
-    def _fitting(self, samples: TaggedBatch | None, rows: int, inputs: int) -> TaggedBatch | None:
+    def _fitting(self, samples: TaggedBatch, rows: int, inputs: int) -> TaggedBatch | None:
         """The samples if their ids fit the rows; otherwise None, and the ids are counted as lost."""
-        if samples is None:
-            return None
+        if samples.weights is None and samples.ids.shape == (rows,):
+            return samples
         shape = (inputs, rows // inputs) if inputs else (rows,)
         problem = mismatch(tuple(samples.ids.shape), shape, mixed=samples.weights is not None)
         if problem is None:
@@ -211,7 +148,7 @@ class Accumulator:
 
     def _add(
         self,
-        values: Terms | Tensor,
+        values: PendingTerms | Terms | Tensor,
         rows: int,
         samples: TaggedBatch | None,
         inputs: int = 0,
@@ -220,12 +157,18 @@ class Accumulator:
     ) -> None:
         if not rows:
             return
+        batch = Batch(values, rows, samples, inputs)
         with self._lock:
-            self._batches.append(_Batch(values, rows, samples, inputs))
+            if isinstance(values, PendingTerms):
+                if samples is not None and batch.is_grouped:
+                    batch = batch._replace(values=terms_by_products(*values))
+                else:
+                    self._pending_numbers += values.delta.numel()
+            self._batches.append(batch)
             self._rows += rows
-            if samples is None and self.keeps_samples and not mismatched and not _are_encoded(values):
+            if samples is None and self.keeps_samples and not mismatched and not are_encoded(values):
                 self._ledger.untagged += rows
-            if self._rows >= FOLD_AT:
+            if self._rows >= FOLD_AT or self._pending_numbers >= PENDING_NUMBERS:
                 self._fold_all()
 
     def snapshot(self) -> TorchSnapshot:
@@ -266,17 +209,17 @@ class Accumulator:
 
     def _fold(self, snapshot: TorchSnapshot) -> list[Slice]:
         """Takes all batches, and returns the work of folding them into the snapshot."""
-        batches, self._batches, self._rows = self._batches, [], 0
-        by_device: dict[torch.device, list[_Batch]] = defaultdict(list)
+        batches, self._batches = self._batches, []
+        self._rows = self._pending_numbers = 0
+        by_device: dict[torch.device, list[Batch]] = defaultdict(list)
         for batch in batches:
             by_device[batch.device].append(batch)
         by_device.pop(torch.device("meta"), None)  # tensors without numbers
         return [partial(self._join, group, device, snapshot) for device, group in by_device.items()]
 
-    def _join(self, group: list[_Batch], device: torch.device, snapshot: TorchSnapshot) -> list[Slice]:
+    def _join(self, group: list[Batch], device: torch.device, snapshot: TorchSnapshot) -> list[Slice]:
         """Joins the batches on one device. The following slices enter them in the ledger, fold them and release them."""
-        group.sort(key=lambda batch: batch.values.ndim if isinstance(batch.values, Tensor) else 0)
-        scores, encoded = _joined_scores(group)
+        scores, encoded = joined_scores(group)
         sizes = [batch.rows for batch in group]
         grouped: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
         if any(batch.is_grouped for batch in group):
@@ -285,7 +228,7 @@ class Accumulator:
             scores = drop_idle_rows(scores, torch.cat([starts for _, starts, *_ in grouped]))
         slices: list[Slice] = []
         if self.keeps_samples:
-            untagged = [batch.values for batch in group if batch.samples is None and _are_encoded(batch.values)]
+            untagged = [batch.values for batch in group if batch.samples is None and are_encoded(batch.values)]
             if untagged:
                 self._ledger.add_untagged((torch.cat([rows[:, VALID] for rows in untagged]) > 0).sum())
             tagged = [
@@ -353,37 +296,3 @@ class Accumulator:
 def _is_by_input(samples: TaggedBatch | None, rows: int) -> bool:
     """Returns True if there is an id for each input, and inputs have several rows."""
     return samples is not None and not samples.is_by_position and samples.ids.shape[0] != rows
-
-
-def _are_encoded(values: Terms | Tensor) -> TypeGuard[Tensor]:
-    """Returns True for the encoded rows of a compiled pass."""
-    return isinstance(values, Tensor) and values.ndim == 2
-
-
-def _joined_scores(batches: list[_Batch]) -> tuple[Tensor, Tensor | None]:
-    """The scores of batches that are sorted into terms, scores and encoded rows: float32 [rows]; and all encoded rows."""
-    terms = [batch.values for batch in batches if isinstance(batch.values, Terms)]
-    tensors = [batch.values for batch in batches if isinstance(batch.values, Tensor)]
-    scores = [values.float() for values in tensors if values.ndim == 1]
-    rows = [values for values in tensors if values.ndim == 2]
-    if terms:
-        scores.insert(0, alignment_scores(_joined_terms(terms)))
-    encoded = torch.cat(rows) if rows else None
-    if encoded is not None:
-        scores.append(decode_rows(encoded))
-    return torch.cat(scores), encoded
-
-
-def _joined_terms(batches: list[Terms]) -> Terms:
-    """The terms of all rows, with a weight norm for each row."""
-    products, delta_norms, embedding_norms, weight_norms = zip(*batches, strict=True)
-    norms = _by_row(weight_norms, products)
-    return Terms(torch.cat(products), torch.cat(delta_norms), torch.cat(embedding_norms), norms)
-
-
-def _by_row(norms: tuple[Tensor, ...], products: tuple[Tensor, ...]) -> Tensor:
-    """[rows]: the weight's norm, [] or [rows] for each batch. With batches of one size, two operations instead of one each."""
-    rows = products[0].shape[0]
-    if all(norm.ndim == 0 for norm in norms) and all(product.shape[0] == rows for product in products):
-        return torch.stack(norms)[:, None].expand(-1, rows).reshape(-1)
-    return torch.cat(list(map(torch.Tensor.expand_as, norms, products)))

@@ -36,6 +36,10 @@ _ALIGNMENT = 16  # bytes; the compiler assumes it
 class HeadTerms(Protocol):
     """Computes the terms of a head's samples; see `Linear`."""
 
+    @property
+    def needs_embeddings(self) -> bool:
+        """Returns True if `terms_by_logits` is called. Otherwise `terms_by_products` takes what the forward pass has kept."""
+
     def terms_by_logits(
         self, delta: Tensor, logits: Tensor, embeddings: Tensor, bias: Tensor | None, weight_norm: Tensor
     ) -> Terms:
@@ -60,6 +64,8 @@ def terms_of(layer: Linear, faults: Faults) -> HeadTerms:
 
 class CompiledTerms:
     """The terms of one linear head. Eager passes only: the compiler of a compiled model fuses the layer's own terms."""
+
+    needs_embeddings = True
 
     def __init__(self, layer: Linear, faults: Faults) -> None:
         self._layer = layer

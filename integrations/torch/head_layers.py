@@ -27,6 +27,7 @@ from gwa_logging.integrations.torch.scores import (
     row_norms,
     terms_by_embeddings,
     terms_by_logits,
+    without_bias,
 )
 
 _NUMPY_ARGMAX_FROM = 2**14
@@ -41,16 +42,18 @@ class Linear:
         classes, features: C and D.
         taps_input: True if the numerator is (dL/dh) . h, which needs no logits: if they are wider than the embeddings.
         pools_rows: True if an input with several rows is one sample.
+        needs_embeddings: True if the terms need the embeddings in the backward pass, and not only their norms.
     """
 
     terms_by_embeddings = staticmethod(terms_by_embeddings)
+    without_bias = staticmethod(without_bias)
 
     def __init__(self, module: nn.Module, classes: int, features: int) -> None:
         self._module = weakref.ref(module)
         self.classes = classes
         self.features = features
         self.taps_input = classes > features and not _parametrised(module)
-        self.pools_rows = False
+        self.pools_rows = self.needs_embeddings = False
         self._computed: Tensor | None = (
             None  # a parametrised weight, from the forward pass to the end of the layer's call
         )
@@ -96,7 +99,7 @@ class Linear:
 
     def pool_rows(self) -> None:
         """Makes each input [..., D] of [B, ..., D] one sample, whatever the number of its rows."""
-        self.pools_rows = True
+        self.pools_rows = self.needs_embeddings = True
         self.taps_input = False  # the ghost norm needs delta and h together
 
     def terms_by_logits(
@@ -175,6 +178,10 @@ class Pointwise(Linear):
     ) -> Terms:
         delta, logits, embeddings = (at_least_float32(x).flatten(2).mT for x in (delta, logits, embeddings))
         return terms_of_inputs(delta, logits, embeddings, bias, weight_norm)
+
+    @staticmethod
+    def without_bias(logits: Tensor, bias: Tensor | None) -> Tensor:
+        return without_bias(logits, None if bias is None else bias.view(-1, *(1,) * (logits.ndim - 2)))
 
     def rows(self, logits: Tensor) -> int:
         return logits.shape[0]

@@ -30,6 +30,7 @@ from gwa_logging.alignment import DEAD, FINITE_MARKERS, MARKERS, MIN_NORM, NO_GR
 
 PADDING = 4.0
 _WIDE = (torch.float32, torch.float64)
+_norm, _vecdot = torch.linalg.vector_norm, torch.linalg.vecdot
 
 
 class Terms(NamedTuple):
@@ -41,13 +42,34 @@ class Terms(NamedTuple):
     weight_norm: Tensor
 
 
+class PendingTerms(NamedTuple):
+    """What `terms_by_products` takes: delta and W h, float32 [rows, C], |h| [rows] and |W| [], with memory of their own."""
+
+    delta: Tensor
+    products: Tensor
+    embedding_norms: Tensor
+    weight_norm: Tensor
+
+
 def terms_by_logits(
     delta: Tensor, logits: Tensor, embeddings: Tensor, bias: Tensor | None, weight_norm: Tensor
 ) -> Terms:
     """Terms with the numerator delta . (z - b), of delta and logits [..., C], embeddings [..., D] and bias [C]."""
-    delta, logits = at_least_float32(delta), at_least_float32(logits)
-    product = torch.linalg.vecdot(delta, logits if bias is None else logits - bias)
-    return Terms(flat(product), flat(row_norms(delta)), flat(row_norms(embeddings)), weight_norm)
+    return terms_by_products(delta, without_bias(logits, bias), row_norms(embeddings), weight_norm)
+
+
+def without_bias(logits: Tensor, bias: Tensor | None) -> Tensor:
+    """z - b = W h, in float32 at least: [..., C] of logits [..., C] and bias [C]."""
+    logits = at_least_float32(logits)
+    return logits if bias is None else logits - bias
+
+
+def terms_by_products(delta: Tensor, products: Tensor, embedding_norms: Tensor, weight_norm: Tensor) -> Terms:
+    """Terms with the numerator delta . (W h), of delta and W h [..., C] and |h| [...]."""
+    if delta.ndim == 2 and delta.dtype is torch.float32:  # the usual case, with few calls
+        return Terms(_vecdot(delta, products), _norm(delta, dim=-1), embedding_norms, weight_norm)
+    product = _vecdot(at_least_float32(delta), products)
+    return Terms(flat(product), flat(row_norms(delta)), flat(embedding_norms), weight_norm)
 
 
 def terms_by_embeddings(delta_norms: Tensor, gradient: Tensor, embeddings: Tensor, weight_norm: Tensor) -> Terms:

@@ -115,7 +115,9 @@ def test_records_beyond_the_queue_are_lost_and_counted_and_the_others_written(wr
     assert writer.drain(LONG)
     kept = steps_in(journal)
     assert kept[:5] == [0, 1, 2, 3, 4]
-    assert len(kept) == len(set(kept)) <= 6  # the thread takes the first one at any time, which leaves room for a later one
+    assert (
+        len(kept) == len(set(kept)) <= 6
+    )  # the thread takes the first one at any time, which leaves room for a later one
     assert faults.counts == {"records lost": 20 - len(kept)}
     assert not writer.is_complete
 

@@ -12,8 +12,8 @@ import gwa_logging
 from gwa_logging import AlignmentSummary
 from gwa_logging._closer import closer
 from gwa_logging.faults import Faults
-from gwa_logging.integrations.torch.accumulate import FOLD_AT, Accumulator
-from gwa_logging.integrations.torch.scores import Terms
+from gwa_logging.integrations.torch.accumulate import FOLD_AT, PENDING_NUMBERS, Accumulator
+from gwa_logging.integrations.torch.scores import PendingTerms, Terms, terms_by_products
 from gwa_logging.journal import read_journal
 from gwa_logging.ledger import TaggedBatch
 from tests.core.test_summary import assert_equals_scipy, spread_scores
@@ -49,6 +49,47 @@ def test_terms_and_scores_may_be_mixed():
     summary = accumulator.snapshot().result()
     assert summary.count == 3
     assert summary.mean == pytest.approx(0.7 / 3)
+
+
+def test_batches_of_every_kind_keep_their_order_and_add_up():
+    rng = np.random.default_rng(0)
+    accumulator, scores, predicted = Accumulator(4), [], np.full(4, -1)
+    for number, (kind, classes) in enumerate(
+        [("few", 5), ("few", 3), ("many", 3), ("user", 0), ("few", 3), ("few", 5)]
+    ):
+        delta, products, h = (
+            torch.from_numpy(rng.normal(size=(3, n)).astype(np.float32)) for n in (classes, classes, 6)
+        )
+        pending = PendingTerms(delta, products, torch.linalg.vector_norm(h, dim=1), torch.tensor(2.0))
+        delta, products, h = (x.double().numpy() for x in (delta, products, h))
+        ids = rng.permutation(4)[:3]
+        samples = TaggedBatch(torch.from_numpy(ids), None, torch.full((3,), number))
+        predicted[ids] = number
+        if kind == "user":
+            scores.append((ids, np.array([0.25, -0.5, 0.0])))
+            accumulator.add_scores(torch.tensor([0.25, -0.5, 0.0]), samples)
+            continue
+        expected = -(delta * products).sum(1) / np.linalg.norm(delta, axis=1) / np.linalg.norm(h, axis=1) / 2
+        scores.append((ids, expected))
+        accumulator.add_terms(pending if kind == "few" else terms_by_products(*pending), samples)
+    summary, ledger = accumulator.snapshot().result(), accumulator.ledger()
+    assert summary.count == 18
+    assert summary.mean == pytest.approx(np.mean([each for _, each in scores]), abs=1e-7)
+    sums = np.zeros(4)
+    for ids, each in scores:
+        np.add.at(sums, ids, each)
+    np.testing.assert_allclose(ledger.sums, sums, atol=1e-6)
+    np.testing.assert_array_equal(ledger.predicted, predicted)
+
+
+def test_many_logits_are_folded_before_they_fill_the_memory():
+    accumulator = Accumulator(None)
+    for _ in range(3):
+        rows = PENDING_NUMBERS // 64 // 2
+        logits = torch.ones(rows, 64)
+        accumulator.add_terms(PendingTerms(logits, -logits, torch.ones(rows), torch.tensor(8.0)), None)
+    assert sum(batch.rows for batch in accumulator._batches) == rows
+    assert accumulator.snapshot().result().mean == pytest.approx(1.0)
 
 
 def test_the_device_holds_a_bounded_number_of_scores():

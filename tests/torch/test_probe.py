@@ -191,6 +191,20 @@ def test_logits_changed_in_place_after_the_head_have_the_right_scores():
         np.testing.assert_allclose(recorder.scores(), want, atol=1e-5)
 
 
+def test_a_hook_of_the_user_that_changes_the_gradient_in_place_leaves_the_score_alone():
+    torch.manual_seed(0)
+    model, x, y = net(), torch.randn(12, 8), torch.randint(0, 5, (12,))
+    want = one_at_a_time(model, model[2], LOSSES["cross-entropy"], x, y)
+    recorder = Recorder(model, 12)
+    z = model(x)
+    z.register_hook(lambda delta: delta.clamp_(-1e-3, 1e-3))
+    handle = z.register_hook(lambda delta: pytest.fail("it was removed"))
+    handle.remove()
+    F.cross_entropy(z, y).backward()
+    assert model[2].bias.grad.abs().max() <= 12e-3  # the hook of the user ran
+    np.testing.assert_allclose(recorder.scores(), want, atol=1e-5)
+
+
 def test_only_training_passes_count():
     model, x, y = net(), torch.randn(16, 8), torch.randint(0, 5, (16,))
     monitor = gwa_logging.watch(model)
@@ -420,7 +434,7 @@ def test_a_fault_inside_the_probe_never_reaches_training(monkeypatch, caplog):
     def broken(*args, **kwargs):
         raise RuntimeError("broken on purpose")
 
-    monkeypatch.setattr("gwa_logging.integrations.torch.scores.row_norms", broken)
+    monkeypatch.setattr("gwa_logging.integrations.torch.eager_pass.row_norms", broken)
     for _ in range(3):
         F.cross_entropy(model(x), y).backward()
     assert monitor.faults == {"probe": 3}

@@ -584,18 +584,25 @@ def test_a_compiled_step_reads_each_leaf_once_and_the_wide_head_adds_no_matrix_p
 
 
 @width_of
-def test_the_input_or_the_bias_changed_before_the_backward_pass_is_a_fault_not_a_wrong_score(width):
+def test_the_input_and_the_bias_may_change_before_the_backward_pass_unless_a_wide_head_needs_the_input(width):
     features, classes = WIDTH[width]
     model = Net(nn.Linear(8, features), nn.Linear(features, classes)).requires_grad_(False)
     model.head.bias.requires_grad_()
     model.body.requires_grad_()
-    monitor = gwa_logging.watch(model, head="head")
-    x, y = data()
+    x, y = data(classes=classes)
+    want = one_by_one(model, F.cross_entropy, x, y)
+    monitor = gwa_logging.watch(model, head="head", num_samples=N)
+    monitor.tag(torch.arange(N))
     h = model.body(x)
     z = model.head(h)
-    h.mul_(2)
+    with torch.no_grad():
+        h.mul_(2).add_(1)
+        model.head.bias.add_(1)
     F.cross_entropy(z, y).backward()
-    assert monitor.faults == {"probe": 1}
+    if width == "wide":  # a fault, not a wrong score
+        assert monitor.faults == {"probe": 1}
+    else:
+        np.testing.assert_allclose(monitor._adapter.ledger().ledger.sums, want, atol=1e-5)
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
