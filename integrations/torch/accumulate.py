@@ -26,6 +26,7 @@ from gwa_logging.integrations.torch.rows import (
     drop_idle_rows,
 )
 from gwa_logging.integrations.torch.scores import PendingTerms, Terms, terms_by_products
+from gwa_logging.integrations.torch.small_batches import Block, Blocks
 from gwa_logging.integrations.torch.snapshot import Slice, SlicedWork, TorchSnapshot
 from gwa_logging.integrations.torch.tags import Tags
 from gwa_logging.ledger import SAMPLE_IDS, Ledger, LedgerPart, TaggedBatch, mismatch, record_invalid_ids
@@ -37,8 +38,8 @@ FOLD_AT = 65_536
 PENDING_NUMBERS = 2**20
 """Number of logits of `PendingTerms` at which all rows are folded: 8 MB at most are kept on the device."""
 
-LEDGER_SLICE = 16
-"""Number of batches that a training step adds to the ledger when an interval has ended."""
+LEDGER_ROWS = 8192
+"""Number of rows that a training step adds to the ledger when an interval has ended."""
 
 
 class Accumulator:
@@ -68,7 +69,8 @@ class Accumulator:
         self.keeps_samples = num_samples is not None
         self._faults = faults or Faults()
         self._attendance = attendance
-        self._batches: list[Batch] = []
+        self._batches: list[Batch | Block] = []
+        self._blocks = Blocks()
         self._rows = self._pending_numbers = 0
         self._sliced = sliced
         self._edges: dict[torch.device, Tensor] = {}
@@ -95,7 +97,13 @@ class Accumulator:
         rows = terms[0].shape[0]
         fitting = None if samples is None else self._fitting(samples, rows, inputs)
         inputs = inputs if _is_by_input(fitting, rows) else 0
-        self._add(terms, rows, fitting, inputs, mismatched=fitting is not samples)
+        mismatched = fitting is not samples
+        if isinstance(terms, PendingTerms):
+            has_row_ids = fitting is None or (fitting.weights is None and fitting.ids.shape == (rows,))
+            if has_row_ids and self._add_small(terms, rows, fitting, mismatched=mismatched):
+                return
+            terms = terms_by_products(*terms)
+        self._add(terms, rows, fitting, inputs, mismatched=mismatched)
 
     def add_rows(self, rows: Tensor, samples: TaggedBatch | None) -> None:
         """Adds the encoded rows of a compiled backward pass. They may be overwritten after this call."""
@@ -148,7 +156,7 @@ class Accumulator:
 
     def _add(
         self,
-        values: PendingTerms | Terms | Tensor,
+        values: Terms | Tensor,
         rows: int,
         samples: TaggedBatch | None,
         inputs: int = 0,
@@ -157,19 +165,30 @@ class Accumulator:
     ) -> None:
         if not rows:
             return
-        batch = Batch(values, rows, samples, inputs)
         with self._lock:
-            if isinstance(values, PendingTerms):
-                if samples is not None and batch.is_grouped:
-                    batch = batch._replace(values=terms_by_products(*values))
-                else:
-                    self._pending_numbers += values.delta.numel()
-            self._batches.append(batch)
+            self._batches.append(Batch(values, rows, samples, inputs))
             self._rows += rows
             if samples is None and self.keeps_samples and not mismatched and not are_encoded(values):
                 self._ledger.untagged += rows
+            if self._rows >= FOLD_AT:
+                self._fold_all()
+
+    def _add_small(self, pending: PendingTerms, rows: int, samples: TaggedBatch | None, *, mismatched: bool) -> bool:
+        """`_add` for a small batch, with an id for each row or without ids. Returns False if it has to be added alone."""
+        with self._lock:
+            last = self._batches[-1] if self._batches else None
+            block = self._blocks.add(last, pending, samples) if rows else None
+            if block is None:
+                return False
+            if block is not last:
+                self._batches.append(block)
+            self._rows += rows
+            self._pending_numbers += pending.delta.numel()
+            if samples is None and self.keeps_samples and not mismatched:
+                self._ledger.untagged += rows
             if self._rows >= FOLD_AT or self._pending_numbers >= PENDING_NUMBERS:
                 self._fold_all()
+            return True
 
     def snapshot(self) -> TorchSnapshot:
         """Returns everything since the last snapshot, on its way to the host."""
@@ -211,14 +230,18 @@ class Accumulator:
         """Takes all batches, and returns the work of folding them into the snapshot."""
         batches, self._batches = self._batches, []
         self._rows = self._pending_numbers = 0
-        by_device: dict[torch.device, list[Batch]] = defaultdict(list)
+        by_device: dict[torch.device, list[Batch | Block]] = defaultdict(list)
         for batch in batches:
             by_device[batch.device].append(batch)
         by_device.pop(torch.device("meta"), None)  # tensors without numbers
         return [partial(self._join, group, device, snapshot) for device, group in by_device.items()]
 
-    def _join(self, group: list[Batch], device: torch.device, snapshot: TorchSnapshot) -> list[Slice]:
+    def _join(self, parts: list[Batch | Block], device: torch.device, snapshot: TorchSnapshot) -> list[Slice]:
         """Joins the batches on one device. The following slices enter them in the ledger, fold them and release them."""
+        group = [part.take() if isinstance(part, Block) else part for part in parts]
+        for part in parts:
+            if isinstance(part, Block):
+                self._blocks.give_back(part)
         scores, encoded = joined_scores(group)
         sizes = [batch.rows for batch in group]
         grouped: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
@@ -236,9 +259,8 @@ class Accumulator:
                 for index, (batch, piece) in enumerate(zip(group, scores.split(sizes), strict=True))
                 if batch.samples is not None
             ]
-            parts = (tagged[begin : begin + LEDGER_SLICE] for begin in range(0, len(tagged), LEDGER_SLICE))
-            slices += [partial(self._ledger.add, part) for part in parts]
-        return [*slices, partial(self._fold_scores, scores, encoded, device, snapshot), group.clear]
+            slices += [partial(self._ledger.add, part) for part in _parted(tagged)]
+        return [*slices, partial(self._fold_scores, scores, encoded, device, snapshot), parts.clear]
 
     def _fold_scores(
         self, scores: Tensor, encoded: Tensor | None, device: torch.device, snapshot: TorchSnapshot
@@ -296,3 +318,16 @@ class Accumulator:
 def _is_by_input(samples: TaggedBatch | None, rows: int) -> bool:
     """Returns True if there is an id for each input, and inputs have several rows."""
     return samples is not None and not samples.is_by_position and samples.ids.shape[0] != rows
+
+
+def _parted(tagged: list[TaggedScores]) -> list[list[TaggedScores]]:
+    """The batches in their order, in parts of `LEDGER_ROWS` rows at least, except the last one."""
+    parts: list[list[TaggedScores]] = []
+    rows = LEDGER_ROWS
+    for batch in tagged:
+        if rows >= LEDGER_ROWS:
+            parts.append([])
+            rows = 0
+        parts[-1].append(batch)
+        rows += len(batch.scores)
+    return parts

@@ -1,6 +1,5 @@
 """The values of backward passes until they are folded, and how those of many passes are joined."""
 
-from itertools import groupby
 from typing import NamedTuple, TypeGuard
 
 import torch
@@ -16,7 +15,7 @@ from gwa_logging.integrations.torch.rows import (
     gradient_lengths,
     sort_by_document,
 )
-from gwa_logging.integrations.torch.scores import PendingTerms, Terms, alignment_scores, terms_by_products
+from gwa_logging.integrations.torch.scores import Terms, alignment_scores
 from gwa_logging.ledger import TaggedBatch
 
 
@@ -24,14 +23,14 @@ class Batch(NamedTuple):
     """One backward pass.
 
     Attributes:
-        values: terms or what they are computed from (eager), encoded rows (compiled), or scores (from the user).
+        values: terms (eager), encoded rows (compiled), or scores.
         rows: number of rows; of encoded rows, including the padding.
         samples: their ids, if known.
         inputs: number of inputs that the rows belong to, if there are several rows per input. Encoded rows with all columns
             hold that themselves.
     """
 
-    values: PendingTerms | Terms | Tensor
+    values: Terms | Tensor
     rows: int
     samples: TaggedBatch | None
     inputs: int
@@ -39,7 +38,7 @@ class Batch(NamedTuple):
     @property
     def device(self) -> torch.device:
         """Where the values are."""
-        return self.values.device if isinstance(self.values, Tensor) else self.values[0].device
+        return self.values.device if isinstance(self.values, Tensor) else self.values.product.device
 
     @property
     def is_grouped(self) -> bool:
@@ -75,10 +74,10 @@ class Batch(NamedTuple):
         if isinstance(self.values, Terms):
             return gradient_lengths(self.values)
         has_lengths = are_encoded(self.values) and self.values.shape[1] > LENGTH
-        return self.values[:, LENGTH] if has_lengths else torch.ones_like(scores)  # type: ignore[call-overload]
+        return self.values[:, LENGTH] if has_lengths else torch.ones_like(scores)
 
 
-def are_encoded(values: PendingTerms | Terms | Tensor) -> TypeGuard[Tensor]:
+def are_encoded(values: Terms | Tensor) -> TypeGuard[Tensor]:
     """Returns True for the encoded rows of a compiled pass."""
     return isinstance(values, Tensor) and values.ndim == 2
 
@@ -94,18 +93,14 @@ def joined_scores(batches: list[Batch]) -> tuple[Tensor, Tensor | None]:
     return torch.cat([pieces[index] for index in range(len(batches))]), encoded
 
 
-def _kind(batch: Batch) -> tuple[int, int]:
-    """What batches have in common whose tensors can be joined: for pending terms the number of classes too."""
-    if isinstance(batch.values, PendingTerms):
-        return 0, batch.values.delta.shape[1]
-    return (1, 0) if isinstance(batch.values, Terms) else (1 + batch.values.ndim, 0)
+def _kind(batch: Batch) -> int:
+    """What batches have in common whose tensors can be joined: 0 for terms, 1 for scores, 2 for encoded rows."""
+    return batch.values.ndim if isinstance(batch.values, Tensor) else 0
 
 
 def _joined_by_kind(batches: list[Batch]) -> tuple[Tensor, Tensor | None]:
     """`joined_scores` of batches that are sorted by kind."""
-    pending = [batch.values for batch in batches if isinstance(batch.values, PendingTerms)]
-    terms = [_joined_pending(list(group)) for _, group in groupby(pending, key=lambda each: each.delta.shape[1])]
-    terms += [batch.values for batch in batches if isinstance(batch.values, Terms)]
+    terms = [batch.values for batch in batches if isinstance(batch.values, Terms)]
     tensors = [batch.values for batch in batches if isinstance(batch.values, Tensor)]
     scores = [values.float() for values in tensors if values.ndim == 1]
     rows = [values for values in tensors if values.ndim == 2]
@@ -117,17 +112,8 @@ def _joined_by_kind(batches: list[Batch]) -> tuple[Tensor, Tensor | None]:
     return torch.cat(scores), encoded
 
 
-def _joined_pending(batches: list[PendingTerms]) -> Terms:
-    """The terms of all rows, with a weight norm for each row."""
-    deltas, products, embedding_norms, weight_norms = zip(*batches, strict=True)
-    norms = _by_row(weight_norms, embedding_norms)
-    return terms_by_products(torch.cat(deltas), torch.cat(products), torch.cat(embedding_norms), norms)
-
-
 def _joined_terms(batches: list[Terms]) -> Terms:
     """The terms of all rows, with a weight norm for each row."""
-    if len(batches) == 1:
-        return batches[0]
     products, delta_norms, embedding_norms, weight_norms = zip(*batches, strict=True)
     norms = _by_row(weight_norms, products)
     return Terms(torch.cat(products), torch.cat(delta_norms), torch.cat(embedding_norms), norms)

@@ -14,12 +14,9 @@ from gwa_logging.integrations.torch.distributed import is_split
 from gwa_logging.integrations.torch.forward_tracker import ForwardTracker
 from gwa_logging.integrations.torch.head_layers import Linear, by_input, ghost_norms, terms_of_inputs
 from gwa_logging.integrations.torch.scores import PendingTerms, Terms, frobenius_norm, row_norms, terms_by_products
+from gwa_logging.integrations.torch.small_batches import FEW_LOGITS
 from gwa_logging.integrations.torch.tags import UNTAGGED, Tag, Tags
 from gwa_logging.integrations.torch.units import Unit, pooled_prediction
-
-FEW_LOGITS = 2**13
-"""Size of a batch's logits up to which operations on them take so little time that calling them costs more. The terms of such
-batches are computed for many batches at once."""
 
 
 class Observer(Protocol):
@@ -117,8 +114,8 @@ class EagerPass:
             embeddings, weight_norm = self.embeddings, self.weight_norm
             if embeddings is None:
                 is_plain = delta.ndim == 2 and delta.dtype is torch.float32 and type(delta) is Tensor
-                if is_plain and delta.numel() <= FEW_LOGITS:  # copied, since a later hook of the user may change it
-                    self.observe(PendingTerms(delta.clone(), self.products, self.embedding_norms, weight_norm))
+                if is_plain and delta.numel() <= FEW_LOGITS:
+                    self.observe(PendingTerms(delta, self.products, self.embedding_norms, weight_norm))
                 else:
                     self.observe(terms_by_products(delta, self.products, self.embedding_norms, weight_norm))
             elif self.groups and self.probe.unit.decide(delta, self.groups, weight_norm):

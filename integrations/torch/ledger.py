@@ -122,8 +122,12 @@ class DeviceLedger:
                 is_written = entries.seen > 0
                 if only_known:
                     is_written &= values != unknown
-                targets, order = keep_last_write(torch.where(is_written, ids, size), size)
-                array.index_copy_(0, targets.long(), values[order].to(torch.int32))
+                targets = torch.where(is_written, ids, size)
+                if array.is_cpu:  # NumPy writes in order
+                    array.numpy()[targets.numpy()] = values.numpy()
+                else:
+                    targets, order = keep_last_write(targets, size)
+                    array.index_copy_(0, targets.long(), values[order].to(torch.int32))
 
     def _arrays_on(self, device: torch.device, *, has_predictions: bool = False, has_details: bool = False) -> _Arrays:
         """The arrays; they are created on `device`, each when it is needed."""
