@@ -116,6 +116,10 @@ class AlignmentSummary:
 
     def merge(self, other: "AlignmentSummary") -> "AlignmentSummary":
         """Returns the summary of both sets of scores together."""
+        if not self.seen:
+            return other
+        if not other.seen:
+            return self
         a, b, n = self.count, other.count, self.count + other.count
         moments = {"mean": self.mean, "m2": self.m2, "m3": self.m3, "m4": self.m4}
         if b:
@@ -252,17 +256,15 @@ def summary_vector(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     if count:
         if count < scores.size:
             scores = scores[outcomes < BINS]
-        minimum, maximum = float(scores.min()), float(scores.max())
+        # The ufuncs and not the methods, which call further Python code.
+        minimum, maximum = float(np.minimum.reduce(scores)), float(np.maximum.reduce(scores))
         x = scores.astype(np.float64)
-        mean = float(x.mean())
+        mean = float(np.add.reduce(x)) / count
         x -= mean
-        correction = float(x.mean())  # of rounding, which matters if the spread is as small
+        correction = float(np.add.reduce(x)) / count  # of rounding, which matters if the spread is as small
         x -= correction
         mean += correction
         square = x * x
-        x *= square
-        m2, m3 = float(square.sum()), float(x.sum())
-        square *= square
-        m4 = float(square.sum())
+        m2, m3, m4 = (float(a.dot(b)) for a, b in ((x, x), (square, x), (square, square)))
     numbers = (count, mean, m2, m3, m4, minimum, maximum, no_gradient, dead, not_finite)
     return np.concatenate([numbers, bins])

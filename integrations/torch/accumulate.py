@@ -38,8 +38,9 @@ FOLD_AT = 65_536
 PENDING_NUMBERS = 2**20
 """Number of logits of `PendingTerms` at which all rows are folded: 8 MB at most are kept on the device."""
 
+LEDGER_SLICE = 16
 LEDGER_ROWS = 8192
-"""Number of rows that a training step adds to the ledger when an interval has ended."""
+"""Number of batches, and of rows, that a training step adds to the ledger when an interval has ended."""
 
 
 class Accumulator:
@@ -177,10 +178,10 @@ class Accumulator:
         """`_add` for a small batch, with an id for each row or without ids. Returns False if it has to be added alone."""
         with self._lock:
             last = self._batches[-1] if self._batches else None
-            block = self._blocks.add(last, pending, samples) if rows else None
-            if block is None:
-                return False
-            if block is not last:
+            if not (isinstance(last, Block) and last.add(pending, samples)):
+                block = self._blocks.begin(pending, samples) if rows else None
+                if block is None:
+                    return False
                 self._batches.append(block)
             self._rows += rows
             self._pending_numbers += pending.delta.numel()
@@ -321,11 +322,11 @@ def _is_by_input(samples: TaggedBatch | None, rows: int) -> bool:
 
 
 def _parted(tagged: list[TaggedScores]) -> list[list[TaggedScores]]:
-    """The batches in their order, in parts of `LEDGER_ROWS` rows at least, except the last one."""
+    """The batches in their order, in parts that end with `LEDGER_SLICE` batches or `LEDGER_ROWS` rows."""
     parts: list[list[TaggedScores]] = []
     rows = LEDGER_ROWS
     for batch in tagged:
-        if rows >= LEDGER_ROWS:
+        if rows >= LEDGER_ROWS or len(parts[-1]) == LEDGER_SLICE:
             parts.append([])
             rows = 0
         parts[-1].append(batch)

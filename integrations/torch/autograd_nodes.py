@@ -10,9 +10,14 @@ from torch import Tensor
 _will_execute = torch._C._will_engine_execute_node
 
 
-def register_gradient_hook(tensor: Tensor, hook: Callable[[Tensor], None]) -> None:
-    """`Tensor.register_hook` without its handle, which takes three times as long: it is in every training step."""
-    node: Any = tensor.grad_fn
+def register_gradient_hook(tensor: Tensor, node: Any, hook: Callable[[Tensor], None]) -> None:
+    """`Tensor.register_hook` without its handle, which takes three times as long: it is in every training step.
+
+    Args:
+        tensor: whose gradient the hook receives.
+        node: its node in the autograd graph.
+        hook: the hook.
+    """
     if type(tensor) is not Tensor or node is None or tensor._backward_hooks is not None:
         tensor.register_hook(hook)
         return

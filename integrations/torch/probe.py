@@ -190,9 +190,10 @@ class HeadProbe:
                 logits.register_hook(taken.delta_arrived)
                 embeddings.register_hook(taken.embeddings_gradient_arrived)
             else:
-                taken = EagerPass(self, module, logits, logits.grad_fn)
+                own_node = logits.grad_fn
+                taken = EagerPass(self, module, logits, own_node)
                 taken.keep(module, embeddings, logits)
-                register_gradient_hook(logits, taken.all_arrived)
+                register_gradient_hook(logits, own_node, taken.all_arrived)
             if self.forward_tracker is not None:
                 self.head_called(self.layer.rows(logits), is_grouped=taken.groups > 0)
         except Exception as error:  # noqa: BLE001 - nothing may reach the user's forward pass
@@ -229,7 +230,7 @@ class HeadProbe:
         """
         if not self.enabled:
             return False
-        is_counted = not self.tags.paused and (weight_node is None or is_executed(weight_node))
+        is_counted = not self.tags.paused and is_executed(weight_node)
         if tag.samples is not None:
             (self.tags.use if is_counted else self.tags.give_back)(tag)
         return is_counted

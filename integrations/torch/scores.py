@@ -60,7 +60,7 @@ def terms_by_logits(
 
 def without_bias(logits: Tensor, bias: Tensor | None) -> Tensor:
     """z - b = W h, in float32 at least: [..., C] of logits [..., C] and bias [C]."""
-    logits = at_least_float32(logits)
+    logits = logits if logits.dtype.itemsize >= 4 else logits.float()
     return logits if bias is None else logits - bias
 
 
@@ -82,10 +82,10 @@ def alignment_scores(terms: Terms) -> Tensor:
     """float32 [rows]: the scores, with a marker for each sample that has none."""
     product, delta_norms, embedding_norms, weight_norm = terms
     seen = embedding_norms * weight_norm
-    scores = (-product / delta_norms / seen).float()
-    scores = torch.where(seen == 0, DEAD, scores)
-    scores = torch.where(delta_norms < MIN_NORM, NO_GRADIENT, scores)
-    return torch.where(torch.isfinite(product + delta_norms + seen), scores, NOT_FINITE)
+    scores = (product / delta_norms / seen).neg().float()
+    total = product + delta_norms + seen
+    scores = scores.masked_fill(seen == 0, DEAD).masked_fill(delta_norms < MIN_NORM, NO_GRADIENT)
+    return scores.masked_fill(total - total != 0, NOT_FINITE)  # finite numbers minus themselves are 0
 
 
 def encode_scores(scores: Tensor) -> Tensor:

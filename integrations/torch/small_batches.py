@@ -22,18 +22,21 @@ _SPARE = 2
 
 
 class Block:
-    """Up to 64 batches of one shape.
+    """Up to 64 batches of one shape, all of them with the same columns and on the same device."""
 
-    Attributes:
-        kind: see `Blocks`.
-    """
-
-    def __init__(self, kind: tuple[object, ...], like: Tensor) -> None:
-        """Allocates a block for batches whose delta, [rows, C], is `like` this one."""
-        self.kind = kind
+    def __init__(self, first: PendingTerms, samples: TaggedBatch | None) -> None:
+        """Allocates a block for batches like this one."""
+        like = first.delta
+        self._shape, self._device = like.shape, like.get_device()
+        self._has_ids = samples is not None
+        self._has_predicted = samples is not None and samples.predicted is not None
         rows, classes = like.shape
-        self._deltas, self._products = (like.new_empty(SLOTS, rows, classes) for _ in range(2))
-        self._embedding_norms, self._weight_norms = like.new_empty(SLOTS, rows), like.new_empty(SLOTS)
+        self._columns = PendingTerms(
+            delta=like.new_empty(SLOTS, rows, classes),
+            products=like.new_empty(SLOTS, rows, classes),
+            embedding_norms=like.new_empty(SLOTS, rows),
+            weight_norm=like.new_empty(SLOTS),
+        )
         self._slots: list[list[Tensor]] = []
         self._used = 0
         self._ids: list[Tensor] = []
@@ -42,35 +45,36 @@ class Block:
     @property
     def device(self) -> torch.device:
         """Where it is."""
-        return self._deltas.device
+        return self._columns.delta.device
 
-    @property
-    def is_full(self) -> bool:
-        """Returns True if all slots are used."""
-        return self._used == SLOTS
-
-    def add(self, pending: PendingTerms, samples: TaggedBatch | None) -> None:
-        """Copies a batch of its kind into the next slot."""
-        if self._used == len(self._slots):
-            columns = (self._deltas, self._products, self._embedding_norms, self._weight_norms)
-            self._slots.append([column[self._used] for column in columns])
-        torch._foreach_copy_(self._slots[self._used], pending)
-        self._used += 1
-        if samples is not None:
+    def add(self, batch: PendingTerms, samples: TaggedBatch | None) -> bool:
+        """Copies a batch into the next slot. Returns False if it does not fit, or there is no slot."""
+        used, delta = self._used, batch.delta
+        if used == SLOTS or delta.shape != self._shape or delta.get_device() != self._device:
+            return False
+        if samples is None:
+            if self._has_ids:
+                return False
+        elif not self._has_ids or (samples.predicted is not None) is not self._has_predicted:
+            return False
+        else:
             self._ids.append(samples.ids)
-            if samples.predicted is not None:
+            if self._has_predicted:
                 self._predicted.append(samples.predicted)
+        if used == len(self._slots):
+            self._slots.append([column[used] for column in self._columns])
+        torch._foreach_copy_(self._slots[used], batch)
+        self._used = used + 1
+        return True
 
     def take(self) -> Batch:
         """One batch with the scores of all. Empties the block."""
-        used, rows = self._used, self._deltas.shape[1]
-        delta, products, embedding_norms = (
-            column[:used].flatten(0, 1) for column in (self._deltas, self._products, self._embedding_norms)
-        )
-        weight_norms = self._weight_norms[:used].repeat_interleave(rows)
+        used, rows = self._used, self._shape[0]
+        delta, products, embedding_norms = (column[:used].flatten(0, 1) for column in self._columns[:3])
+        weight_norms = self._columns.weight_norm[:used].repeat_interleave(rows)
         scores = alignment_scores(terms_by_products(delta, products, embedding_norms, weight_norms))
         samples = None
-        if self._ids:
+        if self._has_ids:
             samples = TaggedBatch(torch.cat(self._ids), None, torch.cat(self._predicted) if self._predicted else None)
         self._used = 0
         self._ids.clear()
@@ -79,35 +83,24 @@ class Block:
 
 
 class Blocks:
-    """The blocks of one process. Batches belong into one block if they have the same kind: shape, device, and columns."""
+    """Allocates blocks, and keeps empty ones for later."""
 
     def __init__(self) -> None:
-        self._kind: tuple[object, ...] = ()  # of the last batch
+        self._last_shape: torch.Size | None = None
         self._spare: list[Block] = []
 
-    def add(self, last: object, pending: PendingTerms, samples: TaggedBatch | None) -> Block | None:
-        """Copies a batch into a block.
-
-        Args:
-            last: the block before it, if there is one.
-            pending: of the batch.
-            samples: the ids of its rows, if known.
-
-        Returns:
-            The block: `last` or an empty one. None if the batch before had another kind: a block for each would be a waste.
-        """
-        delta = pending.delta
-        predicted = None if samples is None else samples.predicted
-        kind = (delta.shape, delta.get_device(), samples is None, predicted is None)
-        if not (isinstance(last, Block) and last.kind == kind and not last.is_full):
-            before, self._kind = self._kind, kind
-            if before != kind:
-                return None
-            fitting = [block for block in self._spare if block.kind == kind]
-            last = fitting.pop() if fitting else Block(kind, delta)
-            self._spare = fitting
-        last.add(pending, samples)
-        return last
+    def begin(self, batch: PendingTerms, samples: TaggedBatch | None) -> Block | None:
+        """A block with this batch alone. None if the last one had another shape: a block for each would be a waste."""
+        before, self._last_shape = self._last_shape, batch.delta.shape
+        if before != self._last_shape:
+            return None
+        while self._spare:
+            block = self._spare.pop()
+            if block.add(batch, samples):
+                return block
+        block = Block(batch, samples)
+        block.add(batch, samples)
+        return block
 
     def give_back(self, block: Block) -> None:
         """Keeps an empty block for later."""

@@ -14,6 +14,7 @@ from gwa_logging._closer import closer
 from gwa_logging.faults import Faults
 from gwa_logging.integrations.torch.accumulate import FOLD_AT, PENDING_NUMBERS, Accumulator
 from gwa_logging.integrations.torch.scores import PendingTerms, Terms, terms_by_products
+from gwa_logging.integrations.torch.small_batches import SLOTS, Block
 from gwa_logging.journal import read_journal
 from gwa_logging.ledger import TaggedBatch
 from tests.core.test_summary import assert_equals_scipy, spread_scores
@@ -54,9 +55,8 @@ def test_terms_and_scores_may_be_mixed():
 def test_batches_of_every_kind_keep_their_order_and_add_up():
     rng = np.random.default_rng(0)
     accumulator, scores, predicted = Accumulator(4), [], np.full(4, -1)
-    for number, (kind, classes) in enumerate(
-        [("few", 5), ("few", 3), ("many", 3), ("user", 0), ("few", 3), ("few", 5)]
-    ):
+    few5, few3, many, user = ("few", 5), ("few", 3), ("many", 3), ("user", 0)
+    for number, (kind, classes) in enumerate([few5, few5, few5, few3, few5, few5, many, user, few3, few3, user, few3]):
         delta, products, h = (
             torch.from_numpy(rng.normal(size=(3, n)).astype(np.float32)) for n in (classes, classes, 6)
         )
@@ -70,10 +70,13 @@ def test_batches_of_every_kind_keep_their_order_and_add_up():
             accumulator.add_scores(torch.tensor([0.25, -0.5, 0.0]), samples)
             continue
         expected = -(delta * products).sum(1) / np.linalg.norm(delta, axis=1) / np.linalg.norm(h, axis=1) / 2
-        scores.append((ids, expected))
+        scores.append((ids, expected.clip(-0.9, 0.9)))
+        if np.abs(expected).max() > 0.9:  # products are not those of a weight: keep the scores in range
+            accumulator.add_scores(torch.from_numpy(expected.clip(-0.9, 0.9)).float(), samples)
+            continue
         accumulator.add_terms(pending if kind == "few" else terms_by_products(*pending), samples)
     summary, ledger = accumulator.snapshot().result(), accumulator.ledger()
-    assert summary.count == 18
+    assert summary.count == 36
     assert summary.mean == pytest.approx(np.mean([each for _, each in scores]), abs=1e-7)
     sums = np.zeros(4)
     for ids, each in scores:
@@ -83,13 +86,52 @@ def test_batches_of_every_kind_keep_their_order_and_add_up():
 
 
 def test_many_logits_are_folded_before_they_fill_the_memory():
-    accumulator = Accumulator(None)
-    for _ in range(3):
-        rows = PENDING_NUMBERS // 64 // 2
-        logits = torch.ones(rows, 64)
-        accumulator.add_terms(PendingTerms(logits, -logits, torch.ones(rows), torch.tensor(8.0)), None)
-    assert sum(batch.rows for batch in accumulator._batches) == rows
-    assert accumulator.snapshot().result().mean == pytest.approx(1.0)
+    accumulator, rows = Accumulator(None), PENDING_NUMBERS // 64 // 8
+    logits = torch.ones(rows, 64)
+    pending = PendingTerms(logits, -logits, torch.ones(rows), torch.tensor(64.0))
+    for _ in range(9):
+        accumulator.add_terms(pending, None)
+    assert not accumulator._batches  # the first of a shape has no block; 8 others had one
+    accumulator.add_terms(pending, None)
+    assert [type(batch) for batch in accumulator._batches] == [Block]
+    summary = accumulator.snapshot().result()
+    assert (summary.count, summary.mean) == (10 * rows, 0.125)
+
+
+def small(rows, classes=4):
+    """A small batch with the scores 1/2."""
+    delta = torch.full((rows, classes), -2.0)
+    return PendingTerms(delta, -delta, torch.full((rows,), 2.0), torch.tensor(2.0 * classes**0.5))
+
+
+def test_blocks_are_used_again_and_batches_of_changing_shapes_have_none():
+    accumulator, blocks = Accumulator(None), set()
+    for _ in range(5):
+        for _ in range(SLOTS + 6):
+            accumulator.add_terms(small(7), None)
+        blocks |= {id(batch) for batch in accumulator._batches if isinstance(batch, Block)}
+        summary = accumulator.snapshot().result()
+        assert (summary.count, summary.mean, summary.minimum, summary.maximum) == (7 * (SLOTS + 6), 0.5, 0.5, 0.5)
+    assert len(blocks) == 2
+    for _ in range(5):
+        for rows in (8, 7, 9):
+            accumulator.add_terms(small(rows), None)
+    assert not any(isinstance(batch, Block) for batch in accumulator._batches)
+    assert accumulator.snapshot().result().count == 5 * 24
+
+
+def test_a_block_holds_batches_with_the_same_columns():
+    accumulator, ids = Accumulator(9), torch.arange(4)
+    plain, with_classes = TaggedBatch(ids), TaggedBatch(ids, None, ids)
+    for samples in (None, None, plain, plain, with_classes, with_classes, None):
+        accumulator.add_terms(small(4), samples)
+    mixed = TaggedBatch(ids[:, None].expand(4, 2), torch.tensor([0.25, 0.75]))
+    accumulator.add_terms(small(4), mixed)
+    summary, ledger = accumulator.snapshot().result(), accumulator.ledger()
+    assert (summary.count, summary.mean, ledger.untagged) == (32, 0.5, 12)
+    np.testing.assert_array_equal(ledger.seen, [5] * 4 + [0] * 5)
+    np.testing.assert_array_equal(ledger.sums, [2.5] * 4 + [0] * 5)
+    np.testing.assert_array_equal(ledger.predicted, [0, 1, 2, 3] + [-1] * 5)
 
 
 def test_the_device_holds_a_bounded_number_of_scores():
