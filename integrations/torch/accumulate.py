@@ -90,21 +90,20 @@ class Accumulator:
             samples: their ids, if known: for each row, each input, or each position; see `gwa_logging.ledger.mismatch`.
             inputs: number of inputs, in order and with the same number of rows each; 0 if unknown.
         """
-        if isinstance(terms, Terms) and is_split(terms.product):
+        rows = terms[0].shape[0]
+        if isinstance(terms, PendingTerms):
+            has_plain_ids = samples is None or (samples.weights is None and samples.ids.shape == (rows,))
+            if has_plain_ids and self._add_small(terms, rows, samples):
+                return
+            terms = terms_by_products(*terms)
+        elif is_split(terms.product):
             complete = self._complete(*terms)
             if complete is None:
                 return
             terms = Terms(*complete)
-        rows = terms[0].shape[0]
+            rows = terms.product.shape[0]
         fitting = None if samples is None else self._fitting(samples, rows, inputs)
-        inputs = inputs if _is_by_input(fitting, rows) else 0
-        mismatched = fitting is not samples
-        if isinstance(terms, PendingTerms):
-            has_row_ids = fitting is None or (fitting.weights is None and fitting.ids.shape == (rows,))
-            if has_row_ids and self._add_small(terms, rows, fitting, mismatched=mismatched):
-                return
-            terms = terms_by_products(*terms)
-        self._add(terms, rows, fitting, inputs, mismatched=mismatched)
+        self._add(terms, rows, fitting, inputs if _is_by_input(fitting, rows) else 0, mismatched=fitting is not samples)
 
     def add_rows(self, rows: Tensor, samples: TaggedBatch | None) -> None:
         """Adds the encoded rows of a compiled backward pass. They may be overwritten after this call."""
@@ -174,7 +173,7 @@ class Accumulator:
             if self._rows >= FOLD_AT:
                 self._fold_all()
 
-    def _add_small(self, pending: PendingTerms, rows: int, samples: TaggedBatch | None, *, mismatched: bool) -> bool:
+    def _add_small(self, pending: PendingTerms, rows: int, samples: TaggedBatch | None) -> bool:
         """`_add` for a small batch, with an id for each row or without ids. Returns False if it has to be added alone."""
         with self._lock:
             last = self._batches[-1] if self._batches else None
@@ -185,7 +184,7 @@ class Accumulator:
                 self._batches.append(block)
             self._rows += rows
             self._pending_numbers += pending.delta.numel()
-            if samples is None and self.keeps_samples and not mismatched:
+            if samples is None and self.keeps_samples:
                 self._ledger.untagged += rows
             if self._rows >= FOLD_AT or self._pending_numbers >= PENDING_NUMBERS:
                 self._fold_all()

@@ -17,6 +17,7 @@ from gwa_logging.integrations.torch.scores import PendingTerms, Terms, frobenius
 from gwa_logging.integrations.torch.small_batches import FEW_LOGITS
 from gwa_logging.integrations.torch.tags import UNTAGGED, Tag, Tags
 from gwa_logging.integrations.torch.units import Unit, pooled_prediction
+from gwa_logging.ledger import TaggedBatch
 
 
 class Observer(Protocol):
@@ -81,11 +82,12 @@ class EagerPass:
         self.inputs = self.groups = 0
         if logits.ndim > 2 or probe.forward_tracker is not None:  # else, as in most steps, each row is an input
             self.groups = probe.groups(logits)
-        if self.samples is not None:
+        samples = self.samples
+        if samples is not None:
             self.inputs = inputs_of(logits)
             is_pooled = self.groups and probe.unit.pools
-            if not is_split(logits) and not is_pooled and not self.samples.is_by_position:
-                self.samples = self.samples._replace(predicted=probe.layer.predicted(logits))
+            if not is_split(logits) and not is_pooled and not samples.is_by_position:
+                self.samples = TaggedBatch(samples.ids, samples.weights, probe.layer.predicted(logits))
 
     def keep(self, module: nn.Module, embeddings: Tensor, logits: Tensor) -> None:
         """Keeps W h = z - b for the numerator delta . (W h), and |h|, or h if the layer needs it."""
