@@ -34,21 +34,21 @@ class _Table(NamedTuple):
 
     Attributes:
         boundary: float32 [cells], where the outcome changes within the cell; infinity if it does not.
-        outcome: intp [2 * cells], of each cell below the boundary, and from it upwards.
+        outcome: int16 [2 * cells], of each cell below the boundary, and from it upwards. Small numbers stay in the cache.
     """
 
     boundary: npt.NDArray[np.float32]
-    outcome: npt.NDArray[np.intp]
+    outcome: npt.NDArray[np.int16]
 
 
-def outcomes_of(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.intp]:
+def outcomes_of(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.int16]:
     """Returns the bin of each score, or the reason why a value has none.
 
     Args:
         scores: float32 [rows], with markers: NaN, infinities and `PADDING`.
 
     Returns:
-        intp [rows], from 0 to 515. Scores outside [-1, 1] by at most SCORE_TOLERANCE are in the first and the last bin.
+        int16 [rows], from 0 to 515. Scores outside [-1, 1] by at most SCORE_TOLERANCE are in the first and the last bin.
     """
     table = _table()
     cells = (np.ascontiguousarray(scores).view(np.uint32) >> _DROPPED_BITS).astype(np.intp)
@@ -81,4 +81,4 @@ def _table() -> _Table:
     special = np.isnan(ends[1])  # cells of NaN, two of which also contain an infinity
     boundary[special] = np.where(is_negative, -np.inf, np.inf)[special]
     below[special], above[special] = NO_GRADIENT_OUTCOME, _search(boundary[special])
-    return _Table(boundary, np.stack([below, above], axis=1).ravel())
+    return _Table(boundary, np.stack([below, above], axis=1).ravel().astype(np.int16))

@@ -271,6 +271,8 @@ class Accumulator:
 
     def _losses(self, vector: Tensor, encoded: Tensor | None) -> Tensor:
         """[2], like a folded vector: how many samples were lost in rows added to each other, and how many ids are invalid."""
+        if encoded is None and not self.keeps_samples:
+            return torch.zeros(2, dtype=vector.dtype, device=vector.device)
         overlaid = torch.zeros(1, dtype=vector.dtype, device=vector.device)
         if encoded is not None:
             valid = encoded[:, VALID]
