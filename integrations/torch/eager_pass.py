@@ -51,8 +51,8 @@ class EagerPass:
     be updated, or freed by sharded training, and the logits and embeddings may be changed in place.
 
     The logits' node in the autograd graph references the gradients' hooks, and they reference this object. So nothing here
-    may reference that node, or neither would ever be freed: the logits are detached, and the embeddings are upstream of it,
-    before the tap.
+    may reference that node, or neither would ever be freed. What is computed here has no graph, so create it with gradients
+    switched off; and the embeddings are upstream of the node, before the tap.
     """
 
     __slots__ = (
@@ -73,7 +73,7 @@ class EagerPass:
 
     def __init__(self, probe: Observer, module: nn.Module, logits: Tensor, node: Any) -> None:
         self.probe = probe
-        self.weight_norm = frobenius_norm(probe.layer.weight(module).detach())
+        self.weight_norm = frobenius_norm(probe.layer.weight(module))
         self.weight_node = weight_node(node)
         self.embeddings: Any = None
         self.delta_norms: tuple[Tensor, ...] = ()  # or those of pooled rows and of their gradients
@@ -92,14 +92,13 @@ class EagerPass:
     def keep(self, module: nn.Module, embeddings: Tensor, logits: Tensor) -> None:
         """Keeps W h = z - b for the numerator delta . (W h), and |h|, or h if the layer needs it."""
         bias: Any = module.bias
-        bias = None if bias is None else bias.detach()
-        products = self.probe.layer.without_bias(logits.detach(), bias)
+        products = self.probe.layer.without_bias(logits, bias)
         self.products = products.clone() if bias is None else products  # the user may change the logits
         if self.groups or self.probe.terms.needs_embeddings:
             self.keep_embeddings(embeddings)
             self.bias = None if bias is None else bias.clone()
         else:
-            self.embedding_norms = row_norms(embeddings.detach())
+            self.embedding_norms = row_norms(embeddings)
 
     def keep_embeddings(self, embeddings: Tensor) -> None:
         """Keeps h."""

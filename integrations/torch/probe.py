@@ -39,7 +39,9 @@ from gwa_logging.integrations.torch.tags import Tag
 from gwa_logging.integrations.torch.units import Unit
 from gwa_logging.integrations.torch.watched_weights import register
 
+# In every step, so without the Python code around them.
 _transform_level = torch._C._functorch.maybe_current_level
+_set_grad_enabled = torch._C._set_grad_enabled
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -175,12 +177,13 @@ class HeadProbe:
         if _transform_level() is not None:
             self.record_transform()
             return
+        is_grad_enabled = torch.is_grad_enabled()
         try:
+            _set_grad_enabled(False)
             untapped = getattr(embeddings, "_gwa_tapped", None) if self.layer.taps_input else None
             if node is not None:
                 bias: Any = module.bias
-                with torch.no_grad():
-                    logits = self.layer.logits(embeddings, self.layer.weight(module), bias)
+                logits = self.layer.logits(embeddings, self.layer.weight(module), bias)
                 taken = EagerPass(self, module, logits, node)
                 taken.keep(module, embeddings, logits)
                 node.register_prehook(taken.node_arrived)
@@ -204,6 +207,8 @@ class HeadProbe:
                 )
             else:
                 self.fault(error)
+        finally:
+            _set_grad_enabled(is_grad_enabled)
 
     def groups(self, logits: Tensor) -> int:
         """The number of inputs if each of them may be one sample with several rows; else 0."""
