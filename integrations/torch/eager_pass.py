@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from gwa_logging.integrations.torch.accumulate import Accumulator
 from gwa_logging.integrations.torch.autograd_nodes import weight_node
 from gwa_logging.integrations.torch.compiled_probe import inputs_of
-from gwa_logging.integrations.torch.compiled_terms import HeadTerms
 from gwa_logging.integrations.torch.distributed import is_split
 from gwa_logging.integrations.torch.forward_tracker import ForwardTracker
 from gwa_logging.integrations.torch.head_layers import Linear, by_input, ghost_norms, terms_of_inputs
@@ -28,7 +27,6 @@ class Observer(Protocol):
     layer: Linear
     on_step: Callable[[], None]
     tags: Tags
-    terms: HeadTerms
     unit: Unit
 
     def groups(self, logits: Tensor) -> int:
@@ -94,7 +92,7 @@ class EagerPass:
         bias: Any = module.bias
         products = self.probe.layer.without_bias(logits, bias)
         self.products = products.clone() if bias is None else products  # the user may change the logits
-        if self.groups or self.probe.terms.needs_embeddings:
+        if self.groups or self.probe.layer.pools_rows:
             self.keep_embeddings(embeddings)
             self.bias = None if bias is None else bias.clone()
         else:
@@ -124,7 +122,7 @@ class EagerPass:
                 self.set_predicted(pooled_prediction(delta, products if self.bias is None else products + self.bias))
                 self.observe(terms_of_inputs(delta, products, embeddings, None, weight_norm))
             else:
-                self.observe(self.probe.terms.terms_by_logits(delta, self.products, embeddings, None, weight_norm))
+                self.observe(self.probe.layer.terms_by_logits(delta, self.products, embeddings, None, weight_norm))
         except Exception as error:  # noqa: BLE001 - nothing may reach the user's backward pass
             self.probe.fault(error)
 
@@ -156,8 +154,8 @@ class EagerPass:
                 product = (by_input(gradient, self.groups) * by_input(self.embeddings, self.groups)).sum((1, 2))
                 self.observe(Terms(product, *norms, self.weight_norm))
             elif norms:
-                terms = self.probe.terms
-                self.observe(terms.terms_by_embeddings(norms[0], gradient, self.embeddings, self.weight_norm))
+                terms = self.probe.layer.terms_by_embeddings(norms[0], gradient, self.embeddings, self.weight_norm)
+                self.observe(terms)
         except Exception as error:  # noqa: BLE001 - as above
             self.probe.fault(error)
 

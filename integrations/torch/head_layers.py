@@ -42,7 +42,6 @@ class Linear:
         classes, features: C and D.
         taps_input: True if the numerator is (dL/dh) . h, which needs no logits: if they are wider than the embeddings.
         pools_rows: True if an input with several rows is one sample.
-        needs_embeddings: True if the terms need the embeddings in the backward pass, and not only their norms.
     """
 
     terms_by_embeddings = staticmethod(terms_by_embeddings)
@@ -53,7 +52,7 @@ class Linear:
         self.classes = classes
         self.features = features
         self.taps_input = classes > features and not _parametrised(module)
-        self.pools_rows = self.needs_embeddings = False
+        self.pools_rows = False
         self._computed: Tensor | None = (
             None  # a parametrised weight, from the forward pass to the end of the layer's call
         )
@@ -99,7 +98,7 @@ class Linear:
 
     def pool_rows(self) -> None:
         """Makes each input [..., D] of [B, ..., D] one sample, whatever the number of its rows."""
-        self.pools_rows = self.needs_embeddings = True
+        self.pools_rows = True
         self.taps_input = False  # the ghost norm needs delta and h together
 
     def terms_by_logits(

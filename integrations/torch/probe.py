@@ -21,7 +21,6 @@ from gwa_logging.faults import Faults
 from gwa_logging.integrations.torch.accumulate import Accumulator
 from gwa_logging.integrations.torch.autograd_nodes import is_executed, register_gradient_hook
 from gwa_logging.integrations.torch.compiled_probe import CompiledProbe, inputs_of
-from gwa_logging.integrations.torch.compiled_terms import terms_of
 from gwa_logging.integrations.torch.distributed import is_split
 from gwa_logging.integrations.torch.eager_pass import EagerPass
 from gwa_logging.integrations.torch.forward_tracker import ForwardTracker, is_exporting
@@ -76,7 +75,6 @@ class HeadProbe:
         """Calls `on_step` after each observed backward pass, and `copied` as a `ModulePatch` does."""
         self.enabled = True
         self.layer = layer
-        self.terms = terms_of(layer, faults)
         self.tags = accumulator.tags
         self.saw_call = self.saw_evaluation = False
         self.accumulator = accumulator
@@ -256,7 +254,7 @@ class HeadProbe:
             patch.remove()
         if self.forward_tracker is not None:
             self.forward_tracker.close()
-        self.terms.close()
+        self.layer.close()
 
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
