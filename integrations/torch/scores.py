@@ -83,9 +83,8 @@ def alignment_scores(terms: Terms) -> Tensor:
     product, delta_norms, embedding_norms, weight_norm = terms
     seen = embedding_norms * weight_norm
     scores = (product / delta_norms / seen).neg().float()
-    total = product + delta_norms + seen
     scores = scores.masked_fill(seen == 0, DEAD).masked_fill(delta_norms < MIN_NORM, NO_GRADIENT)
-    return scores.masked_fill(total - total != 0, NOT_FINITE)  # finite numbers minus themselves are 0
+    return torch.where(torch.isfinite(product + delta_norms + seen), scores, NOT_FINITE)
 
 
 def encode_scores(scores: Tensor) -> Tensor:
