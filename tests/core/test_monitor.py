@@ -303,6 +303,7 @@ def test_a_journal_that_is_damaged_during_the_run_loses_no_record_and_neither_do
     tracker = Tracker()
     monitor = gwa_logging.watch(model, backend=tracker, log_every_n_steps=1)
     train(model, 5)
+    assert monitor.flush(30)  # not in the middle of a write
     damage(monitor.journal)
     train(model, 5)
     monitor.end_epoch()
