@@ -229,6 +229,7 @@ class Accumulator:
     def _fold(self, snapshot: TorchSnapshot) -> list[Slice]:
         """Takes all batches, and returns the work of folding them into the snapshot."""
         batches, self._batches = self._batches, []
+        self._blocks.end()
         self._rows = self._pending_numbers = 0
         by_device: dict[torch.device, list[Batch | Block]] = defaultdict(list)
         for batch in batches:

@@ -112,7 +112,7 @@ class EagerPass:
         try:
             embeddings, weight_norm = self.embeddings, self.weight_norm
             if embeddings is None:
-                is_plain = delta.ndim == 2 and delta.dtype is torch.float32 and type(delta) is Tensor
+                is_plain = delta.ndim == 2 and self.products.dtype is torch.float32 and type(delta) is Tensor
                 if is_plain and delta.numel() <= FEW_LOGITS:
                     self.observe(PendingTerms(delta, self.products, self.embedding_norms, weight_norm))
                 else:

@@ -43,7 +43,7 @@ class Terms(NamedTuple):
 
 
 class PendingTerms(NamedTuple):
-    """What `terms_by_products` takes: delta and W h, float32 [rows, C], |h| [rows] and |W| []."""
+    """What `terms_by_products` takes: delta [rows, C], W h, float32 [rows, C], |h| [rows] and |W| []."""
 
     delta: Tensor
     products: Tensor

@@ -22,13 +22,13 @@ _SPARE = 2
 
 
 class Block:
-    """Up to 64 batches of one shape, all of them with the same columns and on the same device."""
+    """Up to 64 batches of one shape, all of them with the same columns and on the same devices."""
 
     def __init__(self, first: PendingTerms, samples: TaggedBatch | None) -> None:
         """Allocates a block for batches like this one."""
-        like = first.delta
+        like = first.products
         self._shape, self._device = like.shape, like.get_device()
-        self._has_ids = samples is not None
+        self._ids_device = None if samples is None else samples.ids.get_device()
         self._has_predicted = samples is not None and samples.predicted is not None
         rows, classes = like.shape
         self._columns = PendingTerms(
@@ -47,24 +47,28 @@ class Block:
         """Where it is."""
         return self._columns.delta.device
 
+    @property
+    def is_full(self) -> bool:
+        """Returns True if all slots are used."""
+        return self._used == SLOTS
+
     def add(self, batch: PendingTerms, samples: TaggedBatch | None) -> bool:
         """Copies a batch into the next slot. Returns False if it does not fit, or there is no slot."""
         used, delta = self._used, batch.delta
         if used == SLOTS or delta.shape != self._shape or delta.get_device() != self._device:
             return False
-        if samples is None:
-            if self._has_ids:
-                return False
-        elif not self._has_ids or (samples.predicted is not None) is not self._has_predicted:
+        if (None if samples is None else samples.ids.get_device()) != self._ids_device:
             return False
-        else:
-            self._ids.append(samples.ids)
-            if self._has_predicted:
-                self._predicted.append(samples.predicted)
+        if samples is not None and (samples.predicted is not None) is not self._has_predicted:
+            return False
         if used == len(self._slots):
             self._slots.append([column[used] for column in self._columns])
         torch._foreach_copy_(self._slots[used], batch)
         self._used = used + 1
+        if samples is not None:
+            self._ids.append(samples.ids)
+            if self._has_predicted:
+                self._predicted.append(samples.predicted)
         return True
 
     def take(self) -> Batch:
@@ -74,7 +78,7 @@ class Block:
         weight_norms = self._columns.weight_norm[:used].repeat_interleave(rows)
         scores = alignment_scores(terms_by_products(delta, products, embedding_norms, weight_norms))
         samples = None
-        if self._has_ids:
+        if self._ids:
             samples = TaggedBatch(torch.cat(self._ids), None, torch.cat(self._predicted) if self._predicted else None)
         self._used = 0
         self._ids.clear()
@@ -83,17 +87,22 @@ class Block:
 
 
 class Blocks:
-    """Allocates blocks, and keeps empty ones for later."""
+    """Allocates blocks, and keeps empty ones for later. All but the latest block are full, so little memory is wasted."""
 
     def __init__(self) -> None:
+        self._latest: Block | None = None
         self._last_shape: torch.Size | None = None
         self._spare: list[Block] = []
 
     def begin(self, batch: PendingTerms, samples: TaggedBatch | None) -> Block | None:
-        """A block with this batch alone. None if the last one had another shape: a block for each would be a waste."""
+        """A block with this batch alone. None if batches change: after another shape, or if the latest block is not full."""
         before, self._last_shape = self._last_shape, batch.delta.shape
-        if before != self._last_shape:
+        if before != self._last_shape or (self._latest is not None and not self._latest.is_full):
             return None
+        self._latest = self._empty(batch, samples)
+        return self._latest
+
+    def _empty(self, batch: PendingTerms, samples: TaggedBatch | None) -> Block:
         while self._spare:
             block = self._spare.pop()
             if block.add(batch, samples):
@@ -101,6 +110,10 @@ class Blocks:
         block = Block(batch, samples)
         block.add(batch, samples)
         return block
+
+    def end(self) -> None:
+        """Lets the next batch begin a block: those so far are about to be scored."""
+        self._latest = None
 
     def give_back(self, block: Block) -> None:
         """Keeps an empty block for later."""

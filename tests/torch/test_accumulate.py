@@ -13,6 +13,7 @@ from gwa_logging import AlignmentSummary
 from gwa_logging._closer import closer
 from gwa_logging.faults import Faults
 from gwa_logging.integrations.torch.accumulate import FOLD_AT, PENDING_NUMBERS, Accumulator
+from gwa_logging.integrations.torch.batches import Batch
 from gwa_logging.integrations.torch.scores import PendingTerms, Terms, terms_by_products
 from gwa_logging.integrations.torch.small_batches import SLOTS, Block
 from gwa_logging.journal import read_journal
@@ -118,6 +119,22 @@ def test_blocks_are_used_again_and_batches_of_changing_shapes_have_none():
             accumulator.add_terms(small(rows), None)
     assert not any(isinstance(batch, Block) for batch in accumulator._batches)
     assert accumulator.snapshot().result().count == 5 * 24
+    for _ in range(5):
+        for rows in (8, 8, 8, 7, 7):
+            accumulator.add_terms(small(rows), None)
+    assert sum(isinstance(batch, Block) for batch in accumulator._batches) == 1  # two blocks are never half empty
+    assert accumulator.snapshot().result().count == 5 * 38
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_block_holds_gradients_of_16_bits(dtype):
+    accumulator = Accumulator(None)
+    for _ in range(3):
+        pending = small(5)
+        accumulator.add_terms(pending._replace(delta=pending.delta.to(dtype)), None)
+    assert [type(batch) for batch in accumulator._batches] == [Batch, Block]
+    summary = accumulator.snapshot().result()
+    assert (summary.count, summary.minimum, summary.maximum) == (15, 0.5, 0.5)
 
 
 def test_a_block_holds_batches_with_the_same_columns():
