@@ -104,9 +104,9 @@ def scoring_table(sizes: dict[str, Any], ways: tuple[str, ...], unit: str = "us"
     return table(["B x D x C", "limit", "ours / limit", *(f"{way} (x ours)" for way in ways)], rows)
 
 
-WHY_MISSED = """Where a target is missed: a step of about a millisecond pays for the hooks and for half a dozen small
-operations, which do not become fewer with the size of the model; and a head that dominates the step pays for reading its logit
-gradients and its weight once more (last column)."""
+WHY_MISSED = """Where a target is missed: a step of about a millisecond pays for the hooks and for five small operations, in a
+compiled model for a gradient that leaves its graph, and every 50th step for a histogram, whatever the size of the model; and a
+head that dominates the step pays for reading its logit gradients and its weight once more (last column)."""
 
 
 def targets(results: dict[str, Any]) -> str:
@@ -289,7 +289,7 @@ def write(results: dict[str, Any], docs: Path = DOCS) -> Path:
 
 Written by `make bench`, including the figures: {machine["date"]}, {machine["cpu"]}, {machine["cpus"]} CPUs,
 {machine["system"]}, Python {machine["python"]}, PyTorch {machine["torch"]} on one thread, JAX {machine["jax"]}.
-Load of the machine at the start: {machine["load"]:.2f}. {machine.get("note", "")}
+Load of the machine at the start: {machine["load"]:.2f}.
 
 ## Overhead of a step
 
