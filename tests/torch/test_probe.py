@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from itertools import product
 
 import numpy as np
 import pytest
@@ -171,9 +172,9 @@ def test_gradients_and_updates_are_bit_identical_with_and_without_the_probe(shap
 
 def test_logits_changed_in_place_after_the_head_have_the_right_scores():
     class Scaled(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, bias: bool) -> None:
             super().__init__()
-            self.body, self.head = nn.Linear(8, 12), nn.Linear(12, 5)
+            self.body, self.head = nn.Linear(8, 12), nn.Linear(12, 5, bias=bias)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             z = self.head(torch.tanh(self.body(x)))
@@ -181,9 +182,9 @@ def test_logits_changed_in_place_after_the_head_have_the_right_scores():
             z[:, 0].masked_fill_(x[:, 0] > 2, -1e4)
             return z
 
-    for compiled in (False, True):
+    for compiled, bias in product((False, True), (False, True)):
         torch.manual_seed(0)
-        model, x, y = Scaled(), torch.randn(12, 8), torch.randint(1, 5, (12,))
+        model, x, y = Scaled(bias), torch.randn(12, 8), torch.randint(1, 5, (12,))
         want = one_at_a_time(model, model.head, LOSSES["cross-entropy"], x, y)
         recorder = Recorder(model, 12, head="head")
         run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
