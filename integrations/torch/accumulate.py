@@ -14,7 +14,7 @@ from torch import Tensor
 from gwa_logging.faults import Faults
 from gwa_logging.histogram import EDGES
 from gwa_logging.integrations.torch.batches import Batch, are_encoded, joined_scores
-from gwa_logging.integrations.torch.distributed import full_tensor, is_first_owner, is_split
+from gwa_logging.integrations.torch.distributed import forget_finished, full_tensor, is_first_owner, is_split
 from gwa_logging.integrations.torch.fold import fold, fold_device, fold_on_host
 from gwa_logging.integrations.torch.ledger import DeviceLedger, TaggedScores, moved
 from gwa_logging.integrations.torch.ledger_entries import nothing
@@ -192,6 +192,7 @@ class Accumulator:
 
     def snapshot(self) -> TorchSnapshot:
         """Returns everything since the last snapshot, on its way to the host."""
+        forget_finished()
         with self._lock:
             self._end_folding()
             snapshot, self._arriving = self._arriving, self._new_snapshot()

@@ -224,13 +224,13 @@ def broadcast_array(array: npt.NDArray[np.float32] | None) -> npt.NDArray[np.flo
     shape = () if array is None else array.shape
     # -1: no array; a second number of 0: it has one dimension
     header = torch.tensor([*shape, 0, 0][:2] if shape else [-1, 0], device=exchange_device())
-    distributed.broadcast(header, 0)
+    wait_for(distributed.broadcast(header, 0, async_op=True))
     rows, columns = header.tolist()
     if rows < 0:
         return None
     own = array if array is not None and rank() == 0 else np.empty((rows, columns) if columns else rows, np.float32)
     tensor = torch.from_numpy(np.ascontiguousarray(own)).to(exchange_device())
-    distributed.broadcast(tensor, 0)
+    wait_for(distributed.broadcast(tensor, 0, async_op=True))
     shared: npt.NDArray[np.float32] = tensor.cpu().numpy()
     return shared
 
@@ -239,8 +239,27 @@ def gather_vectors(own: np.ndarray) -> list[np.ndarray]:
     """The vectors of all ranks, float64 of the same length (a collective)."""
     vector = torch.from_numpy(own).to(exchange_device())
     gathered = [torch.empty_like(vector) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(gathered, vector)
+    wait_for(distributed.all_gather(gathered, vector, async_op=True))
     return [part.cpu().numpy() for part in gathered]
+
+
+_finished: list[Any] = []
+
+
+def wait_for(collective: Any) -> None:
+    """Waits for a collective that was started with `async_op=True`, and keeps it until `forget_finished`.
+
+    A thread of gloo drops a collective some time after it has finished. If that is the last reference, the thread needs the
+    interpreter lock, since the tensors are Python objects. A process that ends right after the collective holds this lock while
+    it waits for the thread: it would never end. With a reference here, the thread does not need the lock.
+    """
+    collective.wait()
+    _finished.append(collective)
+
+
+def forget_finished() -> None:
+    """Frees the memory of finished collectives. For the middle of training, when the process is not about to end."""
+    _finished.clear()
 
 
 def exchange_device() -> torch.device:

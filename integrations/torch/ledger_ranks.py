@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import distributed
 
-from gwa_logging.integrations.torch.distributed import exchange_device, gather_vectors, rank, ranks
+from gwa_logging.integrations.torch.distributed import exchange_device, gather_vectors, rank, ranks, wait_for
 from gwa_logging.integrations.torch.ledger_entries import EMPTY, Entries
 from gwa_logging.ranks import Identity, RankSelection, select_ranks
 
@@ -58,7 +58,7 @@ def exchange(
     ends = torch.searchsorted(ids, stops.to(home)).tolist()
     to_send = torch.tensor(np.diff([0, *ends]), device=device)
     to_receive = torch.empty_like(to_send)
-    distributed.all_to_all_single(to_receive, to_send)
+    wait_for(distributed.all_to_all_single(to_receive, to_send, async_op=True))
     sends, receives = to_send.tolist(), to_receive.tolist()
 
     any_knows = [any(vector[size + place] for vector in gathered) for place in range(len(is_known))]
@@ -68,7 +68,8 @@ def exchange(
         if knows
     ]
     arrived = torch.empty((sum(receives), len(packed)), dtype=torch.int32, device=device)
-    distributed.all_to_all_single(arrived, torch.stack(packed, dim=1).to(device), receives, sends)
+    outgoing = torch.stack(packed, dim=1).to(device)
+    wait_for(distributed.all_to_all_single(arrived, outgoing, receives, sends, async_op=True))
     unpacked = iter(arrived.to(home).unbind(dim=1))
     columns = [
         next(unpacked).contiguous().view(dtype) if knows else None
@@ -87,7 +88,7 @@ def gather(own: npt.NDArray[Any]) -> npt.NDArray[Any]:
     padded[: len(own)] = torch.from_numpy(np.ascontiguousarray(own))
     padded = padded.to(exchange_device())
     parts = [torch.empty_like(padded) for _ in lengths]
-    distributed.all_gather(parts, padded)
+    wait_for(distributed.all_gather(parts, padded, async_op=True))
     joined: npt.NDArray[Any] = np.concatenate(
         [part[:length].cpu().numpy() for part, length in zip(parts, lengths, strict=True)]
     )

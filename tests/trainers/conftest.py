@@ -69,7 +69,7 @@ def two_processes() -> Callable[[str, str, Path], None]:
         environment = {**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1"}
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         command = [sys.executable, *torchrun, str(script)]
-        done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr[-4000:]
 
     return run
