@@ -64,7 +64,7 @@ class Histogram(BaseModel):
     @classmethod
     def from_dense(cls, dense: npt.NDArray[np.int64]) -> Self:
         """Creates a histogram from int64 [512], the count of every bin."""
-        occupied = np.flatnonzero(dense)
+        (occupied,) = dense.nonzero()
         if not occupied.size:
             return cls()
         first, last = int(occupied[0]), int(occupied[-1])

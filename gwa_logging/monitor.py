@@ -74,7 +74,8 @@ class Monitor(GradientCalls, LookCalls, WeightsCalls):
 
     def _recordings(self) -> list[Recording]:
         """The recordings of all heads, the first head first."""
-        return [self._recording, *(other._recording for other in self.heads.values())]
+        others = self.heads.values()
+        return [self._recording, *[other._recording for other in others]] if others else [self._recording]
 
     def _disown(self) -> None:
         super()._disown()

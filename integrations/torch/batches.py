@@ -109,7 +109,7 @@ def _joined_by_kind(batches: list[Batch]) -> tuple[Tensor, Tensor | None]:
     encoded = torch.cat(rows) if rows else None
     if encoded is not None:
         scores.append(decode_rows(encoded))
-    return torch.cat(scores), encoded
+    return torch.cat(scores) if len(scores) > 1 else scores[0], encoded
 
 
 def _joined_terms(batches: list[Terms]) -> Terms:

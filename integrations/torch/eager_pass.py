@@ -80,12 +80,19 @@ class EagerPass:
         self.inputs = self.groups = 0
         if logits.ndim > 2 or probe.forward_tracker is not None:  # else, as in most steps, each row is an input
             self.groups = probe.groups(logits)
-        samples = self.samples
-        if samples is not None:
+        if self.samples is not None:
+            self._predict(self.samples, logits)
+
+    def _predict(self, samples: TaggedBatch, logits: Tensor) -> None:
+        """Finds the predicted classes, and how many inputs the rows belong to."""
+        if (
+            logits.ndim > 2 or type(logits) is not Tensor or samples.ids.ndim > 1
+        ):  # else, as in most steps, it is simple
             self.inputs = inputs_of(logits)
-            is_pooled = self.groups and probe.unit.pools
-            if not is_split(logits) and not is_pooled and not samples.is_by_position:
-                self.samples = TaggedBatch(samples.ids, samples.weights, probe.layer.predicted(logits))
+            if is_split(logits) or samples.is_by_position:
+                return
+        if not (self.groups and self.probe.unit.pools):
+            self.samples = TaggedBatch(samples.ids, samples.weights, self.probe.layer.predicted(logits))
 
     def keep(self, module: nn.Module, embeddings: Tensor, logits: Tensor) -> None:
         """Keeps W h = z - b for the numerator delta . (W h), and |h|, or h if the layer needs it."""

@@ -118,14 +118,13 @@ class Linear:
 
     def predicted(self, logits: Tensor) -> Tensor:
         """int64 [rows]: the class of the largest logit of each sample, or of the sum of its rows' logits."""
-        logits = logits.detach()
         if self.pools_rows and logits.ndim > 2:
-            return by_input(logits, logits.shape[0]).sum(1).argmax(-1)
+            return by_input(logits.detach(), logits.shape[0]).sum(1).argmax(-1)
         is_long = (
             logits.numel() >= _NUMPY_ARGMAX_FROM and logits.is_cpu and logits.dtype in (torch.float32, torch.float64)
         )
         if is_long and type(logits) is Tensor and not is_compiling():
-            return flat(torch.from_numpy(logits.numpy().argmax(-1)))
+            return flat(torch.from_numpy(logits.detach().numpy().argmax(-1)))
         return flat(logits.argmax(-1))
 
     def logits(self, embeddings: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -84,7 +84,7 @@ def alignment_scores(terms: Terms) -> Tensor:
     seen = embedding_norms * weight_norm
     scores = (product / delta_norms / seen).neg().float()
     scores = scores.masked_fill(seen == 0, DEAD).masked_fill(delta_norms < MIN_NORM, NO_GRADIENT)
-    return torch.where(torch.isfinite(product + delta_norms + seen), scores, NOT_FINITE)
+    return torch.where((product + delta_norms + seen).abs() < torch.inf, scores, NOT_FINITE)  # False for NaN too
 
 
 def encode_scores(scores: Tensor) -> Tensor:
@@ -106,12 +106,12 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 def row_norms(x: Tensor) -> Tensor:
     """float32 [...] of [..., K]: Euclidean norms over the last dimension; float64 if the input is."""
-    return torch.linalg.vector_norm(x, dim=-1, dtype=None if x.dtype in _WIDE else torch.float32)  # type: ignore[no-any-return]
+    return _norm(x, dim=-1) if x.dtype in _WIDE else _norm(x, dim=-1, dtype=torch.float32)  # type: ignore[no-any-return]
 
 
 def frobenius_norm(x: Tensor) -> Tensor:
     """float32 []: Euclidean norm of all elements; float64 if the input is."""
-    return torch.linalg.vector_norm(x, dtype=None if x.dtype in _WIDE else torch.float32)  # type: ignore[no-any-return]
+    return _norm(x) if x.dtype in _WIDE else _norm(x, dtype=torch.float32)  # type: ignore[no-any-return]
 
 
 def flat(x: Tensor) -> Tensor:
