@@ -85,9 +85,8 @@ class EagerPass:
 
     def _predict(self, samples: TaggedBatch, logits: Tensor) -> None:
         """Finds the predicted classes, and how many inputs the rows belong to."""
-        if (
-            logits.ndim > 2 or type(logits) is not Tensor or samples.ids.ndim > 1
-        ):  # else, as in most steps, it is simple
+        is_simple = logits.ndim == 2 and type(logits) is Tensor and samples.ids.ndim == 1  # as in most steps
+        if not is_simple:
             self.inputs = inputs_of(logits)
             if is_split(logits) or samples.is_by_position:
                 return

@@ -135,7 +135,7 @@ class HeadProbe:
                 return None
             return self.compiled.tap_logits(module, _input(args, kwargs), logits)
         if not is_tracing():
-            self.observe_call(module, args[0] if args else kwargs.get("input"), logits)
+            self.observe_call(module, args[0] if args else kwargs["input"], logits)
         return None
 
     def set_saw_evaluation(self) -> None:
