@@ -135,7 +135,8 @@ class HeadProbe:
                 return None
             return self.compiled.tap_logits(module, _input(args, kwargs), logits)
         if not is_tracing():
-            self.observe_call(module, args[0] if args else kwargs["input"], logits)
+            embeddings: Any = args[0] if args else kwargs.get("input")
+            self.observe_call(module, embeddings, logits)
         return None
 
     def set_saw_evaluation(self) -> None:
