@@ -241,7 +241,9 @@ class JaxAdapter:
             self._mesh = mesh or self._mesh
             self._observe_global(scores, samples)
             return
-        step = Step(jnp.array(scores) if isinstance(scores, np.ndarray) else scores, samples)
+        if isinstance(scores, np.ndarray):
+            scores = jnp.asarray(scores.copy())  # JAX itself copies later, when the user may have changed the array
+        step = Step(scores, samples)
         if not self._pending.accepts(step):
             self._add_pending()
         self._mesh = mesh or self._mesh
