@@ -105,7 +105,9 @@ def test_mixed_samples_keep_the_weights_of_their_step(weights):
         for i, scores in enumerate(np.random.default_rng(0).uniform(-0.5, 0.5, (19, 2)).astype(np.float32)):
             lam = np.float32(0.05 * i)
             buffer[:] = lam, 1 - lam  # the user's array, which the next step changes
-            given = {"tuple": (float(lam), float(1 - lam)), "array": buffer, "device": jnp.array(buffer)}[weights]
+            given = {"tuple": (float(lam), float(1 - lam)), "array": buffer, "device": jnp.array(buffer.copy())}[
+                weights
+            ]
             monitor.update(jnp.asarray(scores), ids, weights=given)
             np.add.at(sums, ids, np.array([lam, 1 - lam]) * scores[:, None])
             np.add.at(seen, ids, [lam, 1 - lam])
