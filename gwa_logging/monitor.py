@@ -74,8 +74,7 @@ class Monitor(GradientCalls, LookCalls, WeightsCalls):
 
     def _recordings(self) -> list[Recording]:
         """The recordings of all heads, the first head first."""
-        others = self.heads.values()
-        return [self._recording, *[other._recording for other in others]] if others else [self._recording]
+        return [self._recording, *(other._recording for other in self.heads.values())]
 
     def _disown(self) -> None:
         super()._disown()

@@ -33,7 +33,7 @@ from gwa_logging.ledger import SAMPLE_IDS, Ledger, LedgerPart, TaggedBatch, mism
 from gwa_logging.ranks import Attendance, Identity, RankSelection
 
 FOLD_AT = 65_536
-"""Number of rows at which they are folded: 768 KB at most are kept on the device."""
+"""Number of rows at which they are folded: 768 KB of terms at most are kept on the device."""
 
 PENDING_NUMBERS = 2**20
 """Number of logits of `PendingTerms` at which all rows are folded: 8 MB at most are kept on the device."""
@@ -130,8 +130,6 @@ class Accumulator:
 
     def _fitting(self, samples: TaggedBatch, rows: int, inputs: int) -> TaggedBatch | None:
         """The samples if their ids fit the rows; otherwise None, and the ids are counted as lost."""
-        if samples.weights is None and samples.ids.shape == (rows,):
-            return samples
         shape = (inputs, rows // inputs) if inputs else (rows,)
         problem = mismatch(tuple(samples.ids.shape), shape, mixed=samples.weights is not None)
         if problem is None:

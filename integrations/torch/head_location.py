@@ -71,7 +71,7 @@ class HeadLocation:
 def module_at(model: nn.Module, names: list[str]) -> nn.Module | None:
     """The module that runs at a path, or None. Of PEFT's `modules_to_save` it is the active copy."""
     module: Any = model
-    remaining = names.copy()
+    remaining = list(names)
     while remaining:
         module = module._modules.get(remaining.pop(0))
         if module is None:

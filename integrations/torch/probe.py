@@ -135,8 +135,7 @@ class HeadProbe:
                 return None
             return self.compiled.tap_logits(module, _input(args, kwargs), logits)
         if not is_tracing():
-            embeddings: Any = args[0] if args else kwargs.get("input")
-            self.observe_call(module, embeddings, logits)
+            self.observe_call(module, _input(args, kwargs), logits)
         return None
 
     def set_saw_evaluation(self) -> None:

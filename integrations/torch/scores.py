@@ -60,7 +60,7 @@ def terms_by_logits(
 
 def without_bias(logits: Tensor, bias: Tensor | None) -> Tensor:
     """z - b = W h, in float32 at least: [..., C] of logits [..., C] and bias [C]."""
-    logits = logits if logits.dtype.itemsize >= 4 else logits.float()
+    logits = at_least_float32(logits)
     return logits if bias is None else logits - bias
 
 

@@ -10,6 +10,7 @@ from threading import Event
 from time import monotonic
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,9 @@ from torch.utils.data import DistributedSampler
 import gwa_logging
 from gwa_logging import EarlyStop, EpochReport, InvalidInputError, Monitor, NoObservationsError, Suspect
 from gwa_logging import ranks as gwa_ranks
+from gwa_logging.integrations.torch import distributed as distributed_module
+from gwa_logging.integrations.torch.accumulate import Accumulator
+from gwa_logging.integrations.torch.distributed import forget_finished, gather_vectors
 from gwa_logging.journal import read_journal
 from tests.torch.ranks import Failure, World, meet
 
@@ -390,6 +394,15 @@ def flat_parameters() -> str:
     return str(error.value)
 
 
+def kept_collectives() -> tuple[int, int]:
+    """The number of collectives that are kept after one has finished, and once training goes on."""
+    forget_finished()
+    gather_vectors(np.ones(3))
+    kept = len(distributed_module._finished)
+    Accumulator(None).snapshot()
+    return kept, len(distributed_module._finished)
+
+
 class Outcome(NamedTuple):
     """What a rank reports about a run in which something is wrong.
 
@@ -582,7 +595,7 @@ def _by_name(*functions: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
 
 
 WORLD_OF_TWO = OF_TWO | _by_name(
-    *(unequal_steps, stopping, tracked, ledger, windows, flat_parameters),
+    *(unequal_steps, stopping, tracked, ledger, windows, flat_parameters, kept_collectives),
     *(stages, same_samples, replicated_ledger, split_state, watched_by_one, split_and_watched_by_one, watched_late),
 )
 WORLD_OF_FOUR = OF_FOUR | _by_name(rank_dies)
@@ -691,6 +704,11 @@ def test_windows_by_samples_are_refused(two_ranks: World) -> None:
 
 def test_a_head_whose_weight_is_part_of_a_flat_parameter_is_refused_with_the_remedy(two_ranks: World) -> None:
     assert all("use_orig_params=True" in message for message in two_ranks["flat_parameters"])
+
+
+def test_a_finished_collective_is_kept_until_training_goes_on(two_ranks: World) -> None:
+    """Else a thread of gloo frees it, which deadlocks with a process that is ending."""
+    assert two_ranks["kept_collectives"] == [(1, 0)] * 2
 
 
 def test_if_ranks_have_different_heads_only_the_head_named_in_the_journal_is_reported(two_ranks: World) -> None:
